@@ -1,0 +1,1 @@
+"""The built-in references: one plain KernelBench-format file per task."""

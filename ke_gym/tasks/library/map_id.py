@@ -1,0 +1,28 @@
+"""MapId: remap raw feature ids to embedding rows by binary search in a sorted vocabulary."""
+
+import torch
+import torch.nn as nn
+
+family = "ranking"
+IDS, VOCABULARY, SPREAD = 65536, 16384, 4
+shapes = {
+    "cpu": {"IDS": 65536, "VOCABULARY": 16384},
+    "gpu": {"IDS": 4194304, "VOCABULARY": 1048576},
+    "ragged": {"IDS": 1009, "VOCABULARY": 257},
+}
+
+
+class Model(nn.Module):
+    """Ids that the vocabulary lacks map to row 0, the others to their position plus one."""
+
+    def forward(self, ids, vocabulary):
+        position = torch.searchsorted(vocabulary, ids).clamp(max=vocabulary.shape[0] - 1)
+        known = vocabulary[position] == ids
+        return torch.where(known, position + 1, torch.zeros_like(position))
+
+
+def get_inputs():
+    gaps = torch.randint(1, SPREAD, (VOCABULARY,))
+    vocabulary = torch.cumsum(gaps, dim=0)
+    ids = torch.randint(0, VOCABULARY * SPREAD // 2, (IDS,))
+    return [ids, vocabulary]

@@ -1,0 +1,196 @@
+"""The PyTorch reference of a task, as a function of its inputs."""
+
+from __future__ import annotations
+
+import copy
+import keyword
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ke_gym.errors import UserError
+from ke_gym.tasks.inputs import seeded
+from ke_gym.tasks.source import blame
+
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+_NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+class _InDouble(TorchFunctionMode):
+    """Casts to narrower floats inside a forward become casts to float64: the oracle has no rounding of its own."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _NARROWING:
+            return args[0].double()
+        args = tuple(torch.float64 if _is_narrow(value) else value for value in args)
+        kwargs = {
+            name: torch.float64 if _is_narrow(value) else value for name, value in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in _NARROW
+
+
+class Reference:
+    """`reference(*inputs) -> tuple[Tensor, ...]`: the outputs, flattened from tuple, list or dict.
+
+    With `arity` (the number of forward inputs) it is forward and backward in one: the inputs after the first
+    `arity` are the grad_outputs of the differentiable outputs, and the gradients of the floating inputs, then
+    those of the parameters, follow the outputs.
+
+    A call leaves no trace: buffers and tensor attributes that the forward writes (running statistics, hidden
+    states, caches) are put back, so that every call computes the same function.
+    """
+
+    def __init__(
+        self, module: nn.Module, path: str = "<module>", arity: int | None = None, wide: bool = False
+    ) -> None:
+        self.module = module
+        self.state = _state(module)
+        self._path, self._arity, self._wide = path, arity, wide
+        self._memory = _Memory(module)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """Run on the task's inputs in order. Raises `UserError` naming file and line if the task's code fails."""
+        try:
+            with blame(self._path, "the forward pass"):
+                if not self._wide:
+                    return self._run(inputs)
+                default = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float64)
+                try:
+                    with _InDouble():
+                        return self._run([_widened(value) for value in inputs])
+                finally:
+                    torch.set_default_dtype(default)
+        finally:
+            self._memory.restore()
+
+    def _run(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        if self._arity is None:
+            with torch.no_grad():
+                return _flat(self.module(*inputs))
+        leaves = [_leaf(value) for value in inputs[: self._arity]]
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            outputs = _flat(self.module(*leaves))
+            gradients = torch.autograd.grad(
+                [output for output in outputs if output.requires_grad],
+                [leaf for leaf in leaves if _is_float(leaf)] + parameters,
+                list(inputs[self._arity :]),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return tuple(output.detach() for output in outputs) + gradients
+
+    def differentiable(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The outputs of the plain forward that take grad_outputs."""
+        with blame(self._path, "the forward pass"), torch.enable_grad():
+            outputs = _flat(self.module(*[_leaf(value) for value in inputs]))
+        self._memory.restore()
+        return tuple(output.detach() for output in outputs if output.requires_grad)
+
+    def randomize(self, seed: int) -> None:
+        """Give parameters and running statistics new values of the same scale, in place.
+
+        Constants (zero biases, unit scales) become random too, so that a candidate cannot skip them.
+        """
+        norms = [m for m in self.module.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        statistics = [tensor for m in norms for tensor in (m.running_mean, m.running_var)]
+        with torch.no_grad(), seeded(seed):
+            for tensor in [*self.module.parameters(), *statistics]:
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                    tensor.copy_(_like(tensor))
+        self._memory = _Memory(self.module)
+
+    def double(self) -> Reference:
+        """A float64 copy: parameters and buffers now, inputs and casts inside the forward when called."""
+        module = copy.deepcopy(self.module).double()
+        for part in module.modules():  # tensors that are plain attributes, which .double() does not know
+            for name, value in vars(part).items():
+                vars(part)[name] = _widened(value)
+        return Reference(module, self._path, self._arity, wide=True)
+
+
+class _Memory:
+    """What a forward could write: tensors held by the modules, with their values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
+        self._names: list[tuple[dict[str, Any], set[str]]] = []
+        for part in module.modules():
+            for owner in (part._buffers, part.__dict__):
+                self._names.append((owner, set(owner)))
+                for name, value in owner.items():
+                    if isinstance(value, Tensor):
+                        kept = value.detach().clone()
+                        self._held.append((owner, name, value, value._version, kept))
+
+    def restore(self) -> None:
+        for owner, names in self._names:
+            if len(owner) != len(names):
+                for name in set(owner) - names:
+                    del owner[name]
+        for index, (owner, name, value, version, kept) in enumerate(self._held):
+            if value._version != version:
+                with torch.no_grad():
+                    value.copy_(kept)
+                self._held[index] = (owner, name, value, value._version, kept)
+            owner[name] = value
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        state[_identifier(name, state)] = tensor.detach()
+    return state
+
+
+def _identifier(name: str, taken: Iterable[str]) -> str:
+    """A state name as a Python parameter name: "0.weight" -> "_0_weight"; clashes are numbered."""
+    plain = name.replace(".", "_")
+    if plain[:1].isdigit() or keyword.iskeyword(plain):
+        plain = f"_{plain}"
+    chosen, number = plain, 2
+    while chosen in taken:
+        chosen, number = f"{plain}_{number}", number + 1
+    return chosen
+
+
+def _flat(result: Any) -> tuple[Tensor, ...]:
+    leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+    outputs = tuple(leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in leaves)
+    if not outputs:
+        raise UserError("the forward returns no tensor; return at least one")
+    return outputs
+
+
+def _leaf(value: Any) -> Any:
+    return value.detach().requires_grad_() if _is_float(value) else value
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if _is_float(value) else value
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """New values of the same mean and spread; 0.2 of spread where there is none; signs kept if all positive."""
+    mean = tensor.double().mean().item()
+    spread = tensor.double().std(correction=0).item() or 0.2 * (abs(mean) or 1.0)
+    values = torch.randn(tensor.shape, dtype=torch.float32, device="cpu").mul_(spread).add_(mean)
+    if (tensor >= 0).all() and mean > 0:
+        values.abs_()
+    return values
