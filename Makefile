@@ -1,0 +1,29 @@
+# make demo   the environment, then three PyTorch tasks made faster
+# make test   the environment, then all tests
+# make check  the environment, then ruff and mypy --strict on the installed package
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/python scripts/optimize.py softmax bias_gelu matmul_bias_gelu --budget 25
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade --target build/installed .
+	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p ke_gym
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@

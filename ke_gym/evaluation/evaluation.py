@@ -1,0 +1,137 @@
+"""``Evaluation``: everything known about one candidate after it was judged."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Outcome = Literal["correct", "compile", "constraints", "correctness", "runtime", "timeout"]
+OUTCOMES: tuple[Outcome, ...] = ("correct", "compile", "constraints", "correctness", "runtime", "timeout")
+
+# Bumped whenever a change could alter a verdict or a time: recorded evaluations of other versions are not reused.
+HARNESS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Worst errors over all checks: against the fp64 oracle, and as a ratio to the reference's own error."""
+
+    max_abs: float
+    rel_l2: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds spent on one evaluation."""
+
+    compile_s: float = 0.0
+    check_s: float = 0.0
+    race_s: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.compile_s + self.check_s + self.race_s
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time goes: bytes and FLOPs counted from the graph, rates as shares of the measured peaks."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+    gbytes_per_s: float = 0.0
+    gflops_per_s: float = 0.0
+    bandwidth_share: float = 0.0
+    flops_share: float = 0.0
+    floor_ms: float = 0.0
+    vectorized: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+    steps: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The verdict on one candidate.
+
+    Times are milliseconds (medians by the parent's clock); ``speedup`` is baseline time over candidate time
+    with a 95 % interval, always against ``baseline``; ``gain`` is rival time over candidate time, where the
+    rival is the incumbent it raced (the baseline itself if there was none). ``improved`` says that the gain's
+    interval, from fresh processes and new seeds, cleared the machine's margin. ``trust`` is ``"plan"``, or
+    ``"host"`` for a module whose Python ran. Times and speedups are None where none was measured.
+    """
+
+    task: str
+    target: str
+    language: str
+    candidate: str
+    outcome: Outcome
+    trust: str = "plan"
+    log: str = ""
+    error: Errors | None = None
+    time_ms: float | None = None
+    reference_ms: float | None = None
+    speedup: float | None = None
+    speedup_ci: tuple[float, float] | None = None
+    baseline: str = "eager"
+    gain: float | None = None
+    gain_ci: tuple[float, float] | None = None
+    improved: bool = False
+    confirmed: bool = False
+    rounds: int = 0
+    kernel_coverage: float | None = None
+    limiter: str = ""
+    profile: Profile = field(default_factory=Profile)
+    shapes: dict[str, float] = field(default_factory=dict)
+    times_ms: tuple[float, ...] = ()
+    binary: str = ""
+    threads: int = 1
+    machine: str = ""
+    sandbox: str = ""
+    cost: Cost = field(default_factory=Cost)
+    harness: int = HARNESS_VERSION
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome == "correct"
+
+    @property
+    def log_speedup(self) -> float:
+        """Natural log of the speedup; 0 where nothing was measured."""
+        return math.log(self.speedup) if self.speedup else 0.0
+
+    def replace(self, **changes: Any) -> Evaluation:
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(_finite(self.to_dict()))
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        data = json.loads(text)
+        data["error"] = Errors(**data["error"]) if data["error"] else None
+        profile = data["profile"]
+        profile["vectorized"], profile["missed"] = tuple(profile["vectorized"]), tuple(profile["missed"])
+        profile["steps"] = tuple((name, seconds) for name, seconds in profile["steps"])
+        data["profile"] = Profile(**profile)
+        data["cost"] = Cost(**data["cost"])
+        for key in ("speedup_ci", "gain_ci"):
+            data[key] = tuple(data[key]) if data[key] else None
+        data["times_ms"] = tuple(data["times_ms"])
+        return cls(**data)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: they become null inside intervals' ends and errors."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else math.copysign(1e308, value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

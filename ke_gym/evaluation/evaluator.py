@@ -1,0 +1,517 @@
+"""The evaluator: build → check → race → confirm → profile, one candidate at a time per machine.
+
+Builds run side by side, one per core; checks and races have the machine to themselves. Everything a verdict
+rests on (clock, order, seeds, statistics) lives in this process, everything expected in the judge's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation.arms import Arm, ArmDied, open_arm
+from ke_gym.evaluation.builder import Builder
+from ke_gym.evaluation.evaluation import Cost, Errors, Evaluation, Outcome, Profile
+from ke_gym.evaluation.judge_client import JudgeClient, Shape
+from ke_gym.evaluation.profile import limiter, profile
+from ke_gym.evaluation.race import Race, Rules, confirm, pooled, race
+from ke_gym.evaluation.record import MachineRecord, home
+from ke_gym.evaluation.sandbox import sandbox_level
+from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import BuildError
+from ke_gym.targets import cpu
+from ke_gym.tasks.task import Task
+
+CASES = (
+    ("task", False),
+    ("task", True),
+    ("offset", False),
+    ("sparse", True),
+    ("lognormal", False),
+    ("special", False),
+)
+RACE = Rules()
+CONFIRM = Rules(min_rounds=7, max_rounds=7, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
+AA = Rules(min_rounds=12, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
+AA_EVERY = 10
+KEPT_ARTIFACTS = 64
+
+
+class Rejected(Exception):
+    """A candidate's evaluation ended early with this outcome."""
+
+    def __init__(self, outcome: Outcome, log: str) -> None:
+        super().__init__(log)
+        self.outcome: Outcome = outcome
+        self.log = log
+
+
+class Cores:
+    """The machine's cores: builds take one each, a race takes them all."""
+
+    def __init__(self, cores: int) -> None:
+        self._condition = threading.Condition()
+        self._cores = cores
+        self._builds = 0
+        self._racing = False
+        self._waiting_races = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._racing and self._builds < self._cores)
+            self._builds += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._builds -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._racing and not self._builds)
+            self._racing = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._racing = False
+                self._condition.notify_all()
+
+
+@dataclass
+class Entry:
+    """One contestant: its artifact, its process, and the number the judge knows its outputs by."""
+
+    arm: Arm
+    number: int
+
+
+class Evaluator:
+    """Judges candidates for one task on this machine's CPU.
+
+    Args:
+        task: what the candidates must compute.
+        target: ``"cpu"``.
+        baseline: ``"eager"`` or ``"compile"`` (``torch.compile``): what speedups are against.
+        threads: OpenMP threads for everybody; all cores by default.
+        folder: where caches and the machine's record live; ``home()`` by default.
+        language: the candidates' language.
+
+    Thread-safe: `evaluate` may be called from several threads; builds overlap, races do not.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        target: str = "cpu",
+        baseline: str = "eager",
+        threads: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        if target != "cpu":
+            raise UserError(f"target {target!r} is unknown; this machine offers cpu")
+        if baseline not in ("eager", "compile"):
+            raise UserError(f"baseline {baseline!r} is unknown; choose eager or compile")
+        self.task = task
+        self.target = target
+        self.baseline = baseline
+        self.facts = cpu.facts()
+        self.threads = threads or self.facts.cores
+        if not 1 <= self.threads <= self.facts.cores:
+            raise UserError(f"--threads {threads}: this machine has {self.facts.cores} cores")
+        self.folder = folder or home()
+        self.record = MachineRecord(self.facts.fingerprint, self.folder)
+        self.sandbox = sandbox_level()
+        self._rng = random.Random(secrets.randbits(64))
+        self._cores = Cores(self.facts.cores)
+        self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
+        self._lock = threading.Lock()
+        self._evaluated = 0
+        self._state = ExitStack()
+        try:
+            self.zygote = self._state.enter_context(Zygote(self.threads))
+            self.builder = Builder(self.zygote, self.folder / "builds")
+            self.contract = task.contract(target)
+            self.shape_sets = [self.contract, *task.public_shapes(target)]
+            self.hidden = list(task.hidden_shapes())
+            self.judge = self._open_judge()
+            self._state.callback(lambda: self.judge.close())
+            self.peaks = self.record.peaks(self.threads, self._measure_peaks)
+            self.cases = [
+                (distribution, self._rng.getrandbits(60), self._rng.getrandbits(60) if fresh_state else 0)
+                for distribution, fresh_state in CASES
+                if task.nonfinite or distribution != "special"
+            ]
+        except BaseException:
+            self._state.close()
+            raise
+
+    # -- public ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
+        """Judge ``candidate``; race it against ``incumbent`` (and the baseline), or the baseline alone.
+
+        Never raises for anything the candidate does; `UserError` for a broken task.
+        """
+        start = time.perf_counter()
+        base = Evaluation(
+            self.task.name,
+            self.target,
+            candidate.language,
+            candidate.id,
+            "correct",
+            baseline=self.baseline,
+            threads=self.threads,
+            machine=self.facts.fingerprint,
+            sandbox=self.sandbox,
+        )
+        try:
+            artifact = self.build(candidate)
+            rival = self.build(incumbent) if incumbent is not None and incumbent.id != candidate.id else None
+        except BuildError as error:
+            spent = time.perf_counter() - start
+            return base.replace(outcome=error.outcome, log=error.log, cost=Cost(compile_s=spent))
+        base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
+        with self._cores.all():
+            compiled = time.perf_counter()
+            cost = Cost(compile_s=self._built_seconds(candidate))
+            checked = compiled
+            try:
+                with self._entries() as open_entry:
+                    entries = {name: open_entry(artifact, name) for name in self.shape_sets}
+                    error = self._check(artifact, entries, open_entry)
+                    checked = time.perf_counter()
+                    base = base.replace(error=error)
+                    base = self._race(base, artifact, rival, entries)
+                    base = self._describe(base, artifact, entries[self.contract])
+            except (Rejected, ArmDied) as failure:
+                if checked == compiled:
+                    checked = time.perf_counter()
+                base = base.replace(
+                    outcome=failure.outcome, log=failure.log, speedup=None, speedup_ci=None, gain=None,
+                    gain_ci=None, improved=False,
+                )  # fmt: skip
+            now = time.perf_counter()
+            base = base.replace(cost=replace(cost, check_s=checked - compiled, race_s=now - checked))
+            if base.correct:
+                self._maybe_aa(artifact)
+        return base
+
+    def build(self, candidate: Candidate) -> Artifact:
+        """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""
+        with self._lock:
+            known = self._artifacts.get(candidate.id)
+            if known is not None:
+                self._artifacts.move_to_end(candidate.id)
+                return known
+        with self._cores.one():
+            artifact = self.builder.build(candidate.source, self.judge.signature, candidate.language)
+        with self._lock:
+            self._artifacts[candidate.id] = artifact
+            while len(self._artifacts) > KEPT_ARTIFACTS:
+                self._artifacts.popitem(last=False)
+        return artifact
+
+    def artifact(self, candidate_id: str) -> Artifact | None:
+        """The artifact of a recently built candidate."""
+        with self._lock:
+            return self._artifacts.get(candidate_id)
+
+    def close(self) -> None:
+        self._state.close()
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- setting up ------------------------------------------------------------------------------------------
+
+    def _open_judge(self) -> JudgeClient:
+        return JudgeClient(self.zygote, self.task, [*self.shape_sets, *self.hidden], self.baseline, self.threads)
+
+    def _measure_peaks(self, threads: int) -> cpu.Peaks:
+        worker = self.zygote.spawn("ke_gym.targets.cpu:measure_worker", {"threads": threads})
+        try:
+            header, _ = worker.channel.recv(timeout=120)
+        finally:
+            worker.close()
+        return cpu.Peaks(
+            header["threads"], tuple((s, r) for s, r in header["bandwidth"]), header["fp32"], header["fp64"]
+        )
+
+    @contextmanager
+    def _entries(self, judge: JudgeClient | None = None) -> Iterator[Any]:
+        """Opens arms and shows their outputs to the judge; closes them all."""
+        judge = judge or self.judge
+        opened: list[Entry] = []
+
+        def open_entry(artifact: Artifact, shape_set: str) -> Entry:
+            shape = judge.shapes[shape_set]
+            arm = open_arm(self.zygote, artifact, shape_set, shape.buffer, shape.layout, self.threads)
+            entry = Entry(arm, judge.attach_output(arm.output_layout, arm.output_buffer.fd))
+            opened.append(entry)
+            return entry
+
+        try:
+            yield open_entry
+        finally:
+            for entry in opened:
+                entry.arm.close()
+                judge.detach_output(entry.number)
+
+    # -- checking --------------------------------------------------------------------------------------------
+
+    def _check(self, artifact: Artifact, entries: dict[str, Entry], open_entry: Any) -> Errors:
+        """Every case on every shape set; raises `Rejected`."""
+        worst = Errors(0.0, 0.0, 0.0)
+        sets = dict(entries)
+        for name in self.hidden if artifact.general else ():
+            sets[name] = open_entry(artifact, name)
+        for name, entry in sets.items():
+            cases = self.cases if name == self.contract else self.cases[:2]
+            for index, (distribution, seed, state_seed) in enumerate(cases):
+                verdict = self._check_case(name, entry, distribution, seed, state_seed, poison=index)
+                worst = Errors(
+                    max(worst.max_abs, verdict["max_abs"]),
+                    max(worst.rel_l2, verdict["rel_l2"]),
+                    max(worst.ratio, verdict["ratio"]),
+                )
+        for entry in entries.values():
+            entry.arm.check_mode(None)
+        return worst
+
+    def _check_case(
+        self, name: str, entry: Entry, distribution: str, seed: int, state_seed: int, poison: int
+    ) -> dict[str, Any]:
+        finite = self.judge.load(name, seed, distribution, state_seed)
+        if finite < 0.5:
+            return {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}  # the reference itself has no answer here
+        entry.arm.check_mode(poison % 2)
+        entry.arm.call(self._patience(name))
+        damage = entry.arm.damage()
+        if damage:
+            raise Rejected("correctness", damage)
+        verdict = self.judge.check(name, entry.number)
+        if not verdict["ok"]:
+            hidden = name in self.hidden
+            where = "a shape it claims to support (general = True)" if hidden else "the task's shapes"
+            inputs = "inputs" if distribution == "task" else f"{distribution} inputs"
+            detail = f"; wrong: {verdict['pattern']}" if verdict["pattern"] and not hidden else ""
+            raise Rejected("correctness", f"wrong on {inputs} of {where}: {verdict['reason']}{detail}")
+        return verdict
+
+    def _patience(self, name: str) -> float:
+        """Seconds one call may take before it counts as hung."""
+        floor = self.judge.shapes[name].work.bytes / 1e8 + self.judge.shapes[name].work.flops / 1e9
+        return max(5.0, 20 * floor)
+
+    # -- racing ----------------------------------------------------------------------------------------------
+
+    def _race(
+        self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
+    ) -> Evaluation:
+        against = "incumbent" if rival is not None else "baseline"
+        first = self._race_sets(self.judge, artifact, rival, RACE, entries)
+        margin = self.record.margin
+        main = first[self.contract]
+        base = base.replace(rounds=sum(r.rounds for r in first.values()), log=_remark(main, against))
+        sets: dict[str, list[Race]] = {name: [r] for name, r in first.items()}
+        won = all(r.test.median > -margin for r in first.values()) and main.ended == "faster"
+        gain, gain_ci, improved = _over_sets(sets, against)
+        if won:
+            confirmed: dict[str, list[Race]] = {name: [] for name in first}
+
+            def fresh(index: int) -> Race:
+                races = self._fresh_race(artifact, rival, CONFIRM)
+                for name, one in races.items():
+                    confirmed[name].append(one)
+                return races[self.contract]
+
+            _, _, main_improved = confirm(fresh, against, margin=margin)
+            if any(r.suspects for races in confirmed.values() for r in races):
+                raise Rejected("correctness", "wrong output in a timed call of a fresh process")
+            sets = confirmed
+            gain, gain_ci, _ = _over_sets(sets, against)
+            improved = main_improved and gain_ci[0] > margin
+            if not improved:
+                base = base.replace(log="a first lead did not hold in fresh processes")
+        else:
+            improved = False
+        speedup, speedup_ci, _ = _over_sets(sets, "baseline")
+        times = [s for r in sets[self.contract] for s in r.seconds["candidate"]]
+        reference = [s for r in sets[self.contract] for s in r.seconds["baseline"]]
+        return base.replace(
+            time_ms=1e3 * float(np.median(times)),
+            reference_ms=1e3 * float(np.median(reference)),
+            times_ms=tuple(round(1e3 * t, 6) for t in times),
+            speedup=math.exp(speedup),
+            speedup_ci=(math.exp(speedup_ci[0]), math.exp(min(speedup_ci[1], 700.0))),
+            gain=math.exp(gain),
+            gain_ci=(math.exp(gain_ci[0]), math.exp(min(gain_ci[1], 700.0))),
+            improved=improved,
+            confirmed=won,
+            shapes={n: math.exp(_over_sets({n: r}, "baseline")[0]) for n, r in sets.items()},
+        )
+
+    def _race_sets(
+        self,
+        judge: JudgeClient,
+        artifact: Artifact,
+        rival: Artifact | None,
+        rules: Rules,
+        entries: dict[str, Entry] | None = None,
+        baseline: bool = True,
+    ) -> dict[str, Race]:
+        """Race on every public shape set, with the given candidate arms or fresh ones."""
+        races = {}
+        for name in self.shape_sets:
+            with self._entries(judge) as open_entry:
+                own = entries[name] if entries else open_entry(artifact, name)
+                other = open_entry(rival, name) if rival is not None else None
+                races[name] = self._race_set(judge, name, own, other, rules, baseline)
+        return races
+
+    def _race_set(
+        self, judge: JudgeClient, name: str, own: Entry, other: Entry | None, rules: Rules, baseline: bool = True
+    ) -> Race:
+        patience = self._patience(name)
+        null = judge.null_s
+        contestants = {"candidate": lambda: max(1e-7, own.arm.call(patience) - null)}
+        by_number = {own.number: "candidate"}
+        if other is not None:
+            contestants["incumbent"] = lambda: max(1e-7, other.arm.call(patience) - null)
+            by_number[other.number] = "incumbent"
+        if baseline:
+            contestants["baseline"] = lambda: judge.call_baseline(name)
+        rival = "incumbent" if other is not None else "baseline"
+        for warm in contestants.values():
+            warm()
+
+        def inspect() -> set[str]:
+            suspects = judge.fingerprint(name, list(by_number)) if baseline else []
+            wrong = {n for n in suspects if not judge.check(name, n)["ok"]}
+            if own.number not in wrong and self._rng.random() < 0.08 and not judge.check(name, own.number)["ok"]:
+                wrong.add(own.number)
+            return {by_number[n] for n in wrong}
+
+        result = race(
+            contestants,
+            rival,
+            draw=lambda: judge.draw(name, self._rng.getrandbits(60)),
+            inspect=inspect,
+            rng=self._rng,
+            rules=rules,
+            margin=self.record.margin,
+        )
+        if "candidate" in result.suspects:
+            raise Rejected("correctness", "right when checked, wrong in a timed call")
+        return result
+
+    def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
+        """The same race with new processes for everybody, the judge included, on new seeds."""
+        judge = self._open_judge()
+        try:
+            return self._race_sets(judge, artifact, rival, rules)
+        finally:
+            judge.close()
+
+    # -- afterwards ------------------------------------------------------------------------------------------
+
+    def _describe(self, base: Evaluation, artifact: Artifact, entry: Entry) -> Evaluation:
+        """Profile, coverage, limiter, and the physical floor."""
+        assert base.time_ms is not None
+        shape: Shape = self.judge.shapes[self.contract]
+        seconds = base.time_ms / 1e3
+        floor_s = self.peaks.floor_s(shape.work.bytes, shape.work.floor_flops)
+        if seconds < floor_s:
+            self.peaks = self.record.peaks(self.threads, self._measure_peaks, again=True)
+            floor_s = self.peaks.floor_s(shape.work.bytes, shape.work.floor_flops)
+            if seconds < floor_s:
+                raise Rejected(
+                    "constraints",
+                    f"{1e3 * seconds:.3g} ms is faster than this machine can move the task's bytes or do its "
+                    f"FLOPs ({1e3 * floor_s:.3g} ms by measured peaks)",
+                )
+        steps = entry.arm.profile(5)
+        described: Profile = profile(artifact, shape.work, self.peaks, seconds, floor_s, steps)
+        total = sum(s for _, _, s in steps)
+        own = sum(s for kind, _, s in steps if kind == "launch")
+        coverage = 1.0 if all(kind == "launch" for kind, _, _ in steps) else own / total if total else 0.0
+        return base.replace(
+            profile=described,
+            limiter=limiter(described, self.facts, seconds),
+            kernel_coverage=round(coverage, 4),
+        )
+
+    def _built_seconds(self, candidate: Candidate) -> float:
+        artifact = self.artifact(candidate.id)
+        return float(artifact.report.get("build_s", 0.0)) if artifact is not None else 0.0
+
+    def _maybe_aa(self, artifact: Artifact) -> None:
+        """Every so often, race the candidate just judged against its own copy, for the machine's record."""
+        self._evaluated += 1
+        if self._evaluated % AA_EVERY == 1:
+            self.aa_race(artifact)
+
+    def aa_race(self, artifact: Artifact) -> Race:
+        """One race of equals in fresh processes; goes into the machine's record."""
+        with self._entries() as open_entry:
+            own, copy = open_entry(artifact, self.contract), open_entry(artifact, self.contract)
+            result = self._race_set(self.judge, self.contract, own, copy, AA, baseline=False)
+        wrong = result.test.decided and result.test.interval[0] > self.record.margin
+        self.record.add(self.task.name, self.threads, result.test.median, result.rounds, wrong)
+        return result
+
+
+def _over_sets(sets: dict[str, list[Race]], over: str) -> tuple[float, tuple[float, float], bool]:
+    """Mean log-ratio of ``over`` to the candidate over shape sets, with an interval.
+
+    Within one process the interval is the e-process's confidence sequence, across fresh processes Student's.
+    """
+    means, lows, highs = [], [], []
+    for races in sets.values():
+        if len(races) == 1:
+            ratios = races[0].log_ratios(over, "candidate")
+            mean = float(np.median(ratios))
+            from ke_gym.evaluation.stats import confidence_sequence
+
+            low, high = confidence_sequence(ratios)
+        else:
+            mean, (low, high) = pooled(races, over, "candidate")
+        means.append(mean)
+        lows.append(low)
+        highs.append(high)
+    low, high = float(np.mean(lows)), float(np.mean(highs))
+    return float(np.mean(means)), (low, high), low > 0
+
+
+def _remark(result: Race, against: str) -> str:
+    words = {
+        "hopeless": f"dropped after one call: more than three times the {against}'s time",
+        "slow": f"dropped after three rounds: slower than the {against}",
+        "slower": f"slower than the {against}",
+        "no gain": f"no gain over the {against} beyond the machine's margin",
+        "rounds": f"not told apart from the {against} within the race",
+        "time": f"not told apart from the {against} within the race",
+        "faster": "",
+    }
+    return words[result.ended]

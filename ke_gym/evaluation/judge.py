@@ -1,0 +1,338 @@
+"""The judge: the trusted process that draws inputs, runs the baseline, and compares outputs with the oracle.
+
+It is forked from the zygote, never sees candidate code, and is the only process that holds expected values.
+The parent tells it what to do (`JudgeClient`) and keeps the clock; a candidate shares nothing with it but the
+read-only inputs and its own output buffer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ke_gym.errors import UserError
+from ke_gym.evaluation import mutants, work
+from ke_gym.evaluation.acceptance import Verdict, judge_output
+from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.shared import Layout, SharedBuffer
+from ke_gym.languages.base import Signature
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.tasks.task import Reference, Task
+
+SAMPLED_BLOCKS = 24
+BLOCK = 128
+CASE_BYTES = 1 << 30
+IDLE_S = 3600.0
+
+
+@dataclass
+class Case:
+    """One drawn set of inputs (and parameter values) with the trusted results."""
+
+    inputs: list[Tensor]
+    state: list[Tensor]
+    reference: tuple[Tensor, ...]
+    oracle: tuple[Tensor, ...]
+    distribution: str
+
+
+@dataclass
+class ShapeSet:
+    """What the judge keeps of one shape set."""
+
+    name: str
+    reference: Reference
+    arguments: list[Any]
+    work: work.Work
+    buffer: SharedBuffer | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    state: list[Tensor] = field(default_factory=list)
+    cases: dict[tuple[int, str, int], Case] = field(default_factory=dict)
+    current: Case | None = None
+    baseline: Any = None
+    last: tuple[Tensor, ...] = ()
+
+
+class Judge:
+    """The server side. One method per request; each returns a JSON-able dict (and maybe a blob)."""
+
+    def __init__(self, channel: Channel, task: Task, baseline: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.channel = channel
+        self.task = task
+        self.baseline = baseline
+        self.sets: dict[str, ShapeSet] = {}
+        self.outputs: dict[int, list[Tensor]] = {}
+        self.buffers: dict[int, SharedBuffer] = {}
+
+    # -- shape sets ------------------------------------------------------------------------------------------
+
+    def describe(self, shape_sets: list[str]) -> tuple[dict[str, Any], bytes]:
+        """Build the references; return tensor specs per shape set and, as blob, the compile signature."""
+        described = {}
+        for name in shape_sets:
+            reference = self.task.reference(name, seed=0)
+            arguments = self.task.inputs(name, seed=0)
+            counted = work.count(reference, arguments)
+            self.sets[name] = ShapeSet(name, reference, arguments, counted)
+            described[name] = {
+                "inputs": [_spec(t) for t in arguments if isinstance(t, Tensor)],
+                "state": {key: _spec(t) for key, t in reference.state.items()},
+                "outputs": [_spec(t) for t in self._run(self.sets[name])],
+                "work": asdict(counted),
+            }
+        signature = Signature.of(self.task, shape_sets)
+        return {"shapes": described}, signature.to_bytes()
+
+    def attach(self, shape_set: str, layout: dict[str, Any]) -> dict[str, Any]:
+        """Map the shared input buffer, whose descriptor came along, and fill it once."""
+        chosen = self.sets[shape_set]
+        placed = Layout.from_dict(layout)
+        chosen.buffer = SharedBuffer.from_fd(self._received(), placed.bytes)
+        views = placed.views(chosen.buffer)
+        count = sum(isinstance(a, Tensor) for a in chosen.arguments)
+        chosen.inputs, chosen.state = views[:count], views[count:]
+        self._store_state(chosen)
+        self._store_inputs(chosen, chosen.arguments)
+        chosen.baseline = self._compile(chosen) if self.baseline == "compile" else chosen.reference
+        return {}
+
+    def attach_output(self, arm: int, layout: dict[str, Any]) -> dict[str, Any]:
+        """Map an arm's output buffer, whose descriptor came along."""
+        placed = Layout.from_dict(layout)
+        self.buffers[arm] = SharedBuffer.from_fd(self._received(), placed.bytes)
+        self.outputs[arm] = placed.views(self.buffers[arm])
+        return {}
+
+    def detach_output(self, arm: int) -> dict[str, Any]:
+        self.outputs.pop(arm, None)
+        buffer = self.buffers.pop(arm, None)
+        if buffer is not None:
+            buffer.close()
+        return {}
+
+    def _compile(self, chosen: ShapeSet) -> Any:
+        if self.task.backward:
+            raise UserError("the compile baseline does not cover backward tasks; use --baseline eager")
+        compiled = torch.compile(chosen.reference.module)
+
+        def call(*arguments: Any) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return tuple(t for t in torch.utils._pytree.tree_leaves(compiled(*arguments)) if isinstance(t, Tensor))
+
+        call(*self._arguments(chosen))
+        return call
+
+    # -- inputs ----------------------------------------------------------------------------------------------
+
+    def draw(self, shape_set: str, seed: int) -> dict[str, Any]:
+        """Fresh contents for a timed call; the oracle is computed later, and only if it is asked for."""
+        chosen = self.sets[shape_set]
+        self._store_inputs(chosen, self.task.inputs(shape_set, seed))
+        chosen.current = None
+        return {}
+
+    def load(self, shape_set: str, seed: int, distribution: str, state_seed: int) -> dict[str, Any]:
+        """Put a checked case into the shared inputs; expected values are computed once per case and kept."""
+        chosen = self.sets[shape_set]
+        key = (seed, distribution, state_seed)
+        case = chosen.cases.get(key)
+        if case is None:
+            if state_seed:
+                chosen.reference.randomize(state_seed)
+            arguments = self.task.inputs(shape_set, seed, distribution)
+            chosen.arguments = arguments
+            self._store_state(chosen)
+            self._store_inputs(chosen, arguments)
+            case = self._solve(chosen, distribution)
+            held = sum(_bytes(c.inputs) + _bytes(c.reference) + _bytes(c.oracle) for c in chosen.cases.values())
+            if held + _bytes(case.oracle) < CASE_BYTES:
+                chosen.cases[key] = case
+        else:
+            _copy(chosen.inputs, case.inputs)
+            _copy(chosen.state, case.state)
+            _copy(list(chosen.reference.state.values()), case.state)
+        chosen.current = case
+        finite = [float(torch.isfinite(t).double().mean()) for t in case.oracle if t.is_floating_point() and t.numel()]
+        return {"finite": min(finite, default=1.0)}
+
+    def _solve(self, chosen: ShapeSet, distribution: str) -> Case:
+        arguments = self._arguments(chosen)
+        reference = tuple(t.clone() for t in self._run(chosen))
+        oracle = chosen.reference.double()(*arguments)
+        inputs = [t.clone() for t in chosen.inputs]
+        return Case(inputs, [t.clone() for t in chosen.state], reference, oracle, distribution)
+
+    # -- the baseline ----------------------------------------------------------------------------------------
+
+    def baseline_ready(self, shape_set: str) -> None:
+        """Serve one timed baseline call."""
+        chosen = self.sets[shape_set]
+        arguments = self._arguments(chosen)
+
+        def run() -> None:
+            chosen.last = chosen.baseline(*arguments)
+
+        self._serve_byte(run)
+
+    def null_ready(self) -> None:
+        """Serve one timed call that does nothing: what a round trip itself costs."""
+        self._serve_byte(lambda: None)
+
+    # -- verdicts --------------------------------------------------------------------------------------------
+
+    def check(self, shape_set: str, arm: int) -> dict[str, Any]:
+        """Full comparison of an arm's outputs with the oracle for what is in the shared inputs now."""
+        chosen = self.sets[shape_set]
+        if chosen.current is None:
+            chosen.current = self._solve(chosen, "task")
+        verdicts = self._compare(chosen, chosen.current, self.outputs[arm])
+        worst = next((v for v in verdicts if not v.ok), max(verdicts, key=lambda v: v.ratio))
+        return worst.to_dict()
+
+    def fingerprint(self, shape_set: str, arms: list[int]) -> dict[str, Any]:
+        """Compare random blocks of each arm's outputs with the baseline's outputs of the same inputs.
+
+        Cheap enough for every timed call; a suspicion (returned by arm) is settled by `check`.
+        """
+        chosen = self.sets[shape_set]
+        suspects = []
+        for arm in arms:
+            for output, expected in zip(self.outputs[arm], chosen.last, strict=True):
+                if not _blocks_agree(output, expected):
+                    suspects.append(arm)
+                    break
+        return {"suspects": suspects}
+
+    def mutants(self, shape_set: str, seed: int) -> dict[str, Any]:
+        """Whether each mutant of the reference is rejected (design rule 8)."""
+        chosen = self.sets[shape_set]
+        results: dict[str, bool] = {}
+        for draw in (seed, seed + 1):
+            chosen.arguments = self.task.inputs(shape_set, draw)
+            chosen.reference.randomize(draw)
+            self._store_state(chosen)
+            self._store_inputs(chosen, chosen.arguments)
+            case = self._solve(chosen, "task")
+            other = self.task.inputs(shape_set, draw + 17)
+            for mutant in mutants.mutants(chosen.reference, self._arguments(chosen), other):
+                verdicts = self._compare(chosen, case, list(mutant.outputs))
+                rejected = any(not v.ok for v in verdicts)
+                results[mutant.name] = results.get(mutant.name, False) or rejected
+        return {"mutants": results}
+
+    def self_verdict(self, shape_set: str) -> dict[str, Any]:
+        """The reference judged as if it were a candidate."""
+        chosen = self.sets[shape_set]
+        case = self._solve(chosen, "task")
+        verdicts = self._compare(chosen, case, list(self._run(chosen)))
+        return next((v for v in verdicts if not v.ok), verdicts[0]).to_dict()
+
+    def _compare(self, chosen: ShapeSet, case: Case, outputs: list[Tensor]) -> list[Verdict]:
+        return [
+            judge_output(
+                output,
+                reference,
+                oracle,
+                precision=self.task.precision,
+                tolerance=self.task.tolerance,
+                reduction_length=chosen.work.reduction_length,
+            )
+            for output, reference, oracle in zip(outputs, case.reference, case.oracle, strict=True)
+        ]
+
+    # -- helpers ---------------------------------------------------------------------------------------------
+
+    def _received(self) -> int:
+        (fd,) = self.channel.take_fds()
+        return fd
+
+    def _serve_byte(self, run: Any) -> None:
+        """Answer, then serve one timed call: one byte in, run, one byte out."""
+        self.channel.send({})
+        if self.channel.recv_byte(IDLE_S):
+            run()
+            self.channel.sock.send(b"d")
+
+    def _arguments(self, chosen: ShapeSet) -> list[Any]:
+        """The reference's arguments, its tensors being the shared ones."""
+        shared = iter(chosen.inputs or [a for a in chosen.arguments if isinstance(a, Tensor)])
+        return [next(shared) if isinstance(a, Tensor) else a for a in chosen.arguments]
+
+    def _run(self, chosen: ShapeSet) -> tuple[Tensor, ...]:
+        return chosen.reference(*self._arguments(chosen))
+
+    def _store_inputs(self, chosen: ShapeSet, arguments: list[Any]) -> None:
+        _copy(chosen.inputs, [a for a in arguments if isinstance(a, Tensor)])
+
+    def _store_state(self, chosen: ShapeSet) -> None:
+        _copy(chosen.state, list(chosen.reference.state.values()))
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _spec(tensor: Tensor) -> list[Any]:
+    spec = TensorSpec.of(tensor)
+    return [list(spec.shape), list(spec.stride), spec.dtype]
+
+
+def _blocks_agree(output: Tensor, expected: Tensor) -> bool:
+    """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
+    flat, want = output.reshape(-1), expected.reshape(-1)
+    n = flat.numel()
+    starts = [random.randrange(max(1, n - BLOCK + 1)) for _ in range(min(SAMPLED_BLOCKS, 1 + n // BLOCK))]
+    picked = torch.cat([flat[s : s + BLOCK] for s in starts])
+    wanted = torch.cat([want[s : s + BLOCK] for s in starts])
+    if not wanted.is_floating_point():
+        return int((picked != wanted).sum()) <= picked.numel() // 100
+    a, b = picked.double(), wanted.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite):
+        return False
+    scale = b[finite].abs().max() if bool(finite.any()) else b.new_ones(())
+    slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 2e-2)
+    return bool(((a - b)[finite].abs() <= slack * (b[finite].abs() + scale)).all())
+
+
+def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
+    """Entry of the judge process: the first message carries the task, then requests until the parent leaves."""
+    _, blob = channel.recv(timeout=None)
+    random.seed(args["seed"])
+    if args["baseline"] == "compile":
+        torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+        Path("/tmp").mkdir(exist_ok=True)
+    try:
+        judge = Judge(channel, Task.from_bytes(blob), args["baseline"], args["threads"])
+        channel.send({})
+    except UserError as error:
+        channel.send({"user_error": str(error)})
+        return
+    while True:
+        try:
+            header, _ = channel.recv(timeout=None, accept_fds=True)
+        except EOFError:
+            return
+        request = header.pop("do")
+        try:
+            if request in ("baseline_ready", "null_ready"):
+                getattr(judge, request)(**header)
+                continue
+            answer = getattr(judge, request)(**header)
+            channel.send(*answer) if isinstance(answer, tuple) else channel.send(answer)
+        except UserError as error:
+            channel.send({"user_error": str(error)})
+        except Exception as error:  # the parent turns it into a clear message about the task
+            channel.send({"task_error": f"{type(error).__name__}: {error}"})

@@ -1,0 +1,166 @@
+"""The parent's side of the judge: requests, and the clock around its baseline calls."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ke_gym.errors import UserError
+from ke_gym.evaluation.shared import Layout, SharedBuffer
+from ke_gym.evaluation.work import Work
+from ke_gym.evaluation.zygote import Worker, Zygote
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.tasks.task import Task
+
+REQUEST_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape set as the parent knows it: specs, work, and the shared inputs (tensors, then state)."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    state: dict[str, TensorSpec]
+    outputs: tuple[TensorSpec, ...]
+    work: Work
+    layout: Layout
+    buffer: SharedBuffer
+
+
+class JudgeClient:
+    """A judge process for one task. Frozen whenever it is not working, so that it disturbs no race."""
+
+    def __init__(self, zygote: Zygote, task: Task, shape_sets: list[str], baseline: str, threads: int) -> None:
+        self.task = task
+        self._arms = itertools.count()
+        self.worker: Worker = zygote.spawn(
+            "ke_gym.evaluation.judge:serve",
+            {"seed": secrets.randbits(62), "baseline": baseline, "threads": threads},
+        )
+        self.shapes: dict[str, Shape] = {}
+        try:
+            self.worker.channel.send({}, task.to_bytes())
+            self._answer("hello")
+            described, self.signature = self._ask("describe", shape_sets=shape_sets)
+            for name, shape in described["shapes"].items():
+                self._attach(name, shape)
+            self.null_s = self._null_latency()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, name: str, described: dict[str, Any]) -> None:
+        inputs = tuple(_spec(s) for s in described["inputs"])
+        state = {key: _spec(s) for key, s in described["state"].items()}
+        layout = Layout.plan([*inputs, *state.values()])
+        buffer = SharedBuffer(layout.bytes)
+        outputs = tuple(_spec(s) for s in described["outputs"])
+        self.shapes[name] = Shape(name, inputs, state, outputs, Work(**described["work"]), layout, buffer)
+        self._ask("attach", (buffer.fd,), shape_set=name, layout=layout.to_dict())
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def draw(self, shape_set: str, seed: int) -> None:
+        """Put fresh inputs into the shared buffer."""
+        self._ask("draw", shape_set=shape_set, seed=seed)
+
+    def load(self, shape_set: str, seed: int, distribution: str = "task", state_seed: int = 0) -> float:
+        """Put a checked case into the shared buffer; returns the share of its expected values that is finite."""
+        answer, _ = self._ask(
+            "load", shape_set=shape_set, seed=seed, distribution=distribution, state_seed=state_seed
+        )
+        return float(answer["finite"])
+
+    def attach_output(self, layout: Layout, fd: int) -> int:
+        """Show the judge an arm's output buffer; returns the number it goes by."""
+        arm = next(self._arms)
+        self._ask("attach_output", (fd,), arm=arm, layout=layout.to_dict())
+        return arm
+
+    def detach_output(self, arm: int) -> None:
+        self._ask("detach_output", arm=arm)
+
+    def check(self, shape_set: str, arm: int) -> dict[str, Any]:
+        """The verdict on an arm's outputs for the inputs now in place."""
+        return self._ask("check", shape_set=shape_set, arm=arm)[0]
+
+    def fingerprint(self, shape_set: str, arms: list[int]) -> list[int]:
+        """Those of ``arms`` whose outputs differ visibly from the baseline's for the same inputs."""
+        return list(self._ask("fingerprint", shape_set=shape_set, arms=arms)[0]["suspects"])
+
+    def mutants(self, shape_set: str, seed: int) -> dict[str, bool]:
+        """Mutant name → whether the check rejects it."""
+        return dict(self._ask("mutants", shape_set=shape_set, seed=seed)[0]["mutants"])
+
+    def self_verdict(self, shape_set: str) -> dict[str, Any]:
+        return self._ask("self_verdict", shape_set=shape_set)[0]
+
+    def call_baseline(self, shape_set: str) -> float:
+        """Run the baseline once on the shared inputs; seconds by this process's clock, round trip deducted."""
+        self._send("baseline_ready", shape_set=shape_set)
+        return max(1e-7, self._timed_byte() - self.null_s)
+
+    # -- plumbing --------------------------------------------------------------------------------------------
+
+    def _null_latency(self, calls: int = 41) -> float:
+        """Median seconds of a timed call that does nothing."""
+        seconds = []
+        for _ in range(calls):
+            self._send("null_ready")
+            seconds.append(self._timed_byte())
+        return float(np.median(seconds[1:]))
+
+    def _timed_byte(self) -> float:
+        self._answer("ready")
+        self.worker.freeze()
+        channel = self.worker.channel
+        channel.sock.send(b"g")
+        start = time.perf_counter_ns()
+        self.worker.thaw()
+        done = channel.recv_byte(REQUEST_TIMEOUT)
+        stop = time.perf_counter_ns()
+        self.worker.freeze()
+        if done != b"d":
+            raise UserError(f"task {self.task.name}: its reference died while it was timed")
+        return (stop - start) / 1e9
+
+    def _send(self, do: str, fds: tuple[int, ...] = (), **arguments: Any) -> None:
+        self.worker.thaw()
+        self.worker.channel.send({"do": do, **arguments}, fds=fds)
+
+    def _ask(self, do: str, fds: tuple[int, ...] = (), **arguments: Any) -> tuple[dict[str, Any], bytes]:
+        self._send(do, fds, **arguments)
+        answer = self._answer(do)
+        self.worker.freeze()
+        return answer
+
+    def _answer(self, do: str) -> tuple[dict[str, Any], bytes]:
+        try:
+            header, blob = self.worker.channel.recv(timeout=REQUEST_TIMEOUT)
+        except (EOFError, TimeoutError) as error:
+            raise UserError(
+                f"task {self.task.name}: its reference {'hangs' if isinstance(error, TimeoutError) else 'crashed'} "
+                f"(request {do}); run it by itself to see why"
+            ) from error
+        if "user_error" in header:
+            raise UserError(header["user_error"])
+        if "task_error" in header:
+            raise UserError(f"task {self.task.name}: its reference fails: {header['task_error']}")
+        return header, blob
+
+    def close(self) -> None:
+        self.worker.close()
+        for shape in self.shapes.values():
+            shape.buffer.close()
+        self.shapes = {}
+
+
+def _spec(data: list[Any]) -> TensorSpec:
+    shape, stride, dtype = data
+    return TensorSpec(tuple(shape), tuple(stride), dtype)

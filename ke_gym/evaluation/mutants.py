@@ -1,0 +1,93 @@
+"""Wrong versions of a reference that every task must reject (design rule 8).
+
+Zeros, a copy of an input, one operator skipped, half-precision arithmetic, and an output frozen from other
+inputs. A task whose check lets one of them through can be cheated, so it is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ke_gym.tasks.task import Reference
+
+MAX_SKIPPED = 8
+_LOWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    outputs: tuple[Tensor, ...]
+
+
+class _Skip(TorchDispatchMode):
+    """Replaces the n-th eligible operator by one of its operands; counts the eligible ones."""
+
+    def __init__(self, skip: int) -> None:
+        super().__init__()
+        self.skip, self.seen, self.name, self.changed = skip, 0, "", False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not isinstance(out, Tensor) or func.is_view or not out.is_floating_point():
+            return out
+        operand = next(
+            (t for t in tree_leaves(args) if isinstance(t, Tensor) and t.shape == out.shape and t.dtype == out.dtype),
+            None,
+        )
+        if operand is None or torch.equal(operand, out):
+            return out
+        self.seen += 1
+        if self.seen - 1 == self.skip:
+            self.name, self.changed = func.__name__.split(".")[0], True
+            return operand.clone()
+        return out
+
+
+def mutants(reference: Reference, arguments: list[Any], other: list[Any]) -> Iterator[Mutant]:
+    """Yield the mutants of ``reference`` on ``arguments``; ``other`` are inputs of another seed."""
+    outputs = reference(*arguments)
+    yield Mutant("zeros", tuple(torch.zeros_like(t) for t in outputs))
+    frozen = reference(*other)
+    if any(not torch.equal(a, b) for a, b in zip(outputs, frozen)):
+        yield Mutant("frozen output", frozen)
+    for position, tensor in enumerate(a for a in arguments if isinstance(a, Tensor)):
+        copied = tuple(
+            tensor.to(t.dtype, copy=True) if tensor.shape == t.shape else torch.zeros_like(t) for t in outputs
+        )
+        if any(tensor.shape == t.shape for t in outputs):
+            yield Mutant(f"copy of input {position}", copied)
+    yield from _half(reference, arguments, outputs)
+    for index in range(MAX_SKIPPED):
+        with _Skip(index) as mode:
+            try:
+                skipped = reference(*arguments)
+            except (RuntimeError, IndexError):
+                continue  # a skipped operator may break a later one: nothing to judge
+        if not mode.changed:
+            return
+        same = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(outputs, skipped))
+        if not same and all(a.shape == b.shape for a, b in zip(outputs, skipped)):
+            yield Mutant(f"skipped {mode.name} ({index})", tuple(skipped))
+
+
+def _half(reference: Reference, arguments: list[Any], outputs: tuple[Tensor, ...]) -> Iterator[Mutant]:
+    """Inputs rounded to the next lower precision: what computing in that precision cannot do better than."""
+
+    def rounded(value: Any) -> Any:
+        lower = _LOWER.get(value.dtype) if isinstance(value, Tensor) else None
+        return value.to(lower).to(value.dtype) if lower else value
+
+    lowered = tree_map(rounded, arguments)
+    changed = any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(arguments, lowered))
+    if changed:
+        results = reference(*lowered)
+        if any(not torch.equal(a, b) for a, b in zip(outputs, results)):
+            yield Mutant("half precision", tuple(results))

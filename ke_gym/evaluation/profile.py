@@ -1,0 +1,90 @@
+"""Where a kernel's time goes, in the few numbers and words that help whoever writes the next version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ke_gym.evaluation.evaluation import Evaluation, Profile
+from ke_gym.evaluation.work import Work
+from ke_gym.languages.artifact import Artifact
+from ke_gym.targets.cpu import Facts, Peaks
+
+FEEDBACK_LINES = 40
+_REMARKS = 12
+
+
+def profile(
+    artifact: Artifact,
+    work: Work,
+    peaks: Peaks,
+    seconds: float,
+    floor_s: float,
+    steps: Sequence[tuple[str, str, float]],
+) -> Profile:
+    """Rates achieved in ``seconds`` and the compiler's vectorization remarks; ``steps`` are (kind, name, s)."""
+    rate, flops = work.bytes / seconds, work.flops / seconds
+    remarks = artifact.report.get("vectorization", [])
+    done = tuple(f"line {r['line']}: {r['message']}" for r in remarks if r.get("vectorized"))
+    missed = tuple(f"line {r['line']}: {r['message']}" for r in remarks if not r.get("vectorized"))
+    return Profile(
+        bytes=work.bytes,
+        flops=work.flops,
+        gbytes_per_s=rate / 1e9,
+        gflops_per_s=flops / 1e9,
+        bandwidth_share=rate / peaks.bytes_per_s(work.bytes),
+        flops_share=flops / peaks.fp32,
+        floor_ms=1e3 * floor_s,
+        vectorized=done[:_REMARKS],
+        missed=missed[:_REMARKS],
+        steps=tuple((name, s) for _, name, s in steps),
+    )
+
+
+def limiter(described: Profile, facts: Facts, seconds: float) -> str:
+    """What holds the kernel back: a level of memory, arithmetic, launch overhead, or instructions."""
+    if seconds < 2e-5:
+        return "latency"
+    if described.flops_share >= max(0.4, described.bandwidth_share):
+        return "compute"
+    if described.bandwidth_share >= 0.4:
+        if described.bytes > facts.l3_bytes > 0:
+            return "dram"
+        return "l3" if described.bytes > facts.cores * facts.l2_bytes else "l2"
+    return "instructions"
+
+
+_HINTS = {
+    "latency": "The whole call takes microseconds: fewer launches and no parallel region may help.",
+    "compute": "Arithmetic is near its peak: only fewer or cheaper operations can help.",
+    "dram": "Main memory is near its peak: only moving fewer bytes can help (fuse, stream, smaller types).",
+    "l3": "The last-level cache is near its peak: block so that data stays in L2, or move fewer bytes.",
+    "l2": "The L2 cache is near its peak: keep more in registers and L1.",
+    "instructions": "Neither memory nor FMA units are busy: look at vectorization, dependency chains, "
+    "strided access, or threads that wait.",
+}
+
+
+def feedback(evaluation: Evaluation) -> str:
+    """What a proposer is told of an evaluation: at most 40 lines; never seeds, tolerances or hidden shapes."""
+    lines = [f"outcome: {evaluation.outcome}"]
+    if evaluation.log:
+        lines += [line[:200] for line in evaluation.log.splitlines()[:24]]
+    if evaluation.speedup is not None and evaluation.speedup_ci is not None:
+        low, high = evaluation.speedup_ci
+        lines.append(
+            f"speedup: {evaluation.speedup:.2f}x over {evaluation.baseline} [{low:.2f}, {high:.2f}], "
+            f"{evaluation.time_ms:.3f} ms against {evaluation.reference_ms:.3f} ms"
+        )
+    shown = evaluation.profile
+    if evaluation.limiter:
+        lines.append(
+            f"limiter: {evaluation.limiter}; {shown.gbytes_per_s:.1f} GB/s "
+            f"({100 * shown.bandwidth_share:.0f} % of peak), {shown.gflops_per_s:.1f} GFLOP/s "
+            f"({100 * shown.flops_share:.0f} % of peak); floor {shown.floor_ms:.3f} ms"
+        )
+        if evaluation.kernel_coverage is not None and evaluation.kernel_coverage < 0.999:
+            lines.append(f"own kernels: {100 * evaluation.kernel_coverage:.0f} % of the time, the rest is ATen")
+        if shown.missed and evaluation.limiter in ("instructions", "l2"):
+            lines += [f"not vectorized, {remark[:160]}" for remark in shown.missed[:4]]
+        lines.append("hint: " + _HINTS[evaluation.limiter])
+    return "\n".join(lines[:FEEDBACK_LINES])

@@ -1,0 +1,82 @@
+"""How much work a task is at the least: bytes and FLOPs counted on its own graph, and the floor they imply."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ke_gym.tasks.task import Reference
+
+# Operators that touch only part of an operand: the table is charged what is gathered, not its size.
+_PARTIAL = ("index", "embedding", "gather", "searchsorted", "bucketize", "take", "slice", "select", "narrow")
+# A Winograd or FFT convolution legally does fewer multiplications than the direct count.
+_CONVOLUTION_SLACK = 0.25
+
+
+@dataclass(frozen=True)
+class Work:
+    """Least bytes moved (each input read once, each output written once) and FLOPs of one call."""
+
+    bytes: float
+    flops: float
+    floor_flops: float
+    reduction_length: float
+    """About how many input elements an output element depends on."""
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.alias = {id(t): i for i, t in enumerate(inputs)}
+        self.sizes = [t.numel() * t.element_size() for t in inputs]
+        self.read: dict[int, float] = defaultdict(float)
+        self.flops = 0.0
+        self.floor_flops = 0.0
+        self.keep: list[Any] = list(inputs)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.keep.append(results)  # ids must stay unique for as long as they are looked up
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            flops = float(count(*args, **(kwargs or {}), out_val=out))
+            self.flops += flops
+            self.floor_flops += flops * (_CONVOLUTION_SLACK if "conv" in str(func) else 1.0)
+        name = func.__name__
+        for tensor in tree_leaves((args, kwargs)):
+            source = self.alias.get(id(tensor)) if isinstance(tensor, Tensor) else None
+            if source is None:
+                continue
+            full = self.sizes[source]
+            if func.is_view and results and results[0].numel() == tensor.numel():
+                for result in results:
+                    self.alias[id(result)] = source
+            elif any(word in name for word in _PARTIAL):
+                gathered = sum(float(t.numel() * tensor.element_size()) for t in results)
+                self.read[source] += 0.0 if name.startswith(("searchsorted", "bucketize")) else gathered
+            else:
+                self.read[source] = full
+        return out
+
+
+def count(reference: Reference, inputs: list[Any]) -> Work:
+    """Run the reference once on real tensors and count what it cannot avoid."""
+    tensors = [t for t in inputs if isinstance(t, Tensor)] + list(reference.state.values())
+    with torch.no_grad(), _Counter(tensors) as counter:
+        outputs = reference(*inputs)
+    read = sum(min(counter.read[i], counter.sizes[i]) for i in counter.read)
+    written = sum(float(t.numel() * t.element_size()) for t in outputs)
+    elements_in = sum(t.numel() for t in tensors)
+    elements_out = max(1, min((t.numel() for t in outputs if t.is_floating_point()), default=1))
+    reduction = max(1.0, elements_in / elements_out)
+    if counter.flops:
+        reduction = max(reduction, counter.flops / 2 / elements_out)
+    return Work(read + written, counter.flops, counter.floor_flops, reduction)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ke_gym.evaluation.acceptance import error_pattern, judge_output
+
+X = torch.randn(257, 129, generator=torch.Generator().manual_seed(0))
+
+
+def softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, -1)
+
+
+def verdict(output: torch.Tensor, **settings_: object) -> bool:
+    oracle = softmax(X.double())
+    return judge_output(output, softmax(X), oracle, reduction_length=129, **settings_).ok  # type: ignore[arg-type]
+
+
+def test_the_reference_and_another_honest_order_are_accepted() -> None:
+    assert verdict(softmax(X))
+    exps = torch.exp(X)  # no maximum subtracted: another rounding, as honest for these inputs
+    assert verdict(exps / exps.cumsum(-1)[:, -1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lower_precision_fails_unless_the_policy_permits_it(dtype: torch.dtype) -> None:
+    lowered = softmax(X.to(dtype).float())
+    assert not verdict(lowered)
+    assert verdict(lowered, precision="bf16")
+
+
+def test_wrong_outputs_fail() -> None:
+    right = softmax(X)
+    skipped = right.clone()
+    skipped[-1] = 0
+    one = right.clone()
+    one[3, 5] += 1e-3
+    for wrong in (torch.zeros_like(right), X, skipped, one, right * 1.001, torch.full_like(right, math.nan)):
+        assert not verdict(wrong)
+
+
+def test_shape_and_dtype_must_match() -> None:
+    right = softmax(X)
+    assert not verdict(right.double())
+    assert not verdict(right.T.contiguous())
+
+
+def test_nonfinite_values_match_by_position() -> None:
+    x = X.clone()
+    x[4, 7] = math.nan
+    x[9, 3] = math.inf
+    reference, oracle = torch.exp(x), torch.exp(x.double())
+    assert judge_output(reference.clone(), reference, oracle).ok
+    for position, value in (((4, 7), 0.0), ((9, 3), 1e30), ((0, 0), math.nan), ((9, 3), -math.inf)):
+        output = reference.clone()
+        output[position] = value
+        assert not judge_output(output, reference, oracle).ok
+
+
+def test_integers_are_exact_except_where_the_reference_itself_is_ambiguous() -> None:
+    oracle = torch.tensor([3, 1, 2, 0])
+    reference = torch.tensor([3, 1, 2, 1])
+    assert judge_output(oracle.clone(), reference, oracle).ok
+    assert judge_output(reference.clone(), reference, oracle).ok
+    assert not judge_output(torch.tensor([0, 0, 0, 0]), reference, oracle).ok
+    assert not judge_output(torch.tensor([3, 1, 0, 0]), oracle, oracle).ok
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda m: m[:, 0], "index 0 of dimension 1"),
+        (lambda m: m[:, 96:], "last partial tile (of 32) of dimension 1"),
+        (lambda m: m[10:13], "indices 10…12 of dimension 0"),
+        (lambda m: m[1::2], "one index in 2 from 1 of dimension 0"),
+        (lambda m: m, "every element"),
+    ],
+)
+def test_patterns_name_what_a_person_would_look_for(wrong: object, words: str) -> None:
+    mask = torch.zeros(20, 100, dtype=torch.bool)
+    wrong(mask)[...] = True  # type: ignore[operator]
+    assert words in error_pattern(mask)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 64), st.integers(0, 2**31))
+def test_blocked_sums_pass_and_half_precision_sums_do_not(n: int, rows: int, seed: int) -> None:
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed))
+    oracle, reference = x.double().sum(1), x.sum(1)
+    plain = torch.zeros(rows)
+    for column in range(n):
+        plain += x[:, column]
+    assert judge_output(plain, reference, oracle, reduction_length=n).ok
+    if rows >= 8:
+        assert not judge_output(x.bfloat16().float().sum(1), reference, oracle, reduction_length=n).ok
