@@ -96,11 +96,11 @@ _UNIFORM_BECOMES: dict[str, Callable[[Drawing, Tensor], Any]] = {
 }
 
 DISTRIBUTIONS: tuple[str, ...] = tuple(_NORMAL_BECOMES)
-"""Every distribution `Task.inputs` takes. "task" is the file's own; "special" sprinkles NaN and infinities."""
+"""What `Task.inputs` takes: "task" is the file's own; "special" sprinkles NaN and infinities."""
 
 
 class Drawing(TorchFunctionMode):
-    """While active, random factories of torch are served from the pool. Deterministic in (seed, distribution)."""
+    """While active, torch's random factories are served from the pool, a function of (seed, distribution)."""
 
     def __init__(self, seed: int, distribution: str = "task") -> None:
         super().__init__()
@@ -191,35 +191,24 @@ class Drawing(TorchFunctionMode):
 
 
 def _randint(draw: Drawing, *args: Any, **options: Any) -> Tensor:
-    low, high, size, rest = _bounds(args, options, "size")
+    low, high, size = _bounds(args, options)
     options.setdefault("dtype", torch.int64)
-    return draw.like_randint(torch.empty(size, *rest, **options), low, high)
+    return draw.like_randint(torch.empty(size, **options), low, high)
 
 
 def _randint_like(draw: Drawing, source: Tensor, *args: Any, **options: Any) -> Tensor:
-    low, high, _, _ = _bounds((*args, ()), options, "size")
+    low, high, _ = _bounds((*args, source.shape), options)
     return draw.like_randint(torch.empty_like(source, **options), low, high)
 
 
-def _bounds(
-    args: tuple[Any, ...], options: dict[str, Any], last: str
-) -> tuple[int, int, Any, tuple[Any, ...]]:
-    """(low, high, size, other arguments) of randint's `([low], high, size)`, given in any mixture of forms."""
-    rest = list(args)
-    size = (
-        options.pop(last) if last in options else rest.pop(next(i for i, a in enumerate(rest) if _is_size(a)))
-    )
-    high = options.pop("high", None)
-    low = options.pop("low", None)
-    if high is None:
-        high = rest.pop() if low is not None or len(rest) == 1 else rest.pop(1)
-    if low is None:
-        low = rest.pop(0) if rest else 0
-    return int(low), int(high), size, tuple(rest)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, tuple | list)
+def _bounds(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, int, Any]:
+    """(low, high, size) of randint's `([low], high, size)`, positional or named."""
+    sizes = [value for value in args if isinstance(value, tuple | list)]
+    size = options.pop("size") if "size" in options else sizes[0]
+    numbers = [value for value in args if not isinstance(value, tuple | list)]
+    high = options.pop("high") if "high" in options else numbers.pop()
+    low = options.pop("low") if "low" in options else (numbers.pop() if numbers else 0)
+    return int(low), int(high), size
 
 
 def _normal_(draw: Drawing, target: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

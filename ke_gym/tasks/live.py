@@ -27,7 +27,7 @@ class _Like:
 
 
 def pack(module: nn.Module, example_inputs: Any) -> tuple[str, bytes]:
-    """(source text to show, pickled module and input recipe). Raises `UserError` for what cannot travel."""
+    """(source text to show, pickled module and recipe). Raises `UserError` for what cannot travel."""
     if not isinstance(module, nn.Module):
         raise UserError(
             f"expected a torch.nn.Module, got {type(module).__name__}; wrap the function in a module"
@@ -91,7 +91,7 @@ def _own_modules(module: nn.Module) -> list[ModuleType]:
 
 
 def _source(module: nn.Module) -> str:
-    """The text of the module's classes, parts first, for people and prompts; its printed form if there is none."""
+    """The text of the module's classes, parts first, for people and prompts; else its printed form."""
     texts: dict[type, str] = {}
     for part in reversed(list(module.modules())):
         kind = type(part)

@@ -22,7 +22,7 @@ _NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
 
 class _InDouble(TorchFunctionMode):
-    """Casts to narrower floats inside a forward become casts to float64: the oracle has no rounding of its own."""
+    """Casts to narrower floats inside a forward become casts to float64: the oracle must not round."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,7 +60,7 @@ class Reference:
         self._memory = _Memory(module)
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """Run on the task's inputs in order. Raises `UserError` naming file and line if the task's code fails."""
+        """Run on the task's inputs in order. Raises `UserError` with file and line if its code fails."""
         try:
             with blame(self._path, "the forward pass"):
                 if not self._wide:
@@ -187,7 +187,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """New values of the same mean and spread; 0.2 of spread where there is none; signs kept if all positive."""
+    """New values of the same mean and spread (0.2 where there is none); positive ones stay positive."""
     mean = tensor.double().mean().item()
     spread = tensor.double().std(correction=0).item() or 0.2 * (abs(mean) or 1.0)
     values = torch.randn(tensor.shape, dtype=torch.float32, device="cpu").mul_(spread).add_(mean)

@@ -17,7 +17,7 @@ from ke_gym.errors import UserError
 def execute(source: str, path: str, module_name: str, overrides: Mapping[str, Any]) -> ModuleType:
     """Run a task file's text in a new module whose tracebacks name `path`; then overwrite globals.
 
-    The module is put into `sys.modules`, because dataclasses and torch.compile look a class's module up there.
+    The module is put into `sys.modules`: dataclasses and torch.compile look a class's module up there.
     """
     # The text as it was read stays visible to tracebacks and `inspect`, even where the file is not.
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)

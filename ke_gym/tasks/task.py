@@ -32,11 +32,11 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Task:
-    """A reference in the KernelBench file format (`Model`, `get_inputs`, `get_init_inputs`), or a live module.
+    """A reference as a KernelBench-format file (`Model`, `get_inputs`, `get_init_inputs`) or a live module.
 
     Optional module-level attributes of a task file: `family`, `precision` ("strict", "tf32", "bf16"),
-    `tolerance` (relative, overrides the calibrated one), `backward`, and `shapes`: shape set -> the globals it
-    overrides. Globals are overridden after the file has run, so sizes that `Model` and `get_inputs` use must
+    `tolerance` (relative, overrides the calibrated one), `backward`, and `shapes`: shape set -> the globals
+    it overrides. They are overridden after the file has run, so sizes that `Model` and `get_inputs` use must
     not be computed from them at module level.
     """
 
@@ -111,12 +111,12 @@ class Task:
         return cls(**cloudpickle.loads(data))
 
     def contract(self, target: str = "cpu") -> str:
-        """The shape set that is timed on a target: "cpu" on CPUs, "gpu" elsewhere, "default" where not given."""
+        """The shape set that is timed on a target: "cpu" on CPUs, "gpu" elsewhere; "default" if not given."""
         name = "cpu" if target == "cpu" else "gpu"
         return name if name in self.shapes else DEFAULT
 
     def public_shapes(self, target: str = "cpu") -> tuple[str, ...]:
-        """Shape sets a kernel must be right on, and is told of: the contract first, then the file's own extras."""
+        """Shape sets a kernel is told of and must be right on: the contract first, then the file's extras."""
         extras = (name for name in self.shapes if name not in ("cpu", "gpu") and not _is_hidden(name))
         return (self.contract(target), *extras)
 
@@ -125,7 +125,7 @@ class Task:
         return tuple(name for name in self.shapes if _is_hidden(name))
 
     def reference(self, shape_set: str = DEFAULT, seed: int = 0) -> Reference:
-        """The reference, its parameters drawn under `seed` as KernelBench does; a live module keeps its own."""
+        """The reference, built under `seed` as KernelBench does; a live module keeps its own parameters."""
         if self.payload:
             module = live.unpack(self.payload)[0]
         else:
@@ -166,7 +166,7 @@ class Task:
         return live.unpack(self.payload)[1]
 
     def _program(self, shape_set: str) -> ModuleType:
-        """The executed file under a shape set: one module each, since `Model` may read globals when called."""
+        """The executed file under a shape set: a module each, since `Model` may read globals when called."""
         programs = self._programs
         if shape_set not in programs:
             if shape_set != DEFAULT and shape_set not in self.shapes:

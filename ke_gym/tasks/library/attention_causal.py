@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 
 family = "attention"
-BATCH, HEADS, LENGTH, DIM = 1, 8, 256, 64
+BATCH, HEADS, LENGTH, DIM = 1, 8, 384, 64
 shapes = {
-    "cpu": {"BATCH": 1, "HEADS": 8, "LENGTH": 256, "DIM": 64},
+    "cpu": {"BATCH": 1, "HEADS": 8, "LENGTH": 384, "DIM": 64},
     "gpu": {"BATCH": 8, "HEADS": 32, "LENGTH": 2048, "DIM": 128},
     "ragged": {"BATCH": 2, "HEADS": 3, "LENGTH": 37, "DIM": 24},
 }

@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 family = "pointwise"
-ROWS, COLS = 1024, 2048
+ROWS, COLS = 2048, 2048
 shapes = {
-    "cpu": {"ROWS": 1024, "COLS": 2048},
+    "cpu": {"ROWS": 2048, "COLS": 2048},
     "gpu": {"ROWS": 16384, "COLS": 8192},
     "ragged": {"ROWS": 37, "COLS": 131},
 }

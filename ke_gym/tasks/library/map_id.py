@@ -1,10 +1,10 @@
-"""MapId: remap raw feature ids to embedding rows by binary search in a sorted vocabulary."""
+"""MapId: raw feature ids remapped to embedding rows by binary search in a sorted vocabulary."""
 
 import torch
 import torch.nn as nn
 
 family = "ranking"
-IDS, VOCABULARY, SPREAD = 65536, 16384, 4
+IDS, VOCABULARY = 65536, 16384
 shapes = {
     "cpu": {"IDS": 65536, "VOCABULARY": 16384},
     "gpu": {"IDS": 4194304, "VOCABULARY": 1048576},
@@ -22,7 +22,6 @@ class Model(nn.Module):
 
 
 def get_inputs():
-    gaps = torch.randint(1, SPREAD, (VOCABULARY,))
-    vocabulary = torch.cumsum(gaps, dim=0)
-    ids = torch.randint(0, VOCABULARY * SPREAD // 2, (IDS,))
+    vocabulary = torch.cumsum(torch.randint(1, 4, (VOCABULARY,)), dim=0)
+    ids = torch.randint(0, 2 * VOCABULARY, (IDS,))
     return [ids, vocabulary]

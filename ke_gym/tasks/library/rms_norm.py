@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "norm"
-ROWS, COLS = 1024, 2048
+ROWS, COLS = 2048, 2048
 shapes = {
-    "cpu": {"ROWS": 1024, "COLS": 2048},
+    "cpu": {"ROWS": 2048, "COLS": 2048},
     "gpu": {"ROWS": 16384, "COLS": 8192},
     "ragged": {"ROWS": 43, "COLS": 389},
 }

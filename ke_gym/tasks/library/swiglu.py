@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 family = "pointwise"
-ROWS, HIDDEN = 1024, 1408
+ROWS, HIDDEN = 2048, 1408
 shapes = {
-    "cpu": {"ROWS": 1024, "HIDDEN": 1408},
+    "cpu": {"ROWS": 2048, "HIDDEN": 1408},
     "gpu": {"ROWS": 16384, "HIDDEN": 11008},
     "ragged": {"ROWS": 29, "HIDDEN": 173},
 }
