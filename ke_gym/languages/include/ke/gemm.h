@@ -30,50 +30,48 @@ struct Tile {
   using acc = typename arithmetic<Compute>::acc;
   using unit = typename arithmetic<Compute>::unit;
   static constexpr int MR = MR_, NR = NR_, KC = KC_, MC = MC_, NC = NC_;
-  static constexpr int strip = NR >= 128 ? 1 : 128 / NR;  // register tiles side by side in one strip
+  static constexpr int64_t strip = NR >= 128 ? NR : 128 / NR * NR;  // columns handed to the epilogue at once
+  static constexpr int64_t block_rows = MC ? MC : 8 * MR;           // rows that share a strip's columns of B in L2
   static_assert(NR % lanes<acc> == 0, "NR must be a multiple of the vector length");
   static_assert(KC % 2 == 0 && MC % MR == 0 && NC % NR == 0, "blocks must be made of whole tiles");
 };
 
 namespace detail {
 
-// The rows (from packed panels `a`) times the columns (`b`) of one task: panels [0, row_panels) x
-// [0, col_panels), k units of `units`.
-template <class T, class Epilogue>
-inline void multiply_panels(const typename T::unit* a, const typename T::unit* b, int64_t units, int64_t batch,
-                            int64_t row0, int64_t rows, int64_t col0, int64_t cols, typename T::acc* c,
-                            Epilogue& epilogue) {
+// Packed row panels `a` times the columns of B, `units` of k: strips of finished sums go to
+// finish(row, col, width, sums). b_rows(col, p0) gives a function from p to the NR values of B at row p0 + p.
+// `c` holds T::block_rows x T::strip sums.
+template <class T, class BRows, class Finish>
+inline void multiply_panels(const typename T::unit* a, BRows b_rows, int64_t units, int64_t rows, int64_t cols,
+                            typename T::acc* c, Finish&& finish) {
   constexpr int MR = T::MR, NR = T::NR, L = lanes<typename T::acc>;
-  constexpr int64_t W = NR * T::strip, KU = T::KC / arithmetic<typename T::Compute>::k_per_unit;
-  constexpr int64_t block = T::MC ? T::MC : 8 * MR;
-  for (int64_t i0 = 0; i0 < rows; i0 += block) {
-    const int64_t i1 = least(rows, i0 + block);
-    for (int64_t j0 = 0; j0 < cols; j0 += W) {
-      const int64_t width = least(W, cols - j0), panels = ceil_div(width, NR);
+  constexpr int64_t KU = T::KC / arithmetic<typename T::Compute>::k_per_unit;
+  for (int64_t i0 = 0; i0 < rows; i0 += T::block_rows) {
+    const int64_t i1 = least(rows, i0 + T::block_rows);
+    for (int64_t j = 0; j < cols; j += T::strip) {
+      const int64_t width = least(T::strip, cols - j), panels = ceil_div(width, NR);
       int64_t p = 0;
       do {
-        const int64_t ku = least(KU, units - p);
-        const bool last = p + ku >= units;
+        const int64_t step = least(KU, units - p);
         for (int64_t i = i0; i < i1; i += MR) {
-          // With one step of k the sums never leave this strip, which stays in L1.
-          typename T::acc* strip = c + (units > KU ? (i - i0) * W : 0);
+          // With a single step of k the sums never leave this strip, which stays in L1.
+          typename T::acc* sums = c + (units > KU ? (i - i0) * T::strip : 0);
           for (int64_t s = 0; s < panels; ++s) {
-            micro_tile<typename T::Compute, MR, NR / L, 1, MR>(
-                ku, a + i * units + p * MR, b + (j0 + s * NR) * units + p * NR, NR, strip + s * NR, W, p > 0);
+            micro_tile<typename T::Compute, MR, NR / L, 1, MR>(step, a + i * units + p * MR, b_rows(j + s * NR, p),
+                                                               sums + s * NR, T::strip, p > 0);
           }
-          if (!last) continue;
+          if (p + step < units) continue;
           for (int64_t r = 0; r < least(MR, i1 - i); ++r) {
-            epilogue(batch, row0 + i + r, col0 + j0, width, static_cast<const typename T::acc*>(strip + r * W));
+            finish(i + r, j, width, static_cast<const typename T::acc*>(sums + r * T::strip));
           }
         }
-        p += ku;
+        p += step;
       } while (p < units);
     }
   }
 }
 
-// Every thread of a parallel region runs this: tasks are blocks of rows x columns of the products in
-// [first_batch, end_batch). Operands with a non-null panel buffer were packed before by all threads.
+// How the panels of one product are dealt out to tasks.
 template <class T>
 struct Blocks {
   int64_t row_panels, col_panels, row_blocks, col_blocks;
@@ -117,8 +115,7 @@ inline void gemm(GemmSize size, const A& a, const B& b, Epilogue&& epilogue, boo
     const int64_t max_cols = ceil_div(blocks.col_panels, blocks.col_blocks) * NR;
     unit* own_a = share_a ? nullptr : scratch<2>().template reserve<unit>(max_rows * units);
     unit* own_b = share_b ? nullptr : scratch<3>().template reserve<unit>(max_cols * units);
-    typename T::acc* c =
-        scratch<4>().template reserve<typename T::acc>(int64_t(T::MC ? T::MC : 8 * MR) * NR * T::strip);
+    typename T::acc* c = scratch<4>().template reserve<typename T::acc>(T::block_rows * T::strip);
     for (int64_t round = 0; round < rounds; ++round) {
       if (share_a && (round == 0 || !a_broadcast)) {
 #pragma omp for schedule(static)
@@ -158,10 +155,18 @@ inline void gemm(GemmSize size, const A& a, const B& b, Epilogue&& epilogue, boo
                                         own_b + (q - q0) * NR * units);
           }
         }
-        detail::multiply_panels<T>(share_a ? shared_a + p0 * MR * units : own_a,
-                                   share_b ? shared_b + q0 * NR * units : own_b, units, product, p0 * MR,
-                                   least(size.m, p1 * MR) - p0 * MR, q0 * NR, least(size.n, q1 * NR) - q0 * NR,
-                                   c, epilogue);
+        const unit* rows = share_a ? shared_a + p0 * MR * units : own_a;
+        const unit* cols = share_b ? shared_b + q0 * NR * units : own_b;
+        detail::multiply_panels<T>(
+            rows,
+            [=](int64_t col, int64_t u) {
+              const unit* panel = cols + col * units + u * NR;
+              return [=](int64_t p) { return panel + p * NR; };
+            },
+            units, least(size.m, p1 * MR) - p0 * MR, least(size.n, q1 * NR) - q0 * NR, c,
+            [&](int64_t row, int64_t col, int64_t width, const typename T::acc* sums) {
+              epilogue(product, p0 * MR + row, q0 * NR + col, width, sums);
+            });
       }
     }
   }

@@ -91,17 +91,18 @@ KE_FORCE_INLINE void multiply_add(vec<float>& acc, uint32_t a, vec<uint32_t> b) 
 #endif
 }
 
-// C[MR, NV vectors] (+)= A * B over k units. Element (r, k) of A is a[r * RowStride + k * UnitStride]
-// (packed: 1 and MR); row k of B is b[k * b_stride ...]. Sums are kept in registers.
-template <class Compute, int MR, int NV, int RowStride, int UnitStride>
-KE_FORCE_INLINE void micro_tile(int64_t k, const typename arithmetic<Compute>::unit* __restrict a,
-                          const typename arithmetic<Compute>::unit* __restrict b, int64_t b_stride,
-                          typename arithmetic<Compute>::acc* __restrict c, int64_t c_stride, bool accumulate) {
+// C[MR, NV vectors] (+)= A * B over k units, the sums in registers. Element (r, p) of A is
+// a[r * RowStride + p * UnitStride] (packed: 1 and MR); row p of B starts at b_row(p).
+template <class Compute, int MR, int NV, int RowStride, int UnitStride, class BRow>
+KE_FORCE_INLINE void micro_tile(int64_t k, const typename arithmetic<Compute>::unit* __restrict a, BRow b_row,
+                                typename arithmetic<Compute>::acc* __restrict c, int64_t c_stride,
+                                bool accumulate) {
   using acc_t = typename arithmetic<Compute>::acc;
   using unit_t = typename arithmetic<Compute>::unit;
   constexpr int L = lanes<acc_t>;
   vec<acc_t> sum[MR][NV] = {};
   for (int64_t p = 0; p < k; ++p) {
+    const unit_t* b = b_row(p);
     vec<unit_t> row[NV];
     KE_UNROLL for (int v = 0; v < NV; ++v) row[v] = load(b + v * L);
     KE_UNROLL for (int r = 0; r < MR; ++r) {
@@ -109,7 +110,6 @@ KE_FORCE_INLINE void micro_tile(int64_t k, const typename arithmetic<Compute>::u
       KE_UNROLL for (int v = 0; v < NV; ++v) multiply_add(sum[r][v], x, row[v]);
     }
     a += UnitStride;
-    b += b_stride;
   }
   KE_UNROLL for (int r = 0; r < MR; ++r) {
     KE_UNROLL for (int v = 0; v < NV; ++v) {
