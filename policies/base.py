@@ -1,0 +1,131 @@
+"""The one class every search policy implements.
+
+``predict`` has the signature of stable-baselines3, with the action mask added as in sb3-contrib, so that
+their evaluators work on a bandit and this project's search loop works on a PPO network. ``update`` lets a
+policy learn while it searches; policies that don't, inherit the default that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ke_gym.errors import UserError
+from ke_gym.search.run import Transition
+from ke_gym.strategies import ACTIONS, STOP
+
+Observation = Mapping[str, NDArray[np.float32]] | NDArray[np.float32]
+FORMAT = 1
+
+
+class Policy(ABC):
+    """Chooses actions (``ke_gym.strategies.ACTIONS``) from an observation and a mask of legal ones.
+
+    Subclasses implement ``choose`` for one environment; ``predict`` also takes a batch of them. Whatever they
+    learn lives in attributes named in ``learned``, which is what ``save`` and ``load`` carry (values that
+    JSON can hold). Randomness comes from ``self.rng`` alone.
+    """
+
+    name: ClassVar[str]
+    parent_rule: ClassVar[str] = "best"
+    """The rule of ``ke_gym.search.parents`` that this policy is meant to run with."""
+    learned: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    @abstractmethod
+    def choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
+        """One legal action; ``mask`` has shape (25,), and at least STOP is legal."""
+
+    def begin(self) -> None:  # noqa: B027 (optional to override)
+        """A new search begins: forget what belongs to the last one."""
+
+    def update(self, transition: Transition) -> None:  # noqa: B027 (optional to override)
+        """Learn from one completed step."""
+
+    def predict(
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+        action_masks: NDArray[np.bool_] | None = None,
+    ) -> tuple[NDArray[np.int64], Any]:
+        """Actions for one environment (scalar array) or for a batch of N (shape (N,)), and ``state``
+        unchanged.
+
+        Without ``action_masks`` every action is legal. What a policy remembers, it keeps in itself:
+        evaluators differ in how faithfully they pass ``state`` on.
+        """
+        if episode_start is not None and np.any(episode_start):
+            self.begin()
+        if action_masks is None:
+            action_masks = np.ones(len(ACTIONS), dtype=np.bool_)
+            batch = _batch_size(observation)
+            if batch is not None:
+                action_masks = np.tile(action_masks, (batch, 1))
+        masks = np.asarray(action_masks, dtype=np.bool_)
+        if masks.ndim == 1:
+            return np.asarray(self._choose(observation, masks, deterministic), dtype=np.int64), state
+        actions = [self._choose(_row(observation, i), mask, deterministic) for i, mask in enumerate(masks)]
+        return np.asarray(actions, dtype=np.int64), state
+
+    def _choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
+        action = int(self.choose(observation, mask, deterministic))
+        if not mask[action]:
+            raise RuntimeError(f"{self.name} chose {ACTIONS[action].name}, which is masked")
+        return action
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, and the random state, as JSON values."""
+        return {key: getattr(self, key) for key in self.learned} | {"rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on what ``state_dict`` gave."""
+        for key in self.learned:
+            setattr(self, key, state[key])
+        self.rng.bit_generator.state = state["rng"]
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a JSON file that ``ke_gym.policies.load`` reads."""
+        data = {"format": FORMAT, "policy": self.name, "actions": len(ACTIONS), "state": self.state_dict()}
+        Path(path).write_text(json.dumps(data, indent=1))
+
+    @classmethod
+    def from_file(cls, data: dict[str, Any]) -> Self:
+        """The policy that ``save`` wrote; ``UserError`` for one of another format or other actions."""
+        if data.get("format") != FORMAT or data.get("actions") != len(ACTIONS):
+            raise UserError(
+                f"the saved policy has format {data.get('format')} and {data.get('actions')} actions; this"
+                f" program reads format {FORMAT} with {len(ACTIONS)} actions: train it again"
+            )
+        policy = cls()
+        policy.load_state_dict(data["state"])
+        return policy
+
+
+def transformations(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The legal actions except STOP, which a policy that never stops early ignores; STOP if it is alone."""
+    legal = np.flatnonzero(mask)
+    others = legal[legal != STOP.id]
+    return others if len(others) else legal
+
+
+def _batch_size(observation: Observation) -> int | None:
+    """How many environments an observation holds; None for one."""
+    first = next(iter(observation.values())) if isinstance(observation, Mapping) else observation
+    return first.shape[0] if first.ndim > 1 else None
+
+
+def _row(observation: Observation, index: int) -> Observation:
+    if isinstance(observation, Mapping):
+        return {key: value[index] for key, value in observation.items()}
+    row: NDArray[np.float32] = observation[index]
+    return row

@@ -1,0 +1,16 @@
+"""Masked random: a uniformly drawn legal action. The other baseline every policy has to beat."""
+
+from __future__ import annotations
+
+import numpy as np
+from ke_gym.policies.base import Observation, Policy, transformations
+from numpy.typing import NDArray
+
+
+class MaskedRandom(Policy):
+    """Uniform over the legal actions except STOP; never gives up its budget early."""
+
+    name = "masked_random"
+
+    def choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
+        return int(self.rng.choice(transformations(mask)))

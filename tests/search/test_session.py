@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ke_gym import policies
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.proposers.base import Refusal
+from ke_gym.search.budget import Budget
+from ke_gym.search.run import Watch, run
+from ke_gym.search.session import Ask, Session
+from ke_gym.search.store import Store
+from ke_gym.search.tree import Node
+from ke_gym.strategies import FIX, RESTART, STOP, get
+from tests.search.fakes import SETTING, FakeProposer, Judge, judge
+
+
+def session(store: Store, name: str = "s", budget: int = 40, seed: int = 0, rule: str = "best") -> Session:
+    return Session(
+        store,
+        name,
+        SETTING,
+        FakeProposer(),
+        budget=Budget(evaluations=budget),
+        seed=seed,
+        parent_rule=rule,
+    )
+
+
+def trace(searched: Session) -> list[tuple[int, int | None, str, int, str]]:
+    return [(n.number, n.parent, n.strategy, n.draw, n.candidate.id) for n in searched.tree]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store.db")
+
+
+def search(
+    store: Store, policy: str = "epsilon_greedy", workers: int = 2, jitter: float = 0.0, **options: int
+) -> Session:
+    made = policies.make(policy, seed=3)
+    searched = session(store, rule=made.parent_rule, **options)  # type: ignore[arg-type]
+    run(searched, made, Judge(jitter), workers=workers)
+    return searched
+
+
+def test_only_drafts_are_legal_before_anything_is_known(store: Store) -> None:
+    situation = session(store).situation()
+    assert situation.parent is None
+    assert np.flatnonzero(situation.mask).tolist() == [RESTART.id, STOP.id]
+
+
+def test_illegal_actions_and_stop_are_refused_without_cost(store: Store) -> None:
+    searched = session(store)
+    assert isinstance(searched.ask(get("fuse").id), Refusal)
+    assert searched.stopped() is None and searched.spent.evaluations == 0
+    assert isinstance(searched.ask(STOP.id), Refusal)
+    assert searched.stopped() == "STOP"
+
+
+def test_a_node_is_durable_the_moment_it_is_told(store: Store) -> None:
+    searched = session(store)
+    ask = searched.ask(RESTART.id)
+    assert isinstance(ask, Ask)
+    searched.tell(ask, judge(ask.candidate))
+    with Store(store.path) as reader:
+        (record,) = reader.nodes("s")
+    assert record.candidate == ask.candidate and record.evaluation == judge(ask.candidate)
+    assert searched.spent.dollars == pytest.approx(0.01)
+
+
+def test_duplicates_are_never_asked_twice(store: Store) -> None:
+    searched = search(store, "masked_random", budget=120)
+    ids = [node.candidate.id for node in searched.tree]
+    assert len(ids) == len(set(ids)) == 120
+
+
+def test_drafts_run_out_instead_of_repeating(store: Store) -> None:
+    searched = search(store, "best_of_n", budget=100)
+    assert len(searched.tree) == 6
+    assert not searched.situation().mask[RESTART.id]
+
+
+def test_the_same_search_repeats_exactly_whatever_the_threads_do(tmp_path: Path) -> None:
+    traces = []
+    for jitter in (0.0, 0.004):
+        with Store(tmp_path / f"{jitter}.db") as store:
+            traces.append(trace(search(store, workers=3, jitter=jitter, budget=50)))
+    assert traces[0] == traces[1]
+
+
+def test_another_seed_searches_differently(tmp_path: Path) -> None:
+    with Store(tmp_path / "a.db") as a, Store(tmp_path / "b.db") as b:
+        assert trace(search(a, seed=0)) != trace(search(b, seed=1))
+
+
+class StopAfter(Watch):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def told(self, session: Session, node: Node, improved: bool) -> None:
+        self.count -= 1
+        if self.count == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("policy", ["epsilon_greedy", "masked_random"])
+def test_an_interrupted_search_continues_as_if_nothing_had_happened(tmp_path: Path, policy: str) -> None:
+    with Store(tmp_path / "whole.db") as store:
+        whole = trace(search(store, policy, budget=50))
+    with Store(tmp_path / "parts.db") as store:
+        for stop in (7, 23):
+            made = policies.make(policy, seed=3)
+            part = session(store, rule=made.parent_rule, budget=50)
+            assert run(part, made, Judge(), watch=StopAfter(stop)) == "interrupted"
+            assert len(part.tree) == stop
+        made = policies.make(policy, seed=3)
+        rest, judged = session(store, rule=made.parent_rule, budget=50), Judge()
+        assert rest.recorded == 23
+        run(rest, made, judged)
+        assert trace(rest) == whole
+        assert len(judged.judged) == 50 - 23
+        assert isinstance(rest.proposer, FakeProposer) and rest.proposer.calls < 60
+
+
+def test_a_larger_budget_continues_a_finished_search(store: Store) -> None:
+    first = trace(search(store, budget=20))
+    assert trace(search(store, budget=35))[:20] == first
+
+
+def test_other_settings_do_not_continue_a_recorded_search(store: Store) -> None:
+    search(store, "masked_random", budget=5)
+    with pytest.raises(UserError, match="seed = 0 and cannot continue with 1"):
+        session(store, seed=1)
+
+
+def test_an_evaluation_is_not_paid_for_again_by_another_search(store: Store) -> None:
+    first = search(store, "masked_random", budget=30)
+    made, judged = policies.make("masked_random", seed=3), Judge()
+    again = session(store, name="other", budget=30)
+    run(again, made, judged)
+    assert trace(again) == trace(first)
+    assert judged.judged == []
+
+
+def test_an_outdated_rival_is_the_best_at_the_time_of_asking(store: Store) -> None:
+    searched = session(store)
+    first, second = searched.ask(RESTART.id), searched.ask(RESTART.id)
+    assert isinstance(first, Ask) and isinstance(second, Ask)
+    assert first.rival is None and second.rival is None
+    assert first.candidate.id != second.candidate.id
+
+
+def test_a_failed_draft_can_be_repaired_once_at_a_time(store: Store) -> None:
+    searched = session(store)
+    ask = searched.ask(RESTART.id)
+    assert isinstance(ask, Ask)
+    failed = Evaluation("fake", "cpu", "cpp", ask.candidate.id, "compile")
+    searched.tell(ask, failed)
+    assert searched.situation().mask[FIX.id]
+    repair = searched.ask(FIX.id)
+    assert isinstance(repair, Ask) and repair.parent is not None and repair.parent.number == 0
+    assert not searched.situation().mask[FIX.id]
+
+
+@pytest.mark.parametrize("rule", ["best", "weighted", "root", "epsilon_greedy"])
+def test_every_parent_rule_fills_its_budget_or_runs_out(store: Store, rule: str) -> None:
+    made = policies.make("masked_random", seed=1)
+    searched = session(store, rule=rule, budget=60)
+    reason = run(searched, made, Judge())
+    assert (reason, len(searched.tree)) == ("evaluations", 60) or reason == "nothing left to try"
+
+
+def test_a_lost_evaluator_ends_the_search_but_keeps_what_was_told(store: Store) -> None:
+    def lost(candidate: object, rival: object) -> Evaluation:
+        raise RuntimeError("the machine is gone")
+
+    searched = session(store)
+    ask = searched.ask(RESTART.id)
+    assert isinstance(ask, Ask)
+    searched.tell(ask, judge(ask.candidate))
+    with pytest.raises(RuntimeError, match="gone"):
+        run(searched, policies.make("masked_random"), lost)
+    assert len(store.nodes("s")) >= 1 and store.nodes("s")[0].evaluation is not None
