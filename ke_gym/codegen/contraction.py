@@ -232,8 +232,12 @@ class ConvProblem:
         return _ACCUMULATORS.get(self.x_dtype, "float")
 
     @property
-    def depthwise(self) -> bool:
-        return self.groups == self.in_channels and self.groups > 1
+    def pointwise(self) -> bool:
+        """Whether every output sees exactly the input element at its own (evenly strided) position."""
+        strides = self.x_strides[2:]
+        even = all(a == b * n for a, b, n in zip(strides, strides[1:], self.size[1:]))
+        plain = all((k, s, p) == (1, 1, 0) for k, s, p in zip(self.kernel, self.stride, self.padding))
+        return plain and even
 
     @property
     def flops(self) -> int:
@@ -245,12 +249,13 @@ class ConvProblem:
 class ConvSchedule:
     """Choices for a convolution.
 
-    ``form``: ``gemm`` multiplies the weights with patches of the input packed on the fly, ``direct`` slides
-    over the input (depthwise: one input channel a group). The other knobs are those of
-    :class:`GemmSchedule` for m = out_channels / groups, n = output positions.
+    ``form``: ``shift`` multiplies the weights with shifted views of a padded copy of each image (any
+    convolution, depthwise too), ``pointwise`` with the image itself (1x1, if ``problem.pointwise``). The other
+    knobs are those of :class:`GemmSchedule` for m = out_channels / groups, n = output positions; ``nc`` is
+    the columns of one task of the pointwise form, in register tiles.
     """
 
-    form: Literal["gemm", "direct"] = "gemm"
+    form: Literal["shift", "pointwise"] = "shift"
     tile: tuple[int, int] = (14, 32)
     kc: int = 192
     nc: int = 4
@@ -261,7 +266,7 @@ class ConvSchedule:
     def choices(problem: ConvProblem, vector_bytes: int = 64) -> Knobs:
         item = 8 if problem.accumulator in ("double", "int64_t") else 4
         return {
-            "form": ["gemm", "direct"] if problem.depthwise else ["gemm"],
+            "form": ["pointwise", "shift"] if problem.pointwise else ["shift"],
             "tile": _tiles(vector_bytes, item),
             "kc": [64, 128, 192, 256, 512],
             "nc": [2, 4, 8, 16],
@@ -275,7 +280,7 @@ class ConvSchedule:
         m, n = problem.out_channels // problem.groups, math.prod(problem.out_size)
         tile = min(_tiles(vector_bytes, item), key=lambda t: _waste(t, m, n))
         return ConvSchedule(
-            form="direct" if problem.depthwise else "gemm",
+            form="pointwise" if problem.pointwise else "shift",
             tile=tile,
             parallel=problem.flops > _THREAD_FLOPS,
         )
@@ -287,23 +292,18 @@ def emit_conv(
     """The statement that computes the convolution; ``x`` and ``w`` are C++ pointer expressions."""
     p, s = problem, schedule
     compute = "ke::bf16_pair" if s.matrix_unit else p.accumulator
-    shape = _braces(
-        [p.batch, p.in_channels, p.out_channels, p.groups]
-        + [_braces(v) for v in (p.size, p.kernel, p.stride, p.padding, p.dilation, p.x_strides)]
-    )
+    mr, nr = s.tile
     tail = f", {str(s.parallel).lower()}"
-    tail += (
-        f", [&]({p.accumulator} value, int64_t batch, int64_t channel) {{ return {prologue}; }}"
-        if prologue
-        else ""
-    )
-    rank = len(p.size)
-    if s.form == "direct":
-        call = f"ke::conv_depthwise<{compute}, {rank}>"
+    if prologue:
+        tail += f", [&]({p.accumulator} value, int64_t batch, int64_t channel) {{ return {prologue}; }}"
+    if s.form == "pointwise":
+        call = f"ke::conv_pointwise<ke::Tile<{compute}, {mr}, {nr}, {s.kc}, 0, {s.nc * nr}>>"
+        shape = f"{p.batch}, {p.in_channels}, {p.out_channels}, {p.groups}, {math.prod(p.size)}, "
+        shape += _braces([*p.x_strides[:2], p.x_strides[-1]])
     else:
-        call = (
-            f"ke::conv<ke::Tile<{compute}, {s.tile[0]}, {s.tile[1]}, {s.kc}, 0, {s.nc * s.tile[1]}>, {rank}>"
-        )
+        call = f"ke::conv<ke::Tile<{compute}, {mr}, {nr}, {s.kc}, 0, 0>, {len(p.size)}>"
+        sizes = (p.size, p.kernel, p.stride, p.padding, p.dilation, p.x_strides)
+        shape = _braces([p.batch, p.in_channels, p.out_channels, p.groups, *map(_braces, sizes)])
     return _statement(
         call,
         [shape, x, w],
@@ -321,8 +321,9 @@ class AttentionProblem:
     """softmax(q k^T * scale + mask) v over q[batch, heads, queries, d], k[batch, kv_heads, keys, d],
     v[batch, kv_heads, keys, dv]; strides in elements over (batch, head, row, column). Query head h reads
     key head h // (heads / kv_heads). ``mask_strides`` (broadcast: 0): an additive float mask, or a bool mask
-    that keeps where true if ``mask_dtype == "bool"``. ``causal``: query i sees keys 0..i (torch's rule). Rows
-    with no key to see are NaN, as torch.softmax gives."""
+    (pointer to bool) keeps where true. ``causal``: query i sees keys 0..i (torch's rule). Rows
+    with no key to see are NaN, as torch.softmax has it, or 0 (``empty_rows="zero"``), as
+    scaled_dot_product_attention has it. Only for f32, bf16 and f16 (sums and weights are float)."""
 
     batch: int
     heads: int
@@ -337,8 +338,7 @@ class AttentionProblem:
     scale: float
     causal: bool = False
     mask_strides: tuple[int, int, int, int] | None = None
-    mask_dtype: str = "f32"
-    dtype: str = "f32"
+    empty_rows: Literal["nan", "zero"] = "nan"
 
     @property
     def flops(self) -> int:
@@ -349,27 +349,40 @@ class AttentionProblem:
 class AttentionSchedule:
     """Choices for attention.
 
-    ``queries`` and ``keys``: rows and columns of one block of scores, which should stay in L1. ``splits``
-    cuts the keys so that few heads still use all threads (decoding).
+    A block of scores has ``tile * tiles`` rows (queries of all heads that share keys) and ``keys`` columns; it
+    should stay in L1. ``tile`` is the rows of the register tile. ``splits`` cuts the keys so that few rows and
+    heads still use all threads (decoding).
     """
 
-    queries: int = 28
+    tile: int = 14
+    tiles: int = 2
     keys: int = 128
     splits: int = 1
     parallel: bool = True
 
     @staticmethod
     def choices(problem: AttentionProblem, vector_bytes: int = 64) -> Knobs:
+        most = 14 if vector_bytes == 64 else 6
+        rows = problem.heads // problem.kv_heads * problem.queries
         return {
-            "queries": [14, 28, 56],
-            "keys": [32, 64, 128, 256],
-            "splits": [1, 2, 4],
+            "tile": [t for t in range(most, 0, -1) if t <= rows],
+            "tiles": [t for t in (1, 2, 4) if (t - 1) * most < rows],
+            "keys": [64, 128, 256],
+            "splits": [1, 2, 4] if rows <= 64 else [1],
             "parallel": [True, False],
         }
 
     @staticmethod
     def default(problem: AttentionProblem, vector_bytes: int = 64) -> AttentionSchedule:
-        return AttentionSchedule(parallel=problem.flops > _THREAD_FLOPS)
+        most = 14 if vector_bytes == 64 else 6
+        rows = problem.heads // problem.kv_heads * problem.queries
+        products = problem.batch * problem.kv_heads
+        return AttentionSchedule(
+            tile=min(most, rows),
+            tiles=1 if rows <= most else 2,
+            splits=4 if rows <= 64 and products < 8 else 1,
+            parallel=problem.flops > _THREAD_FLOPS,
+        )
 
 
 def _heads(name: str, strides: tuple[int, ...]) -> str:
@@ -390,9 +403,10 @@ def emit_attention(
     shape = _braces([p.batch, p.heads, p.kv_heads, p.queries, p.keys, p.d, p.dv])
     arguments = [shape, _heads(q, p.q_strides), _heads(k, p.k_strides), _heads(v, p.v_strides)]
     arguments.append(_heads(mask, p.mask_strides) if mask and p.mask_strides else "ke::NoMask()")
-    arguments += [f"{p.scale!r}f", str(p.causal).lower(), str(s.splits), str(s.parallel).lower()]
+    empty = '__builtin_nanf("")' if p.empty_rows == "nan" else "0.0f"
+    arguments += [f"float({p.scale!r})", str(p.causal).lower(), empty, str(s.splits), str(s.parallel).lower()]
     return _statement(
-        f"ke::attention<{s.queries}, {s.keys}>",
+        f"ke::attention<{s.tile}, {s.tiles}, {s.keys}>",
         arguments,
         epilogue,
         "int64_t batch, int64_t head, int64_t row, int64_t count, const float* __restrict acc",
