@@ -1,0 +1,91 @@
+"""`Candidate`: one immutable kernel module, known by what it says rather than how it is laid out."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ke_gym.errors import UserError
+
+_SUFFIXES = {".py": "cpp"}
+_C_TOKEN = re.compile(
+    r"""//[^\n]*|/\*.*?\*/|(?P<keep>R"(?P<tag>[^(\s]*)\(.*?\)(?P=tag)"|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')""",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel module and where it came from.
+
+    ``source`` is the module's Python text, ``language`` the one its kernels are written in, ``parent`` the
+    ``id`` of the candidate it was made from, ``strategy`` and ``proposer`` say how. Two candidates whose
+    sources differ only in comments, docstrings and formatting have the same ``id``.
+    """
+
+    source: str
+    language: str = "cpp"
+    parent: str | None = None
+    strategy: str | None = None
+    proposer: str = "user"
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits: the hash of the language and the normalized source."""
+        return hashlib.sha256(f"{self.language}\0{normalize(self.source)}".encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_file(cls, path: str | Path, language: str = "cpp") -> Candidate:
+        """The kernel module in a file. Raises ``UserError`` if it cannot be read."""
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"), language)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); give a Python kernel module") from error
+
+
+def normalize(source: str) -> str:
+    """The source without comments, docstrings and formatting, in the Python and in its C++ literals.
+
+    A source that is no Python is only stripped of trailing blanks and empty lines.
+    """
+    try:
+        tree = _Plain().visit(ast.parse(source))
+        return ast.unparse(tree)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "\n".join(line.rstrip() for line in source.strip().splitlines() if line.strip())
+
+
+class _Plain(ast.NodeTransformer):
+    """Removes docstrings and normalizes the string literals that hold C++."""
+
+    def _undocumented(self, node: ast.AST) -> ast.AST:
+        body: list[ast.stmt] = node.body  # type: ignore[attr-defined]
+        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            if isinstance(body[0].value.value, str):
+                body[:1] = [] if len(body) > 1 else [ast.Pass()]
+        return self.generic_visit(node)
+
+    visit_Module = visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _undocumented
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if isinstance(node.value, str) and 'extern "C"' in node.value:
+            return ast.Constant(normalize_cpp(node.value))
+        return node
+
+
+def normalize_cpp(source: str) -> str:
+    """C++ without comments and with white space only where it separates something."""
+    text = _C_TOKEN.sub(lambda m: m["keep"] or " ", source).replace("\\\n", " ")
+    parts: list[str] = []
+    for line in text.splitlines():
+        words = " ".join(line.split())
+        if words.startswith("#"):  # a directive ends with its line
+            parts.append(f"\n{words}\n")
+        elif words:
+            parts.append(words + " ")
+    joined = re.sub(r" ?([][(){};,]) ?", r"\1", "".join(parts))
+    return re.sub(r" *\n+ *", "\n", joined).strip()

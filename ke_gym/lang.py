@@ -1,0 +1,88 @@
+"""What kernel modules import: ``kernels = lang.cpp(r'''extern "C" void rows(…) {…}''')``.
+
+While a module's ``forward`` is traced, calling a kernel records a launch. Anywhere else (a notebook, a test)
+it compiles the source, keeps the binary in a private cache folder, and runs the kernel on real CPU tensors.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ke_gym.languages import cpp as _cpp
+from ke_gym.languages import recording as _recording
+from ke_gym.languages.declarations import Declaration, parse
+from ke_gym.languages.launch import KernelError, Library, check
+
+__all__ = ["Kernel", "KernelError", "Kernels", "cpp"]
+
+
+class Kernel:
+    """One kernel: ``kernel(*args)`` takes tensors for pointers and numbers for the rest, and returns nothing."""
+
+    def __init__(self, kernels: Kernels, declaration: Declaration) -> None:
+        self._kernels = kernels
+        self.declaration = declaration
+        self.__name__ = declaration.name
+
+    def __call__(self, *args: Any) -> None:
+        recorder = _recording.active()
+        try:
+            checked = check(self.declaration, args)
+        except KernelError as error:
+            if recorder is not None:
+                recorder.reject("compile", str(error))
+            raise
+        if recorder is not None:
+            recorder.launch(self._kernels.unit, self.declaration, checked)
+        else:
+            with torch.no_grad():
+                self._kernels.library.call(self.declaration, checked)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{p.ctype} {p.name}" for p in self.declaration.parameters)
+        return f"{self.declaration.name}({arguments})"
+
+
+class Kernels:
+    """The kernels of one source, as attributes."""
+
+    def __init__(self, unit: _cpp.Unit) -> None:
+        self.unit = unit
+        self._kernels = {name: Kernel(self, found) for name, found in parse(unit.source).items()}
+
+    @cached_property
+    def library(self) -> Library:
+        """The binary in this process, compiled on first use. Raises ``KernelError`` with the compiler's words."""
+        return Library(_cpp.cached(self.unit))
+
+    def __getattr__(self, name: str) -> Kernel:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self._kernels:
+            return self._kernels[name]
+        near = get_close_matches(name, self._kernels, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(self._kernels) or 'none'}"
+        message = f'no kernel {name!r}: the source has no extern "C" function of that name; {hint}'
+        if (recorder := _recording.active()) is not None:
+            recorder.reject("compile", message)
+        raise KernelError(message)
+
+    def __dir__(self) -> list[str]:
+        return sorted(self._kernels)
+
+
+def cpp(source: str, flags: str | list[str] = "", compiler: str = "g++") -> Kernels:
+    """C++20 source → the ``extern "C"`` kernels it defines.
+
+    ``flags`` are added to the default ones: optimization, code generation, macros and warnings (``-O2``,
+    ``-fno-…``, ``-mprefer-vector-width=512``, ``-DTILE=8``, ``--param …``). ``compiler`` is ``g++`` or
+    ``clang++``. Headers ``<ke/math.h>`` and ``<ke/types.h>`` are at hand. Raises ``KernelError`` for flags that
+    do something else.
+    """
+    unit = _cpp.Unit(source, _cpp.parse_flags(flags), compiler)
+    _recording.register(unit)
+    return Kernels(unit)

@@ -1,0 +1,1 @@
+"""Kernel module → artifact: tracing, compiling, launch plans. One file per language."""

@@ -1,0 +1,188 @@
+"""Kernel modules whose kernels are C++: run the Python on fake tensors, compile what it launches."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import linecache
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ke_gym.languages import cpp
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import BuildOptions, Signature, digest
+from ke_gym.languages.errors import BuildError
+from ke_gym.languages.launch import KernelError
+from ke_gym.languages.plan import Plan, TensorSpec
+from ke_gym.languages.recording import collecting
+from ke_gym.languages.trace import NotTraceable, Traced, trace
+
+FILE = "<kernel module>"
+_LOG_LINES = 40
+
+
+def load(source: str) -> ModuleType:
+    """Execute a kernel module's text. Raises whatever its Python raises."""
+    name = f"ke_gym_kernel_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    module = ModuleType(name)
+    module.__file__ = FILE
+    linecache.cache[FILE] = (len(source), None, source.splitlines(keepends=True), FILE)
+    sys.modules[name] = module  # classes and dataclasses look their module up
+    exec(compile(source, FILE, "exec"), module.__dict__)
+    return module
+
+
+def bind(
+    module: ModuleType, inputs: int, state: Iterable[str], init_inputs: Sequence[Any], seed: int
+) -> tuple[Callable[..., Any], tuple[str, ...], nn.Module | None]:
+    """What to call, the state entries that it takes by name, and the ``ModelNew`` behind it, if it is one.
+
+    ``inputs`` is how many inputs the task has. Raises ``BuildError`` if the module defines neither ``forward`` nor
+    ``ModelNew``, or ``forward`` has parameters that are neither inputs nor state.
+    """
+    function = getattr(module, "forward", None)
+    if function is None:
+        model = getattr(module, "ModelNew", None)
+        if model is None:
+            raise BuildError("constraints", "the module defines neither forward(...) nor class ModelNew")
+        torch.manual_seed(seed)
+        built = model(*init_inputs)
+        if not isinstance(built, nn.Module):
+            raise BuildError("constraints", "ModelNew is not a torch.nn.Module")
+        return built, (), built
+    if not callable(function):
+        raise BuildError("constraints", "forward is not a function")
+    known = tuple(state)
+    parameters = list(inspect.signature(function).parameters.values())
+    kinds = inspect.Parameter
+    positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < inputs and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
+        raise BuildError(
+            "constraints", f"forward takes {len(positional)} arguments, the task has {inputs} inputs"
+        )
+    rest = [p for p in positional[inputs:] if p.kind is not kinds.POSITIONAL_ONLY]
+    rest += [p for p in parameters if p.kind is kinds.KEYWORD_ONLY]
+    unknown = [p.name for p in rest if p.name not in known and p.default is kinds.empty]
+    if unknown:
+        raise BuildError(
+            "constraints",
+            f"forward takes {unknown[0]!r}, which is neither one of the {inputs} inputs nor in the state "
+            f"({', '.join(known) or 'empty'})",
+        )
+    return function, tuple(p.name for p in rest if p.name in known), None
+
+
+class Cpp:
+    """The language ``cpp``: ``lang.cpp`` sources and ATen calls, for the CPU."""
+
+    name = "cpp"
+    targets = ("cpu",)
+
+    def build(self, source: str, signature: Signature, options: BuildOptions) -> Artifact:
+        """See ``ke_gym.languages.base.build``."""
+        with collecting() as units:
+            try:
+                module = load(source)
+                traces = {name: _trace(module, signature, name) for name in signature.shape_sets}
+            except BuildError:
+                raise
+            except NotTraceable as reason:
+                return _host(module, source, list(units.values()), str(reason), options)
+            except (Exception, SystemExit) as error:
+                raise BuildError("compile", _blame(error)) from error
+        for name, traced in traces.items():
+            _compare(traced.plan, signature.outputs[name], name)
+        launched = {unit.name: unit for traced in traces.values() for unit in traced.units}
+        binaries, report = _compiled(list(launched.values()), options)
+        constants: dict[str, Tensor] = {}
+        for traced in traces.values():
+            constants.update(traced.constants)
+        report["warnings"] += [w for traced in traces.values() for w in traced.warnings]
+        plans = {name: traced.plan for name, traced in traces.items()}
+        return Artifact("cpp", "plan", source, binaries, plans, constants, report, _general(module))
+
+
+def _trace(module: ModuleType, signature: Signature, shape_set: str) -> Traced:
+    inputs, state = signature.inputs[shape_set], signature.state[shape_set]
+    function, names, model = bind(
+        module, len(inputs), state, signature.init_inputs[shape_set], signature.seed
+    )
+    held = _bindings(model, state, signature.digests[shape_set]) if model is not None else []
+    return trace(function, inputs, {name: state[name] for name in names}, held)
+
+
+def _bindings(
+    model: nn.Module, state: Mapping[str, TensorSpec], digests: Mapping[str, str]
+) -> list[tuple[str, Tensor]]:
+    """Which parameters and buffers stand for which state entries: by name, else by equal contents."""
+    held = {
+        name.replace(".", "_"): tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    bound = {name: tensor for name, tensor in held.items() if state.get(name) == TensorSpec.of(tensor)}
+    free = {name: hashed for name, hashed in digests.items() if name not in bound}
+    found = list(bound.items())
+    for name, tensor in held.items():
+        if name in bound or not free:
+            continue
+        hashed = digest(tensor)
+        match = next((n for n, h in free.items() if h == hashed and state[n] == TensorSpec.of(tensor)), None)
+        if match is not None:
+            del free[match]
+            found.append((match, tensor))
+    return found
+
+
+def _compare(plan: Plan, expected: tuple[TensorSpec, ...], shape_set: str) -> None:
+    if len(plan.return_specs) != len(expected):
+        raise BuildError(
+            "correctness", f"forward returns {len(plan.return_specs)} tensors, the reference {len(expected)}"
+        )
+    for index, (got, want) in enumerate(zip(plan.return_specs, expected)):
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise BuildError(
+                "correctness",
+                f"output {index} is {got.dtype} {list(got.shape)}, the reference gives {want.dtype} "
+                f"{list(want.shape)} (shape set {shape_set})",
+            )
+
+
+def _compiled(units: Sequence[cpp.Unit], options: BuildOptions) -> tuple[dict[str, bytes], dict[str, Any]]:
+    binaries: dict[str, bytes] = {}
+    report: dict[str, Any] = {"warnings": [], "vectorization": [], "units": []}
+    for unit in units:
+        try:
+            compiled = cpp.compile_unit(unit, options.seconds)
+        except KernelError as error:
+            raise BuildError("compile", str(error)) from error
+        binaries[unit.name] = compiled.binary
+        report["warnings"] += compiled.warnings
+        report["vectorization"] += [remark.to_dict() for remark in compiled.remarks]
+        report["units"].append({"name": unit.name, **cpp.settings(unit)})
+    return binaries, report
+
+
+def _host(
+    module: ModuleType, source: str, units: Sequence[cpp.Unit], reason: str, options: BuildOptions
+) -> Artifact:
+    """The artifact of a module whose Python has to run with its kernels."""
+    binaries, report = _compiled(units, options)
+    report["host_reason"] = reason
+    return Artifact("cpp", "host", source, binaries, report=report, general=_general(module))
+
+
+def _general(module: ModuleType) -> bool:
+    return getattr(module, "general", False) is True
+
+
+def _blame(error: BaseException) -> str:
+    """The error with the module's own frames, at most 40 lines."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == FILE]
+    lines = [line.rstrip() for line in traceback.format_list(frames)]
+    told = "".join(traceback.format_exception_only(error)).strip()
+    return "\n".join("\n".join([*lines, told]).splitlines()[-_LOG_LINES:])

@@ -1,0 +1,447 @@
+"""``forward`` → launch plan: run once on fake tensors, with launches and ATen calls recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo.config  # fake tensors import it on first use, which takes a second: better once than per trace
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ke_gym.languages.allow import refusal
+from ke_gym.languages.artifact import span_bytes
+from ke_gym.languages.cpp import Unit
+from ke_gym.languages.declarations import Declaration
+from ke_gym.languages.errors import BuildError
+from ke_gym.languages.plan import DTYPES, Alloc, Arg, Call, Launch, Plan, PlanInput, Ref, Step, TensorSpec
+from ke_gym.languages.recording import recording
+
+CONSTANT_BYTES = 64 << 20
+"""How much a module may carry in tensors it made when it was loaded."""
+
+_ALLOCATIONS = {
+    "aten.empty.memory_format",
+    "aten.empty_like.default",
+    "aten.empty_strided.default",
+    "aten.empty_permuted.default",
+    "aten.new_empty.default",
+    "aten.new_empty_strided.default",
+}
+# Writes that the schema does not tell of: positions of the arguments written.
+_HIDDEN_WRITES = {"aten.native_batch_norm.default": (3, 4), "aten.cudnn_batch_norm.default": (3, 4)}
+# They answer Python, so none of them becomes a step.
+_QUESTIONS = {
+    "aten._local_scalar_dense.default",
+    "aten.equal.default",
+    "aten.is_nonzero.default",
+    "aten.item.default",
+}
+_SAME = {"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default", "aten.lift.default"}
+_DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+# What torch says when Python reaches for the memory of a fake tensor (data_ptr, numpy, tolist).
+_FAKE_ACCESS = ("data pointer of", ".numpy() is not supported", ".tolist() is not supported", "no storage")
+
+
+class NotTraceable(Exception):
+    """The module's Python depends on the contents of tensors; the message says where."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A plan, the constants it names, and remarks on it."""
+
+    plan: Plan
+    constants: dict[str, Tensor]
+    units: tuple[Unit, ...]
+    warnings: tuple[str, ...]
+
+
+def trace(
+    function: Callable[..., Any],
+    inputs: Sequence[TensorSpec | Any],
+    state: Mapping[str, TensorSpec],
+    bound: Sequence[tuple[str, Tensor]] = (),
+) -> Traced:
+    """Run ``function(*inputs, **state)`` on fake tensors.
+
+    ``inputs`` are specs, or plain values passed as they are. ``bound`` says which real tensors that the module
+    holds stand for entries of the reference's state. Raises ``BuildError`` for what a plan must not do, and
+    ``NotTraceable`` if the Python depends on data.
+    """
+    recorder = _Recorder([(name, tensor) for name, tensor in bound])
+    with recorder.fakes:
+        arguments = [recorder.task_input(i) if isinstance(i, TensorSpec) else i for i in inputs]
+        given = {name: recorder.state_input(name, spec) for name, spec in state.items()}
+    try:
+        with torch.no_grad(), recorder.fakes, recorder, recording(recorder):
+            result = function(*arguments, **given)
+    except Exception as error:
+        recorder.raise_first(error)
+        raise
+    recorder.raise_first(None)
+    return recorder.finish(result)
+
+
+class _Recorder(TorchDispatchMode):
+    """Numbers tensors in the order they appear; ``finish`` renumbers them so that inputs come first."""
+
+    def __init__(self, bound: list[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.fakes = FakeTensorMode()
+        self._bound = {id(tensor): name for name, tensor in bound}
+        self._numbers: dict[int, int] = {}
+        self._next = 0
+        self._inputs: list[tuple[int, PlanInput]] = []
+        self._tensor_inputs = 0
+        self._steps: list[Step] = []
+        self._constants: dict[str, Tensor] = {}
+        self._real: dict[int, tuple[Tensor, FakeTensor]] = {}
+        self._contents: dict[int, Tensor] = {}
+        self._held: set[int] = set()  # stand-ins for the module's own tensors, which a copy may replace
+        self._units: dict[str, Unit] = {}
+        self._origin: dict[int, str] = {}  # storage -> what it is, if it must not be written
+        self._empty: set[int] = set()  # storages that nothing has written
+        self._keep: list[Any] = []  # identities are looked up, so nothing may be freed and reused
+        self._kept_effects: set[int] = set()  # steps that stay even if nobody reads their outputs
+        self._rejection: BuildError | None = None
+        self._untraceable: str | None = None
+        self._warnings: list[str] = []
+
+    # -- tensors -------------------------------------------------------------------------------------------
+
+    def task_input(self, spec: TensorSpec) -> Tensor:
+        fake = self._fake(spec)
+        name = str(self._tensor_inputs)
+        self._tensor_inputs += 1
+        self._adopt(fake, PlanInput("input", name, spec), f"input {name}")
+        return fake
+
+    def state_input(self, name: str, spec: TensorSpec) -> Tensor:
+        fake = self._fake(spec)
+        self._adopt(fake, PlanInput("state", name, spec), f"state {name!r}")
+        return fake
+
+    def _fake(self, spec: TensorSpec) -> FakeTensor:
+        with _disable_current_modes(), self.fakes:
+            fake = torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
+        assert isinstance(fake, FakeTensor)
+        return fake
+
+    def _adopt(self, fake: FakeTensor, source: PlanInput, origin: str) -> None:
+        self._inputs.append((self._number(fake), source))
+        self._origin[_storage(fake)] = origin
+
+    def _number(self, tensor: Any) -> int:
+        """A new number for a tensor (or for nothing, where an operator returns no tensor)."""
+        number = self._next
+        self._next += 1
+        if isinstance(tensor, Tensor):
+            torch._C._set_throw_on_mutable_data_ptr(tensor)  # without it, the address of a fake tensor is 0
+            self._numbers[id(tensor)] = number
+            self._keep.append((tensor, tensor.untyped_storage()))
+        return number
+
+    def _known(self, tensor: Tensor) -> FakeTensor:
+        """The fake tensor that stands for an argument: itself, or a constant for a real one."""
+        if isinstance(tensor, FakeTensor):
+            if id(tensor) not in self._numbers:
+                raise self.rejection(
+                    "constraints",
+                    "a tensor from an earlier call is used; forward must make every tensor it uses, or get it as "
+                    "input",
+                )
+            return tensor
+        if id(tensor) in self._real:
+            return self._real[id(tensor)][1]
+        return self._constant(tensor)
+
+    def _constant(self, tensor: Tensor) -> FakeTensor:
+        spec = TensorSpec.of(tensor)
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or spec.dtype not in DTYPES:
+            raise self.rejection(
+                "constraints", f"a {spec.dtype} tensor on {tensor.device} cannot be a constant of a plan"
+            )
+        fake = self._fake(spec)
+        name = self._bound.get(id(tensor))
+        if name is not None:
+            self._adopt(fake, PlanInput("state", name, spec), f"state {name!r}")
+        else:
+            with _disable_current_modes():
+                content, kept = span_bytes(tensor), tensor.detach()
+            name = f"c{hashlib.sha256(repr(spec).encode() + content).hexdigest()[:16]}"
+            self._constants[name] = kept
+            self._adopt(fake, PlanInput("constant", name, spec), "a tensor made outside forward")
+            self._contents[id(fake)] = tensor
+            held = sum(TensorSpec.of(c).storage_bytes for c in self._constants.values())
+            if held > CONSTANT_BYTES:
+                raise self.rejection(
+                    "constraints",
+                    f"tensors made outside forward take {held} bytes; {CONSTANT_BYTES} are allowed",
+                )
+        self._held.add(id(fake))
+        self._real[id(tensor)] = (tensor, fake)
+        return fake
+
+    # -- what goes wrong -------------------------------------------------------------------------------------
+
+    def rejection(self, outcome: str, message: str) -> BuildError:
+        """Keep the first rejection: catching it in ``forward`` must not undo it."""
+        error = BuildError(outcome, message)
+        self._rejection = self._rejection or error
+        return error
+
+    def reject(self, outcome: str, message: str) -> None:
+        """Note that the module is refused; the caller raises."""
+        self.rejection(outcome, message)
+
+    def raise_first(self, error: Exception | None) -> None:
+        """Raise what the trace ends with, if anything: a rejection, or that it cannot go on."""
+        if self._rejection is not None:
+            raise self._rejection
+        if error is None:
+            return
+        if self._untraceable is not None:
+            raise NotTraceable(self._untraceable) from error
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _FAKE_ACCESS):
+            raise NotTraceable(
+                f"forward reads the memory of a tensor in Python: {str(error)[:160]}"
+            ) from error
+
+    def _writes(self, tensor: Tensor, where: str) -> None:
+        origin = self._origin.get(_storage(tensor))
+        if origin is not None:
+            raise self.rejection("constraints", f"{where} writes to {origin}, which is read-only")
+        self._empty.discard(_storage(tensor))
+
+    def _own(self, tensor: Tensor) -> None:
+        """Before ATen writes to a buffer that the module holds (running statistics): a copy takes its place.
+
+        Every call of a plan starts from the same state, as every call of the reference does.
+        """
+        if id(tensor) not in self._held:
+            return
+        number = self._numbers[id(tensor)]
+        copy = self._next
+        self._next += 1
+        self._steps.append(Call("aten.clone.default", (Ref(number),), {}, (copy,)))
+        self._numbers[id(tensor)] = copy
+        self._held.discard(id(tensor))
+        self._contents.pop(id(tensor), None)
+        del self._origin[_storage(tensor)]
+
+    # -- recording ---------------------------------------------------------------------------------------------
+
+    def launch(self, unit: Unit, kernel: Declaration, args: tuple[Any, ...]) -> None:
+        """Record a launch; arguments are checked already."""
+        recorded: list[Arg] = []
+        written: list[tuple[Tensor, str]] = []
+        for position, (parameter, value) in enumerate(zip(kernel.parameters, args), 1):
+            if not parameter.pointer:
+                recorded.append(value)
+                continue
+            fake = self._known(value)
+            where = f"kernel {kernel.name!r}, argument {position} ({parameter.name!r}),"
+            if parameter.writes:
+                written.append((fake, where))
+            elif _storage(fake) in self._empty:
+                self._warnings.append(f"{where} is read before anything wrote it")
+            recorded.append(Ref(self._numbers[id(fake)]))
+        for fake, where in written:
+            self._writes(fake, where)
+        self._units[unit.name] = unit
+        ctypes = tuple(parameter.ctype for parameter in kernel.parameters)
+        self._steps.append(Launch(unit.name, kernel.name, tuple(recorded), ctypes))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        target = str(func)
+        if func.namespace == "prim":  # device and layout, asked of fake tensors
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, self._known, (args, kwargs or {}))
+        if target == "aten._local_scalar_dense.default" and id(args[0]) in self._contents:
+            with _disable_current_modes():
+                return self._contents[id(args[0])].item()
+        if target not in _ALLOCATIONS and target not in _QUESTIONS and (why := refusal(target)):
+            raise self.rejection("constraints", why)
+        writes = self._written(func, target, args, kwargs)
+        for tensor in writes:
+            self._own(tensor)
+            self._writes(tensor, f"operator {target}")
+        try:
+            result = func(*args, **kwargs)
+        except _DATA_DEPENDENT as error:
+            self._untraceable = f"forward depends on the contents of a tensor: operator {target}"
+            raise error
+        self._record(func, target, args, kwargs, result, bool(writes))
+        return result
+
+    def _written(self, func: Any, target: str, args: Any, kwargs: Any) -> list[Tensor]:
+        if target in _HIDDEN_WRITES and args[5]:
+            return [args[i] for i in _HIDDEN_WRITES[target] if isinstance(args[i], Tensor)]
+        found: list[Tensor] = []
+        for i, parameter in enumerate(func._schema.arguments):
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                value = args[i] if i < len(args) else kwargs.get(parameter.name)
+                found += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+        return found
+
+    def _record(self, func: Any, target: str, args: Any, kwargs: Any, result: Any, mutates: bool) -> None:
+        leaves = pytree.tree_leaves(result) if func._schema.returns else []
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise self.rejection(
+                    "constraints", f"{target} gives a tensor on {tensor.device}; the target is a CPU"
+                )
+            if tensor.layout != torch.strided:
+                raise self.rejection(
+                    "constraints", f"{target} gives a {tensor.layout} tensor; a plan holds dense ones"
+                )
+        if target in _ALLOCATIONS:
+            spec = TensorSpec.of(result)
+            if spec.dtype not in DTYPES:
+                raise self.rejection("constraints", f"a plan cannot allocate {spec.dtype} tensors")
+            self._steps.append(Alloc(self._number(result), spec))
+            self._empty.add(_storage(result))
+            return
+        if not tensors and not mutates:
+            return
+        if len(tensors) == 1 and args and isinstance(args[0], Tensor) and not mutates:
+            if target in _SAME or _identical(args[0], tensors[0]):
+                self._keep.append(tensors[0])
+                self._numbers[id(tensors[0])] = self._numbers[id(args[0])]
+                if id(args[0]) in self._contents:
+                    self._contents[id(tensors[0])] = self._contents[id(args[0])]
+                return
+        encoded = [self._argument(target, a) for a in args]
+        named = {k: self._argument(target, v) for k, v in kwargs.items()}
+        outs = []
+        for leaf in leaves:
+            seen = isinstance(leaf, Tensor) and id(leaf) in self._numbers
+            outs.append(self._number(None if seen else leaf))
+        if mutates or torch.Tag.nondeterministic_seeded in func.tags:
+            self._kept_effects.add(len(self._steps))
+        self._steps.append(Call(target, tuple(encoded), named, tuple(outs)))
+
+    def _argument(self, target: str, value: Any) -> Arg:
+        if isinstance(value, Tensor):
+            return Ref(self._numbers[id(value)])
+        if isinstance(value, (list, tuple)):
+            return tuple(self._argument(target, v) for v in value)
+        plain = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+        if value is None or isinstance(value, plain):
+            return value
+        raise self.rejection(
+            "constraints", f"operator {target} takes a {type(value).__name__}, which a plan cannot hold"
+        )
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    def finish(self, result: Any) -> Traced:
+        """The plan that returns the tensors in ``result`` (a tensor, or a tuple, list or dict of them)."""
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+        returned: list[FakeTensor] = []
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                raise BuildError("correctness", f"output {index} is a {type(leaf).__name__}, not a tensor")
+            fake = self._known(leaf)
+            if _storage(fake) in self._empty and fake.numel():
+                raise BuildError("correctness", f"output {index} is allocated but never written")
+            returned.append(fake)
+        returns = [self._numbers[id(fake)] for fake in returned]
+        steps = self._live(set(returns))
+        used = {n for step in steps for n in _uses(step)} | set(returns)
+        inputs = [(n, i) for n, i in self._inputs if i.source == "input" or n in used]
+        order = {n: i for i, (n, _) in enumerate(inputs)}
+        for step in steps:
+            for n in _makes(step):
+                order[n] = len(order)
+        plan = Plan(
+            tuple(i for _, i in inputs),
+            tuple(_renumbered(step, order) for step in steps),
+            tuple(order[n] for n in returns),
+            tuple(TensorSpec.of(fake) for fake in returned),
+        )
+        constants = {i.name: self._constants[i.name] for _, i in inputs if i.source == "constant"}
+        return Traced(plan, constants, tuple(self._units.values()), tuple(dict.fromkeys(self._warnings)))
+
+    def _live(self, needed: set[int]) -> list[Step]:
+        """The steps that matter: launches, writes, and whatever the returns are computed from."""
+        live = []
+        for index in range(len(self._steps) - 1, -1, -1):
+            step = self._steps[index]
+            if isinstance(step, Launch) or index in self._kept_effects or needed.intersection(_makes(step)):
+                live.append(step)
+                needed.update(_uses(step))
+        return live[::-1]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Whether a view shows the same elements in the same way."""
+    return (
+        a is not b
+        and _storage(a) == _storage(b)
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+    )
+
+
+def _leaves(arg: Arg) -> list[int]:
+    if isinstance(arg, Ref):
+        return [arg.value]
+    if isinstance(arg, tuple):
+        return [n for a in arg for n in _leaves(a)]
+    return []
+
+
+def _uses(step: Step) -> list[int]:
+    if isinstance(step, Alloc):
+        return []
+    if isinstance(step, Launch):
+        return _leaves(step.args)
+    return _leaves((*step.args, *step.kwargs.values()))
+
+
+def _makes(step: Step) -> tuple[int, ...]:
+    if isinstance(step, Alloc):
+        return (step.out,)
+    return step.outs if isinstance(step, Call) else ()
+
+
+def _renumbered(step: Step, order: Mapping[int, int]) -> Step:
+    def arg(value: Arg) -> Arg:
+        if isinstance(value, Ref):
+            return Ref(order[value.value])
+        return tuple(arg(v) for v in value) if isinstance(value, tuple) else value
+
+    if isinstance(step, Alloc):
+        return Alloc(order[step.out], step.spec)
+    if isinstance(step, Launch):
+        return Launch(step.binary, step.kernel, arg(step.args), step.ctypes)
+    kwargs = {name: arg(value) for name, value in step.kwargs.items()}
+    return Call(step.target, arg(step.args), kwargs, tuple(order[n] for n in step.outs))
