@@ -12,6 +12,7 @@ from ke_gym.tasks.task import Task
 
 LIBRARY = Path(__file__).parent / "library"
 SUITE = "suite"
+FAMILY = "family:"
 
 
 @functools.cache
@@ -24,7 +25,8 @@ def library() -> dict[str, Task]:
 def resolve(spec: str | Path) -> list[Task]:
     """The tasks a specification names, at least one.
 
-    "suite" is the whole library; then families, task names, task files and folders of task files are tried.
+    "suite" is the whole library; then task names, families ("family:softmax" where a task has the same name),
+    task files and folders of task files are tried.
     Raises `UserError`: for an unknown name with the nearest ones, for a broken file with line and reason.
     """
     text, path = str(spec), Path(spec)
@@ -32,10 +34,10 @@ def resolve(spec: str | Path) -> list[Task]:
         tasks = library()
         if text == SUITE:
             return list(tasks.values())
-        if members := [task for task in tasks.values() if task.family == text]:
-            return members
-        if text in tasks:
+        if text in tasks:  # before families: "softmax" is both
             return [tasks[text]]
+        if members := [task for task in tasks.values() if task.family == text.removeprefix(FAMILY)]:
+            return members
     if path.is_dir():
         files = sorted(file for file in path.glob("*.py") if not file.name.startswith("_"))
         if not files:

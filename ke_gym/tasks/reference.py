@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import keyword
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ke_gym.errors import UserError
-from ke_gym.tasks.inputs import seeded
+from ke_gym.tasks.inputs import drawing
 from ke_gym.tasks.source import blame
 
 _NARROW = {torch.float16, torch.bfloat16, torch.float32}
@@ -100,17 +103,23 @@ class Reference:
         return tuple(output.detach() for output in outputs if output.requires_grad)
 
     def randomize(self, seed: int) -> None:
-        """Give parameters and running statistics new values of the same scale, in place.
+        """Give parameters and running statistics new values of their initial scale, in place.
 
         Constants (zero biases, unit scales) become random too, so that a candidate cannot skip them.
         """
-        norms = [m for m in self.module.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-        statistics = [tensor for m in norms for tensor in (m.running_mean, m.running_var)]
-        with torch.no_grad(), seeded(seed):
-            for tensor in [*self.module.parameters(), *statistics]:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-                    tensor.copy_(_like(tensor))
+        with torch.no_grad(), drawing(seed):
+            for tensor, scale in self._scales:
+                tensor.copy_(scale.draw(tensor))
         self._memory = _Memory(self.module)
+
+    @cached_property
+    def _scales(self) -> list[tuple[Tensor, _Scale]]:
+        norms = [part for part in self.module.modules() if isinstance(part, _NormBase)]
+        statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        candidates = [*self.module.parameters(), *statistics]
+        return [
+            (t, _Scale.of(t)) for t in candidates if t is not None and t.is_floating_point() and t.numel()
+        ]
 
     def double(self) -> Reference:
         """A float64 copy: parameters and buffers now, inputs and casts inside the forward when called."""
@@ -125,27 +134,44 @@ class _Memory:
     """What a forward could write: tensors held by the modules, with their values."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._held: list[tuple[dict[str, Any], str, Tensor, int, Tensor]] = []
-        self._names: list[tuple[dict[str, Any], set[str]]] = []
-        for part in module.modules():
-            for owner in (part._buffers, part.__dict__):
-                self._names.append((owner, set(owner)))
-                for name, value in owner.items():
-                    if isinstance(value, Tensor):
-                        kept = value.detach().clone()
-                        self._held.append((owner, name, value, value._version, kept))
+        owners = [owner for part in module.modules() for owner in (part._buffers, part.__dict__)]
+        self._names = [(owner, set(owner)) for owner in owners]
+        self._held = [
+            _Held(owner, name, value, value.detach().clone(), value._version)
+            for owner in owners
+            for name, value in owner.items()
+            if isinstance(value, Tensor)
+        ]
 
     def restore(self) -> None:
         for owner, names in self._names:
             if len(owner) != len(names):
                 for name in set(owner) - names:
                     del owner[name]
-        for index, (owner, name, value, version, kept) in enumerate(self._held):
-            if value._version != version:
-                with torch.no_grad():
-                    value.copy_(kept)
-                self._held[index] = (owner, name, value, value._version, kept)
-            owner[name] = value
+        for held in self._held:
+            held.restore()
+
+
+@dataclass
+class _Held:
+    """One tensor that a module holds as a buffer or attribute."""
+
+    owner: dict[str, Any]
+    name: str
+    tensor: Tensor
+    kept: Tensor
+    version: int
+    written: bool | None = None  # unknown before the first call
+
+    def restore(self) -> None:
+        if self.written is None:  # batch norm writes its statistics without raising their version
+            with _disable_current_modes():  # a tracer must not see this
+                self.written = not (self.tensor.is_meta or torch.equal(self.tensor, self.kept))
+        if self.written or self.tensor._version != self.version:
+            with torch.no_grad():
+                self.tensor.copy_(self.kept)
+            self.version = self.tensor._version
+        self.owner[self.name] = self.tensor
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -186,11 +212,22 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """New values of the same mean and spread (0.2 where there is none); positive ones stay positive."""
-    mean = tensor.double().mean().item()
-    spread = tensor.double().std(correction=0).item() or 0.2 * (abs(mean) or 1.0)
-    values = torch.randn(tensor.shape, dtype=torch.float32, device="cpu").mul_(spread).add_(mean)
-    if (tensor >= 0).all() and mean > 0:
-        values.abs_()
-    return values
+@dataclass(frozen=True)
+class _Scale:
+    """Mean and spread of a parameter's values; strictly positive ones (variances, scales) stay so."""
+
+    mean: float
+    spread: float
+    positive: bool
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Scale:
+        values = tensor.detach().float()
+        spread, mean = (value.item() for value in torch.std_mean(values, correction=0))
+        return _Scale(mean, spread or 0.2 * (abs(mean) or 1.0), bool((values > 0).all()))
+
+    def draw(self, like: Tensor) -> Tensor:
+        values = torch.randn(like.shape, dtype=torch.float32, device="cpu")
+        if self.positive:
+            return values.mul_(self.spread / self.mean).exp_().mul_(self.mean)
+        return values.mul_(self.spread).add_(self.mean)

@@ -153,7 +153,7 @@ class Task:
         gradients = self._grad_outputs(shape_set) if self.backward else []
         with drawing(seed, distribution) as draw, blame(self.path, "get_inputs"):
             drawn = self._draw(shape_set)
-            return drawn + [draw.fill(torch.empty_like(g, device="cpu"), Drawing.normal) for g in gradients]
+            return drawn + [draw.fill(torch.empty(g.shape, dtype=g.dtype), Drawing.normal) for g in gradients]
 
     def _draw(self, shape_set: str) -> list[Any]:
         if self.payload:

@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "ranking"
-ROWS, TOTAL, KEEP = 2048, 262144, 100
+ROWS, TOTAL, KEEP = 4096, 262144, 100
 shapes = {
-    "cpu": {"ROWS": 2048, "TOTAL": 262144, "KEEP": 100},
+    "cpu": {"ROWS": 4096, "TOTAL": 262144, "KEEP": 100},
     "gpu": {"ROWS": 65536, "TOTAL": 16777216, "KEEP": 200},
     "ragged": {"ROWS": 31, "TOTAL": 401, "KEEP": 13},
 }

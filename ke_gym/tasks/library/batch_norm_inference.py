@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "norm"
-BATCH, CHANNELS, HEIGHT, WIDTH = 4, 128, 56, 56
+BATCH, CHANNELS, HEIGHT, WIDTH = 10, 128, 56, 56
 shapes = {
-    "cpu": {"BATCH": 4, "CHANNELS": 128, "HEIGHT": 56, "WIDTH": 56},
+    "cpu": {"BATCH": 10, "CHANNELS": 128, "HEIGHT": 56, "WIDTH": 56},
     "gpu": {"BATCH": 64, "CHANNELS": 256, "HEIGHT": 56, "WIDTH": 56},
     "ragged": {"BATCH": 3, "CHANNELS": 17, "HEIGHT": 13, "WIDTH": 11},
 }

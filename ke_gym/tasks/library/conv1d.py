@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "conv"
-BATCH, CHANNELS, LENGTH = 16, 96, 200
+BATCH, CHANNELS, LENGTH = 32, 96, 200
 shapes = {
-    "cpu": {"BATCH": 16, "CHANNELS": 96, "LENGTH": 200},
+    "cpu": {"BATCH": 32, "CHANNELS": 96, "LENGTH": 200},
     "gpu": {"BATCH": 2048, "CHANNELS": 96, "LENGTH": 200},
     "ragged": {"BATCH": 3, "CHANNELS": 24, "LENGTH": 53},
 }

@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 family = "conv"
-BATCH, CHANNELS, HEIGHT, WIDTH = 4, 96, 56, 56
+BATCH, CHANNELS, HEIGHT, WIDTH = 8, 96, 56, 56
 shapes = {
-    "cpu": {"BATCH": 4, "CHANNELS": 96, "HEIGHT": 56, "WIDTH": 56},
+    "cpu": {"BATCH": 8, "CHANNELS": 96, "HEIGHT": 56, "WIDTH": 56},
     "gpu": {"BATCH": 128, "CHANNELS": 192, "HEIGHT": 112, "WIDTH": 112},
     "ragged": {"BATCH": 3, "CHANNELS": 13, "HEIGHT": 17, "WIDTH": 19},
 }

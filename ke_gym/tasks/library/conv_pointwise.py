@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "conv"
-BATCH, CHANNELS, OUT_CHANNELS, HEIGHT, WIDTH = 2, 64, 128, 40, 40
+BATCH, CHANNELS, OUT_CHANNELS, HEIGHT, WIDTH = 8, 64, 128, 40, 40
 shapes = {
-    "cpu": {"BATCH": 2, "CHANNELS": 64, "OUT_CHANNELS": 128, "HEIGHT": 40, "WIDTH": 40},
+    "cpu": {"BATCH": 8, "CHANNELS": 64, "OUT_CHANNELS": 128, "HEIGHT": 40, "WIDTH": 40},
     "gpu": {"BATCH": 64, "CHANNELS": 256, "OUT_CHANNELS": 512, "HEIGHT": 56, "WIDTH": 56},
     "ragged": {"BATCH": 3, "CHANNELS": 11, "OUT_CHANNELS": 23, "HEIGHT": 13, "WIDTH": 11},
 }

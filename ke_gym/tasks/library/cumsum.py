@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "scan"
-ROWS, COLS = 2048, 1024
+ROWS, COLS = 4096, 1024
 shapes = {
-    "cpu": {"ROWS": 2048, "COLS": 1024},
+    "cpu": {"ROWS": 4096, "COLS": 1024},
     "gpu": {"ROWS": 16384, "COLS": 16384},
     "ragged": {"ROWS": 97, "COLS": 311},
 }

@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "ranking"
-ROWS, TOTAL, LENGTH, DIM = 512, 16384, 64, 64
+ROWS, TOTAL, LENGTH, DIM = 1024, 32768, 64, 64
 shapes = {
-    "cpu": {"ROWS": 512, "TOTAL": 16384, "LENGTH": 64, "DIM": 64},
+    "cpu": {"ROWS": 1024, "TOTAL": 32768, "LENGTH": 64, "DIM": 64},
     "gpu": {"ROWS": 8192, "TOTAL": 1048576, "LENGTH": 256, "DIM": 128},
     "ragged": {"ROWS": 29, "TOTAL": 311, "LENGTH": 17, "DIM": 12},
 }

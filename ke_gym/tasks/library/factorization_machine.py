@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 
 family = "ranking"
-BATCH, FEATURES, DIM, RANK = 512, 24, 64, 16
+BATCH, FEATURES, DIM, RANK = 2048, 24, 64, 16
 shapes = {
-    "cpu": {"BATCH": 512, "FEATURES": 24, "DIM": 64, "RANK": 16},
+    "cpu": {"BATCH": 2048, "FEATURES": 24, "DIM": 64, "RANK": 16},
     "gpu": {"BATCH": 16384, "FEATURES": 48, "DIM": 128, "RANK": 32},
     "ragged": {"BATCH": 19, "FEATURES": 11, "DIM": 23, "RANK": 5},
 }

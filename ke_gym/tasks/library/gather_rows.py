@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "gather"
-BATCH, LENGTH, VOCABULARY, DIM = 8, 512, 20000, 512
+BATCH, LENGTH, VOCABULARY, DIM = 16, 512, 20000, 512
 shapes = {
-    "cpu": {"BATCH": 8, "LENGTH": 512, "VOCABULARY": 20000, "DIM": 512},
+    "cpu": {"BATCH": 16, "LENGTH": 512, "VOCABULARY": 20000, "DIM": 512},
     "gpu": {"BATCH": 64, "LENGTH": 2048, "VOCABULARY": 128256, "DIM": 4096},
     "ragged": {"BATCH": 3, "LENGTH": 43, "VOCABULARY": 251, "DIM": 72},
 }

@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "pooling"
-BATCH, CHANNELS, HEIGHT, WIDTH = 16, 256, 32, 32
+BATCH, CHANNELS, HEIGHT, WIDTH = 40, 256, 32, 32
 shapes = {
-    "cpu": {"BATCH": 16, "CHANNELS": 256, "HEIGHT": 32, "WIDTH": 32},
+    "cpu": {"BATCH": 40, "CHANNELS": 256, "HEIGHT": 32, "WIDTH": 32},
     "gpu": {"BATCH": 256, "CHANNELS": 1024, "HEIGHT": 32, "WIDTH": 32},
     "ragged": {"BATCH": 5, "CHANNELS": 29, "HEIGHT": 13, "WIDTH": 17},
 }

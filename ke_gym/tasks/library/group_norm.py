@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "norm"
-BATCH, CHANNELS, HEIGHT, WIDTH = 4, 128, 48, 48
+BATCH, CHANNELS, HEIGHT, WIDTH = 8, 128, 48, 48
 shapes = {
-    "cpu": {"BATCH": 4, "CHANNELS": 128, "HEIGHT": 48, "WIDTH": 48},
+    "cpu": {"BATCH": 8, "CHANNELS": 128, "HEIGHT": 48, "WIDTH": 48},
     "gpu": {"BATCH": 32, "CHANNELS": 320, "HEIGHT": 64, "WIDTH": 64},
     "ragged": {"BATCH": 3, "CHANNELS": 24, "HEIGHT": 13, "WIDTH": 11},
 }

@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "norm"
-BATCH, CHANNELS, HEIGHT, WIDTH = 4, 64, 64, 64
+BATCH, CHANNELS, HEIGHT, WIDTH = 12, 64, 64, 64
 shapes = {
-    "cpu": {"BATCH": 4, "CHANNELS": 64, "HEIGHT": 64, "WIDTH": 64},
+    "cpu": {"BATCH": 12, "CHANNELS": 64, "HEIGHT": 64, "WIDTH": 64},
     "gpu": {"BATCH": 32, "CHANNELS": 128, "HEIGHT": 128, "WIDTH": 128},
     "ragged": {"BATCH": 3, "CHANNELS": 7, "HEIGHT": 19, "WIDTH": 17},
 }

@@ -5,9 +5,9 @@ import torch.nn as nn
 
 family = "norm"
 backward = True
-ROWS, COLS = 1024, 1024
+ROWS, COLS = 2048, 1024
 shapes = {
-    "cpu": {"ROWS": 1024, "COLS": 1024},
+    "cpu": {"ROWS": 2048, "COLS": 1024},
     "gpu": {"ROWS": 16384, "COLS": 4096},
     "ragged": {"ROWS": 37, "COLS": 241},
 }

@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 
 family = "matmul"
-BATCH, ROWS, INNER, COLS = 64, 64, 96, 128
+BATCH, ROWS, INNER, COLS = 192, 64, 96, 128
 shapes = {
-    "cpu": {"BATCH": 64, "ROWS": 64, "INNER": 96, "COLS": 128},
+    "cpu": {"BATCH": 192, "ROWS": 64, "INNER": 96, "COLS": 128},
     "gpu": {"BATCH": 4096, "ROWS": 128, "INNER": 128, "COLS": 256},
     "ragged": {"BATCH": 7, "ROWS": 13, "INNER": 29, "COLS": 31},
 }

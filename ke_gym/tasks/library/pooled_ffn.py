@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 family = "ranking"
-BATCH, LENGTH, DIM, HIDDEN = 64, 128, 128, 256
+BATCH, LENGTH, DIM, HIDDEN = 256, 128, 128, 256
 shapes = {
-    "cpu": {"BATCH": 64, "LENGTH": 128, "DIM": 128, "HIDDEN": 256},
+    "cpu": {"BATCH": 256, "LENGTH": 128, "DIM": 128, "HIDDEN": 256},
     "gpu": {"BATCH": 2048, "LENGTH": 512, "DIM": 256, "HIDDEN": 1024},
     "ragged": {"BATCH": 7, "LENGTH": 29, "DIM": 37, "HIDDEN": 53},
 }

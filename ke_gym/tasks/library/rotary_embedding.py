@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "pointwise"
-BATCH, LENGTH, HEADS, DIM = 4, 512, 8, 64
+BATCH, LENGTH, HEADS, DIM = 8, 512, 8, 64
 shapes = {
-    "cpu": {"BATCH": 4, "LENGTH": 512, "HEADS": 8, "DIM": 64},
+    "cpu": {"BATCH": 8, "LENGTH": 512, "HEADS": 8, "DIM": 64},
     "gpu": {"BATCH": 8, "LENGTH": 4096, "HEADS": 32, "DIM": 128},
     "ragged": {"BATCH": 2, "LENGTH": 37, "HEADS": 3, "DIM": 22},
 }

@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "reduction"
-ROWS, COLS = 4096, 1024
+ROWS, COLS = 2048, 1024
 shapes = {
-    "cpu": {"ROWS": 4096, "COLS": 1024},
+    "cpu": {"ROWS": 2048, "COLS": 1024},
     "gpu": {"ROWS": 65536, "COLS": 4096},
     "ragged": {"ROWS": 79, "COLS": 353},
 }
