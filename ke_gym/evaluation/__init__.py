@@ -1,0 +1,1 @@
+"""Compile, check, race and profile candidates, each in its own sandboxed process."""

@@ -1,0 +1,203 @@
+"""Inside the zygote: import everything once, then fork waiters and workers on request."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import pkgutil
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ke_gym.evaluation._libc import (
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_PDEATHSIG,
+    PR_SET_THP_DISABLE,
+    prctl,
+)
+from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.sandbox import Sandbox, enter, seal, unshare
+
+SETUP_FAILED = 125
+
+Entry = Callable[[Channel, dict[str, Any], list[int]], None]
+
+
+def main(sock: socket.socket) -> NoReturn:
+    """Serve spawn requests until the parent is gone."""
+    # Reference and candidate alike: whether the heap gets huge pages would otherwise depend on the machine's
+    # setting, and shared memory does not get them.
+    prctl(PR_SET_THP_DISABLE, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # waiters leave no zombies
+    _warm()
+    control = Channel(sock)
+    level = probe_level()
+    control.send({"ready": True, "level": level})
+    while True:
+        try:
+            request, _ = control.recv(accept_fds=True)
+        except EOFError:
+            os._exit(0)
+        fds = control.take_fds()
+        status = Channel(socket.socket(fileno=fds[1]))
+        try:
+            function = _resolve(request["entry"])
+            if (threads := len(os.listdir("/proc/self/task"))) != 1:
+                raise RuntimeError(
+                    f"importing it left {threads} threads running; workers could not be forked"
+                )
+        except Exception as error:
+            status.send({"error": f"{type(error).__name__}: {error}"})
+        else:
+            sandbox = Sandbox(**{**request["sandbox"], "read_only": tuple(request["sandbox"]["read_only"])})
+            if os.fork() == 0:
+                _wait_for_worker(function, request["args"], sandbox, level == "full", fds, status)
+        status.close()
+        for fd in (fds[0], *fds[2:]):
+            os.close(fd)
+
+
+def _warm() -> None:
+    """Import what workers will need. No OpenMP region may run here: its threads would not survive a fork."""
+    import torch
+
+    import ke_gym.languages
+    from ke_gym.languages.base import languages
+    from ke_gym.languages.plan import TensorSpec
+    from ke_gym.languages.trace import trace
+
+    for module in pkgutil.iter_modules(ke_gym.languages.__path__, "ke_gym.languages."):
+        importlib.import_module(module.name)
+    for name in ("lang", "targets.executor", "evaluation.arms", "evaluation.builder", "evaluation.shared"):
+        importlib.import_module(f"ke_gym.{name}")
+    languages()
+    # A first trace loads the meta kernels and what they import.
+    trace(lambda x: torch.softmax(x @ x + 1, -1), [TensorSpec((4, 4), (4, 1), "float32")], {})
+    gc.collect()
+    gc.freeze()  # collections in workers leave the shared pages alone
+
+
+def _resolve(entry: str) -> Entry:
+    module, _, name = entry.partition(":")
+    function: Entry = getattr(importlib.import_module(module), name)
+    return function
+
+
+def probe_level() -> str:
+    """Lock a throw-away process in as fully as possible; what is refused tells the level."""
+    log = os.memfd_create("probe")
+    ours, theirs = Channel.pair()
+    if os.fork() == 0:
+        fds = [os.dup(theirs.fileno()), theirs.fileno(), log]
+        _wait_for_worker(_no_work, {}, Sandbox("run"), True, fds, Channel(theirs))
+    theirs.close()
+    with ours:
+        reply, _ = ours.recv()
+        reason = str(reply.get("error", ""))
+        if not reason and ours.recv()[0]["status"] != 0:
+            reason = os.pread(log, 1 << 16, 0).decode("utf-8", "replace").strip().rpartition("\n")[2]
+    os.close(log)
+    return f"partial: no private file system, network and processes ({reason})" if reason else "full"
+
+
+def _no_work(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
+    """What the probe runs."""
+
+
+def _wait_for_worker(
+    function: Entry,
+    args: dict[str, Any],
+    sandbox: Sandbox,
+    isolate: bool,
+    fds: list[int],
+    status: Channel,
+) -> NoReturn:
+    """The waiter: make the namespaces, fork the worker into them, report its end. Never returns."""
+    try:
+        zygote = os.getppid()
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != zygote:
+            os._exit(1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        isolated = isolate and sandbox.kind != "trusted"
+        if isolated:
+            unshare()
+        elif sandbox.kind == "compile":
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+        gate, held = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(held)
+            _work(function, args, sandbox, isolated, fds, gate)
+        pidfd = os.pidfd_open(pid)
+        status.send({"pid": pid}, fds=[pidfd])
+        _close_all_but({status.fileno(), held})
+        _, result = os.waitpid(pid, 0)
+        _kill_orphans()
+        status.send({"status": result})
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            status.send({"error": f"{type(error).__name__}: {error}"})
+    os._exit(0)
+
+
+def _kill_orphans() -> None:
+    """Without a process namespace, what a compiler left behind falls to the waiter (its subreaper)."""
+    while True:
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as children:
+            for pid in children.read().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _work(
+    function: Entry, args: dict[str, Any], sandbox: Sandbox, isolated: bool, fds: list[int], gate: int
+) -> NoReturn:
+    """The worker: lock the door, then do the work. Never returns."""
+    code = SETUP_FAILED
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(fds[2], 2)
+        channel_fd, passed = fds[0], fds[3:]
+        _close_all_but({0, 1, 2, channel_fd, gate, *passed})
+        enter(sandbox, isolated)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which resets it
+        if select.select([gate], [], [], 0)[0]:
+            os._exit(SETUP_FAILED)  # the waiter died before its death could reach us
+        os.close(gate)
+        if sandbox.kind != "trusted":
+            for name in [n for n in os.environ if n.startswith("MALLOC_") or n == "PYTHONPATH"]:
+                del os.environ[name]  # compilers that a worker starts are not measured
+        seal(sandbox)
+        code = 1
+        function(Channel(socket.socket(fileno=channel_fd)), args, passed)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            sys.stderr.write(traceback.format_exc())
+            sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+def _close_all_but(keep: set[int]) -> None:
+    last = -1
+    for fd in [*sorted(keep), 1 << 20]:
+        if fd > last + 1:  # an empty range would close everything
+            os.closerange(last + 1, fd)
+        last = fd

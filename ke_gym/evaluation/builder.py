@@ -1,0 +1,131 @@
+"""Kernel module → artifact in a compile sandbox, and the cache of what was built."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ke_gym.evaluation.channel import Channel, ProtocolError
+from ke_gym.evaluation.sandbox import GIB, Sandbox, compiler_paths
+from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages import cpp
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import BuildError, BuildOptions, Signature, build
+
+ARTIFACT_LIMIT = 256 << 20
+BUILD_SECONDS = 120.0
+LOG_LIMIT = 20_000
+# Part of every key. Raise it when tracing or compiling would give another artifact for the same source.
+BUILD_VERSION = 1
+_OUTCOMES = ("compile", "constraints", "correctness")
+
+
+class Builder:
+    """Builds artifacts, several at once if asked by several threads; only this process writes the cache."""
+
+    def __init__(self, zygote: Zygote, cache_dir: Path) -> None:
+        self._zygote = zygote
+        self._folder = cache_dir
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def build(
+        self,
+        source: str,
+        signature: bytes,
+        language: str = "cpp",
+        target: str = "cpu",
+        timeout: float = BUILD_SECONDS,
+    ) -> Artifact:
+        """The artifact of ``source`` for the task that ``signature`` describes.
+
+        Raises ``BuildError``: its outcome is what the language says, ``"timeout"`` when it takes longer than
+        ``timeout`` seconds, ``"compile"`` when the process dies (out of memory, killed by a limit).
+        """
+        path = self._folder / f"{self._key(source, signature, language, target)}.artifact"
+        known = _load(path)
+        if known is not None:
+            return known
+        data = self._build(source, signature, language, target, timeout)
+        try:
+            artifact = Artifact.from_bytes(data)
+        except ValueError as error:
+            raise BuildError("compile", f"the build gave no valid artifact: {error}") from error
+        _store(path, data)
+        return artifact
+
+    def _build(self, source: str, signature: bytes, language: str, target: str, timeout: float) -> bytes:
+        sandbox = Sandbox(
+            "compile", memory_bytes=4 * GIB, cpu_seconds=int(timeout) + 1, read_only=compiler_paths()
+        )
+        text = source.encode()
+        args = {"source_bytes": len(text), "language": language, "target": target, "seconds": timeout}
+        with self._zygote.spawn("ke_gym.evaluation.builder:serve", args, sandbox=sandbox) as worker:
+            try:
+                worker.channel.send({}, text + signature)
+                header, data = worker.channel.recv(timeout, limit=ARTIFACT_LIMIT)
+            except TimeoutError:
+                raise BuildError("timeout", f"building took longer than {timeout:g} s") from None
+            except ProtocolError as error:
+                raise BuildError("compile", f"the build answered nonsense: {error}") from None
+            except EOFError:
+                how = worker.wait(10.0)
+                log = worker.log(2000).strip()
+                text_ = f"the build died with {how}" + (f"\n{log}" if log else "")
+                raise BuildError("compile", text_) from None
+        if "outcome" in header:
+            outcome = header["outcome"] if header["outcome"] in _OUTCOMES else "compile"
+            raise BuildError(outcome, str(header.get("log", ""))[:LOG_LIMIT])
+        return data
+
+    def _key(self, source: str, signature: bytes, language: str, target: str) -> str:
+        parts = [source.encode(), signature, language.encode(), target.encode(), _toolchain().encode()]
+        digest = hashlib.sha256()
+        for part in (*parts, str(BUILD_VERSION).encode()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+
+@functools.cache
+def _toolchain() -> str:
+    """What the same source may compile differently under: compilers, processor, torch."""
+    found = sorted((c.family, c.path, c.version) for c in cpp.compilers().values())
+    return f"{found} {cpp.settings(cpp.Unit(''))['processor']} {torch.__version__}"
+
+
+def _load(path: Path) -> Artifact | None:
+    """The cached artifact; None if there is none, or if what is there is damaged (it is built again)."""
+    try:
+        digest, data = path.read_bytes().split(b"\n", 1)
+        if hashlib.sha256(data).hexdigest().encode() != digest:
+            return None
+        return Artifact.from_bytes(data)
+    except (OSError, ValueError):
+        return None
+
+
+def _store(path: Path, data: bytes) -> None:
+    handle, partial = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+    os.replace(partial, path)
+
+
+def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
+    """Entry of a build, inside the compile sandbox."""
+    _, blob = channel.recv(30.0)
+    source, signature = blob[: args["source_bytes"]].decode(), blob[args["source_bytes"] :]
+    try:
+        options = BuildOptions(args["target"], args["seconds"])
+        artifact = build(source, Signature.from_bytes(signature), args["language"], options)
+    except BuildError as error:
+        channel.send({"outcome": error.outcome, "log": error.log})
+    except MemoryError:
+        channel.send({"outcome": "compile", "log": "building ran out of memory"})
+    else:
+        channel.send({}, artifact.to_bytes())

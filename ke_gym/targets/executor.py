@@ -1,0 +1,344 @@
+"""Runs launch plans on the CPU: in the arms of an evaluation, and in the user's process once deployed.
+
+A plan becomes a list of Python closures once; after that a step costs a microsecond or two. Intermediates
+live in one arena, reused by liveness.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ke_gym.languages.declarations import SCALARS
+from ke_gym.languages.plan import Alloc, Arg, Call, Launch, Plan, PlanInput, Ref, TensorSpec
+from ke_gym.targets._memory import (
+    MemoryPlan,
+    PlanError,
+    alias_roots,
+    operands,
+    plan_memory,
+    refs,
+    resolve,
+    view,
+)
+
+if TYPE_CHECKING:
+    from ke_gym.languages.artifact import Artifact
+
+__all__ = ["MemoryPlan", "PlanError", "PlanRunner", "plan_memory"]
+
+Closure = Callable[[], object]
+
+
+class PlanRunner:
+    """One plan of an artifact, ready to run on given tensors.
+
+    ``inputs`` and ``state`` are what the plan's inputs name; they may be replaced by ``bind``. ``outputs``:
+    where results go, in every run; without it every run returns fresh tensors. ``arena``: uint8 memory of
+    ``memory.size`` bytes for the intermediates, which ``memory`` places; by default its own.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        shape_set: str,
+        inputs: Sequence[torch.Tensor],
+        state: Mapping[str, torch.Tensor],
+        *,
+        outputs: Sequence[torch.Tensor] | None = None,
+        arena: torch.Tensor | None = None,
+        memory: MemoryPlan | None = None,
+    ) -> None:
+        self.plan: Plan = artifact.plans[shape_set]
+        self._constants = artifact.constants
+        self._state = dict(state)
+        self._outputs = None if outputs is None else list(outputs)
+        self._memory = memory or plan_memory(self.plan)
+        self._arena = arena if arena is not None else torch.empty(self._memory.size, dtype=torch.uint8)
+        self._roots = alias_roots(self.plan)
+        # Kernels read inputs through pointers, which are easily replaced; ATen calls hold the tensors.
+        calls = [step for step in self.plan.steps if isinstance(step, Call)]
+        self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in operands(step))
+        self._libraries = {name: load_library(data) for name, data in artifact.binaries.items()}
+        self._values: dict[int, torch.Tensor] = {}
+        self._cells: dict[int, ctypes.c_void_p] = {}
+        self._steps: list[tuple[str, Closure]] = []
+        self.bind(inputs, state)
+
+    def bind(self, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Use these tensors from now on.
+
+        Raises ``PlanError`` unless shape, stride and dtype are the plan's.
+        """
+        if state is not None:
+            self._state = dict(state)
+        given = [self._given(entry, inputs) for entry in self.plan.inputs]
+        rebuild = not self._steps or self._reads_tensors
+        if rebuild:
+            self._values.clear()
+            self._cells.clear()
+        for number, tensor in enumerate(given):
+            self._define(number, tensor)
+        if rebuild:
+            self._place_allocations()
+            self._steps = self._compile()
+        self._borrowed = {t.untyped_storage().data_ptr() for t in given}
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """Execute the plan once."""
+        self._renew_outputs()
+        for _, step in self._steps:
+            step()
+        return self._collect()
+
+    def step_times(self) -> list[tuple[str, float]]:
+        """Execute the plan once and return (step, seconds) for each: a kernel's name or an ATen overload."""
+        self._renew_outputs()
+        times, clock = [], time.perf_counter
+        for name, step in self._steps:
+            start = clock()
+            step()
+            times.append((name, clock() - start))
+        self._collect()
+        return times
+
+    def run_marked(self, mark: Callable[[int], None]) -> tuple[torch.Tensor, ...]:
+        """Like ``run``, but calls ``mark(i)`` before step ``i``, so that a crash can be given a place."""
+        self._renew_outputs()
+        for index, (_, step) in enumerate(self._steps):
+            mark(index)
+            step()
+        mark(len(self._steps))
+        return self._collect()
+
+    @property
+    def step_names(self) -> list[str]:
+        """The kernel or ATen overload of every step, in order."""
+        return [name for name, _ in self._steps]
+
+    def _given(self, entry: PlanInput, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        try:
+            if entry.source == "input":
+                tensor = inputs[int(entry.name)]
+            elif entry.source == "state":
+                tensor = self._state[entry.name]
+            else:
+                tensor = self._constants[entry.name]
+        except (IndexError, KeyError, ValueError):
+            raise PlanError(f"the plan needs {entry.source} {entry.name}, which is not given") from None
+        if not _matches(tensor, entry.spec):
+            raise PlanError(f"{entry.source} {entry.name} is {TensorSpec.of(tensor)}, not {entry.spec}")
+        return tensor.detach()
+
+    def _define(self, number: int, tensor: torch.Tensor) -> None:
+        self._values[number] = tensor
+        self._cells.setdefault(number, ctypes.c_void_p()).value = tensor.data_ptr() or None
+
+    def _place_allocations(self) -> None:
+        """Give every ``Alloc`` its memory: a returned one is the output itself, others lie in the arena."""
+        self._direct: dict[int, int] = {}  # value -> position among the returns
+        returned: dict[int, int] = {}
+        for position, value in enumerate(self.plan.returns):
+            returned.setdefault(value, position)
+        self._fresh: list[tuple[int, TensorSpec]] = []
+        for step in self.plan.steps:
+            if not isinstance(step, Alloc):
+                continue
+            position = returned.get(step.out, -1)
+            if position >= 0 and step.spec == self.plan.return_specs[position]:
+                self._direct[step.out] = position
+                if self._outputs is None:
+                    self._fresh.append((step.out, step.spec))
+                    self._cells[step.out] = ctypes.c_void_p()
+                else:
+                    self._define(step.out, self._outputs[position])
+            else:
+                self._define(step.out, view(self._arena, step.spec, self._memory.offsets.get(step.out, 0)))
+
+    def _renew_outputs(self) -> None:
+        for value, spec in self._fresh:
+            self._define(value, torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype))
+
+    def _collect(self) -> tuple[torch.Tensor, ...]:
+        results: list[torch.Tensor] = []
+        for position, value in enumerate(self.plan.returns):
+            tensor = self._values[value]
+            if self._direct.get(value) == position:
+                results.append(tensor)
+                continue
+            spec = self.plan.return_specs[position]
+            if not _matches(tensor, spec):
+                raise PlanError(
+                    f"output {position} came out as {TensorSpec.of(tensor)}, the plan says {spec}"
+                )
+            if self._outputs is not None:
+                results.append(self._outputs[position].copy_(tensor))
+            elif self._is_own(value, tensor) and self.plan.returns.index(value) == position:
+                results.append(tensor)
+            else:
+                copy = torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
+                results.append(copy.copy_(tensor))
+        return tuple(results)
+
+    def _is_own(self, value: int, tensor: torch.Tensor) -> bool:
+        """Whether an ATen call made this tensor and shares its memory with nothing the caller gave."""
+        return value in self._owned and tensor.untyped_storage().data_ptr() not in self._borrowed
+
+    def _compile(self) -> list[tuple[str, Closure]]:
+        steps: list[tuple[str, Closure]] = []
+        last_use = _last_uses(self.plan, self._roots)
+        self._owned: set[int] = set()
+        finished: list[int] = []
+        for index, step in enumerate(self.plan.steps):
+            finished += [v for v, last in last_use.items() if last == index]
+            if isinstance(step, Launch):
+                steps.append((step.kernel, self._launch(step)))
+            elif isinstance(step, Call) and not self._hoist(step):
+                self._owned.update(v for v in step.outs if self._roots[v] == v)
+                steps.append((step.target, self._call(step, tuple(finished))))
+                finished = []
+        return steps
+
+    def _launch(self, step: Launch) -> Closure:
+        try:
+            function = self._libraries[step.binary][step.kernel]
+        except KeyError:
+            raise PlanError(f"kernel {step.kernel} is in binary {step.binary}, which is missing") from None
+        except AttributeError:
+            raise PlanError(f"binary {step.binary} has no kernel {step.kernel}") from None
+        arguments: list[Any] = []
+        for argument, ctype in zip(step.args, step.ctypes):
+            arguments.append(self._argument(step, argument, ctype))
+        function.argtypes = [type(a) for a in arguments]
+        function.restype = None
+        return functools.partial(function, *arguments)
+
+    def _argument(self, step: Launch, argument: Arg, ctype: str) -> Any:
+        pointer = "*" in ctype
+        if isinstance(argument, Ref):
+            if not pointer:
+                raise PlanError(f"{step.kernel}: a tensor is passed where the kernel takes {ctype}")
+            return self._cells.setdefault(argument.value, ctypes.c_void_p())
+        if pointer:
+            if argument is not None:
+                raise PlanError(f"{step.kernel}: {argument!r} is passed where the kernel takes {ctype}")
+            return ctypes.c_void_p()
+        scalar = SCALARS.get(ctype)
+        if scalar is None:
+            raise PlanError(f"{step.kernel}: arguments of type {ctype} are not supported")
+        try:
+            return scalar(argument)
+        except TypeError:
+            raise PlanError(f"{step.kernel}: {argument!r} is passed where the kernel takes {ctype}") from None
+
+    def _hoist(self, step: Call) -> bool:
+        """Evaluate a view of memory that stays where it is now instead of in every run.
+
+        Returns False where it is no such view: its operand appears only during a run, or the operator
+        (``reshape``, ``contiguous``) copied.
+        """
+        (value, *more) = step.outs
+        if more or self._roots[value] == value or any(v not in self._values for v in operands(step)):
+            return False
+        overload = resolve(step.target)
+        if any(a.alias_info is not None and a.alias_info.is_write for a in overload._schema.arguments):
+            return False
+        result = overload(*self._concrete(step.args), **self._concrete_kwargs(step))
+        base = self._values[self._roots[value]]
+        if result.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
+            return False
+        self._define(value, result)
+        return True
+
+    def _call(self, step: Call, finished: tuple[int, ...]) -> Closure:
+        """One ATen call. Arguments that never change are bound now; those that a run makes are looked up."""
+        overload = resolve(step.target)
+        values, outs = self._values, step.outs
+        cells = [self._cells.setdefault(out, ctypes.c_void_p()) for out in outs]
+        made = {v for v in operands(step) if v not in values}
+        slots = [(i, a.value) for i, a in enumerate(step.args) if isinstance(a, Ref) and a.value in made]
+        nested = [i for i, a in enumerate(step.args) if isinstance(a, tuple) and made & set(refs(a))]
+        named = [n for n, a in step.kwargs.items() if made & set(refs((a,)))]
+        skip = {i for i, _ in slots} | set(nested)
+        args = [None if i in skip else self._concrete(a) for i, a in enumerate(step.args)]
+        kwargs = {n: None if n in named else self._concrete(a) for n, a in step.kwargs.items()}
+
+        def call() -> None:
+            for i, value in slots:
+                args[i] = values[value]
+            for i in nested:
+                args[i] = self._concrete(step.args[i])
+            for name in named:
+                kwargs[name] = self._concrete(step.kwargs[name])
+            result = overload(*args, **kwargs)
+            results = [result] if isinstance(result, torch.Tensor) else flatten(result)
+            for out, cell, tensor in zip(outs, cells, results, strict=True):
+                values[out] = tensor
+                cell.value = tensor.data_ptr()
+            for i in skip:
+                args[i] = None
+            for value in finished:
+                values.pop(value, None)
+
+        return call
+
+    def _concrete(self, argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            return self._values[argument.value]
+        if isinstance(argument, tuple):
+            return tuple(self._concrete(a) for a in argument)
+        return argument
+
+    def _concrete_kwargs(self, step: Call) -> dict[str, Any]:
+        return {name: self._concrete(value) for name, value in step.kwargs.items()}
+
+
+def load_library(binary: bytes) -> ctypes.CDLL:
+    """Load a shared object from memory; its file is gone once it is loaded. Raises ``PlanError``."""
+    with tempfile.NamedTemporaryFile(prefix="ke-", suffix=".so") as file:
+        file.write(binary)
+        file.flush()
+        try:
+            return ctypes.CDLL(file.name)
+        except OSError as error:
+            raise PlanError(f"the binary does not load: {error}") from None
+
+
+def flatten(result: Any) -> list[torch.Tensor]:
+    """The tensors in what an ATen overload returned, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, (list, tuple)):
+        return [t for r in result for t in flatten(r)]
+    return []
+
+
+def _matches(tensor: torch.Tensor, spec: TensorSpec) -> bool:
+    """Whether the plan was made for a tensor like this (strides of dimensions of one element don't count)."""
+    if tensor.dtype != spec.torch_dtype or tuple(tensor.shape) != spec.shape:
+        return False
+    if math.prod(spec.shape) == 0:
+        return True
+    return all(n == 1 or a == b for n, a, b in zip(spec.shape, tensor.stride(), spec.stride))
+
+
+def _last_uses(plan: Plan, roots: dict[int, int]) -> dict[int, int]:
+    """For every value that a ``Call`` makes and the plan does not return: the last step that needs it."""
+    made = {out for step in plan.steps if isinstance(step, Call) for out in step.outs}
+    last: dict[int, int] = {}
+    for index, step in enumerate(plan.steps):
+        for value in (*operands(step), *(step.outs if isinstance(step, Call) else ())):
+            last[value] = index
+    # A kernel reads through a bare pointer, so what a view shows must outlive the view.
+    for value, root in roots.items():
+        if value in last:
+            last[root] = max(last.get(root, 0), last[value])
+    kept = {roots[r] for r in plan.returns} | set(plan.returns)
+    return {v: i for v, i in last.items() if v in made and v not in kept}
