@@ -64,9 +64,8 @@ class _Plain(ast.NodeTransformer):
 
     def _undocumented(self, node: ast.AST) -> ast.AST:
         body: list[ast.stmt] = node.body  # type: ignore[attr-defined]
-        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            if isinstance(body[0].value.value, str):
-                body[:1] = [] if len(body) > 1 else [ast.Pass()]
+        if body and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
+            body[:1] = [] if len(body) > 1 else [ast.Pass()]
         return self.generic_visit(node)
 
     visit_Module = visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _undocumented

@@ -21,7 +21,7 @@ __all__ = ["Kernel", "KernelError", "Kernels", "cpp"]
 
 
 class Kernel:
-    """One kernel: ``kernel(*args)`` takes tensors for pointers and numbers for the rest, and returns nothing."""
+    """One kernel: ``kernel(*args)`` takes tensors for pointers and numbers for the rest; returns nothing."""
 
     def __init__(self, kernels: Kernels, declaration: Declaration) -> None:
         self._kernels = kernels
@@ -56,7 +56,7 @@ class Kernels:
 
     @cached_property
     def library(self) -> Library:
-        """The binary in this process, compiled on first use. Raises ``KernelError`` with the compiler's words."""
+        """The binary in this process, compiled on first use. Raises ``KernelError`` if that fails."""
         return Library(_cpp.cached(self.unit))
 
     def __getattr__(self, name: str) -> Kernel:
@@ -79,9 +79,8 @@ def cpp(source: str, flags: str | list[str] = "", compiler: str = "g++") -> Kern
     """C++20 source → the ``extern "C"`` kernels it defines.
 
     ``flags`` are added to the default ones: optimization, code generation, macros and warnings (``-O2``,
-    ``-fno-…``, ``-mprefer-vector-width=512``, ``-DTILE=8``, ``--param …``). ``compiler`` is ``g++`` or
-    ``clang++``. Headers ``<ke/math.h>`` and ``<ke/types.h>`` are at hand. Raises ``KernelError`` for flags that
-    do something else.
+    ``-fno-…``, ``-mprefer-vector-width=512``, ``-DTILE=8``, ``--param …``); any other raises ``KernelError``.
+    ``compiler`` is ``g++`` or ``clang++``. Headers ``<ke/math.h>`` and ``<ke/types.h>`` are at hand.
     """
     unit = _cpp.Unit(source, _cpp.parse_flags(flags), compiler)
     _recording.register(unit)

@@ -26,10 +26,10 @@ _MAGIC = b"KEGYM\0"
 
 @dataclass(frozen=True)
 class Artifact:
-    """``lane`` "plan": ``plans`` per shape set call ``binaries`` (shared libraries by name) and ``constants``.
+    """``lane`` "plan": ``plans`` per shape set call ``binaries`` (shared libraries) and take ``constants``.
 
-    ``lane`` "host": the module's Python could not be traced (``report["host_reason"]``); only ``source`` and the
-    binaries are there. ``report`` is JSON-able: compilers, flags, warnings, vectorization.
+    ``lane`` "host": the module's Python could not be traced (``report["host_reason"]``); only ``source`` and
+    the binaries are there. ``report`` is JSON-able: compilers, flags, warnings, vectorization.
     """
 
     language: str
@@ -83,7 +83,7 @@ class Artifact:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Artifact:
-        """Parse and validate; raises ``ValueError`` on anything odd. The bytes may be hostile: nothing is run."""
+        """Parse and validate; raises ``ValueError`` on anything odd. Nothing in the bytes is run."""
         start = len(_MAGIC) + 8
         if len(data) > LIMIT_BYTES or len(data) < start or data[: len(_MAGIC)] != _MAGIC:
             raise ValueError("not an artifact")
@@ -142,9 +142,9 @@ def _decode(header: dict[str, Any], data: bytes, position: int) -> Artifact:
 def _check(plan: Plan, binaries: Mapping[str, bytes], constants: Mapping[str, Tensor]) -> None:
     """Whether the executor can take the plan: known binaries, allowed operators, arguments that fit."""
     for source in plan.inputs:
-        if source.source == "constant":
-            if source.name not in constants or TensorSpec.of(constants[source.name]) != source.spec:
-                raise ValueError(f"a plan names constant {source.name!r}, which the artifact has not")
+        constant = constants.get(source.name)
+        if source.source == "constant" and (constant is None or TensorSpec.of(constant) != source.spec):
+            raise ValueError(f"a plan names constant {source.name!r}, which the artifact has not")
     for step in plan.steps:
         if isinstance(step, Call) and (why := refusal(step.target)):
             raise ValueError(why)

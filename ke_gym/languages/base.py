@@ -27,9 +27,9 @@ __all__ = ["BuildError", "BuildOptions", "Language", "Signature", "build", "get_
 class Signature:
     """What the compile sandbox may know of a task: shapes and dtypes, never the contents of inputs.
 
-    Every mapping is by shape set. ``inputs`` holds a spec per tensor and plain values as they are; ``state`` the
-    specs of the reference's parameters and buffers, ``digests`` hashes of their contents under ``seed``, so that
-    what a ``ModelNew`` built from ``init_inputs`` under that seed holds can be recognized.
+    Every mapping is by shape set. ``inputs`` holds a spec per tensor and plain values as they are; ``state``
+    the specs of the reference's parameters and buffers, ``digests`` hashes of their contents under ``seed``,
+    so that what a ``ModelNew`` built from ``init_inputs`` under that seed holds can be recognized.
     """
 
     task: str
@@ -46,7 +46,7 @@ class Signature:
 
     @classmethod
     def of(cls, task: Task, shape_sets: Sequence[str] | None = None, target: str = "cpu") -> Signature:
-        """The signature of a task for some shape sets (default: all public ones), by running its reference."""
+        """The signature of a task for some shape sets (default: the public ones); runs its reference."""
         inputs, outputs, state, digests, initial = {}, {}, {}, {}, {}
         for name in task.public_shapes(target) if shape_sets is None else shape_sets:
             drawn = task.inputs(name, seed=0)
@@ -86,10 +86,13 @@ class BuildOptions:
 
 
 class Language(Protocol):
-    """How a kernel module becomes an artifact. Registered under the entry-point group ``ke_gym.languages``."""
+    """How a kernel module becomes an artifact. Plug-ins: entry-point group ``ke_gym.languages``."""
 
-    name: str
-    targets: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
 
     def build(self, source: str, signature: Signature, options: BuildOptions) -> Artifact:
         """Runs the module's Python: only ever called inside the compile sandbox. Raises ``BuildError``."""
@@ -122,8 +125,8 @@ def build(
 ) -> Artifact:
     """Trace and compile a kernel module for every shape set of the signature.
 
-    Runs the module's Python, so it is only ever called inside the compile sandbox. Raises ``BuildError`` whose
-    ``outcome`` is "compile" (its Python or its kernels do not run or compile), "constraints" (it does what a
-    module must not) or "correctness" (outputs missing, or of the wrong shape or dtype).
+    Runs the module's Python, so it is only ever called inside the compile sandbox. Raises ``BuildError``
+    whose ``outcome`` is "compile" (its Python or its kernels do not run or compile), "constraints" (it does
+    what a module must not) or "correctness" (outputs missing, or of the wrong shape or dtype).
     """
     return get_language(language).build(source, signature, options or BuildOptions())

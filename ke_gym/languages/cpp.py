@@ -20,8 +20,8 @@ from ke_gym.languages.remarks import Remark, read_clang, read_gcc
 INCLUDE = Path(__file__).parent / "include"
 SOURCE_NAME = "kernel.cpp"
 
-# Infinities, NaN and signed zeros keep their meaning: only errno and floating-point traps, which no kernel can
-# observe, are given up. Sums are reordered only where the source says so (`#pragma omp simd reduction`).
+# Infinities, NaN and signed zeros keep their meaning: only errno and floating-point traps, which no kernel
+# observes, are given up. Sums are reordered only where the source says so (`#pragma omp simd reduction`).
 CODE_FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-fPIC", "-fno-stack-protector", "-fno-plt",
@@ -119,7 +119,7 @@ def _links_openmp(path: str) -> bool:
 
 
 def parse_flags(flags: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """The flags as a tuple. Raises ``KernelError`` for one that is not about optimization, code or warnings."""
+    """The flags as a tuple. Raises ``KernelError`` for one that is not about code or warnings."""
     words = shlex.split(flags) if isinstance(flags, str) else [str(flag) for flag in flags]
     joined: list[str] = []
     for word in words:
@@ -130,8 +130,8 @@ def parse_flags(flags: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     for flag in joined:
         if not _ACCEPTED.match(flag) or _REFUSED.match(flag):
             raise KernelError(
-                f"compiler flag {flag!r} is not accepted; give flags that start with -O, -f, -m, -D, -U, -std=, "
-                "--param or -W and read or write no file"
+                f"compiler flag {flag!r} is not accepted; give flags that start with -O, -f, -m, -D, -U, "
+                "-std=, --param or -W and read or write no file"
             )
     return tuple(joined)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BuildError(Exception):
-    """``outcome`` is the evaluation's word for it ("compile", "constraints", "correctness"); ``log`` says why."""
+    """``outcome`` is an evaluation's word ("compile", "constraints", "correctness"); ``log`` says why."""
 
     def __init__(self, outcome: str, log: str) -> None:
         super().__init__(log)

@@ -41,10 +41,10 @@ def load(source: str) -> ModuleType:
 def bind(
     module: ModuleType, inputs: int, state: Iterable[str], init_inputs: Sequence[Any], seed: int
 ) -> tuple[Callable[..., Any], tuple[str, ...], nn.Module | None]:
-    """What to call, the state entries that it takes by name, and the ``ModelNew`` behind it, if it is one.
+    """What to call, the state entries it takes by name, and the ``ModelNew`` behind it, if any.
 
-    ``inputs`` is how many inputs the task has. Raises ``BuildError`` if the module defines neither ``forward`` nor
-    ``ModelNew``, or ``forward`` has parameters that are neither inputs nor state.
+    ``inputs`` is how many inputs the task has. Raises ``BuildError`` if the module has neither ``forward``
+    nor ``ModelNew``, or ``forward`` has parameters that are neither inputs nor state.
     """
     function = getattr(module, "forward", None)
     if function is None:

@@ -99,7 +99,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Call:
-    """Call the ATen overload ``target`` (``"aten.mm.default"``); its flattened outputs become ``outs``."""
+    """Call the ATen overload ``target`` (``"aten.mm.default"``); ``outs`` are the tensors it returns."""
 
     target: str
     args: tuple[Arg, ...]

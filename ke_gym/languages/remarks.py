@@ -11,11 +11,13 @@ from ke_gym.languages.declarations import parse
 _GCC = re.compile(r"kernel\.cpp:(\d+):(\d+): (optimized|missed):\s+(.*)")
 _CLANG = re.compile(r"kernel\.cpp:(\d+):(\d+): remark: (.*)")
 _LIMIT = 60
+# What GCC says of loops around other loops, which it would only ever vectorize in the innermost.
+_OUTER = ("loop nest containing", "multiple nested loops", "inner-loop count not invariant", "outer-loop")
 
 
 @dataclass(frozen=True)
 class Remark:
-    """One loop: the ``line`` of the C++ source (from 1), its kernel or "", the vector bytes (0: scalar), why."""
+    """One loop: ``line`` of the C++ source (from 1), its kernel or "", vector bytes (0: scalar), and why."""
 
     line: int
     kernel: str
@@ -23,7 +25,7 @@ class Remark:
     message: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "vectorized": self.width > 0}
 
 
 def read_gcc(text: str, source: str) -> tuple[Remark, ...]:
@@ -36,19 +38,19 @@ def read_gcc(text: str, source: str) -> tuple[Remark, ...]:
             continue
         number, message = int(match[1]), match[4]
         if match[3] == "optimized":
-            if width := re.match(r"(?:loop|basic block part) vectorized using (\d+) byte", message):
-                if message.startswith("loop"):
-                    widths[number] = max(widths.get(number, 0), int(width[1]))
+            if width := re.match(r"loop vectorized using (\d+) byte", message):
+                widths[number] = max(widths.get(number, 0), int(width[1]))
         elif message.startswith("couldn't vectorize loop"):
             loop = number
             missed.setdefault(loop, "")
         elif message.startswith("not vectorized:") and loop in missed and not missed[loop]:
             missed[loop] = message.removeprefix("not vectorized:").strip()
+    missed = {line: reason for line, reason in missed.items() if not reason.startswith(_OUTER)}
     return _remarks(widths, missed, source)
 
 
 def read_clang(text: str, source: str) -> tuple[Remark, ...]:
-    """Remarks from ``-Rpass=loop-vectorize`` and its missed and analysis kinds; widths are in elements of float."""
+    """Remarks from ``-Rpass=loop-vectorize`` and its kin; Clang counts elements: taken as four bytes."""
     widths: dict[int, int] = {}
     missed: dict[int, str] = {}
     for line in text.splitlines():

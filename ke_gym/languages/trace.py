@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch._dynamo.config  # fake tensors import it on first use, which takes a second: better once than per trace
+import torch._dynamo.config  # fake tensors import it on first use, which takes a second: better done here
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -82,9 +82,9 @@ def trace(
 ) -> Traced:
     """Run ``function(*inputs, **state)`` on fake tensors.
 
-    ``inputs`` are specs, or plain values passed as they are. ``bound`` says which real tensors that the module
-    holds stand for entries of the reference's state. Raises ``BuildError`` for what a plan must not do, and
-    ``NotTraceable`` if the Python depends on data.
+    ``inputs`` are specs, or plain values passed as they are. ``bound`` says which real tensors that the
+    module holds stand for entries of the reference's state. Raises ``BuildError`` for what a plan must not
+    do, and ``NotTraceable`` if the Python depends on data.
     """
     recorder = _Recorder([(name, tensor) for name, tensor in bound])
     with recorder.fakes:
@@ -100,11 +100,11 @@ def trace(
     return recorder.finish(result)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers tensors in the order they appear; ``finish`` renumbers them so that inputs come first."""
 
     def __init__(self, bound: list[tuple[str, Tensor]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fakes = FakeTensorMode()
         self._bound = {id(tensor): name for name, tensor in bound}
         self._numbers: dict[int, int] = {}
@@ -120,7 +120,9 @@ class _Recorder(TorchDispatchMode):
         self._origin: dict[int, str] = {}  # storage -> what it is, if it must not be written
         self._empty: set[int] = set()  # storages that nothing has written
         self._keep: list[Any] = []  # identities are looked up, so nothing may be freed and reused
-        self._kept_effects: set[int] = set()  # steps that stay even if nobody reads their outputs
+        self._memory: dict[int, int] = {}  # number -> storage
+        self._effects: dict[int, set[int]] = {}  # step -> the storages it writes
+        self._drawing: set[int] = set()  # steps that advance the random generator
         self._rejection: BuildError | None = None
         self._untraceable: str | None = None
         self._warnings: list[str] = []
@@ -141,21 +143,21 @@ class _Recorder(TorchDispatchMode):
 
     def _fake(self, spec: TensorSpec) -> FakeTensor:
         with _disable_current_modes(), self.fakes:
-            fake = torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
-        assert isinstance(fake, FakeTensor)
-        return fake
+            fake: Any = torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
+        return cast(FakeTensor, fake)
 
     def _adopt(self, fake: FakeTensor, source: PlanInput, origin: str) -> None:
         self._inputs.append((self._number(fake), source))
         self._origin[_storage(fake)] = origin
 
-    def _number(self, tensor: Any) -> int:
-        """A new number for a tensor (or for nothing, where an operator returns no tensor)."""
+    def _number(self, tensor: Tensor | None) -> int:
+        """A new number, from now on the tensor's."""
         number = self._next
         self._next += 1
-        if isinstance(tensor, Tensor):
+        if tensor is not None:
             torch._C._set_throw_on_mutable_data_ptr(tensor)  # without it, the address of a fake tensor is 0
             self._numbers[id(tensor)] = number
+            self._memory[number] = _storage(tensor)
             self._keep.append((tensor, tensor.untyped_storage()))
         return number
 
@@ -165,8 +167,7 @@ class _Recorder(TorchDispatchMode):
             if id(tensor) not in self._numbers:
                 raise self.rejection(
                     "constraints",
-                    "a tensor from an earlier call is used; forward must make every tensor it uses, or get it as "
-                    "input",
+                    "a tensor from an earlier call is used; forward must make or take every tensor it uses",
                 )
             return tensor
         if id(tensor) in self._real:
@@ -243,16 +244,17 @@ class _Recorder(TorchDispatchMode):
         self._next += 1
         self._steps.append(Call("aten.clone.default", (Ref(number),), {}, (copy,)))
         self._numbers[id(tensor)] = copy
+        self._memory[copy] = _storage(tensor)
         self._held.discard(id(tensor))
         self._contents.pop(id(tensor), None)
         del self._origin[_storage(tensor)]
 
-    # -- recording ---------------------------------------------------------------------------------------------
+    # -- recording -------------------------------------------------------------------------------------------
 
     def launch(self, unit: Unit, kernel: Declaration, args: tuple[Any, ...]) -> None:
         """Record a launch; arguments are checked already."""
         recorded: list[Arg] = []
-        written: list[tuple[Tensor, str]] = []
+        written: list[tuple[FakeTensor, str]] = []
         for position, (parameter, value) in enumerate(zip(kernel.parameters, args), 1):
             if not parameter.pointer:
                 recorded.append(value)
@@ -291,11 +293,11 @@ class _Recorder(TorchDispatchMode):
         except _DATA_DEPENDENT as error:
             self._untraceable = f"forward depends on the contents of a tensor: operator {target}"
             raise error
-        self._record(func, target, args, kwargs, result, bool(writes))
+        self._record(func, target, args, kwargs, result, {_storage(tensor) for tensor in writes})
         return result
 
     def _written(self, func: Any, target: str, args: Any, kwargs: Any) -> list[Tensor]:
-        if target in _HIDDEN_WRITES and args[5]:
+        if target in _HIDDEN_WRITES and args[5]:  # training
             return [args[i] for i in _HIDDEN_WRITES[target] if isinstance(args[i], Tensor)]
         found: list[Tensor] = []
         for i, parameter in enumerate(func._schema.arguments):
@@ -304,9 +306,8 @@ class _Recorder(TorchDispatchMode):
                 found += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
         return found
 
-    def _record(self, func: Any, target: str, args: Any, kwargs: Any, result: Any, mutates: bool) -> None:
-        leaves = pytree.tree_leaves(result) if func._schema.returns else []
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    def _record(self, func: Any, target: str, args: Any, kwargs: Any, result: Any, writes: set[int]) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             if tensor.device.type != "cpu":
                 raise self.rejection(
@@ -323,23 +324,23 @@ class _Recorder(TorchDispatchMode):
             self._steps.append(Alloc(self._number(result), spec))
             self._empty.add(_storage(result))
             return
-        if not tensors and not mutates:
+        if not tensors and not writes:
             return
-        if len(tensors) == 1 and args and isinstance(args[0], Tensor) and not mutates:
-            if target in _SAME or _identical(args[0], tensors[0]):
-                self._keep.append(tensors[0])
-                self._numbers[id(tensors[0])] = self._numbers[id(args[0])]
+        if len(tensors) == 1 and not writes and args and isinstance(args[0], Tensor):
+            (result,) = tensors
+            if target in _SAME or _identical(args[0], result):
+                self._keep.append(result)
+                self._numbers[id(result)] = self._numbers[id(args[0])]
                 if id(args[0]) in self._contents:
-                    self._contents[id(tensors[0])] = self._contents[id(args[0])]
+                    self._contents[id(result)] = self._contents[id(args[0])]
                 return
         encoded = [self._argument(target, a) for a in args]
         named = {k: self._argument(target, v) for k, v in kwargs.items()}
-        outs = []
-        for leaf in leaves:
-            seen = isinstance(leaf, Tensor) and id(leaf) in self._numbers
-            outs.append(self._number(None if seen else leaf))
-        if mutates or torch.Tag.nondeterministic_seeded in func.tags:
-            self._kept_effects.add(len(self._steps))
+        # An operator that writes to its argument returns it: the tensor keeps its number.
+        outs = [self._number(None if id(tensor) in self._numbers else tensor) for tensor in tensors]
+        self._effects[len(self._steps)] = writes
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._drawing.add(len(self._steps))
         self._steps.append(Call(target, tuple(encoded), named, tuple(outs)))
 
     def _argument(self, target: str, value: Any) -> Arg:
@@ -354,7 +355,7 @@ class _Recorder(TorchDispatchMode):
             "constraints", f"operator {target} takes a {type(value).__name__}, which a plan cannot hold"
         )
 
-    # -- the plan ------------------------------------------------------------------------------------------------
+    # -- the plan --------------------------------------------------------------------------------------------
 
     def finish(self, result: Any) -> Traced:
         """The plan that returns the tensors in ``result`` (a tensor, or a tuple, list or dict of them)."""
@@ -385,13 +386,20 @@ class _Recorder(TorchDispatchMode):
         return Traced(plan, constants, tuple(self._units.values()), tuple(dict.fromkeys(self._warnings)))
 
     def _live(self, needed: set[int]) -> list[Step]:
-        """The steps that matter: launches, writes, and whatever the returns are computed from."""
+        """Launches, draws of random numbers, and whatever these and the returns are computed from."""
         live = []
+        read = {self._memory[n] for n in needed}
         for index in range(len(self._steps) - 1, -1, -1):
             step = self._steps[index]
-            if isinstance(step, Launch) or index in self._kept_effects or needed.intersection(_makes(step)):
+            if (
+                isinstance(step, Launch)
+                or index in self._drawing
+                or needed.intersection(_makes(step))
+                or read.intersection(self._effects.get(index, ()))
+            ):
                 live.append(step)
                 needed.update(_uses(step))
+                read.update(self._memory[n] for n in _uses(step))
         return live[::-1]
 
 

@@ -244,8 +244,10 @@ class PlanRunner:
         Returns False where it is no such view: its operand appears only during a run, or the operator
         (``reshape``, ``contiguous``) copied.
         """
-        (value, *more) = step.outs
-        if more or self._roots[value] == value or any(v not in self._values for v in operands(step)):
+        if len(step.outs) != 1:
+            return False
+        (value,) = step.outs
+        if self._roots[value] == value or any(v not in self._values for v in operands(step)):
             return False
         overload = resolve(step.target)
         if any(a.alias_info is not None and a.alias_info.is_write for a in overload._schema.arguments):

@@ -11,14 +11,9 @@
 // delivers all strips of a row, j ascending: then state kept per row needs no lock.
 #pragma once
 
-#include "pack.h"
-#include <omp.h>
+#include "stream.h"
 
 namespace ke {
-
-struct GemmSize {
-  int64_t batch, m, n, k;
-};
 
 // Compute: float, double or bf16_pair. MR x NR: the register tile (NR a multiple of the vector length).
 // KC: steps of k between two spills of the sums (also bounds their rounding error).
