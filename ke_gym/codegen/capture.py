@@ -1,0 +1,217 @@
+"""Task -> graph of Core ATen operations, one per public shape set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ke_gym.codegen.errors import CodegenError
+
+if TYPE_CHECKING:
+    from ke_gym.tasks import Task
+
+aten = torch.ops.aten
+
+# Operations the generator has a better form of than their decomposition, or calls as they are.
+KEPT = (aten.scaled_dot_product_attention.default,)
+
+EXTRA = (
+    aten._log_softmax_backward_data,
+    aten._softmax_backward_data,
+    aten.native_layer_norm_backward,
+    aten.native_group_norm_backward,
+    aten.native_batch_norm_backward,
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_functional,
+    aten._native_batch_norm_legit_no_training,
+    aten.native_layer_norm,
+    aten.native_group_norm,
+    aten._fused_rms_norm,
+    aten._fused_rms_norm_backward,
+    aten.nll_loss_forward,
+    aten.nll_loss_backward,
+    aten.nll_loss2d_forward,
+    aten.gelu_backward,
+    aten.silu_backward,
+    aten.sigmoid_backward,
+    aten.tanh_backward,
+    aten.hardtanh,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.leaky_relu,
+    aten.leaky_relu_backward,
+    aten.elu,
+    aten.mish,
+    aten.softplus,
+    aten.threshold_backward,
+    aten.addcmul,
+    aten.addcdiv,
+    aten.lerp,
+    aten.logit,
+    aten.log_sigmoid_forward,
+    aten.glu,
+    aten.huber_loss,
+    aten.smooth_l1_loss,
+    aten.mse_loss,
+    aten.binary_cross_entropy,
+    aten.binary_cross_entropy_with_logits,
+    aten.soft_margin_loss,
+    aten.celu,
+    aten.prelu,
+    aten._prelu_kernel,
+    aten.rsub,
+    aten.std,
+    aten.std_mean,
+    aten.logsumexp,
+    aten.masked_fill,
+    aten.tril,
+    aten.triu,
+    aten.reflection_pad1d,
+    aten.reflection_pad2d,
+    aten.replication_pad1d,
+    aten.replication_pad2d,
+    aten.upsample_nearest1d,
+    aten.upsample_nearest2d,
+    aten.roll,
+    aten.select_backward,
+    aten.slice_backward,
+    aten.diagonal_backward,
+    aten.trace,
+    aten.linspace,
+    aten.frac,
+    aten.xlogy,
+    aten.nan_to_num,
+    aten.masked_fill_,
+    aten.linalg_vector_norm,
+    aten.dot,
+    aten.mv,
+    aten.addmv,
+    aten.count_nonzero,
+    aten.unfold_copy,
+    aten._trilinear,
+)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    table = dict(torch.export.default_decompositions().items())
+    table.update(get_decompositions(list(EXTRA)))
+    for op in KEPT:
+        table.pop(op, None)
+    return table
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An FX graph of ATen calls. Placeholders are named by ``names`` in order, ``None`` for plain scalars.
+
+    ``constants`` holds tensors the model makes from literals, by placeholder name.
+    """
+
+    graph: torch.fx.Graph
+    names: tuple[str | None, ...]
+    constants: dict[str, torch.Tensor]
+    arguments: tuple[str, ...]
+
+
+def capture(task: Task, shape_set: str) -> Captured:
+    """Raises ``CodegenError`` naming the operation and source line that cannot be captured."""
+    reference = task.reference(shape_set)
+    inputs = task.inputs(shape_set, seed=0)
+    try:
+        if task.backward:
+            return _joint(reference, inputs)
+        return _exported(reference, inputs)
+    except CodegenError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = _user_frame(error)
+        raise CodegenError(
+            f"{task.name}: torch.export refused the model{where}: {reason.strip()}; "
+            "write the kernel by hand or let an LLM proposer do it (the host lane runs what cannot be traced)"
+        ) from error
+
+
+def _user_frame(error: BaseException) -> str:
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "ke_gym" not in f.filename]
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def _originals(reference: Any) -> dict[str, str]:
+    """State name of the task -> qualified name in the module."""
+    module = reference.module
+    return dict(zip(reference.state, (n for n, _ in [*module.named_parameters(), *module.named_buffers()])))
+
+
+def _exported(reference: Any, inputs: list[Any]) -> Captured:
+    from torch.export.graph_signature import InputKind, OutputKind
+
+    module = reference.module
+    mangled = {original: name for name, original in _originals(reference).items()}
+    with torch.no_grad():
+        program = torch.export.export(module, tuple(inputs), strict=False)
+        program = program.run_decompositions(decompositions())
+    signature = program.graph_signature
+    names: list[str | None] = []
+    arguments: list[str] = []
+    constants: dict[str, torch.Tensor] = {}
+    state: list[str] = []
+    position = 0
+    for spec, node in zip(signature.input_specs, program.graph.find_nodes(op="placeholder")):
+        if spec.kind is InputKind.USER_INPUT:
+            value = node.meta.get("val")
+            name = node.name if isinstance(value, torch.Tensor) else None
+            names.append(name)
+            arguments.append(name or f"scalar{position}")
+            position += 1
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            name = mangled[spec.target or ""]
+            names.append(name)
+            state.append(name)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            value = program.constants[spec.target or ""]
+            names.append(node.name)
+            constants[node.name] = value
+        else:
+            raise CodegenError(f"the model takes a {spec.kind.name.lower()} input, which no kernel can take")
+    kept = [s.kind is OutputKind.USER_OUTPUT for s in signature.output_specs]
+    output = program.graph.output_node()
+    output.args = (tuple(a for a, keep in zip(output.args[0], kept) if keep),)
+    return Captured(program.graph, tuple(names), constants, (*arguments, *state))
+
+
+def _joint(reference: Any, inputs: list[Any]) -> Captured:
+    """Forward and backward in one graph, by tracing the reference's own autograd call."""
+    state = list(reference.state)
+    originals = _originals(reference)
+    learned = {name for name, p in reference.module.named_parameters() if p.requires_grad}
+
+    def run(*flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = {}
+        for name, tensor in zip(state, flat[len(inputs) :]):
+            original = originals[name]
+            values[original] = tensor.detach().requires_grad_() if original in learned else tensor
+        with torch.nn.utils.stateless._reparametrize_module(reference.module, values):
+            return tuple(reference(*flat[: len(inputs)]))
+
+    flat = [*inputs, *(reference.state[n] for n in state)]
+    traced = make_fx(run, decomposition_table=decompositions(), tracing_mode="fake")(*flat)
+    names = _parameter_names(reference, len(inputs)) + state
+    return Captured(traced.graph, tuple(names), {}, tuple(names))
+
+
+def _parameter_names(reference: Any, count: int) -> list[str]:
+    parameters = list(inspect.signature(reference.module.forward).parameters)
+    names = parameters[:count]
+    gradients = count - len(names)
+    return names + [f"grad{i}" if gradients > 1 else "grad" for i in range(gradients)]

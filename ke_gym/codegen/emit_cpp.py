@@ -1,0 +1,722 @@
+"""Loop nests -> C++ text. Only spelling lives here; what is computed and in which order is in ``nest``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ke_gym.codegen.expr import (
+    Const,
+    Expr,
+    Index,
+    Indirect,
+    InRange,
+    Interned,
+    Load,
+    Op,
+    Position,
+    Quotient,
+    Remainder,
+    Rewriter,
+    Search,
+    Var,
+    compute_dtype,
+    is_float,
+    linear,
+    of,
+    walk,
+)
+from ke_gym.codegen.nest import Item, Local, Loop, Nest, Stage, Target
+
+TYPES = {
+    "f32": "float", "f64": "double", "bf16": "ke::bf16", "f16": "ke::half", "bool": "bool", "u8": "uint8_t",
+    "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t",
+}  # fmt: skip
+
+_INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "intdiv": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=",
+    "gt": ">", "ge": ">=", "and": "&&", "or": "||", "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<",
+    "shr": ">>",
+}  # fmt: skip
+_KE = frozenset(
+    "exp exp2 expm1 log log2 log10 log1p tanh erf sqrt rsqrt sin cos pow sigmoid silu gelu gelu_tanh max min "
+    "copysign".split()
+)
+_STD = frozenset(
+    "erfc lgamma tan asin acos atan sinh cosh asinh acosh atanh atan2 fmod hypot floor ceil trunc".split()
+)
+_F64_STD = frozenset(("exp2", "log2", "log10"))
+
+_IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
+_COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "min": "min"}
+_LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63) + 1, "u8": 0, "bool": 0}
+_GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u8": 255, "bool": 1}
+
+HELPERS = {
+    "max": "#pragma omp declare reduction(max_nan : float, double, int8_t, int16_t, int32_t, int64_t, uint8_t : "
+    "omp_out = ke::max(omp_out, omp_in)) initializer(omp_priv = omp_orig)\n",
+    "min": "#pragma omp declare reduction(min_nan : float, double, int8_t, int16_t, int32_t, int64_t, uint8_t : "
+    "omp_out = ke::min(omp_out, omp_in)) initializer(omp_priv = omp_orig)\n",
+    "search": """\
+// How many of the ascending row[0..SIZE) are below value (or at most, if RIGHT): branchless binary search.
+template <int64_t SIZE, bool RIGHT, typename T>
+static inline int64_t search(const T* row, T value) {
+  int64_t first = 0, size = SIZE;
+  while (size > 0) {
+    const int64_t half = size >> 1;
+    const bool beyond = RIGHT ? !(value < row[first + half]) : row[first + half] < value;
+    first += beyond ? size - half : 0;
+    size = half;
+  }
+  return first;
+}
+""",
+    "floordiv": """\
+template <typename T>
+static inline T floordiv(T a, T b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+""",
+    "remainder": """\
+// As torch.remainder: the sign of the divisor.
+template <typename T>
+static inline T remainder(T a, T b) {
+  if constexpr (std::is_floating_point_v<T>) {
+    const T r = std::fmod(a, b);
+    return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+  } else {
+    const T r = a % b;
+    return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+  }
+}
+""",
+    "power": """\
+template <typename T>
+static inline T power(T base, T exponent) {
+  if (exponent < 0) return base == 1 ? 1 : base == -1 ? (exponent % 2 ? -1 : 1) : 0;
+  T result = 1;
+  for (; exponent; exponent >>= 1, base *= base) result *= exponent & 1 ? base : 1;
+  return result;
+}
+""",
+}
+
+
+def literal(value: float | int | bool, dtype: str) -> str:
+    if dtype == "bool":
+        return "true" if value else "false"
+    if not is_float(dtype):
+        return str(int(value)) if abs(int(value)) < 2**31 else f"INT64_C({int(value)})"
+    value = float(value)
+    if math.isnan(value):
+        return "ke::nan" if dtype == "f32" else "(double)ke::nan"
+    if math.isinf(value):
+        text = "ke::inf" if dtype == "f32" else "(double)ke::inf"
+        return text if value > 0 else f"-{text}"
+    text = repr(value)
+    if dtype == "f32":
+        import numpy
+
+        text = str(numpy.float32(value))
+        text = text if any(c in text for c in ".en") else f"{text}.0"
+        return f"{text}f"
+    return text
+
+
+def identity(op: str, dtype: str) -> str:
+    if op in ("max", "min"):
+        if is_float(dtype):
+            return literal(-math.inf if op == "max" else math.inf, dtype)
+        return literal((_LOWEST if op == "max" else _GREATEST)[dtype], dtype)
+    return literal(_IDENTITY[op], dtype)
+
+
+def combine(op: str, a: str, b: str) -> str:
+    symbol = _COMBINE[op]
+    return f"ke::{symbol}({a}, {b})" if symbol in ("max", "min") else f"{a} {symbol} {b}"
+
+
+def accumulate(op: str, target: str, value: str) -> str:
+    symbol = _COMBINE[op]
+    if symbol in ("+", "*"):
+        return f"{target} {symbol}= {value};"
+    return f"{target} = {combine(op, target, value)};"
+
+
+# ------------------------------------------------------------------------------------------ expressions
+
+
+class Text:
+    """Prints expressions; values used more than once become named constants, guarded loads stay guarded."""
+
+    def __init__(self, used: set[str]) -> None:
+        self.used = used
+        self.names: dict[Interned, str] = {}
+        self.count = 0
+
+    def index(self, index: Index) -> str:
+        parts = []
+        for atom, coefficient in index.terms:
+            text = self._atom(atom)
+            sign = "-" if coefficient < 0 else "+"
+            size = abs(coefficient)
+            parts.append((sign, text if size == 1 else f"{text} * {size}"))
+        if index.const or not parts:
+            parts.append(("-" if index.const < 0 else "+", str(abs(index.const))))
+        text = " ".join(f"{sign} {part}" for sign, part in parts)
+        return text[2:] if text.startswith("+ ") else text.replace("- ", "-", 1)
+
+    def _atom(self, atom: Interned) -> str:
+        if isinstance(atom, Var):
+            return atom.name
+        if isinstance(atom, Remainder):
+            return f"({self._inner(atom.index)} % {atom.divisor})"
+        if isinstance(atom, Quotient):
+            return f"({self._inner(atom.index)} / {atom.divisor})"
+        assert isinstance(atom, Indirect)
+        text = self.expr(atom.value)
+        return text if atom.value.dtype == "i64" else f"(int64_t)({text})"
+
+    def _inner(self, index: Index) -> str:
+        text = self.index(index)
+        return text if text.isidentifier() else f"({text})"
+
+    def expr(self, expr: Expr) -> str:
+        name = self.names.get(expr)
+        return name if name is not None else self._print(expr)
+
+    def _print(self, expr: Expr) -> str:
+        if isinstance(expr, Const):
+            return literal(expr.value, expr.dtype)
+        if isinstance(expr, Load):
+            return f"{expr.buffer}[{self.index(expr.index[0])}]" if expr.index else expr.buffer
+        if isinstance(expr, Position):
+            return f"({TYPES[expr.dtype]})({self.index(expr.index)})"
+        if isinstance(expr, InRange):
+            return self._in_range(expr)
+        if isinstance(expr, Search):
+            self.used.add("search")
+            flag = "true" if expr.right else "false"
+            start = self.index(expr.start[0])
+            row = expr.buffer if start == "0" else f"{expr.buffer} + {start}"
+            kind = TYPES[expr.value.dtype]
+            return f"search<{expr.size}, {flag}>({row}, ({kind}){self.expr(expr.value)})"
+        assert isinstance(expr, Op)
+        return self._op(expr)
+
+    def _in_range(self, expr: InRange) -> str:
+        from ke_gym.codegen.expr import bounds
+
+        low, high = bounds(expr.index)
+        tests = []
+        index = self.index(expr.index)
+        if low < expr.low:
+            tests.append(f"{index} >= {expr.low}")
+        if high >= expr.high:
+            tests.append(f"{index} < {expr.high}")
+        return f"({' && '.join(tests)})" if tests else "true"
+
+    def _op(self, expr: Op) -> str:
+        name = expr.name
+        args = [self.expr(a) for a in expr.args]
+        bare = ", ".join(_bare(a) for a in args)
+        kind = TYPES[expr.dtype]
+        source = expr.args[0].dtype
+        if name == "cast":
+            if expr.dtype == "bool":
+                return f"({args[0]} != 0)"
+            return f"({kind}){args[0]}" if _simple(args[0]) else f"({kind})({args[0]})"
+        if name == "where":
+            return f"({args[0]} ? {args[1]} : {args[2]})"
+        if name in ("max", "min") and expr.dtype == "bool":
+            return f"({args[0]} {'||' if name == 'max' else '&&'} {args[1]})"
+        if expr.dtype == "bool" and name in ("add", "mul"):
+            return f"({args[0]} {'||' if name == 'add' else '&&'} {args[1]})"
+        if name in _INFIX:
+            if expr.dtype in ("i8", "i16", "u8") and name in ("add", "sub", "mul", "shl"):
+                return f"({kind})({args[0]} {_INFIX[name]} {args[1]})"
+            return f"({args[0]} {_INFIX[name]} {args[1]})"
+        if name == "neg":
+            return f"({kind})(-{args[0]})" if expr.dtype in ("i8", "i16", "u8") else f"(-{args[0]})"
+        if name == "not":
+            return f"(!{args[0]})"
+        if name == "bitnot":
+            return f"({kind})(~{args[0]})"
+        if name == "abs":
+            return f"ke::abs({bare})" if is_float(expr.dtype) else f"({kind})({args[0]} < 0 ? -{args[0]} : {args[0]})"
+        if name == "sign":
+            return f"({kind})(({args[0]} > 0) - ({args[0]} < 0))"
+        if name == "round":
+            return f"__builtin_rint{'f' if expr.dtype == 'f32' else ''}({bare})" if is_float(source) else args[0]
+        if name in ("floor", "ceil", "trunc"):
+            return f"__builtin_{name}{'f' if expr.dtype == 'f32' else ''}({bare})" if is_float(source) else args[0]
+        if name in ("floordiv", "remainder") or (name == "pow" and not is_float(expr.dtype)):
+            helper = "power" if name == "pow" else name
+            self.used.add(helper)
+            return f"{helper}<{kind}>({bare})"
+        if name in _KE and not (expr.dtype == "f64" and name in _F64_STD):
+            if name in ("max", "min"):
+                return f"ke::{name}<{kind}>({bare})"
+            return f"ke::{name}({bare})"
+        if name in _STD or name in _F64_STD:
+            return f"std::{name}({bare})"
+        raise AssertionError(f"no spelling of {name}")
+
+    def bind(self, roots: Sequence[Expr]) -> list[str]:
+        """Declarations for subexpressions that several places use and that are safe to compute always."""
+        uses: dict[Interned, int] = {}
+        safe: set[Interned] = set()
+        seen: set[Interned] = set()
+
+        def count(node: Interned) -> None:
+            for child in _operands(node):
+                uses[child] = uses.get(child, 0) + 1
+                if child not in seen:
+                    seen.add(child)
+                    count(child)
+
+        def reach(node: Interned) -> None:
+            if node in safe:
+                return
+            safe.add(node)
+            if isinstance(node, Op) and node.name == "where" and _guards(node):
+                reach(node.args[0])
+            else:
+                for child in _operands(node):
+                    reach(child)
+
+        for root in roots:
+            uses[root] = uses.get(root, 0) + 1
+            if root not in seen:
+                seen.add(root)
+                count(root)
+            reach(root)
+        lines = []
+        for node in walk(*roots):
+            if node in safe and uses.get(node, 0) > 1 and isinstance(node, (Op, Load, Search)) and node not in self.names:
+                if isinstance(node, Load) and not node.index:
+                    continue
+                text = self._print(node)
+                name = f"v{self.count}"
+                self.count += 1
+                kind = TYPES[node.dtype]
+                lines.append(f"const {kind} {name} = {text};")
+                self.names[node] = name
+        return lines
+
+
+def _operands(node: Interned) -> list[Interned]:
+    """Value operands, looking through indices."""
+    found: list[Interned] = []
+    if isinstance(node, Op):
+        found.extend(node.args)
+    elif isinstance(node, Search):
+        found.append(node.value)
+        indices: tuple[Index, ...] = node.start
+        found.extend(v for i in indices for v in _indirects(i))
+    elif isinstance(node, Load):
+        found.extend(v for i in node.index for v in _indirects(i))
+    elif isinstance(node, (Position, InRange)):
+        found.extend(_indirects(node.index))
+    return found
+
+
+def _indirects(index: Index) -> list[Interned]:
+    found: list[Interned] = []
+    for atom, _ in index.terms:
+        if isinstance(atom, Indirect):
+            found.append(atom.value)
+        elif isinstance(atom, Quotient):
+            found.extend(_indirects(atom.index))
+    return found
+
+
+def _guards(where: Op) -> bool:
+    return any(isinstance(n, (Load, Search)) for n in walk(*where.args[1:]))
+
+
+def _simple(text: str) -> bool:
+    return text.isidentifier() or (text.endswith("]") and text.count("[") == 1 and " " not in text.split("[")[0])
+
+
+def store_text(text: str, dtype: str, value_dtype: str) -> str:
+    return text if compute_dtype(dtype) == value_dtype else f"({TYPES[dtype]})({text})"
+
+
+# ------------------------------------------------------------------------------------------------ nests
+
+
+class Printer:
+    """Prints one nest."""
+
+    def __init__(self, nest: Nest, used: set[str]) -> None:
+        self.nest = nest
+        self.used = used
+        self.lines: list[str] = []
+        self.depth = 1
+
+    def line(self, text: str) -> None:
+        self.lines.append("  " * self.depth + text if text else "")
+
+    def open(self, text: str) -> None:
+        self.line(text + " {")
+        self.depth += 1
+
+    def close(self) -> None:
+        self.depth -= 1
+        self.line("}")
+
+    def body(self) -> list[str]:
+        nest = self.nest
+        if not nest.outer and not nest.private:
+            if len(nest.stages) == 1 and not any(i.op for i in nest.stages[0].items):
+                self._stage(nest.stages[0], parallel=nest.parallel)
+            else:
+                self._iteration()
+            return self.lines
+        team = nest.private and nest.parallel
+        if team:
+            self._private_parallel()
+        elif nest.private:
+            for local in nest.private:
+                kind, start = TYPES[local.dtype], identity(local.op or "sum", local.dtype)
+                self.line(f"std::vector<{kind}> {local.name}_sum({local.size}, {start});")
+                self.line(f"{kind}* const {local.name}_part = {local.name}_sum.data();")
+            self._outer_loops(parallel=False, inside_region=False)
+            self._finish_private("1")
+        else:
+            self._outer_loops(parallel=nest.parallel, inside_region=False)
+        return self.lines
+
+    def _private_parallel(self) -> None:
+        self.line("const int threads = omp_get_max_threads();")
+        for local in self.nest.private:
+            kind, start = TYPES[local.dtype], identity(local.op or "sum", local.dtype)
+            self.line(f"std::vector<{kind}> {local.name}_sum(threads * (int64_t){_padded(local)}, {start});")
+        self.line("#pragma omp parallel num_threads(threads)")
+        self.line("{")
+        self.depth += 1
+        for local in self.nest.private:
+            self.line(
+                f"{TYPES[local.dtype]}* const {local.name}_part = "
+                f"{local.name}_sum.data() + omp_get_thread_num() * (int64_t){_padded(local)};"
+            )
+        self._outer_loops(parallel=True, inside_region=True)
+        self.close()
+        self._finish_private("threads")
+
+    def _finish_private(self, threads: str) -> None:
+        for local in self.nest.private:
+            out = next(b for b in self.nest.writes if b.name == local.name)
+            op = local.op or "sum"
+            kind = TYPES[local.dtype]
+            if threads != "1":
+                self.open(f"for (int64_t i = 0; i < {local.size}; ++i)")
+                self.line(f"{kind} total = {local.name}_sum[i];")
+                self.line(
+                    f"for (int t = 1; t < threads; ++t) "
+                    + accumulate(op, "total", f"{local.name}_sum[t * (int64_t){_padded(local)} + i]")
+                )
+                self.line(f"{out.name}[i] = {store_text('total', out.dtype, local.dtype)};")
+                self.close()
+            else:
+                value = store_text(f"{local.name}_sum[i]", out.dtype, local.dtype)
+                self.line(f"for (int64_t i = 0; i < {local.size}; ++i) {out.name}[i] = {value};")
+
+    def _outer_loops(self, parallel: bool, inside_region: bool) -> None:
+        loops = [loop for loop in self.nest.outer if loop.var.size > 1]
+        if parallel and loops:
+            work = "for" if inside_region else "parallel for"
+            nested = f" collapse({len(loops)})" if len(loops) > 1 else ""
+            schedule = "dynamic" if self.nest.group.dynamic and not self.nest.private else "static"
+            self.line(f"#pragma omp {work}{nested} schedule({schedule})")
+        for loop in loops:
+            self.open(f"for (int64_t {loop.var.name} = 0; {loop.var.name} < {loop.var.size}; ++{loop.var.name})")
+        for loop in self.nest.outer:
+            if loop.var.size == 1:
+                self.line(f"constexpr int64_t {loop.var.name} = 0;")
+        self._iteration()
+        for _ in loops:
+            self.close()
+
+    def _iteration(self) -> None:
+        for row in self.nest.rows:
+            self.line(f"alignas(64) {TYPES[row.dtype]} {row.name}[{row.size}];")
+        for stage in self.nest.stages:
+            self._stage(stage, parallel=False)
+
+    # ---------------------------------------------------------------------------------------- stages
+
+    def _stage(self, stage: Stage, parallel: bool) -> None:
+        stage = collapsed(stage)
+        if any(item.scan is not None for item in stage.items):
+            self._scan(stage)
+            return
+        loops = stage.loops
+        starts = {id(item): trailing(item, loops) for item in stage.items}
+        for item in stage.items:
+            if item.op and starts[id(item)] is None or (item.op and any(
+                loop.var in item.reduced for loop in loops[: starts[id(item)] or 0]
+            )):  # fmt: skip
+                if item.target.kind in ("row", "global"):
+                    self._initialise(item, loops)
+        self._loop(stage, starts, 0, parallel)
+
+    def _initialise(self, item: Item, loops: tuple[Loop, ...]) -> None:
+        kept = [loop for loop in loops if loop.var not in item.reduced]
+        for loop in kept[:-1]:
+            self.open(self._for(loop))
+        text = Text(self.used)
+        start = identity(item.op or "sum", compute_dtype(item.target.dtype))
+        value = store_text(start, item.target.dtype, compute_dtype(item.target.dtype))
+        place = f"{item.target.name}[{text.index(item.target.index)}]"
+        if kept:
+            self.line(f"{self._for(kept[-1])} {place} = {value};")
+        else:
+            self.line(f"{place} = {value};")
+        for _ in kept[:-1]:
+            self.close()
+
+    def _for(self, loop: Loop) -> str:
+        name = loop.var.name
+        if loop.limit is None:
+            return f"for (int64_t {name} = 0; {name} < {loop.var.size}; ++{name})"
+        limit = Text(self.used).index(loop.limit)
+        return f"for (int64_t {name} = 0; {name} < std::min<int64_t>({loop.var.size}, {limit}); ++{name})"
+
+    def _loop(self, stage: Stage, starts: dict[int, int | None], depth: int, parallel: bool) -> None:
+        loops = stage.loops
+        if not loops:
+            self._statements(stage, stage.items, Rewriter(), "", starts)
+            return
+        begun = [item for item in stage.items if item.op and starts[id(item)] == depth]
+        innermost = depth == len(loops) - 1
+        streams = self._streams(stage, starts)
+        for item in begun:
+            kind, start = TYPES[acc_dtype(item)], identity(item.op or "sum", acc_dtype(item))
+            names = [f"{item.node.name}_acc{u}" for u in range(streams)] if streams > 1 else [f"{item.node.name}_acc"]
+            self.line(f"{kind} " + ", ".join(f"{n} = {start}" for n in names) + ";")
+        if innermost:
+            self._innermost(stage, starts, streams, parallel)
+        else:
+            if parallel and depth == 0:
+                nested = len(loops) - 1
+                self.line("#pragma omp parallel for" + (f" collapse({nested})" if nested > 1 else "") + " schedule(static)")
+            self.open(self._for(loops[depth]))
+            self._loop(stage, starts, depth + 1, parallel)
+            self.close()
+        for item in begun:
+            self._finish(item, loops[:depth], streams)
+
+    def _streams(self, stage: Stage, starts: dict[int, int | None]) -> int:
+        last = stage.loops[-1]
+        reducing = [item for item in stage.items if item.op and starts[id(item)] is not None]
+        if not reducing or last.limit is not None:
+            return 1
+        streams = self.nest.group.accumulators
+        while streams > 1 and last.var.size < streams * 32:
+            streams //= 2
+        return max(streams, 1)
+
+    def _innermost(self, stage: Stage, starts: dict[int, int | None], streams: int, parallel: bool) -> None:
+        loop = stage.loops[-1]
+        reducing = [item for item in stage.items if item.op and starts[id(item)] is not None]
+        length = loop.var.size
+        part = length // streams // 16 * 16 if streams > 1 else length
+        names = [str(u) for u in range(streams)] if streams > 1 else [""]
+        self._simd(reducing, names, parallel and len(stage.loops) == 1)
+        if streams == 1:
+            self.open(self._for(loop))
+            self._statements(stage, stage.items, Rewriter(), "", starts)
+            self.close()
+            return
+        name = loop.var.name
+        self.open(f"for (int64_t {name} = 0; {name} < {part}; ++{name})")
+        for u in range(streams):
+            shift = Rewriter({loop.var: of(loop.var) + u * part})
+            self._statements(stage, stage.items, shift, str(u), starts)
+        self.close()
+        if part * streams < length:
+            self._simd(reducing, ["0"], False)
+            self.open(f"for (int64_t {name} = {part * streams}; {name} < {length}; ++{name})")
+            self._statements(stage, stage.items, Rewriter(), "0", starts)
+            self.close()
+
+    def _simd(self, reducing: list[Item], streams: list[str], parallel: bool) -> None:
+        clauses = []
+        by_op: dict[str, list[str]] = {}
+        for item in reducing:
+            names = [f"{item.node.name}_acc{u}" for u in streams]
+            by_op.setdefault(item.op or "sum", []).extend(names)
+        for op, names in by_op.items():
+            symbol = _COMBINE[op]
+            if symbol in ("max", "min"):
+                self.used.add(symbol)
+                symbol += "_nan"
+            clauses.append(f"reduction({symbol} : {', '.join(names)})")
+        lanes = self.nest.group.simd
+        if lanes:
+            clauses.append(f"simdlen({lanes})")
+        head = "#pragma omp parallel for simd schedule(static)" if parallel else "#pragma omp simd"
+        self.line(" ".join([head, *clauses]))
+
+    def _statements(
+        self, stage: Stage, items: tuple[Item, ...], shift: Rewriter, stream: str, starts: dict[int, int | None]
+    ) -> None:
+        text = Text(self.used)
+        text.count = int(stream or 0) * 100
+        exprs = [shift.expr(item.expr) for item in items]
+        for line in text.bind(exprs):
+            self.line(line)
+        for item, expr in zip(items, exprs):
+            value = text.expr(expr)
+            target = item.target
+            if item.op and starts[id(item)] is not None:
+                self.line(accumulate(item.op, f"{item.node.name}_acc{stream}", _bare(value)))
+            elif item.op:
+                place = self._place(target, text, shift)
+                self._update(item.op, place, target, value)
+            elif target.kind == "scalar":
+                self.line(f"const {TYPES[target.dtype]} {target.name} = {_bare(value)};")
+                text.names[expr] = target.name
+            else:
+                self.line(f"{self._place(target, text, shift)} = {store_text(_bare(value), target.dtype, expr.dtype)};")
+
+    def _update(self, op: str, place: str, target: Target, value: str) -> None:
+        inner = compute_dtype(target.dtype)
+        if target.kind == "private" or inner == target.dtype:
+            self.line(accumulate(op, place, _bare(value)))
+        else:
+            self.line(f"{place} = {store_text(combine(op, f'({TYPES[inner]}){place}', value), target.dtype, inner)};")
+
+    def _place(self, target: Target, text: Text, shift: Rewriter) -> str:
+        suffix = "_part" if target.kind == "private" else ""
+        return f"{target.name}{suffix}[{text.index(shift.index(target.index))}]"
+
+    def _finish(self, item: Item, outside: tuple[Loop, ...], streams: int) -> None:
+        """Store a finished register accumulator, or add it to what earlier reduced loops left."""
+        op = item.op or "sum"
+        names = [f"{item.node.name}_acc{u}" for u in range(streams)] if streams > 1 else [f"{item.node.name}_acc"]
+        while len(names) > 1:
+            names = [
+                (f"({combine(op, a, b)})" if _COMBINE[op] not in ("max", "min") else combine(op, a, b))
+                for a, b in zip(names[::2], names[1::2])
+            ] + (names[-1:] if len(names) % 2 else [])
+        value = _bare(names[0])
+        target = item.target
+        text = Text(self.used)
+        if target.kind == "scalar":
+            self.line(f"const {TYPES[target.dtype]} {target.name} = {value};")
+            return
+        place = self._place(target, text, Rewriter())
+        if target.kind == "private" or any(loop.var in item.reduced for loop in outside):
+            self._update(op, place, target, value)
+        else:
+            self.line(f"{place} = {store_text(value, target.dtype, acc_dtype(item))};")
+
+    # ----------------------------------------------------------------------------------------- scans
+
+    def _scan(self, stage: Stage) -> None:
+        (item,) = stage.items
+        assert item.scan is not None and item.op is not None
+        loops = stage.loops
+        depth = next(k for k, loop in enumerate(loops) if loop.var is item.scan)
+        kind = "double" if item.expr.dtype == "f32" else TYPES[item.expr.dtype]
+        start = identity(item.op, "f64" if kind == "double" else item.expr.dtype)
+        deeper = loops[depth + 1 :]
+        carry, size = "carry", 1
+        place = linear(0, [])
+        for loop in reversed(deeper):
+            place = place + of(loop.var) * size
+            size *= loop.var.size
+        for loop in loops[:depth]:
+            self.open(self._for(loop))
+        if deeper:
+            self.line(f"alignas(64) {kind} carry[{size}];")
+            self.line(f"for (int64_t c = 0; c < {size}; ++c) carry[c] = {start};")
+            carry = f"carry[{Text(self.used).index(place)}]"
+        else:
+            self.line(f"{kind} carry = {start};")
+        for k, loop in enumerate(loops[depth:]):
+            if deeper and k == len(deeper):
+                self.line("#pragma omp simd")
+            self.open(self._for(loop))
+        text = Text(self.used)
+        for line in text.bind([item.expr]):
+            self.line(line)
+        self.line(accumulate(item.op, carry, _bare(text.expr(item.expr))))
+        target = self._place(item.target, text, Rewriter())
+        self.line(f"{target} = ({TYPES[item.target.dtype]}){carry};")
+        for _ in loops:
+            self.close()
+
+
+def _bare(text: str) -> str:
+    """Without the outer parentheses, where a whole right-hand side stands."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for k, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0 and k < len(text) - 1:
+            return text
+    return text[1:-1]
+
+
+def acc_dtype(item: Item) -> str:
+    return compute_dtype(item.expr.dtype)
+
+
+def _padded(local: Local) -> int:
+    """Elements per thread: whole cache lines, so that threads do not share one."""
+    return -(-local.size // 16) * 16
+
+
+def trailing(item: Item, loops: tuple[Loop, ...]) -> int | None:
+    """Depth of the first of the reduced loops that are innermost; None if the innermost is not reduced."""
+    start = len(loops)
+    while start and loops[start - 1].var in item.reduced:
+        start -= 1
+    return start if item.op and start < len(loops) else None
+
+
+def collapsed(stage: Stage) -> Stage:
+    """Adjacent loops joined where every access moves through both as through one."""
+    loops = list(stage.loops)
+    items = list(stage.items)
+    k = len(loops) - 2
+    while k >= 0:
+        a, b = loops[k], loops[k + 1]
+        joined = Var(a.var.name, a.var.size * b.var.size)
+        change = Rewriter({a.var: of(joined) // b.var.size, b.var: of(joined) % b.var.size})
+        if a.limit is None and b.limit is None and all(_joinable(i, a.var, b.var) for i in items):
+            changed = []
+            for item in items:
+                expr = change.expr(item.expr)
+                index = change.index(item.target.index)
+                reduced = frozenset(joined if r is a.var else r for r in item.reduced if r is not b.var)
+                changed.append(
+                    Item(item.node, expr, Target(item.target.kind, item.target.name, index, item.target.dtype),
+                         item.op, reduced, item.scan)
+                )  # fmt: skip
+            if not any(_divides(i, joined) for i in changed):
+                items = changed
+                loops[k : k + 2] = [Loop(joined)]
+        k -= 1
+    return Stage(tuple(loops), tuple(items))
+
+
+def _joinable(item: Item, a: Var, b: Var) -> bool:
+    if item.scan is not None and (item.scan is a or item.scan is b):
+        return False
+    return (a in item.reduced) == (b in item.reduced)
+
+
+def _divides(item: Item, var: Var) -> bool:
+    for node in walk(item.expr, item.target.index):
+        if isinstance(node, Quotient) and any(n is var for n in walk(node.index)):
+            return True
+    return False
+
+
+def print_nest(nest: Nest, used: set[str]) -> str:
+    printer = Printer(nest, used)
+    return "\n".join(printer.body())

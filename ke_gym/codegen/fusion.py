@@ -1,0 +1,227 @@
+"""Which nodes share a loop nest: the heuristic first schedule, and the legality of any grouping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.expr import Load, Op, walk
+from ke_gym.codegen.graph import Extern, Graph, Node
+from ke_gym.codegen.nest import COSTLY, Builder, Nest
+from ke_gym.codegen.schedule import Group, Plan
+
+MAX_NODES = 64
+
+
+def visible_in(graph: Graph, group: Sequence[str], groups: Iterable[Sequence[str]]) -> frozenset[str]:
+    """The nodes of ``group`` it must store: outputs, and what steps outside of it read.
+
+    A node that several groups compute is stored by the first of them.
+    """
+    owner: dict[str, int] = {}
+    members: dict[str, list[set[str]]] = {}
+    for k, nodes in enumerate(groups):
+        inside = set(nodes)
+        for name in nodes:
+            owner.setdefault(name, k)
+            members.setdefault(name, []).append(inside)
+    listed = [tuple(g) for g in groups]
+    here = listed.index(tuple(group))
+    found = set()
+    for name in group:
+        if owner[name] != here:
+            continue
+        needed = name in graph.outputs
+        for user in graph.users[name]:
+            homes = members.get(user)
+            needed = needed or homes is None or any(name not in home for home in homes)
+        if needed:
+            found.add(name)
+    return frozenset(found)
+
+
+def nests(graph: Graph, plan: Plan) -> list[Nest]:
+    """The plan's nests. Raises ``Illegal`` if one cannot be built or they cannot be ordered."""
+    groups = [g.nodes for g in plan.groups]
+    covered = {n for g in groups for n in g}
+    computed = {n for n, s in graph.steps.items() if isinstance(s, Node)}
+    if covered != computed:
+        raise Illegal(f"the schedule does not cover {sorted(computed ^ covered)}")
+    order_steps(graph, plan)
+    return [cached_nest(graph, g, visible_in(graph, g.nodes, groups)) for g in plan.groups]
+
+
+def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest:
+    key = ("nest", group, visible)
+    found = graph.memo.get(key)
+    if found is None:
+        try:
+            found = Builder(graph, group, visible).build()
+        except Illegal as reason:
+            found = reason
+        graph.memo[key] = found
+    if isinstance(found, Illegal):
+        raise Illegal(str(found))
+    return found  # type: ignore[no-any-return]
+
+
+def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:
+    """Groups and library calls in an order that respects data flow; ``Illegal`` if there is a cycle."""
+    units: list[Group | Extern] = [*plan.groups, *(s for s in graph.steps.values() if isinstance(s, Extern))]
+    listed = [g.nodes for g in plan.groups]
+    maker: dict[str, int] = {}
+    needs: list[set[str]] = []
+    for k, unit in enumerate(units):
+        if isinstance(unit, Extern):
+            for buffer in unit.outputs:
+                maker[buffer.name] = k
+            needs.append(set(unit.reads))
+        else:
+            for name in visible_in(graph, unit.nodes, listed):
+                maker[name] = k
+            reads: set[str] = set()
+            for name in unit.nodes:
+                reads.update(graph.steps[name].reads)
+            needs.append(reads - set(unit.nodes))
+    rank = {name: k for k, name in enumerate(graph.steps)}
+
+    def first(k: int) -> int:
+        unit = units[k]
+        names = [unit.name] if isinstance(unit, Extern) else list(unit.nodes)
+        return min(rank[n] for n in names)
+
+    done: list[int] = []
+    pending = sorted(range(len(units)), key=first)
+    while pending:
+        ready = next(
+            (k for k in pending if all(maker[n] in done for n in needs[k] if n in maker)),
+            None,
+        )
+        if ready is None:
+            raise Illegal("the groups depend on each other")
+        done.append(ready)
+        pending.remove(ready)
+    return [units[k] for k in done]
+
+
+def legal(graph: Graph, plan: Plan) -> bool:
+    try:
+        nests(graph, plan)
+    except Illegal:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- heuristics
+
+
+def expensive(node: Node) -> bool:
+    return any(isinstance(n, Op) and n.name in COSTLY for n in walk(node.expr))
+
+
+def unfused(graph: Graph) -> Plan:
+    """Each node in a nest of its own."""
+    return Plan(tuple(Group((n,)) for n, s in graph.steps.items() if isinstance(s, Node)))
+
+
+def fused(graph: Graph) -> Plan:
+    """Greedy fusion: every node joins the groups of what it reads, or of what reads the same, if legal."""
+    groups: list[list[str]] = []
+    home: dict[str, int] = {}
+    depends = ancestors(graph)
+
+    def attempt(parts: list[list[str]]) -> bool:
+        joined = sorted({n for p in parts for n in p}, key=list(graph.steps).index)
+        if len(joined) > MAX_NODES:
+            return False
+        inside = set(joined)
+        for name in graph.steps:
+            if name not in inside and depends[name] & inside and any(name in depends[n] for n in inside):
+                return False  # a path leaves the group and comes back
+        stored = _needed(graph, inside)
+        try:
+            cached_nest(graph, Group(tuple(joined)), stored)
+        except Illegal:
+            return False
+        return True
+
+    def merge(a: int, b: int) -> None:
+        joined = sorted({*groups[a], *groups[b]}, key=list(graph.steps).index)
+        groups[a], groups[b] = joined, []
+        for name in joined:
+            home[name] = a
+
+    for name, step in graph.steps.items():
+        if not isinstance(step, Node):
+            continue
+        groups.append([name])
+        home[name] = len(groups) - 1
+        for read in sorted(step.reads, key=lambda r: -list(graph.steps).index(r) if r in graph.steps else 0):
+            if read in home and home[read] != home[name] and attempt([groups[home[read]], groups[home[name]]]):
+                merge(home[read], home[name])
+    for a in range(len(groups)):
+        for b in range(a + 1, len(groups)):
+            if groups[a] and groups[b] and _related(graph, groups[a], groups[b]):
+                if attempt([groups[a], groups[b]]):
+                    merge(a, b)
+    chosen = [Group(tuple(g)) for g in groups if g]
+    plan = Plan(tuple(sorted(chosen, key=lambda g: list(graph.steps).index(g.nodes[-1]))))
+    return Plan(tuple(tuned(graph, g, plan) for g in plan.groups))
+
+
+def _needed(graph: Graph, inside: set[str]) -> frozenset[str]:
+    return frozenset(
+        n for n in inside if n in graph.outputs or any(u not in inside for u in graph.users[n])
+    )
+
+
+def _related(graph: Graph, a: list[str], b: list[str]) -> bool:
+    """Whether one reads what the other computes, or both read the same large tensor."""
+    made = set(a) | set(b)
+    reads_a = {r for n in a for r in graph.steps[n].reads}
+    reads_b = {r for n in b for r in graph.steps[n].reads}
+    if (reads_a & set(b)) or (reads_b & set(a)):
+        return True
+    return any(graph.buffers[r].numel >= 1024 for r in (reads_a & reads_b) - made)
+
+
+def ancestors(graph: Graph) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, step in graph.steps.items():
+        above: set[str] = set()
+        for read in step.reads:
+            if read in graph.producer:
+                parent = graph.producer[read]
+                above |= {parent} | found[parent]
+        found[name] = above
+    return found
+
+
+def tuned(graph: Graph, group: Group, plan: Plan) -> Group:
+    """Keep costly values that several stages of an outer iteration need."""
+    from dataclasses import replace
+
+    visible = visible_in(graph, group.nodes, [g.nodes for g in plan.groups])
+    nest = cached_nest(graph, group, visible)
+    if not nest.outer:
+        return group
+    inside = set(group.nodes)
+    staged = []
+    for name in group.nodes:
+        node = graph.steps[name]
+        assert isinstance(node, Node)
+        if not node.pointwise or name in visible or not expensive(node) or node.numel <= 1:
+            continue
+        if len([u for u in graph.users[name] if u in inside]) > 1:
+            staged.append(name)
+    for k in range(len(staged), 0, -1):
+        attempt = replace(group, staged=tuple(staged[:k]))
+        try:
+            cached_nest(graph, attempt, visible)
+            return attempt
+        except Illegal:
+            continue
+    return group
+
+
+__all__ = ["Load", "fused", "legal", "nests", "order_steps", "unfused", "visible_in"]

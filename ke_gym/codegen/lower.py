@@ -1,0 +1,431 @@
+"""FX graph of Core ATen operations -> ``Graph`` of loop-nest nodes.
+
+Every operation has a rule registered under its overload name in one of the ``ops_*`` modules. A rule returns
+tensors as functions of their index; operations that compute something register a ``Node``. Whatever has no
+rule becomes a library call (``Extern``), so every graph lowers.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ke_gym.codegen.capture import Captured
+from ke_gym.codegen.errors import CodegenError, Illegal
+from ke_gym.codegen.expr import (
+    Const,
+    Expr,
+    Index,
+    Load,
+    Op,
+    Var,
+    cast,
+    compute_dtype,
+    constant,
+    linear,
+    of,
+)
+from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, Tensor, View, contiguous_stride
+
+TORCH_DTYPES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+
+MAX_CONSTANT = 4096
+
+# Names a parameter, buffer or local of the printed module must not take.
+RESERVED = frozenset(
+    "torch lang kernels forward out int float double char bool short long signed unsigned void auto const for if else "
+    "while do switch case default break continue return static struct class union enum new delete this template "
+    "typename namespace using operator public private protected virtual inline goto sizeof true false try catch "
+    "throw register volatile extern and or not xor lambda def import from as is in with pass global None True False "
+    "assert del elif except finally nonlocal raise yield async await min max exp log std ke".split()
+)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[f"aten.{name}"] = function
+        return function
+
+    return register
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    if dtype not in TORCH_DTYPES:
+        raise Illegal(f"no loops over {dtype}")
+    return TORCH_DTYPES[dtype]
+
+
+class Lowering:
+    """State of one lowering: the graph so far, and the tensor each FX node stands for."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.graph = Graph({}, captured.arguments)
+        self.values: dict[torch.fx.Node, Any] = {}
+        self.taken: set[str] = set(captured.arguments) | RESERVED
+        self.current: torch.fx.Node | None = None
+        self.origin = ""
+        self.titles: dict[str, int] = {}
+
+    # ----------------------------------------------------------------------------------------- driving
+
+    def run(self) -> Graph:
+        placeholders = [n for n in self.captured.graph.nodes if n.op == "placeholder"]
+        for node, name in zip(placeholders, self.captured.names):
+            self.values[node] = self._placeholder(node, name)
+        for node in self.captured.graph.nodes:
+            if node.op == "get_attr":
+                self.values[node] = self._attribute(node)
+            elif node.op == "call_function":
+                self.current = node
+                self.origin = _origin(node)
+                self.values[node] = self._call(node)
+            elif node.op == "output":
+                flat = torch.utils._pytree.tree_leaves(node.args[0])
+                outputs = [self._output(i, a) for i, a in enumerate(flat) if a is not None]
+                self.graph.outputs = tuple(outputs)
+        self.graph.prune()
+        return self.graph
+
+    def _placeholder(self, node: torch.fx.Node, name: str | None) -> Any:
+        value = node.meta.get("val")
+        if name is None:
+            return value
+        if name in self.captured.constants:
+            value = self.captured.constants[name]
+            if value.numel() > MAX_CONSTANT:
+                raise CodegenError(
+                    f"the model makes a constant tensor of {value.numel()} elements; register it as a buffer"
+                )
+            self.graph.constants[name] = value
+        return self._stored(name, value)
+
+    def _attribute(self, node: torch.fx.Node) -> Tensor:
+        module = node.graph.owning_module
+        value = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        name = self.fresh(node.name)
+        self.captured.constants[name] = value  # type: ignore[assignment]
+        return self._placeholder(node, name)  # type: ignore[no-any-return]
+
+    def _stored(self, name: str, value: torch.Tensor) -> Tensor:
+        shape = tuple(int(n) for n in value.shape)
+        buffer = Buffer(name, shape, tuple(int(s) for s in value.stride()), dtype_name(value.dtype))
+        self.graph.inputs[name] = buffer
+        return self.tensor_of(buffer)
+
+    def tensor_of(self, buffer: Buffer) -> Tensor:
+        return Tensor(buffer.shape, buffer.dtype, lambda index: Load(buffer.name, index, buffer.dtype))
+
+    def _output(self, position: int, arg: Any) -> str:
+        value = self.values[arg] if isinstance(arg, torch.fx.Node) else arg
+        if not isinstance(value, Tensor):
+            value = full((), "f32" if isinstance(value, float) else "i64", value)
+        name = self._whole_buffer(value)
+        if name is None or name not in self.graph.producer or name in self.graph.outputs:
+            # A view, a constant, or an input returned as it is: outputs are fresh tensors.
+            self.origin = "copy"
+            name = self._buffer_of(self.realize(value, f"out{position}"))
+        self.graph.outputs = (*self.graph.outputs, name)
+        self.graph.shapes[name] = value.shape
+        self.graph.memo.clear()
+        return name
+
+    def _whole_buffer(self, tensor: Tensor) -> str | None:
+        """The computed buffer that holds exactly these elements in order, perhaps under another shape."""
+        view = self.view_of(tensor)
+        if view is None or view.offset or view.stride != contiguous_stride(view.shape):
+            return None
+        return view.buffer if self.graph.buffers[view.buffer].numel == math.prod(view.shape) else None
+
+    def _buffer_of(self, tensor: Tensor) -> str:
+        load = tensor.at(tuple(constant(0) for _ in tensor.shape))
+        assert isinstance(load, Load)
+        return load.buffer
+
+    # ------------------------------------------------------------------------------------------- calls
+
+    def _call(self, node: torch.fx.Node) -> Any:
+        if node.target is operator.getitem:
+            source, position = node.args
+            return self.values[source][position]  # type: ignore[index]
+        target = str(node.target)
+        if "val" not in node.meta:
+            return None  # an assertion about metadata
+        lower = RULES.get(target)
+        if lower is not None:
+            args, kwargs = self._resolve((node.args, node.kwargs))
+            steps = set(self.graph.steps)
+            try:
+                return lower(self, *args, **kwargs)
+            except Illegal:
+                for name in set(self.graph.steps) - steps:  # what the rule had begun
+                    del self.graph.steps[name]
+        return self._extern(node, target)
+
+    def _resolve(self, arg: Any) -> Any:
+        if isinstance(arg, torch.fx.Node):
+            return self.values[arg]
+        if isinstance(arg, (list, tuple)):
+            return tuple(self._resolve(a) for a in arg)
+        if isinstance(arg, dict):
+            return {k: self._resolve(v) for k, v in arg.items()}
+        return arg
+
+    def _extern(self, node: torch.fx.Node, target: str) -> Any:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise CodegenError(f"the model calls {target}, which is no ATen operation")
+        result = node.meta["val"]
+        return self.extern(target, self._resolve(node.args), self._resolve(node.kwargs), result)
+
+    def extern(self, target: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
+        """Call ``target``; ``result`` (fake tensors) says what comes back."""
+        if not isinstance(result, (torch.Tensor, list, tuple)):
+            raise CodegenError(
+                f"the model needs the value of {target} on the host, which depends on data; "
+                "keep such values in tensors"
+            )
+        several = isinstance(result, (list, tuple))
+        fakes = list(result) if several else [result]
+        base = self.title()
+        buffers = []
+        for i, fake in enumerate(fakes):
+            name = self.fresh(f"{base}_{i}" if several else base)
+            if fake is None:
+                buffers.append(Buffer(name, (), (), "f32"))
+                continue
+            if not isinstance(fake, torch.Tensor) or fake.dtype not in TORCH_DTYPES:
+                raise CodegenError(f"the model calls {target}, whose result no kernel can take")
+            shape = tuple(int(n) for n in fake.shape)
+            stride = tuple(int(s) for s in fake.stride())
+            buffers.append(Buffer(name, shape, stride, dtype_name(fake.dtype)))
+        name = buffers[0].name
+        arguments = tuple(self.argument(a) for a in args)
+        keywords = tuple((k, self.argument(v)) for k, v in kwargs.items())
+        self.graph.steps[name] = Extern(name, target, arguments, keywords, tuple(buffers))
+        self.graph.memo.clear()
+        tensors = [self.tensor_of(b) for b in buffers]
+        return tuple(tensors) if several else tensors[0]
+
+    def argument(self, arg: Any) -> Any:
+        """``arg`` as a library call takes it: tensors become strided views, copied only where they are none."""
+        if isinstance(arg, Tensor):
+            return self.view_of(arg) or self.view_of(self.realize(arg, f"{self.title()}_in"))
+        if isinstance(arg, (list, tuple)):
+            return tuple(self.argument(a) for a in arg)
+        return arg
+
+    def view_of(self, tensor: Tensor) -> View | None:
+        index = tuple(of(Var(f"d{k}", n)) if n != 1 else constant(0) for k, n in enumerate(tensor.shape))
+        load = tensor.at(index)
+        if not isinstance(load, Load) or load.dtype != tensor.dtype:
+            return None
+        self.graph.memo.clear()
+        buffer = self.graph.buffers[load.buffer]
+        flat = linear(0, [t for i, s in zip(load.index, buffer.stride) for t in (i * s).terms])
+        offset = sum(i.const * s for i, s in zip(load.index, buffer.stride))
+        if any(type(atom) is not Var or c < 0 for atom, c in flat.terms):
+            return None
+        natural = contiguous_stride(tensor.shape)
+        stride = [
+            flat.coefficient(Var(f"d{k}", n)) if n != 1 else natural[k] for k, n in enumerate(tensor.shape)
+        ]
+        return View(load.buffer, tensor.shape, tuple(stride), offset)
+
+    # ------------------------------------------------------------------------------- what rules build with
+
+    def title(self) -> str:
+        """The name of the operation being lowered, for what it computes."""
+        assert self.current is not None
+        return self.current.name
+
+    def fresh(self, wanted: str) -> str:
+        name = re.sub(r"\W", "_", wanted).lstrip("_")
+        name = f"t_{name}" if not name or name[0].isdigit() else name
+        chosen, number = name, 2
+        while chosen in self.taken or chosen.endswith("_"):
+            chosen, number = f"{name}{number}" if not name.endswith("_") else f"{name}v{number}", number + 1
+        self.taken.add(chosen)
+        return chosen
+
+    def compute(
+        self, shape: Sequence[int], dtype: str, value: Callable[[tuple[Index, ...]], Expr], suffix: str = ""
+    ) -> Tensor:
+        """A pointwise node over ``shape``."""
+        shape = tuple(shape)
+        variables, index = variables_of(shape)
+        expr = cast(value(index), dtype)
+        return self._add(Node(self._node_name(suffix), shape, dtype, variables, expr, self.origin))
+
+    def reduce(
+        self,
+        source: Tensor,
+        dims: Sequence[int],
+        op: str,
+        value: Callable[[Expr, tuple[Index, ...]], Expr],
+        dtype: str,
+        suffix: str = "",
+        keepdim: bool = True,
+    ) -> Tensor:
+        """``op`` over ``dims`` of ``value(element, index)``; the result keeps reduced dims as 1 if ``keepdim``."""
+        dims = normal_dims(dims, len(source.shape))
+        kept = tuple(1 if d in dims else n for d, n in enumerate(source.shape))
+        variables, index = variables_of(kept)
+        rvars = tuple(Var(f"r{d}", source.shape[d]) for d in dims)
+        full_index = tuple(of(rvars[dims.index(d)]) if d in dims else i for d, i in enumerate(index))
+        expr = cast(value(element(source, full_index), full_index), dtype)
+        live = tuple(r for r in rvars if r.size != 1)
+        if any(r.size == 0 for r in rvars):
+            identity = {"sum": 0, "prod": 1, "any": False, "all": True}.get(op)
+            if identity is None:
+                raise Illegal("reduction over nothing")
+            result = self.compute(kept, dtype, lambda _: cast(Const(identity, "i64"), dtype), suffix)
+        elif not live:
+            result = self.compute(kept, dtype, lambda i: value(element(source, i), i), suffix)
+        else:
+            zero = {r: constant(0) for r in rvars if r.size == 1}
+            from ke_gym.codegen.expr import Rewriter
+
+            expr = Rewriter(zero).expr(expr)
+            name = self._node_name(suffix)
+            result = self._add(Node(name, kept, dtype, variables, expr, self.origin, op, live))
+        return result if keepdim else squeeze(result, dims)
+
+    def scan(self, source: Tensor, dim: int, op: str, dtype: str) -> Tensor:
+        (dim,) = normal_dims((dim,), max(len(source.shape), 1))
+        if source.shape == () or source.shape[dim] <= 1:
+            return self.compute(source.shape, dtype, lambda i: element(source, i))
+        variables, index = variables_of(source.shape)
+        expr = cast(element(source, index), dtype)
+        name = self._node_name("")
+        return self._add(Node(name, source.shape, dtype, variables, expr, self.origin, op, (), dim))
+
+    def realize(self, tensor: Tensor, name: str) -> Tensor:
+        """Store ``tensor`` as a contiguous buffer of its own."""
+        variables, index = variables_of(tensor.shape)
+        expr = cast(tensor.at(index), tensor.dtype)
+        return self._add(Node(self.fresh(name), tensor.shape, tensor.dtype, variables, expr, self.origin))
+
+    def _add(self, node: Node) -> Tensor:
+        self.graph.steps[node.name] = node
+        self.graph.memo.clear()
+        return Tensor(node.shape, node.dtype, lambda index: Load(node.name, index, node.dtype))
+
+    def _node_name(self, suffix: str) -> str:
+        base = self.title()
+        return self.fresh(f"{base}_{suffix}" if suffix else base)
+
+    def result(self, position: int | None = None) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of what the current operation returns."""
+        assert self.current is not None
+        value = self.current.meta["val"]
+        value = value if position is None else value[position]
+        return tuple(int(n) for n in value.shape), dtype_name(value.dtype)
+
+
+# ----------------------------------------------------------------------------------------------- helpers
+
+
+def _origin(node: torch.fx.Node) -> str:
+    """The function in the reference that the operation came from."""
+    target = node.meta.get("original_aten") or node.target
+    name = getattr(target, "_opname", None) or str(target).split(".")[1 if "." in str(target) else 0]
+    return str(name).lstrip("_")
+
+
+def variables_of(shape: tuple[int, ...]) -> tuple[tuple[Var, ...], tuple[Index, ...]]:
+    variables = tuple(Var(f"d{k}", n) for k, n in enumerate(shape))
+    return variables, tuple(of(v) if v.size != 1 else constant(0) for v in variables)
+
+
+def normal_dims(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        return tuple(range(rank))
+    dims = (dims,) if isinstance(dims, int) else dims
+    return tuple(sorted(d % rank for d in dims)) if rank else ()
+
+
+def element(tensor: Any, index: tuple[Index, ...]) -> Expr:
+    """The element as a value to compute with."""
+    expr = tensor.at(index)
+    return cast(expr, tensor.dtype)
+
+
+def full(shape: Sequence[int], dtype: str, value: Any) -> Tensor:
+    literal = cast(Const(value, "bool" if isinstance(value, bool) else "f64" if isinstance(value, float) else "i64"), dtype)
+    return Tensor(tuple(shape), dtype, lambda _: literal)
+
+
+def squeeze(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    shape = tuple(n for d, n in enumerate(tensor.shape) if d not in dims)
+
+    def at(index: tuple[Index, ...]) -> Expr:
+        rest = iter(index)
+        return tensor.at(tuple(constant(0) if d in dims else next(rest) for d in range(len(tensor.shape))))
+
+    return Tensor(shape, tensor.dtype, at)
+
+
+def broadcast(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    shape = tuple(shape)
+    lead = len(shape) - len(tensor.shape)
+
+    def at(index: tuple[Index, ...]) -> Expr:
+        return tensor.at(tuple(constant(0) if n == 1 else i for n, i in zip(tensor.shape, index[lead:])))
+
+    return tensor if shape == tensor.shape else Tensor(shape, tensor.dtype, at)
+
+
+def reshape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    shape = tuple(shape)
+    if shape == tensor.shape:
+        return tensor
+
+    def at(index: tuple[Index, ...]) -> Expr:
+        flat = constant(0)
+        for i, stride in zip(index, contiguous_stride(shape)):
+            flat = flat + i * stride
+        old = []
+        for k, (size, stride) in enumerate(zip(tensor.shape, contiguous_stride(tensor.shape))):
+            part = flat // stride
+            leading = math.prod(tensor.shape[:k]) == 1
+            old.append(constant(0) if size == 1 else part if leading else part % size)
+        return tensor.at(tuple(old))
+
+    return Tensor(shape, tensor.dtype, at)
+
+
+def op(name: str, *args: Expr, dtype: str | None = None) -> Expr:
+    return Op(name, args, dtype or args[-1].dtype)
+
+
+def literal(value: float | int | bool, dtype: str) -> Expr:
+    kind = "bool" if isinstance(value, bool) else "f64" if isinstance(value, float) else "i64"
+    return cast(Const(value, kind), compute_dtype(dtype))
+
+
+def lower(captured: Captured) -> Graph:
+    from ke_gym.codegen import ops_index, ops_pointwise, ops_reduce, ops_views, ops_window  # noqa: F401
+
+    return Lowering(captured).run()

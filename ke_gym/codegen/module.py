@@ -1,0 +1,247 @@
+"""Schedule -> kernel module text: the C++ kernels, and a ``forward`` that allocates and launches."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import torch
+
+from ke_gym.codegen import emit_cpp
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
+from ke_gym.codegen.graph import Buffer, Extern, Graph, View, contiguous_stride
+from ke_gym.codegen.nest import Nest
+from ke_gym.codegen.schedule import Plan, Schedule
+
+_TORCH = {
+    "f32": "torch.float32", "f64": "torch.float64", "bf16": "torch.bfloat16", "f16": "torch.float16",
+    "bool": "torch.bool", "u8": "torch.uint8", "i8": "torch.int8", "i16": "torch.int16", "i32": "torch.int32",
+    "i64": "torch.int64",
+}  # fmt: skip
+
+
+def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
+    """The whole module as text."""
+    used: set[str] = set()
+    kernels: list[str] = []
+    bodies = []
+    for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
+        suffix = f"_{number}" if len(graphs) > 1 else ""
+        sources, lines = _shape_set(graph, plan, schedule, suffix, used)
+        kernels.extend(sources)
+        bodies.append((graph, lines))
+    parts = [f'"""{name}, generated from its reference."""\n\nimport torch\n']
+    if kernels:
+        parts.append("\nfrom ke_gym import lang\n")
+        text = _prelude(kernels, used) + "\n" + "\n\n".join(kernels)
+        options = [f"flags={' '.join(schedule.flags)!r}"] if schedule.flags else []
+        if schedule.compiler != "g++":
+            options.append(f"compiler={schedule.compiler!r}")
+        tail = "".join(f", {o}" for o in options)
+        parts.append(f"\nkernels = lang.cpp(\n    r'''\n{text}\n'''{tail}\n)\n")
+    parts.append("\n\n" + _forward(bodies))
+    return "".join(parts)
+
+
+def _prelude(kernels: list[str], used: set[str]) -> str:
+    body = "\n".join(kernels)
+    lines = ["#include <algorithm>", "#include <cstdint>"]
+    if "std::" in body or "remainder" in used:
+        lines.append("#include <cmath>")
+    if "std::vector" in body:
+        lines.append("#include <vector>")
+    if "omp_" in body:
+        lines.append("#include <omp.h>")
+    lines.append("#include <ke/math.h>")
+    if "ke::bf16" in body or "ke::half" in body:
+        lines.append("#include <ke/types.h>")
+    helpers = [emit_cpp.HELPERS[h] for h in sorted(used)]
+    return "\n".join(lines) + "\n" + ("\n" + "\n".join(helpers) if helpers else "")
+
+
+def _shape_set(
+    graph: Graph, plan: Plan, schedule: Schedule, suffix: str, used: set[str]
+) -> tuple[list[str], list[str]]:
+    nests(graph, plan)
+    listed = [g.nodes for g in plan.groups]
+    sources: list[str] = []
+    lines: list[str] = []
+    allocated = set(graph.inputs)
+    batch: list[Nest] = []
+
+    def flush() -> None:
+        if batch:
+            sources.append(_kernel(batch, suffix, used))
+            outside = _parameters(batch)
+            for buffer in outside[1]:
+                if buffer.name not in allocated:
+                    lines.append(f"{buffer.name} = {_empty(graph, buffer)}")
+                    allocated.add(buffer.name)
+            arguments = ", ".join(b.name for b in (*outside[0], *outside[1]))
+            lines.append(f"kernels.{_kernel_name(batch, suffix)}({arguments})")
+            batch.clear()
+
+    for unit in order_steps(graph, plan):
+        if isinstance(unit, Extern):
+            flush()
+            lines.extend(_call(graph, unit))
+            allocated.update(b.name for b in unit.outputs)
+        else:
+            visible = visible_in(graph, unit.nodes, listed)
+            if not schedule.merged:
+                flush()
+            batch.append(cached_nest(graph, unit, visible))
+    flush()
+    for name, value in graph.constants.items():
+        literal = f"torch.tensor({value.tolist()!r}, dtype={value.dtype})"
+        lines.insert(0, f"{name} = {literal}")
+    lines.append(_return(graph))
+    return sources, lines
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+def _kernel_name(batch: list[Nest], suffix: str) -> str:
+    return f"compute_{batch[-1].name}{suffix}"
+
+
+def _parameters(batch: list[Nest]) -> tuple[list[Buffer], list[Buffer]]:
+    writes = {b.name: b for n in batch for b in n.writes}
+    reads = {b.name: b for n in batch for b in n.reads if b.name not in writes}
+    return list(reads.values()), list(writes.values())
+
+
+def _kernel(batch: list[Nest], suffix: str, used: set[str]) -> str:
+    reads, writes = _parameters(batch)
+    parameters = [f"const {emit_cpp.TYPES[b.dtype]}* __restrict {b.name}" for b in reads]
+    parameters += [f"{emit_cpp.TYPES[b.dtype]}* __restrict {b.name}" for b in writes]
+    body = []
+    for nest in batch:
+        comment = _comment(nest)
+        inner = emit_cpp.print_nest(nest, used)
+        if len(batch) > 1:
+            body.append(f"  // {comment}\n  {{\n{textwrap.indent(inner, '  ')}\n  }}")
+        else:
+            body.append(inner)
+    head = "" if len(batch) > 1 else f"// {_comment(batch[0])}\n"
+    signature = f'extern "C" void {_kernel_name(batch, suffix)}({", ".join(parameters)}) {{'
+    if len(signature) > 110:
+        signature = f'extern "C" void {_kernel_name(batch, suffix)}(\n    {", ".join(parameters)}) {{'
+    return head + signature + "\n" + "\n".join(body) + "\n}"
+
+
+def _comment(nest: Nest) -> str:
+    made = ", ".join(f"{b.name} [{' x '.join(map(str, b.shape)) or 'scalar'}]" for b in nest.writes)
+    steps = " -> ".join(nest.origins[:6]) + (" -> ..." if len(nest.origins) > 6 else "")
+    loops = " x ".join(str(o.var.size) for o in nest.outer)
+    passes = f"; {loops} outer iterations of {len(nest.stages)} stages" if len(nest.stages) > 1 and loops else ""
+    return f"{made}: {steps}{passes}"
+
+
+# ----------------------------------------------------------------------------------------------- forward
+
+
+def _empty(graph: Graph, buffer: Buffer) -> str:
+    shape = graph.shapes.get(buffer.name, buffer.shape)
+    return f"torch.empty({_tuple(shape)}, dtype={_TORCH[buffer.dtype]})"
+
+
+def _tuple(values: Any) -> str:
+    values = tuple(values)
+    return f"({values[0]},)" if len(values) == 1 else f"({', '.join(map(str, values))})"
+
+
+def _view(graph: Graph, view: View) -> str:
+    """A strided view in words: the tensor itself, its transpose, a reshape, or whatever it takes."""
+    buffer = graph.buffers[view.buffer]
+    shape = graph.shapes.get(view.buffer, buffer.shape) if view.buffer in graph.producer else buffer.shape
+    stride = buffer.stride if shape == buffer.shape else contiguous_stride(shape)
+    if not view.offset:
+        live = [k for k, n in enumerate(shape) if n != 1]
+        if view.shape == shape and all(view.stride[k] == stride[k] for k in live):
+            return view.buffer
+        if len(shape) == 2 and view.shape == shape[::-1] and view.stride == stride[::-1]:
+            return f"{view.buffer}.t()"
+        whole = buffer.numel == View_numel(view)
+        if whole and stride == contiguous_stride(shape) and view.stride == contiguous_stride(view.shape):
+            return f"{view.buffer}.view({_tuple(view.shape)})"
+        if len(shape) == len(view.shape):
+            order = _permutation(shape, stride, view)
+            if order:
+                return f"{view.buffer}.permute({_tuple(order)})"
+    return f"torch.as_strided({view.buffer}, {_tuple(view.shape)}, {_tuple(view.stride)}, {view.offset})"
+
+
+def View_numel(view: View) -> int:
+    total = 1
+    for n in view.shape:
+        total *= n
+    return total
+
+
+def _permutation(shape: tuple[int, ...], stride: tuple[int, ...], view: View) -> list[int] | None:
+    order: list[int] = []
+    for n, s in zip(view.shape, view.stride):
+        match = next((k for k in range(len(shape)) if k not in order and (shape[k], stride[k]) == (n, s)), None)
+        if match is None:
+            return None
+        order.append(match)
+    return order
+
+
+def _argument(graph: Graph, arg: Any) -> str:
+    if isinstance(arg, View):
+        return _view(graph, arg)
+    if isinstance(arg, tuple):
+        inner = ", ".join(_argument(graph, a) for a in arg)
+        return f"[{inner}]"
+    if isinstance(arg, float) and arg in (float("inf"), float("-inf")):
+        return f'float("{arg}")'
+    if isinstance(arg, torch.device):
+        return f'torch.device("{arg}")'
+    return str(arg) if isinstance(arg, (torch.dtype, torch.layout, torch.memory_format)) else repr(arg)
+
+
+def _call(graph: Graph, step: Extern) -> list[str]:
+    args = [_argument(graph, a) for a in step.args]
+    args += [f"{k}={_argument(graph, v)}" for k, v in step.kwargs]
+    names = ", ".join(b.name for b in step.outputs)
+    names += "," if len(step.outputs) == 1 and _returns_tuple(step) else ""
+    return [f"{names} = torch.ops.{step.target}({', '.join(args)})"]
+
+
+def _returns_tuple(step: Extern) -> bool:
+    namespace, name, overload = step.target.split(".")
+    operation = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return len(operation._schema.returns) > 1 or str(operation._schema.returns[0].type).startswith("List")
+
+
+def _return(graph: Graph) -> str:
+    values = []
+    for name in graph.outputs:
+        shape = graph.shapes.get(name)
+        buffer = graph.buffers[name]
+        made_by_call = name in graph.producer and isinstance(graph.steps[graph.producer[name]], Extern)
+        values.append(f"{name}.view({_tuple(shape)})" if made_by_call and shape != buffer.shape else name)
+    return f"return {', '.join(values)}"
+
+
+def _forward(bodies: list[tuple[Graph, list[str]]]) -> str:
+    arguments = list(bodies[0][0].arguments)
+    if any(list(graph.arguments) != arguments for graph, _ in bodies):
+        raise Illegal("the shape sets take different arguments")
+    if len(bodies) == 1:
+        return f"def forward({', '.join(arguments)}):\n{textwrap.indent(chr(10).join(bodies[0][1]), '    ')}\n"
+    text = [f"def forward({', '.join(arguments)}):"]
+    functions = []
+    shaped = [a for a in arguments if any(a in graph.inputs for graph, _ in bodies)]
+    for number, (graph, lines) in enumerate(bodies):
+        body = textwrap.indent("\n".join(lines), "    ")
+        functions.append(f"def forward_{number}({', '.join(arguments)}):\n{body}\n")
+        tests = [f"{a}.shape == {_tuple(graph.inputs[a].shape)}" for a in shaped if a in graph.inputs]
+        condition = " and ".join(tests)
+        text.append(f"    if {condition}:\n        return forward_{number}({', '.join(arguments)})")
+    text.append('    raise ValueError("no kernel was generated for these shapes")')
+    return "\n\n".join(functions) + "\n\n" + "\n".join(text) + "\n"

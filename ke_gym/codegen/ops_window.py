@@ -1,0 +1,114 @@
+"""Lowering of pooling windows: reductions over the window, guarded where it leaves the input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.expr import Const, Expr, Index, Rewriter, Var, cast, compute_dtype, constant, in_range, is_float, of
+from ke_gym.codegen.graph import Node, Tensor
+from ke_gym.codegen.lower import Lowering, element, literal, op, rule, variables_of
+from ke_gym.codegen.ops_views import both, guarded
+
+
+def spread(value: Any, rank: int, default: int | None = None) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * rank
+    if not value:
+        return (default or 1,) * rank
+    return tuple(value) * rank if len(value) == 1 else tuple(value)
+
+
+def window(
+    low: Lowering,
+    a: Tensor,
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    reduction: str,
+    outside: float | int,
+    suffix: str,
+) -> Tensor:
+    """``reduction`` over the window at each place of the output; ``outside`` stands for padding."""
+    rank = len(kernel)
+    dtype = compute_dtype(a.dtype)
+    variables, index = variables_of(shape)
+    rvars = tuple(Var(f"r{k}", n) for k, n in enumerate(kernel))
+    inside: Expr = Const(True, "bool")
+    source: list[Index] = list(index[:-rank])
+    for k in range(rank):
+        at = index[k - rank] * stride[k] + of(rvars[k]) * dilation[k] - padding[k]
+        inside = both(inside, in_range(at, 0, a.shape[k - rank]))
+        source.append(at)
+    expr = guarded(inside, element(a, tuple(source)), literal(outside, dtype))
+    expr = Rewriter({r: constant(0) for r in rvars if r.size == 1}).expr(cast(expr, dtype))
+    live = tuple(r for r in rvars if r.size != 1)
+    name = low._node_name(suffix)
+    if not live:
+        return low._add(Node(name, shape, dtype, variables, expr, low.origin))
+    return low._add(Node(name, shape, dtype, variables, expr, low.origin, reduction, live))
+
+
+@rule("max_pool2d_with_indices.default", "max_pool3d_with_indices.default")
+def max_pool_with_indices(
+    low: Lowering, a: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    assert low.current is not None
+    used = {u.args[1] for u in low.current.users}
+    if 1 in used:
+        raise Illegal("the indices are used")
+    out = max_pool(low, a, kernel, stride, padding, dilation, position=0)
+    return out, out
+
+
+@rule("max_pool2d.default", "max_pool1d.default", "max_pool3d.default")
+def max_pool(
+    low: Lowering, a: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, position: int | None = None,
+) -> Tensor:  # fmt: skip
+    assert low.current is not None
+    rank = int(str(low.current.target).split("pool")[1][0])
+    shape, dtype = low.result(position)
+    size = spread(kernel, rank)
+    least = -math.inf if is_float(dtype) else -(2**31)
+    steps = spread(stride, rank) if stride else size
+    return window(
+        low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, ""
+    )
+
+
+@rule("avg_pool2d.default", "avg_pool1d.default", "avg_pool3d.default")
+def avg_pool(
+    low: Lowering, a: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Tensor:  # fmt: skip
+    assert low.current is not None
+    rank = int(str(low.current.target).split("pool")[1][0])
+    shape, dtype = low.result()
+    size = spread(kernel, rank)
+    pad = spread(padding, rank)
+    if ceil_mode or (any(pad) and not count_include_pad and divisor_override is None):
+        raise Illegal("the divisor varies")
+    total = window(
+        low, a, shape, size, spread(stride, rank) if stride else size, pad, (1,) * rank, "sum", 0, "sum"
+    )
+    scale = literal(1.0 / (divisor_override or math.prod(size)), compute_dtype(dtype))
+    return low.compute(shape, dtype, lambda i: op("mul", element(total, i), scale))
+
+
+@rule("_adaptive_avg_pool2d.default", "adaptive_avg_pool1d.default", "_adaptive_avg_pool3d.default")
+def adaptive_avg_pool(low: Lowering, a: Tensor, out: Sequence[int]) -> Tensor:
+    rank = len(out)
+    places = a.shape[len(a.shape) - rank :]
+    if any(n % m for n, m in zip(places, out)):
+        raise Illegal("windows of unequal size")
+    size = tuple(n // m for n, m in zip(places, out))
+    shape, dtype = low.result()
+    total = window(low, a, shape, size, size, (0,) * rank, (1,) * rank, "sum", 0, "sum")
+    scale = literal(1.0 / math.prod(size), compute_dtype(dtype))
+    return low.compute(shape, dtype, lambda i: op("mul", element(total, i), scale))

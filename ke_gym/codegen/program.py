@@ -1,0 +1,63 @@
+"""``Program``: a task's graphs, its first schedules, and the kernel modules they print to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ke_gym.codegen import fusion, module
+from ke_gym.codegen.capture import capture
+from ke_gym.codegen.errors import CodegenError, Illegal
+from ke_gym.codegen.graph import Graph
+from ke_gym.codegen.lower import lower
+from ke_gym.codegen.schedule import Plan, Schedule
+
+if TYPE_CHECKING:
+    from ke_gym.tasks import Task
+
+LANGUAGES = ("cpp",)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What a task computes, one graph per public shape set (the contract first)."""
+
+    name: str
+    graphs: tuple[Graph, ...]
+    precision: str = "strict"
+
+    @classmethod
+    def from_task(cls, task: Task, target: str = "cpu") -> Program:
+        """Capture and lower; raises ``CodegenError`` naming what ``torch.export`` refused and where."""
+        graphs = []
+        for shape_set in task.public_shapes(target):
+            try:
+                graphs.append(lower(capture(task, shape_set)))
+            except Illegal as reason:
+                raise CodegenError(f"{task.name}: {reason}; no kernel can be generated") from reason
+        return cls(task.name, tuple(graphs), task.precision)
+
+    def seeds(self) -> list[Schedule]:
+        """First drafts that differ in kind, the best guess first: fused, then each node on its own."""
+        drafts = [
+            Schedule(tuple(fusion.fused(g) for g in self.graphs)),
+            Schedule(tuple(fusion.unfused(g) for g in self.graphs)),
+        ]
+        return list(dict.fromkeys(drafts))
+
+    def legal(self, schedule: Schedule) -> bool:
+        return len(schedule.plans) == len(self.graphs) and all(
+            fusion.legal(g, p) for g, p in zip(self.graphs, schedule.plans)
+        )
+
+    def emit(self, schedule: Schedule, language: str = "cpp") -> str:
+        """The kernel module as text. Raises ``CodegenError`` for a language without emitter."""
+        if language not in LANGUAGES:
+            raise CodegenError(f"kernels are generated in {', '.join(LANGUAGES)}, not in {language!r}")
+        try:
+            return module.emit(self.name, self.graphs, schedule)
+        except Illegal as reason:
+            raise CodegenError(f"{self.name}: the schedule does not fit the graph ({reason})") from reason
+
+
+__all__ = ["Plan", "Program", "replace"]

@@ -1,0 +1,84 @@
+"""The schedule: every choice about how a graph is computed, as immutable data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+DEFAULT_FLAGS = ("-mprefer-vector-width=512",)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes computed by one loop nest, in topological order.
+
+    A nest runs outer loops (in parallel, if the work is worth it) around stages that share the outer indices.
+
+    nodes: the graph's node names computed here.
+    anchor: the node whose loops are the outer ones; "" lets the nest builder choose.
+    outer: (position among the anchor's output then reduced loops, tile) of each outer loop; tile 1 takes the
+        whole loop outside, a larger tile takes the loop over tiles outside and leaves the rest inside.
+    staged: pointwise nodes kept in a buffer per outer iteration instead of being recomputed by each user.
+    accumulators: independent partial results of each innermost reduction.
+    grain: least scalar operations worth a thread.
+    stream: store outputs that are not read again past the cache.
+    prefetch: how many outer iterations ahead inputs are fetched; 0 leaves it to the hardware.
+    peel: split loops where an index test changes, so that their bodies have no tests.
+    order: innermost loop by position among a stage's loops, counted from the innermost of the natural order.
+    dynamic: hand outer iterations to threads in small pieces rather than one equal share each.
+    simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
+    """
+
+    nodes: tuple[str, ...]
+    anchor: str = ""
+    outer: tuple[tuple[int, int], ...] = ()
+    staged: tuple[str, ...] = ()
+    accumulators: int = 4
+    grain: int = 16384
+    stream: bool = False
+    prefetch: int = 0
+    peel: bool = False
+    order: int = 0
+    dynamic: bool = False
+    simd: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Schedule of one shape set: nests in execution order. Library calls stand between them by data flow."""
+
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One plan per public shape set, and what holds for the whole kernel module.
+
+    merged: consecutive nests become one kernel, so that fewer launches are paid for.
+    """
+
+    plans: tuple[Plan, ...]
+    flags: tuple[str, ...] = DEFAULT_FLAGS
+    compiler: str = "g++"
+    merged: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Raises ``ValueError`` if the text is no schedule."""
+        try:
+            data = json.loads(text)
+            plans = tuple(Plan(tuple(_group(g) for g in p["groups"])) for p in data["plans"])
+            return cls(plans, tuple(data["flags"]), data["compiler"], data["merged"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a schedule: {error!r}") from error
+
+
+def _group(data: dict[str, Any]) -> Group:
+    values = {f.name: data[f.name] for f in fields(Group)}
+    values["outer"] = tuple((int(p), int(t)) for p, t in values["outer"])
+    values["nodes"], values["staged"] = tuple(values["nodes"]), tuple(values["staged"])
+    return Group(**values)
