@@ -26,7 +26,8 @@ from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.profile import feedback
 from ke_gym.evaluation.record import MachineRecord
-from ke_gym.search.store import Store
+from ke_gym.search.store import Setting, Store
+from ke_gym.targets import cpu
 from ke_gym.tasks.task import Task
 
 
@@ -60,29 +61,33 @@ def main(args: Args) -> None:
     task = Task.load(args.task)
     candidate = Candidate.from_file(args.kernel)
     console = Console(stderr=args.json)
-    with Store() as store, console.status("starting workers"), Evaluator(
-        task, args.target, args.baseline, args.threads
-    ) as evaluator:
-        evaluation = None if args.again else store.find(evaluator, candidate)
-        known = evaluation is not None
-        if evaluation is None:
-            console.log(f"judging {args.kernel} on {task.name}")
-            evaluation = evaluator.evaluate(candidate)
-            store.add(evaluator, candidate, evaluation)
-        record = evaluator.record
+    with Store() as store, console.status(f"judging {args.kernel} on {task.name}"):
+        facts = cpu.facts()
+        setting = Setting(task.id, args.target, facts.fingerprint, args.baseline, args.threads or facts.cores)
+        known = None if args.again else store.evaluation(setting, candidate.id)
+        evaluation = known or judge(args, task, candidate)
+        store.add_task(task)
+        store.add_candidate(candidate)
+        store.add_evaluation(setting, evaluation)
     if args.json:
         data = json.loads(evaluation.to_json())
         print(json.dumps({key: data[key] for key in KEYS}))
     else:
-        console.print(table(evaluation, record, known))
+        console.print(table(evaluation, MachineRecord(facts.fingerprint), known is not None))
+
+
+def judge(args: Args, task: Task, candidate: Candidate) -> Evaluation:
+    with Evaluator(task, args.target, args.baseline, args.threads) as evaluator:
+        return evaluator.evaluate(candidate)
 
 
 def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
     """The verdict for a person."""
     shown = Table(title=f"{evaluation.task}: {evaluation.outcome}", show_header=False, title_justify="left")
-    if evaluation.speedup is not None and evaluation.speedup_ci is not None:
-        low, high = evaluation.speedup_ci
-        shown.add_row("speedup", f"{evaluation.speedup:.2f}x over {evaluation.baseline}, 95 % in [{low:.2f}, {high:.2f}]")
+    if evaluation.speedup is not None:
+        ci = evaluation.speedup_ci
+        sure = f", 95 % in [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else ", too few rounds for an interval"
+        shown.add_row("speedup", f"{evaluation.speedup:.2f}x over {evaluation.baseline}{sure}")
         shown.add_row("time", f"{evaluation.reference_ms:.3f} ms → {evaluation.time_ms:.3f} ms")
     if evaluation.error is not None:
         error = evaluation.error
@@ -92,8 +97,12 @@ def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
         if key != "speedup":
             shown.add_row(*((key, value) if value and len(key) < 16 else ("", line)))
     cost = evaluation.cost
-    shown.add_row("cost", f"compile {cost.compile_s:.2f} s, check {cost.check_s:.2f} s, race {cost.race_s:.2f} s")
-    shown.add_row("trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}, {evaluation.threads} threads")
+    shown.add_row(
+        "cost", f"compile {cost.compile_s:.2f} s, check {cost.check_s:.2f} s, race {cost.race_s:.2f} s"
+    )
+    shown.add_row(
+        "trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}, {evaluation.threads} threads"
+    )
     shown.add_row("machine", record.sentence())
     if known:
         shown.add_row("", "judged before on this machine; --again measures anew")

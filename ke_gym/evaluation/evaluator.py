@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,13 @@ import numpy as np
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.arms import Arm, ArmDied, open_arm
-from ke_gym.evaluation.builder import Builder
+from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import Cost, Errors, Evaluation, Outcome, Profile
 from ke_gym.evaluation.judge_client import JudgeClient, Shape
 from ke_gym.evaluation.profile import limiter, profile
 from ke_gym.evaluation.race import Race, Rules, confirm, pooled, race
 from ke_gym.evaluation.record import MachineRecord, home
-from ke_gym.evaluation.sandbox import sandbox_level
+from ke_gym.evaluation.stats import confidence_sequence
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -39,9 +39,11 @@ from ke_gym.tasks.task import Task
 CASES = (
     ("task", False),
     ("task", True),
+    ("ties", False),
     ("offset", False),
     ("sparse", True),
     ("lognormal", False),
+    ("zeros", True),
     ("special", False),
 )
 RACE = Rules()
@@ -49,6 +51,11 @@ CONFIRM = Rules(min_rounds=7, max_rounds=7, max_seconds=2.0, hopeless=math.inf, 
 AA = Rules(min_rounds=12, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
 AA_EVERY = 10
 KEPT_ARTIFACTS = 64
+
+
+def draw_cases(rng: random.Random) -> list[tuple[int, str, int]]:
+    """Secret (seed, distribution, state seed) of what every candidate of a session is checked on."""
+    return [(rng.getrandbits(60), d, rng.getrandbits(60) if fresh_state else 0) for d, fresh_state in CASES]
 
 
 class Rejected(Exception):
@@ -61,38 +68,50 @@ class Rejected(Exception):
 
 
 class Cores:
-    """The machine's cores: builds take one each, a race takes them all."""
+    """The machine's cores: builds take one each, a race takes them all. Knows how long anything held one."""
 
     def __init__(self, cores: int) -> None:
         self._condition = threading.Condition()
         self._cores = cores
         self._builds = 0
         self._racing = False
-        self._waiting_races = 0
+        self._since = 0.0
+        self.busy_s = 0.0
 
     @contextmanager
     def one(self) -> Iterator[None]:
         with self._condition:
             self._condition.wait_for(lambda: not self._racing and self._builds < self._cores)
+            self._start()
             self._builds += 1
         try:
             yield
         finally:
             with self._condition:
                 self._builds -= 1
-                self._condition.notify_all()
+                self._stop()
 
     @contextmanager
     def all(self) -> Iterator[None]:
         with self._condition:
             self._condition.wait_for(lambda: not self._racing and not self._builds)
+            self._start()
             self._racing = True
         try:
             yield
         finally:
             with self._condition:
                 self._racing = False
-                self._condition.notify_all()
+                self._stop()
+
+    def _start(self) -> None:
+        if not self._builds:
+            self._since = time.perf_counter()
+
+    def _stop(self) -> None:
+        if not self._builds:
+            self.busy_s += time.perf_counter() - self._since
+        self._condition.notify_all()
 
 
 @dataclass
@@ -112,7 +131,9 @@ class Evaluator:
         baseline: ``"eager"`` or ``"compile"`` (``torch.compile``): what speedups are against.
         threads: OpenMP threads for everybody; all cores by default.
         folder: where caches and the machine's record live; ``home()`` by default.
-        language: the candidates' language.
+        shape_sets: what is checked and timed, first the one that counts; the task's public sets by default.
+        build_timeout: seconds a build may take.
+        call_timeout: seconds one call may take; by default far more than the task's work could need.
 
     Thread-safe: `evaluate` may be called from several threads; builds overlap, races do not.
     """
@@ -124,6 +145,9 @@ class Evaluator:
         baseline: str = "eager",
         threads: int | None = None,
         folder: Path | None = None,
+        shape_sets: Sequence[str] = (),
+        build_timeout: float = BUILD_SECONDS,
+        call_timeout: float | None = None,
     ) -> None:
         if target != "cpu":
             raise UserError(f"target {target!r} is unknown; this machine offers cpu")
@@ -138,27 +162,26 @@ class Evaluator:
             raise UserError(f"--threads {threads}: this machine has {self.facts.cores} cores")
         self.folder = folder or home()
         self.record = MachineRecord(self.facts.fingerprint, self.folder)
-        self.sandbox = sandbox_level()
+        self._build_timeout = build_timeout
+        self._call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
         self._cores = Cores(self.facts.cores)
         self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
+        self._build_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._evaluated = 0
         self._state = ExitStack()
         try:
             self.zygote = self._state.enter_context(Zygote(self.threads))
+            self.sandbox = self.zygote.sandbox_level
             self.builder = Builder(self.zygote, self.folder / "builds")
-            self.contract = task.contract(target)
-            self.shape_sets = [self.contract, *task.public_shapes(target)]
-            self.hidden = list(task.hidden_shapes())
+            self.shape_sets = list(shape_sets or task.public_shapes(target))
+            self.contract = self.shape_sets[0]
+            self.hidden = [name for name in task.hidden_shapes() if name not in self.shape_sets]
             self.judge = self._open_judge()
             self._state.callback(lambda: self.judge.close())
             self.peaks = self.record.peaks(self.threads, self._measure_peaks)
-            self.cases = [
-                (distribution, self._rng.getrandbits(60), self._rng.getrandbits(60) if fresh_state else 0)
-                for distribution, fresh_state in CASES
-                if task.nonfinite or distribution != "special"
-            ]
+            self.cases = draw_cases(self._rng)
         except BaseException:
             self._state.close()
             raise
@@ -191,14 +214,14 @@ class Evaluator:
         base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
         with self._cores.all():
             compiled = time.perf_counter()
-            cost = Cost(compile_s=self._built_seconds(candidate))
+            cost = Cost(compile_s=self._build_s.pop(candidate.id, 0.0))
             checked = compiled
             try:
                 with self._entries() as open_entry:
                     entries = {name: open_entry(artifact, name) for name in self.shape_sets}
-                    error = self._check(artifact, entries, open_entry)
+                    errors = self._check(artifact, entries, open_entry)
                     checked = time.perf_counter()
-                    base = base.replace(error=error)
+                    base = base.replace(error=errors)
                     base = self._race(base, artifact, rival, entries)
                     base = self._describe(base, artifact, entries[self.contract])
             except (Rejected, ArmDied) as failure:
@@ -214,6 +237,14 @@ class Evaluator:
                 self._maybe_aa(artifact)
         return base
 
+    def decide(self, candidate: Candidate, rival: Candidate) -> Evaluation:
+        """Only the race, and the confirmation if it is won: no check, no cache, no record."""
+        artifact, other = self.build(candidate), self.build(rival)
+        base = Evaluation(self.task.name, self.target, candidate.language, candidate.id, "correct")
+        with self._cores.all(), self._entries() as open_entry:
+            entries = {name: open_entry(artifact, name) for name in self.shape_sets}
+            return self._race(base, artifact, other, entries)
+
     def build(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""
         with self._lock:
@@ -222,9 +253,14 @@ class Evaluator:
                 self._artifacts.move_to_end(candidate.id)
                 return known
         with self._cores.one():
-            artifact = self.builder.build(candidate.source, self.judge.signature, candidate.language)
+            start = time.perf_counter()
+            artifact = self.builder.build(
+                candidate.source, self.judge.signature, candidate.language, timeout=self._build_timeout
+            )
+            spent = time.perf_counter() - start
         with self._lock:
             self._artifacts[candidate.id] = artifact
+            self._build_s[candidate.id] = spent
             while len(self._artifacts) > KEPT_ARTIFACTS:
                 self._artifacts.popitem(last=False)
         return artifact
@@ -233,6 +269,11 @@ class Evaluator:
         """The artifact of a recently built candidate."""
         with self._lock:
             return self._artifacts.get(candidate_id)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far in which something was built, checked or raced."""
+        return self._cores.busy_s
 
     def close(self) -> None:
         self._state.close()
@@ -246,7 +287,9 @@ class Evaluator:
     # -- setting up ------------------------------------------------------------------------------------------
 
     def _open_judge(self) -> JudgeClient:
-        return JudgeClient(self.zygote, self.task, [*self.shape_sets, *self.hidden], self.baseline, self.threads)
+        return JudgeClient(
+            self.zygote, self.task, [*self.shape_sets, *self.hidden], self.baseline, self.threads
+        )
 
     def _measure_peaks(self, threads: int) -> cpu.Peaks:
         worker = self.zygote.spawn("ke_gym.targets.cpu:measure_worker", {"threads": threads})
@@ -266,7 +309,7 @@ class Evaluator:
 
         def open_entry(artifact: Artifact, shape_set: str) -> Entry:
             shape = judge.shapes[shape_set]
-            arm = open_arm(self.zygote, artifact, shape_set, shape.buffer, shape.layout, self.threads)
+            arm = open_arm(self.zygote, artifact, shape_set, shape.buffer, shape.layout, judge.signature)
             entry = Entry(arm, judge.attach_output(arm.output_layout, arm.output_buffer.fd))
             opened.append(entry)
             return entry
@@ -288,8 +331,8 @@ class Evaluator:
             sets[name] = open_entry(artifact, name)
         for name, entry in sets.items():
             cases = self.cases if name == self.contract else self.cases[:2]
-            for index, (distribution, seed, state_seed) in enumerate(cases):
-                verdict = self._check_case(name, entry, distribution, seed, state_seed, poison=index)
+            for index, (seed, distribution, state_seed) in enumerate(cases):
+                verdict = self._check_case(name, entry, seed, distribution, state_seed, poison=index)
                 worst = Errors(
                     max(worst.max_abs, verdict["max_abs"]),
                     max(worst.rel_l2, verdict["rel_l2"]),
@@ -300,7 +343,7 @@ class Evaluator:
         return worst
 
     def _check_case(
-        self, name: str, entry: Entry, distribution: str, seed: int, state_seed: int, poison: int
+        self, name: str, entry: Entry, seed: int, distribution: str, state_seed: int, poison: int
     ) -> dict[str, Any]:
         finite = self.judge.load(name, seed, distribution, state_seed)
         if finite < 0.5:
@@ -321,6 +364,8 @@ class Evaluator:
 
     def _patience(self, name: str) -> float:
         """Seconds one call may take before it counts as hung."""
+        if self._call_timeout is not None:
+            return self._call_timeout
         floor = self.judge.shapes[name].work.bytes / 1e8 + self.judge.shapes[name].work.flops / 1e9
         return max(5.0, 20 * floor)
 
@@ -364,9 +409,9 @@ class Evaluator:
             reference_ms=1e3 * float(np.median(reference)),
             times_ms=tuple(round(1e3 * t, 6) for t in times),
             speedup=math.exp(speedup),
-            speedup_ci=(math.exp(speedup_ci[0]), math.exp(min(speedup_ci[1], 700.0))),
+            speedup_ci=_factors(speedup_ci),
             gain=math.exp(gain),
-            gain_ci=(math.exp(gain_ci[0]), math.exp(min(gain_ci[1], 700.0))),
+            gain_ci=_factors(gain_ci),
             improved=improved,
             confirmed=won,
             shapes={n: math.exp(_over_sets({n: r}, "baseline")[0]) for n, r in sets.items()},
@@ -391,11 +436,17 @@ class Evaluator:
         return races
 
     def _race_set(
-        self, judge: JudgeClient, name: str, own: Entry, other: Entry | None, rules: Rules, baseline: bool = True
+        self,
+        judge: JudgeClient,
+        name: str,
+        own: Entry,
+        other: Entry | None,
+        rules: Rules,
+        baseline: bool = True,
     ) -> Race:
         patience = self._patience(name)
         null = judge.null_s
-        contestants = {"candidate": lambda: max(1e-7, own.arm.call(patience) - null)}
+        contestants: dict[str, Callable[[], float]] = {"candidate": lambda: max(1e-7, own.arm.call(patience) - null)}
         by_number = {own.number: "candidate"}
         if other is not None:
             contestants["incumbent"] = lambda: max(1e-7, other.arm.call(patience) - null)
@@ -403,13 +454,17 @@ class Evaluator:
         if baseline:
             contestants["baseline"] = lambda: judge.call_baseline(name)
         rival = "incumbent" if other is not None else "baseline"
-        for warm in contestants.values():
-            warm()
+        for call in contestants.values():
+            call()  # warm
 
         def inspect() -> set[str]:
             suspects = judge.fingerprint(name, list(by_number)) if baseline else []
             wrong = {n for n in suspects if not judge.check(name, n)["ok"]}
-            if own.number not in wrong and self._rng.random() < 0.08 and not judge.check(name, own.number)["ok"]:
+            if (
+                own.number not in wrong
+                and self._rng.random() < 0.08
+                and not judge.check(name, own.number)["ok"]
+            ):
                 wrong.add(own.number)
             return {by_number[n] for n in wrong}
 
@@ -454,17 +509,13 @@ class Evaluator:
         steps = entry.arm.profile(5)
         described: Profile = profile(artifact, shape.work, self.peaks, seconds, floor_s, steps)
         total = sum(s for _, _, s in steps)
-        own = sum(s for kind, _, s in steps if kind == "launch")
-        coverage = 1.0 if all(kind == "launch" for kind, _, _ in steps) else own / total if total else 0.0
+        own = sum(s for kind, _, s in steps if kind == "kernel")
+        coverage = 1.0 if all(kind == "kernel" for kind, _, _ in steps) else own / total if total else 0.0
         return base.replace(
             profile=described,
             limiter=limiter(described, self.facts, seconds),
             kernel_coverage=round(coverage, 4),
         )
-
-    def _built_seconds(self, candidate: Candidate) -> float:
-        artifact = self.artifact(candidate.id)
-        return float(artifact.report.get("build_s", 0.0)) if artifact is not None else 0.0
 
     def _maybe_aa(self, artifact: Artifact) -> None:
         """Every so often, race the candidate just judged against its own copy, for the machine's record."""
@@ -492,8 +543,6 @@ def _over_sets(sets: dict[str, list[Race]], over: str) -> tuple[float, tuple[flo
         if len(races) == 1:
             ratios = races[0].log_ratios(over, "candidate")
             mean = float(np.median(ratios))
-            from ke_gym.evaluation.stats import confidence_sequence
-
             low, high = confidence_sequence(ratios)
         else:
             mean, (low, high) = pooled(races, over, "candidate")
@@ -502,6 +551,12 @@ def _over_sets(sets: dict[str, list[Race]], over: str) -> tuple[float, tuple[flo
         highs.append(high)
     low, high = float(np.mean(lows)), float(np.mean(highs))
     return float(np.mean(means)), (low, high), low > 0
+
+
+def _factors(interval: tuple[float, float]) -> tuple[float, float] | None:
+    """A log-interval as factors; None where there were too few rounds for one."""
+    low, high = interval
+    return (math.exp(low), math.exp(high)) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def _remark(result: Race, against: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import mutants, work
-from ke_gym.evaluation.acceptance import Verdict, judge_output
+from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.shared import Layout, SharedBuffer
 from ke_gym.languages.base import Signature
@@ -36,9 +36,17 @@ class Case:
 
     inputs: list[Tensor]
     state: list[Tensor]
-    reference: tuple[Tensor, ...]
-    oracle: tuple[Tensor, ...]
-    distribution: str
+    expected: tuple[Expected, ...]
+
+    @property
+    def bytes(self) -> int:
+        return _bytes(self.inputs) + sum(_bytes([e.reference, e.oracle]) for e in self.expected)
+
+    @property
+    def finite(self) -> float:
+        """The smallest share of finite values in any expected output."""
+        masks = [e.mask for e in self.expected if e.mask is not None]
+        return min((float(m.double().mean()) for m in masks), default=1.0)
 
 
 @dataclass
@@ -93,10 +101,9 @@ class Judge:
         """Map the shared input buffer, whose descriptor came along, and fill it once."""
         chosen = self.sets[shape_set]
         placed = Layout.from_dict(layout)
-        chosen.buffer = SharedBuffer.from_fd(self._received(), placed.bytes)
-        views = placed.views(chosen.buffer)
-        count = sum(isinstance(a, Tensor) for a in chosen.arguments)
-        chosen.inputs, chosen.state = views[:count], views[count:]
+        chosen.buffer = SharedBuffer.from_fd(self._received(), placed.bytes, writable=True)
+        chosen.inputs, state = placed.split(chosen.buffer)
+        chosen.state = list(state.values())
         self._store_state(chosen)
         self._store_inputs(chosen, chosen.arguments)
         chosen.baseline = self._compile(chosen) if self.baseline == "compile" else chosen.reference
@@ -105,7 +112,7 @@ class Judge:
     def attach_output(self, arm: int, layout: dict[str, Any]) -> dict[str, Any]:
         """Map an arm's output buffer, whose descriptor came along."""
         placed = Layout.from_dict(layout)
-        self.buffers[arm] = SharedBuffer.from_fd(self._received(), placed.bytes)
+        self.buffers[arm] = SharedBuffer.from_fd(self._received(), placed.bytes, writable=False)
         self.outputs[arm] = placed.views(self.buffers[arm])
         return {}
 
@@ -123,7 +130,9 @@ class Judge:
 
         def call(*arguments: Any) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return tuple(t for t in torch.utils._pytree.tree_leaves(compiled(*arguments)) if isinstance(t, Tensor))
+                return tuple(
+                    t for t in torch.utils._pytree.tree_leaves(compiled(*arguments)) if isinstance(t, Tensor)
+                )
 
         call(*self._arguments(chosen))
         return call
@@ -149,24 +158,26 @@ class Judge:
             chosen.arguments = arguments
             self._store_state(chosen)
             self._store_inputs(chosen, arguments)
-            case = self._solve(chosen, distribution)
-            held = sum(_bytes(c.inputs) + _bytes(c.reference) + _bytes(c.oracle) for c in chosen.cases.values())
-            if held + _bytes(case.oracle) < CASE_BYTES:
+            case = self._solve(chosen)
+            if case.bytes + sum(c.bytes for c in chosen.cases.values()) < CASE_BYTES:
                 chosen.cases[key] = case
         else:
             _copy(chosen.inputs, case.inputs)
             _copy(chosen.state, case.state)
             _copy(list(chosen.reference.state.values()), case.state)
         chosen.current = case
-        finite = [float(torch.isfinite(t).double().mean()) for t in case.oracle if t.is_floating_point() and t.numel()]
-        return {"finite": min(finite, default=1.0)}
+        return {"finite": case.finite}
 
-    def _solve(self, chosen: ShapeSet, distribution: str) -> Case:
+    def _solve(self, chosen: ShapeSet) -> Case:
+        """The trusted results for what is in the shared inputs now."""
         arguments = self._arguments(chosen)
-        reference = tuple(t.clone() for t in self._run(chosen))
-        oracle = chosen.reference.double()(*arguments)
-        inputs = [t.clone() for t in chosen.inputs]
-        return Case(inputs, [t.clone() for t in chosen.state], reference, oracle, distribution)
+        references = [t.clone() for t in self._run(chosen)]
+        oracles = chosen.reference.double()(*arguments)
+        expected = tuple(
+            Expected(r, o, self.task.precision, self.task.tolerance, chosen.work.reduction_length)
+            for r, o in zip(references, oracles, strict=True)
+        )
+        return Case([t.clone() for t in chosen.inputs], [t.clone() for t in chosen.state], expected)
 
     # -- the baseline ----------------------------------------------------------------------------------------
 
@@ -190,8 +201,8 @@ class Judge:
         """Full comparison of an arm's outputs with the oracle for what is in the shared inputs now."""
         chosen = self.sets[shape_set]
         if chosen.current is None:
-            chosen.current = self._solve(chosen, "task")
-        verdicts = self._compare(chosen, chosen.current, self.outputs[arm])
+            chosen.current = self._solve(chosen)
+        verdicts = _compare(chosen.current, self.outputs[arm])
         worst = next((v for v in verdicts if not v.ok), max(verdicts, key=lambda v: v.ratio))
         return worst.to_dict()
 
@@ -209,42 +220,27 @@ class Judge:
                     break
         return {"suspects": suspects}
 
-    def mutants(self, shape_set: str, seed: int) -> dict[str, Any]:
-        """Whether each mutant of the reference is rejected (design rule 8)."""
+    def mutants(self, shape_set: str, cases: list[tuple[int, str, int]]) -> dict[str, Any]:
+        """Whether each mutant of the reference is rejected on one of the cases (design rule 8)."""
         chosen = self.sets[shape_set]
         results: dict[str, bool] = {}
-        for draw in (seed, seed + 1):
-            chosen.arguments = self.task.inputs(shape_set, draw)
-            chosen.reference.randomize(draw)
-            self._store_state(chosen)
-            self._store_inputs(chosen, chosen.arguments)
-            case = self._solve(chosen, "task")
-            other = self.task.inputs(shape_set, draw + 17)
+        for seed, distribution, state_seed in cases:
+            self.load(shape_set, seed, distribution, state_seed)
+            assert chosen.current is not None
+            other = self.task.inputs(shape_set, seed + 1, distribution)
             for mutant in mutants.mutants(chosen.reference, self._arguments(chosen), other):
-                verdicts = self._compare(chosen, case, list(mutant.outputs))
-                rejected = any(not v.ok for v in verdicts)
+                rejected = any(not v.ok for v in _compare(chosen.current, list(mutant.outputs)))
                 results[mutant.name] = results.get(mutant.name, False) or rejected
+            if all(results.values()):
+                break
         return {"mutants": results}
 
     def self_verdict(self, shape_set: str) -> dict[str, Any]:
         """The reference judged as if it were a candidate."""
         chosen = self.sets[shape_set]
-        case = self._solve(chosen, "task")
-        verdicts = self._compare(chosen, case, list(self._run(chosen)))
+        case = self._solve(chosen)
+        verdicts = _compare(case, list(self._run(chosen)))
         return next((v for v in verdicts if not v.ok), verdicts[0]).to_dict()
-
-    def _compare(self, chosen: ShapeSet, case: Case, outputs: list[Tensor]) -> list[Verdict]:
-        return [
-            judge_output(
-                output,
-                reference,
-                oracle,
-                precision=self.task.precision,
-                tolerance=self.task.tolerance,
-                reduction_length=chosen.work.reduction_length,
-            )
-            for output, reference, oracle in zip(outputs, case.reference, case.oracle, strict=True)
-        ]
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
@@ -272,6 +268,10 @@ class Judge:
 
     def _store_state(self, chosen: ShapeSet) -> None:
         _copy(chosen.state, list(chosen.reference.state.values()))
+
+
+def _compare(case: Case, outputs: list[Tensor]) -> list[Verdict]:
+    return [judge_output(output, expected) for output, expected in zip(outputs, case.expected, strict=True)]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -312,7 +312,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     _, blob = channel.recv(timeout=None)
     random.seed(args["seed"])
     if args["baseline"] == "compile":
-        torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]
+        torch._inductor.config.compile_threads = 1
         Path("/tmp").mkdir(exist_ok=True)
     try:
         judge = Judge(channel, Task.from_bytes(blob), args["baseline"], args["threads"])

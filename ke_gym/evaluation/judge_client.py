@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import secrets
 import time
 from dataclasses import dataclass
@@ -36,9 +37,12 @@ class Shape:
 class JudgeClient:
     """A judge process for one task. Frozen whenever it is not working, so that it disturbs no race."""
 
-    def __init__(self, zygote: Zygote, task: Task, shape_sets: list[str], baseline: str, threads: int) -> None:
+    def __init__(
+        self, zygote: Zygote, task: Task, shape_sets: list[str], baseline: str, threads: int
+    ) -> None:
         self.task = task
         self._arms = itertools.count()
+        self._rng = random.Random(secrets.randbits(62))
         self.worker: Worker = zygote.spawn(
             "ke_gym.evaluation.judge:serve",
             {"seed": secrets.randbits(62), "baseline": baseline, "threads": threads},
@@ -58,7 +62,7 @@ class JudgeClient:
     def _attach(self, name: str, described: dict[str, Any]) -> None:
         inputs = tuple(_spec(s) for s in described["inputs"])
         state = {key: _spec(s) for key, s in described["state"].items()}
-        layout = Layout.plan([*inputs, *state.values()])
+        layout = Layout.plan(inputs, state, self._rng)
         buffer = SharedBuffer(layout.bytes)
         outputs = tuple(_spec(s) for s in described["outputs"])
         self.shapes[name] = Shape(name, inputs, state, outputs, Work(**described["work"]), layout, buffer)
@@ -94,9 +98,9 @@ class JudgeClient:
         """Those of ``arms`` whose outputs differ visibly from the baseline's for the same inputs."""
         return list(self._ask("fingerprint", shape_set=shape_set, arms=arms)[0]["suspects"])
 
-    def mutants(self, shape_set: str, seed: int) -> dict[str, bool]:
-        """Mutant name → whether the check rejects it."""
-        return dict(self._ask("mutants", shape_set=shape_set, seed=seed)[0]["mutants"])
+    def mutants(self, shape_set: str, cases: list[tuple[int, str, int]]) -> dict[str, bool]:
+        """Mutant name → whether the check rejects it on one of ``cases`` (seed, distribution, state seed)."""
+        return dict(self._ask("mutants", shape_set=shape_set, cases=cases)[0]["mutants"])
 
     def self_verdict(self, shape_set: str) -> dict[str, Any]:
         return self._ask("self_verdict", shape_set=shape_set)[0]
@@ -144,9 +148,11 @@ class JudgeClient:
         try:
             header, blob = self.worker.channel.recv(timeout=REQUEST_TIMEOUT)
         except (EOFError, TimeoutError) as error:
+            how = "hangs" if isinstance(error, TimeoutError) else "crashed"
+            said = self.worker.log(600).strip()
             raise UserError(
-                f"task {self.task.name}: its reference {'hangs' if isinstance(error, TimeoutError) else 'crashed'} "
-                f"(request {do}); run it by itself to see why"
+                f"task {self.task.name}: its reference {how} ({do}); run it by itself to see why"
+                + (f". It said: {said}" if said else "")
             ) from error
         if "user_error" in header:
             raise UserError(header["user_error"])

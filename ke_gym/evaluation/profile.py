@@ -24,8 +24,8 @@ def profile(
     """Rates achieved in ``seconds`` and the compiler's vectorization remarks; ``steps`` are (kind, name, s)."""
     rate, flops = work.bytes / seconds, work.flops / seconds
     remarks = artifact.report.get("vectorization", [])
-    done = tuple(f"line {r['line']}: {r['message']}" for r in remarks if r.get("vectorized"))
-    missed = tuple(f"line {r['line']}: {r['message']}" for r in remarks if not r.get("vectorized"))
+    done = tuple(f"line {r['line']}: {r['message']}" for r in remarks if r["width"])
+    missed = tuple(f"line {r['line']}: {r['message']}" for r in remarks if not r["width"])
     return Profile(
         bytes=work.bytes,
         flops=work.flops,
@@ -69,10 +69,12 @@ def feedback(evaluation: Evaluation) -> str:
     lines = [f"outcome: {evaluation.outcome}"]
     if evaluation.log:
         lines += [line[:200] for line in evaluation.log.splitlines()[:24]]
-    if evaluation.speedup is not None and evaluation.speedup_ci is not None:
-        low, high = evaluation.speedup_ci
+    if evaluation.speedup is not None:
+        interval = (
+            "[{:.2f}, {:.2f}]".format(*evaluation.speedup_ci) if evaluation.speedup_ci else "(too few rounds)"
+        )
         lines.append(
-            f"speedup: {evaluation.speedup:.2f}x over {evaluation.baseline} [{low:.2f}, {high:.2f}], "
+            f"speedup: {evaluation.speedup:.2f}x over {evaluation.baseline} {interval}, "
             f"{evaluation.time_ms:.3f} ms against {evaluation.reference_ms:.3f} ms"
         )
     shown = evaluation.profile
@@ -83,7 +85,9 @@ def feedback(evaluation: Evaluation) -> str:
             f"({100 * shown.flops_share:.0f} % of peak); floor {shown.floor_ms:.3f} ms"
         )
         if evaluation.kernel_coverage is not None and evaluation.kernel_coverage < 0.999:
-            lines.append(f"own kernels: {100 * evaluation.kernel_coverage:.0f} % of the time, the rest is ATen")
+            lines.append(
+                f"own kernels: {100 * evaluation.kernel_coverage:.0f} % of the time, the rest is ATen"
+            )
         if shown.missed and evaluation.limiter in ("instructions", "l2"):
             lines += [f"not vectorized, {remark[:160]}" for remark in shown.missed[:4]]
         lines.append("hint: " + _HINTS[evaluation.limiter])

@@ -8,6 +8,7 @@ margin a gain must clear, and its false-positive rate says whether the machine's
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -90,7 +91,7 @@ class MachineRecord:
         recent = [abs(r.log_ratio) for r in self.races]
         if len(recent) < FEW:
             return UNKNOWN_FLOOR
-        return float(np.quantile(recent, 0.95)) / CONFIRMATIONS**0.5
+        return float(np.quantile(recent, 0.95)) / math.sqrt(CONFIRMATIONS)
 
     @property
     def margin(self) -> float:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ke_gym.evaluation.evaluator import draw_cases
 from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.stats import sign_p_interval
 from ke_gym.evaluation.zygote import Zygote
-from ke_gym.tasks.task import Task
 from ke_gym.targets import cpu
+from ke_gym.tasks.task import Task
 
 ROUNDS = 15
 # Two processes of the same program may differ by this much on a shared machine (page placement, caches).
@@ -36,7 +37,9 @@ class SelfCheck:
     reason: str
 
 
-def check(task: Task, zygote: Zygote | None = None, target: str = "cpu", seed: int | None = None) -> SelfCheck:
+def check(
+    task: Task, zygote: Zygote | None = None, target: str = "cpu", seed: int | None = None
+) -> SelfCheck:
     """Check one task; the race is between the reference in two processes, on the same inputs."""
     if zygote is None:
         with Zygote(cpu.facts().cores) as own:
@@ -55,9 +58,11 @@ def check(task: Task, zygote: Zygote | None = None, target: str = "cpu", seed: i
         first.close()
 
 
-def _check(task: Task, contract: str, first: JudgeClient, second: JudgeClient, rng: random.Random) -> SelfCheck:
+def _check(
+    task: Task, contract: str, first: JudgeClient, second: JudgeClient, rng: random.Random
+) -> SelfCheck:
     verdict = first.self_verdict(contract)
-    results = first.mutants(contract, rng.getrandbits(40))
+    results = first.mutants(contract, draw_cases(rng))
     survivors = tuple(name for name, rejected in results.items() if not rejected)
     seconds: dict[int, list[float]] = {0: [], 1: []}
     judges = (first, second)

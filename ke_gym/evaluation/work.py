@@ -31,9 +31,9 @@ class Work:
     """About how many input elements an output element depends on."""
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, inputs: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alias = {id(t): i for i, t in enumerate(inputs)}
         self.sizes = [t.numel() * t.element_size() for t in inputs]
         self.read: dict[int, float] = defaultdict(float)

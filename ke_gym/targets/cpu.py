@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,10 @@ def _cache_bytes(level: int) -> int:
     """Size of the data (or unified) cache of this level as Linux reports it; 0 where it does not."""
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
-            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() != "Instruction":
+            if (
+                int((index / "level").read_text()) == level
+                and (index / "type").read_text().strip() != "Instruction"
+            ):
                 return int((index / "size").read_text().strip().removesuffix("K")) << 10
         except (OSError, ValueError):
             continue
@@ -114,7 +117,8 @@ def facts() -> Facts:
     bits = 512 if "avx512f" in words else 256 if "avx2" in words else 128
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     matrix = "amx_bf16" in words
-    return Facts(model, platform.machine(), cores, *(_cache_bytes(i) for i in (1, 2, 3)), bits, matrix)
+    l1, l2, l3 = (_cache_bytes(level) for level in (1, 2, 3))
+    return Facts(model, platform.machine(), cores, l1, l2, l3, bits, matrix)
 
 
 def measure(threads: int, compiler: str = "g++") -> Peaks:
@@ -137,13 +141,13 @@ def measure(threads: int, compiler: str = "g++") -> Peaks:
         for streams, name in ((1, "peak_read"), (2, "peak_copy"), (3, "peak_triad")):
             n = footprint // (4 * streams)
             arguments = {1: (p[0],), 2: (p[0], p[1]), 3: (p[0], p[2], p[1])}[streams]
-            run = lambda f=getattr(lib, name), a=arguments, n=n: f(*a, ctypes.c_int64(n))
+            run = partial(getattr(lib, name), *arguments, ctypes.c_int64(n))
             rates.append(streams * 4 * n / _best(run, 0.03))
         bandwidth.append((footprint, max(rates)))
     iterations = 200_000
     rate = {}
     for name, lanes in (("peak_fma_float", 16), ("peak_fma_double", 8)):
-        run = lambda f=getattr(lib, name): f(ctypes.c_int64(iterations), ctypes.c_int64(threads))
+        run = partial(getattr(lib, name), ctypes.c_int64(iterations), ctypes.c_int64(threads))
         rate[name] = 2 * 24 * lanes * iterations * threads / _best(run, 0.15)
     return Peaks(threads, tuple(bandwidth), rate["peak_fma_float"], rate["peak_fma_double"])
 

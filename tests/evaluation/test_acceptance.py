@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ke_gym.evaluation.acceptance import error_pattern, judge_output
+from ke_gym.evaluation.acceptance import Expected, error_pattern, judge_output
 
 X = torch.randn(257, 129, generator=torch.Generator().manual_seed(0))
 
@@ -17,8 +17,9 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def verdict(output: torch.Tensor, **settings_: object) -> bool:
-    oracle = softmax(X.double())
-    return judge_output(output, softmax(X), oracle, reduction_length=129, **settings_).ok  # type: ignore[arg-type]
+    return judge_output(
+        output, Expected(softmax(X), softmax(X.double()), reduction_length=129, **settings_)
+    ).ok  # type: ignore[arg-type]
 
 
 def test_the_reference_and_another_honest_order_are_accepted() -> None:
@@ -55,20 +56,20 @@ def test_nonfinite_values_match_by_position() -> None:
     x[4, 7] = math.nan
     x[9, 3] = math.inf
     reference, oracle = torch.exp(x), torch.exp(x.double())
-    assert judge_output(reference.clone(), reference, oracle).ok
+    assert judge_output(reference.clone(), Expected(reference, oracle)).ok
     for position, value in (((4, 7), 0.0), ((9, 3), 1e30), ((0, 0), math.nan), ((9, 3), -math.inf)):
         output = reference.clone()
         output[position] = value
-        assert not judge_output(output, reference, oracle).ok
+        assert not judge_output(output, Expected(reference, oracle)).ok
 
 
 def test_integers_are_exact_except_where_the_reference_itself_is_ambiguous() -> None:
     oracle = torch.tensor([3, 1, 2, 0])
     reference = torch.tensor([3, 1, 2, 1])
-    assert judge_output(oracle.clone(), reference, oracle).ok
-    assert judge_output(reference.clone(), reference, oracle).ok
-    assert not judge_output(torch.tensor([0, 0, 0, 0]), reference, oracle).ok
-    assert not judge_output(torch.tensor([3, 1, 0, 0]), oracle, oracle).ok
+    assert judge_output(oracle.clone(), Expected(reference, oracle)).ok
+    assert judge_output(reference.clone(), Expected(reference, oracle)).ok
+    assert not judge_output(torch.tensor([0, 0, 0, 0]), Expected(reference, oracle)).ok
+    assert not judge_output(torch.tensor([3, 1, 0, 0]), Expected(oracle, oracle)).ok
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,7 @@ def test_blocked_sums_pass_and_half_precision_sums_do_not(n: int, rows: int, see
     plain = torch.zeros(rows)
     for column in range(n):
         plain += x[:, column]
-    assert judge_output(plain, reference, oracle, reduction_length=n).ok
+    expected = Expected(reference, oracle, reduction_length=n)
+    assert judge_output(plain, expected).ok
     if rows >= 8:
-        assert not judge_output(x.bfloat16().float().sum(1), reference, oracle, reduction_length=n).ok
+        assert not judge_output(x.bfloat16().float().sum(1), expected).ok
