@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -122,12 +122,32 @@ class Reference:
         ]
 
     def double(self) -> Reference:
-        """A float64 copy: parameters and buffers now, inputs and casts inside the forward when called."""
-        module = copy.deepcopy(self.module).double()
+        """The float64 twin: parameters and buffers, and when called inputs and casts inside the forward.
+
+        One twin is kept, and brought up to date by every call of `double()`.
+        """
+        pairs = zip(self.module.modules(), self._twin.module.modules(), strict=True)
+        with torch.no_grad():
+            for ours, theirs in pairs:
+                for tensor, wide in zip(_tensors(ours), _tensors(theirs), strict=True):
+                    wide.copy_(tensor)
+        self._twin._memory = _Memory(self._twin.module)
+        return self._twin
+
+    @cached_property
+    def _twin(self) -> Reference:
+        # Not copy.deepcopy: a forward may go through lambdas that close over the module's parts.
+        module = cloudpickle.loads(cloudpickle.dumps(self.module)).double()
         for part in module.modules():  # tensors that are plain attributes, which .double() does not know
             for name, value in vars(part).items():
                 vars(part)[name] = _widened(value)
         return Reference(module, self._path, self._arity, wide=True)
+
+
+def _tensors(part: nn.Module) -> list[Tensor]:
+    """The tensors a module holds itself: parameters, buffers, plain attributes."""
+    held = [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]
+    return [value for value in held if isinstance(value, Tensor)]
 
 
 class _Memory:

@@ -10,8 +10,10 @@ class Model(nn.Module):
         self.hidden = torch.randn((batch_size, hidden_size))
         self.i2h = nn.Linear(input_size + hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.hidden = self.hidden.to(x.device)
+    def forward(self, x: torch.Tensor, bias=None, initial_hidden=None) -> torch.Tensor:
+        if initial_hidden is not None:
+            self.hidden[1:].copy_(initial_hidden)
+        self.hidden = self.hidden.to(x.device).to(x.dtype)
         self.hidden = torch.tanh(self.i2h(torch.cat((x, self.hidden), dim=1)))
         self.last_input = x
         return self.hidden
@@ -23,7 +25,7 @@ hidden_size = 20
 
 
 def get_inputs():
-    return [torch.randn(batch_size, input_size)]
+    return [torch.randn(batch_size, input_size), None, torch.rand(batch_size - 1, hidden_size)]
 
 
 def get_init_inputs():
