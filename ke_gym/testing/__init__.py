@@ -1,0 +1,1 @@
+"""What plug-ins and this project test themselves with."""
