@@ -78,13 +78,32 @@ class _Plain(ast.NodeTransformer):
 
 def normalize_cpp(source: str) -> str:
     """C++ without comments and with white space only where it separates something."""
-    text = _C_TOKEN.sub(lambda m: m["keep"] or " ", source).replace("\\\n", " ")
-    parts: list[str] = []
-    for line in text.splitlines():
+    literals: list[str] = []
+
+    def replaced(match: re.Match[str]) -> str:
+        if match["keep"] is None:
+            return " "
+        literals.append(match["keep"])
+        return f"\1{len(literals) - 1}\1"
+
+    lines = _C_TOKEN.sub(replaced, source).replace("\\\n", " ").splitlines()
+    text = ""
+    for line in lines:
         words = " ".join(line.split())
-        if words.startswith("#"):  # a directive ends with its line
-            parts.append(f"\n{words}\n")
-        elif words:
-            parts.append(words + " ")
-    joined = re.sub(r" ?([][(){};,]) ?", r"\1", "".join(parts))
-    return re.sub(r" *\n+ *", "\n", joined).strip()
+        if words.startswith("#"):  # a directive ends with its line, and blanks can matter in it
+            text = f"{text.rstrip()}\n{words}\n"
+        else:
+            text += f" {words}"
+    # A blank matters only between two words, or between two operators that could merge.
+    text = re.sub(r" +", " ", text).strip()
+    text = re.sub(r"\n [^\S\n]*", "\n", text)
+    text = re.sub(rf"{_DIRECTIVE}|(?<=\w) (?=[^\w\s])|(?<=[^\w\s]) (?=\w)|{_BY_BRACKET}", _tight, text)
+    return re.sub("\1(\\d+)\1", lambda match: literals[int(match[1])], text)
+
+
+_DIRECTIVE = r"(?m:^#.*$)"
+_BY_BRACKET = r"(?<=[][(){};,]) | (?=[][(){};,])"
+
+
+def _tight(match: re.Match[str]) -> str:
+    return match[0] if match[0].startswith("#") else ""

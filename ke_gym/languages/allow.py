@@ -11,8 +11,8 @@ import torch
 _REFUSED = re.compile(
     r"^(from_file|set_|set_data|_?resize\w*|resize_as_\w*|\w*storage\w*|record_stream|_pin_memory|pin_memory"
     r"|is_pinned|_local_scalar_dense|item|equal|is_nonzero|empty\w*|new_empty\w*|_empty\w*|_cuda_\w*"
-    r"|_debug\w*|_print|_assert\w*|unsafe_\w*chunk_\w*|_version|retain_grad|requires_grad_|output_nr|data"
-    r"|_backward|_fw_primal|_make_dual|_unsafe_\w*|_test\w*|_nested\w*|_sparse\w*|sparse_\w*|_coalesce\w*)$"
+    r"|_debug\w*|_print|_assert\w*|_version|retain_grad|requires_grad_|output_nr|data"
+    r"|_backward|_fw_primal|_make_dual|_test\w*|_nested\w*|_sparse\w*|sparse_\w*|_coalesce\w*)$"
 )
 
 

@@ -22,9 +22,7 @@ def check(kernel: Declaration, args: Sequence[Any]) -> tuple[Any, ...]:
     Raises ``KernelError`` naming the kernel, the argument's position (from 1) and its parameter.
     """
     if kernel.returns != "void":
-        raise KernelError(
-            f"kernel {kernel.name!r} returns {kernel.returns}; a kernel returns void and writes to pointers"
-        )
+        raise KernelError(f"kernel {kernel.name!r} returns {kernel.returns}; a kernel must return void")
     if len(args) != len(kernel.parameters):
         names = ", ".join(p.name for p in kernel.parameters)
         raise KernelError(
