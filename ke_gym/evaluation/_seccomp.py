@@ -19,13 +19,14 @@ _COMMON = {
     "pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427,
     "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433,
     "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438, "process_madvise": 440, "mount_setattr": 442,
-    "quotactl_fd": 443, "landlock_create_ruleset": 444, "memfd_secret": 447,
+    "quotactl_fd": 443, "landlock_create_ruleset": 444, "memfd_secret": 447, "fchmodat2": 452,
 }  # fmt: skip
 _SPLIT: dict[str, tuple[int | None, int | None]] = {
     "accept": (43, 202), "accept4": (288, 242), "acct": (163, 89), "add_key": (248, 217),
-    "adjtimex": (159, 171), "bind": (49, 200), "bpf": (321, 280), "chroot": (161, 51),
+    "adjtimex": (159, 171), "bind": (49, 200), "bpf": (321, 280), "chmod": (90, None), "chroot": (161, 51),
     "clock_adjtime": (305, 266), "clock_settime": (227, 112), "clone": (56, 220), "connect": (42, 203),
     "delete_module": (176, 106), "execve": (59, 221), "execveat": (322, 281), "fanotify_init": (300, 262),
+    "fchmod": (91, 52), "fchmodat": (268, 53),
     "finit_module": (313, 273), "fork": (57, None), "init_module": (175, 105), "ioperm": (173, None),
     "iopl": (172, None), "kcmp": (312, 272), "kexec_file_load": (320, 294), "kexec_load": (246, 104),
     "keyctl": (250, 219), "kill": (62, 129), "listen": (50, 201), "memfd_create": (319, 279),
@@ -45,6 +46,8 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _SIGNALS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 _SPECIAL = ("clone", "clone3", "prctl", "prlimit64", *_SIGNALS)
 _SPAWN = ("fork", "vfork", "execve", "execveat")
+# Compilers need these. Where users do not differ, only its mode protects a shared input from being opened again.
+_CHMOD = ("chmod", "fchmod", "fchmodat", "fchmodat2")
 
 _CLONE_THREAD = 0x00010000
 _CLONE_NAMESPACES = 0x7E020080  # NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | NEWTIME
@@ -103,7 +106,7 @@ def _program(may_spawn: bool) -> bytes:
     )
     when("prlimit64", _op(_LOAD, _ARG0), _op(_JEQ, 0, 1, 0), deny, allow)
     for name in (*_COMMON, *_SPLIT):
-        if name not in _SPECIAL and not (may_spawn and name in _SPAWN):
+        if name not in _SPECIAL and not (may_spawn and name in (*_SPAWN, *_CHMOD)):
             when(name, deny)
     if not may_spawn:
         when("tkill", deny)

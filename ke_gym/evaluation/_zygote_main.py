@@ -7,7 +7,6 @@ import gc
 import importlib
 import os
 import pkgutil
-import select
 import signal
 import socket
 import sys
@@ -23,8 +22,6 @@ from ke_gym.evaluation._libc import (
 )
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.sandbox import Sandbox, enter, seal, unshare
-
-SETUP_FAILED = 125
 
 Entry = Callable[[Channel, dict[str, Any], list[int]], None]
 
@@ -99,10 +96,7 @@ def probe_level() -> str:
         _wait_for_worker(_no_work, {}, Sandbox("run"), True, fds, Channel(theirs))
     theirs.close()
     with ours:
-        reply, _ = ours.recv()
-        reason = str(reply.get("error", ""))
-        if not reason and ours.recv()[0]["status"] != 0:
-            reason = os.pread(log, 1 << 16, 0).decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = ours.recv()[0].get("error")
     os.close(log)
     return f"partial: no private file system, network and processes ({reason})" if reason else "full"
 
@@ -131,14 +125,17 @@ def _wait_for_worker(
             unshare()
         elif sandbox.kind == "compile":
             prctl(PR_SET_CHILD_SUBREAPER, 1)
-        gate, held = os.pipe()
+        gate, far_gate = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            os.close(held)
-            _work(function, args, sandbox, isolated, fds, gate)
+            gate.close()
+            _work(function, args, sandbox, isolated, fds, far_gate)
+        far_gate.close()
         pidfd = os.pidfd_open(pid)
+        if not gate.recv(1):
+            raise OSError(os.pread(fds[2], 1 << 16, 0).decode("utf-8", "replace").strip().rpartition("\n")[2])
         status.send({"pid": pid}, fds=[pidfd])
-        _close_all_but({status.fileno(), held})
+        _close_all_but({status.fileno()})
         _, result = os.waitpid(pid, 0)
         _kill_orphans()
         status.send({"status": result})
@@ -162,28 +159,32 @@ def _kill_orphans() -> None:
 
 
 def _work(
-    function: Entry, args: dict[str, Any], sandbox: Sandbox, isolated: bool, fds: list[int], gate: int
+    function: Entry,
+    args: dict[str, Any],
+    sandbox: Sandbox,
+    isolated: bool,
+    fds: list[int],
+    gate: socket.socket,
 ) -> NoReturn:
     """The worker: lock the door, then do the work. Never returns."""
-    code = SETUP_FAILED
+    code = 1
     try:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(fds[2], 2)
         channel_fd, passed = fds[0], fds[3:]
-        _close_all_but({0, 1, 2, channel_fd, gate, *passed})
+        _close_all_but({0, 1, 2, channel_fd, gate.fileno(), *passed})
         enter(sandbox, isolated)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which resets it
-        if select.select([gate], [], [], 0)[0]:
-            os._exit(SETUP_FAILED)  # the waiter died before its death could reach us
-        os.close(gate)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: the change of user resets it
         if sandbox.kind != "trusted":
             for name in [n for n in os.environ if n.startswith("MALLOC_") or n == "PYTHONPATH"]:
                 del os.environ[name]  # compilers that a worker starts are not measured
         seal(sandbox)
-        code = 1
+        gate.send(b"r")  # fails if the waiter died before its death could reach us
+        gate.close()
         function(Channel(socket.socket(fileno=channel_fd)), args, passed)
         code = 0
     except SystemExit as error:

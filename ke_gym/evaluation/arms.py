@@ -215,6 +215,7 @@ class Arm:
             "SIGBUS": "bus error (an access out of bounds)",
             "SIGABRT": "abort",
             "SIGXCPU": "used up its processor time",
+            "SIGKILL": "killed from outside (out of memory?)",
         }
         text = names.get(str(how).split(" ")[0], f"the process ended with {how}")
         log = self.worker.log(1500).strip()

@@ -565,8 +565,8 @@ def _remark(result: Race, against: str) -> str:
         "slow": f"dropped after three rounds: slower than the {against}",
         "slower": f"slower than the {against}",
         "no gain": f"no gain over the {against} beyond the machine's margin",
-        "rounds": f"not told apart from the {against} within the race",
-        "time": f"not told apart from the {against} within the race",
+        "rounds": f"no clear gain over the {against} within the race's rounds",
+        "time": f"no clear gain over the {against} within the race's time",
         "faster": "",
     }
     return words[result.ended]

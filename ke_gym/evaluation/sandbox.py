@@ -79,6 +79,7 @@ def enter(sandbox: Sandbox, isolated: bool) -> None:
     if sandbox.kind == "trusted":
         return
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this is what has to go
     if isolated:
         _minimal_root(sandbox)
     _limits(sandbox, size)
@@ -180,7 +181,6 @@ def _bind(path: str) -> None:
 def _limits(sandbox: Sandbox, size: int) -> None:
     limits = {
         resource.RLIMIT_AS: size + sandbox.memory_bytes,
-        resource.RLIMIT_CPU: sandbox.cpu_seconds,
         resource.RLIMIT_NPROC: sandbox.processes,
         resource.RLIMIT_FSIZE: sandbox.file_bytes,
         resource.RLIMIT_NOFILE: sandbox.open_files,
@@ -191,6 +191,8 @@ def _limits(sandbox: Sandbox, size: int) -> None:
         _, hard = resource.getrlimit(which)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
+    # The softer limit comes first: it kills with a signal that says why.
+    resource.setrlimit(resource.RLIMIT_CPU, (sandbox.cpu_seconds, sandbox.cpu_seconds + 1))
 
 
 def _drop_privileges() -> None:

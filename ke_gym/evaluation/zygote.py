@@ -279,8 +279,8 @@ def sealed_memory(size: int, name: str) -> int:
 
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
-    # Only its creator may open it again, and a candidate is never its creator where users differ.
-    os.fchmod(fd, 0o600)
+    # Whoever is given a read-only descriptor must not open it again for writing (and may not change modes).
+    os.fchmod(fd, 0o400)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
 

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.profile import FEEDBACK_LINES, feedback
+from ke_gym.tasks.task import Task
+
+EXAMPLE = (Path(__file__).parents[2] / "examples" / "softmax.py").read_text()
+
+
+def variant(old: str, new: str) -> Candidate:
+    assert old in EXAMPLE
+    return Candidate(EXAMPLE.replace(old, new))
+
+
+def test_an_honest_kernel_is_correct_and_measured(evaluator: Evaluator) -> None:
+    evaluation = evaluator.evaluate(Candidate(EXAMPLE))
+    assert evaluation.outcome == "correct", evaluation.log
+    assert evaluation.trust == "plan"
+    assert evaluation.kernel_coverage == 1.0
+    assert evaluation.time_ms and evaluation.reference_ms and evaluation.speedup
+    assert evaluation.error is not None and evaluation.error.rel_l2 < 1e-5
+    assert evaluation.profile.bytes > 0
+    assert evaluation.rounds >= 1 and len(evaluation.times_ms) >= 1
+    assert Evaluation.from_json(evaluation.to_json()) == evaluation
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "outcome", "words"),
+    [
+        ("1 / sum", "1.001f / sum", "correctness", "every element"),
+        ("i < rows", "i < rows - 1", "correctness", "of dimension 0"),
+        ("ke::exp(a[j] - top)", "ke::exp(a[j])", "correctness", "inputs"),
+        ("float sum = 0;", "float sum = ;", "compile", "error"),
+        ("*x.shape)", "x.shape[0])", "compile", "argument"),
+        ("kernels.softmax", "kernels.sofmax", "compile", "softmax"),
+        ("y[j] *= scale;", "y[j + 100000000] *= scale;", "runtime", "fault"),
+        ("y[j] *= scale;", "y[j] *= scale; y[n] = 0;", "correctness", "outside"),
+        ("y[j] *= scale;", "y[j] *= scale; const_cast<float*>(a)[0] = 1;", "runtime", "fault"),
+    ],
+)
+def test_what_is_wrong_is_said(evaluator: Evaluator, old: str, new: str, outcome: str, words: str) -> None:
+    evaluation = evaluator.evaluate(variant(old, new))
+    assert evaluation.outcome == outcome, evaluation.log
+    assert words in evaluation.log
+    assert evaluation.speedup is None
+    assert len(feedback(evaluation).splitlines()) <= FEEDBACK_LINES
+
+
+def test_a_module_that_does_not_compute_in_plan_is_in_the_host_lane(evaluator: Evaluator) -> None:
+    source = "def forward(x):\n    return x.softmax(-1) if float(x.sum()) != 1.5 else x\n"
+    evaluation = evaluator.evaluate(Candidate(source))
+    assert (evaluation.outcome, evaluation.trust) == ("correct", "host")
+
+
+def test_aten_calls_are_allowed_and_reported(evaluator: Evaluator) -> None:
+    evaluation = evaluator.evaluate(Candidate("def forward(x):\n    return x.softmax(-1)\n"))
+    assert evaluation.outcome == "correct"
+    assert evaluation.kernel_coverage == 0.0
+
+
+def test_a_clearly_slower_candidate_never_counts_as_a_gain(evaluator: Evaluator) -> None:
+    slow = variant("float top = a[0];", "for (int k = 0; k < 40; ++k) ke::slow(y, n);\n        float top = a[0];")
+    slow = Candidate(
+        slow.source.replace(
+            'extern "C" void softmax',
+            "namespace ke { inline void slow(float* y, int64_t n) "
+            "{ for (int64_t j = 0; j < n; ++j) { y[j] = j; asm volatile(\"\" ::: \"memory\"); } } }\n"
+            'extern "C" void softmax',
+        )
+    )  # fmt: skip
+    evaluation = evaluator.evaluate(slow, incumbent=Candidate(EXAMPLE))
+    assert evaluation.outcome == "correct", evaluation.log
+    assert not evaluation.improved
+
+
+def test_several_threads_share_one_evaluator(evaluator: Evaluator) -> None:
+    candidates = [variant("1 / sum", f"{1 + i % 2 * 1e-2}f / sum /* {i} */") for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = [e.outcome for e in pool.map(evaluator.evaluate, candidates)]
+    assert outcomes == ["correct", "correctness"] * 4
+
+
+def test_a_general_module_is_tried_on_hidden_shapes(folder: Path) -> None:
+    with Evaluator(Task.load("row_sum"), folder=folder, call_timeout=10) as opened:
+        narrow = """
+import torch
+from ke_gym import lang
+kernels = lang.cpp(r'''
+#include <cstdint>
+extern "C" void row_sum(const float* x, float* out, int64_t rows, int64_t n) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < rows; ++i) {
+        double sum[16] = {};
+        for (int64_t j = 0; j + 16 <= n; j += 16)
+            for (int k = 0; k < 16; ++k) sum[k] += x[i * n + j + k];
+        for (int k = 1; k < 16; ++k) sum[0] += sum[k];
+        out[i] = sum[0];
+    }
+}''')
+def forward(x):
+    out = x.new_empty(x.shape[0])
+    kernels.row_sum(x, out, *x.shape)
+    return out
+"""
+        specific, general = Candidate(narrow), Candidate(narrow + "general = True\n")
+        reference = opened.task.reference(opened.contract)(*opened.task.inputs(opened.contract, 0))
+        assert reference[0].dim() >= 1
+        assert opened.evaluate(specific).outcome == "correct"
+        evaluation = opened.evaluate(general)
+        assert evaluation.outcome == "correctness"
+        assert "claims" in evaluation.log
+
+
+def test_backward_tasks_are_judged_on_every_gradient(folder: Path) -> None:
+    with Evaluator(
+        Task.load("layer_norm_backward"), folder=folder, shape_sets=["ragged"], call_timeout=10
+    ) as opened:
+        shapes = opened.judge.shapes["ragged"]
+        names = ", ".join(shapes.state)
+        inputs = ", ".join(f"x{i}" for i in range(len(shapes.inputs)))
+        zeros = ", ".join(f"torch.zeros({list(s.shape)})" for s in shapes.outputs)
+        source = f"import torch\ndef forward({inputs}, {names}):\n    return ({zeros},)\n"
+        assert opened.evaluate(Candidate(source)).outcome == "correctness"
+        assert len(shapes.outputs) > 1
+
+
+def test_bad_arguments_are_one_sentence(folder: Path) -> None:
+    task = Task.load("softmax")
+    for arguments in ({"target": "tpu"}, {"baseline": "jit"}, {"threads": 1000}):
+        with pytest.raises(UserError):
+            Evaluator(task, folder=folder, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_broken_reference_is_named(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import torch\nclass Model(torch.nn.Module):\n    def forward(self, x):\n        return x @ x\n"
+        "def get_inputs():\n    return [torch.randn(2, 3)]\n"
+    )
+    with pytest.raises(UserError, match="broken"):
+        Evaluator(Task.load(str(broken)), folder=folder)

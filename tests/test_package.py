@@ -1,0 +1,66 @@
+"""The project as others get it: a wheel in a fresh environment, used from outside the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import pathlib, sys
+import ke_gym, ke_gym.envs, ke_gym.policies
+assert "site-packages" in ke_gym.__file__ and {outside!r} in ke_gym.__file__, ke_gym.__file__
+with ke_gym.Evaluator(ke_gym.Task.load("softmax"), shape_sets=["ragged"], folder=pathlib.Path("home")) as evaluator:
+    evaluation = evaluator.evaluate(ke_gym.Candidate.from_file("softmax.py"))
+print(evaluation.outcome, evaluation.trust)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = ("ke_gym", "envs", "policies", "pyproject.toml", "README.md", "LICENSE")
+    source.mkdir()
+    for name in tracked:  # a copy, so that building leaves nothing in the checkout
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(source)], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_what_is_needed_and_nothing_at_top_level(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"ke_gym"}
+    for needed in (
+        "ke_gym/py.typed",
+        "ke_gym/envs/__init__.py",
+        "ke_gym/policies/__init__.py",
+        "ke_gym/languages/include/ke/math.h",
+        "ke_gym/targets/peaks.cpp",
+        "ke_gym/tasks/library/softmax.py",
+    ):
+        assert needed in names
+
+
+def test_an_installed_wheel_evaluates_from_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(packages)
+    # Dependencies come from this environment: a path file adds its folder without its editable installs.
+    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (tmp_path / "softmax.py").write_text((ROOT / "examples" / "softmax.py").read_text())
+    done = subprocess.run(
+        [str(environment / "bin" / "python"), "-c", SCRIPT.format(outside=str(environment))],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split() == ["correct", "plan"], done.stderr
