@@ -1,0 +1,270 @@
+"""The main job: a task in, a faster, proven kernel and an honest report out."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ke_gym import proposers
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.languages.base import BuildError
+from ke_gym.report import write_report
+from ke_gym.search.budget import Budget
+from ke_gym.search.result import Result
+from ke_gym.search.run import Watch, run
+from ke_gym.search.session import Session
+from ke_gym.search.store import Setting, Store
+from ke_gym.tasks import Reference, Task
+
+RUN_FORMAT = 1
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What makes a search what it is; kept in the run's folder so that it can be resumed."""
+
+    format: int
+    session: str
+    store: str
+    spec: str
+    task_id: str
+    target: str
+    baseline: str
+    policy: str
+    proposer: str
+    seed: int
+    threads: int | None
+    workers: int
+
+
+def optimize(
+    task: Task | nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    budget: int | None = 60,
+    seconds: float | None = None,
+    dollars: float | None = None,
+    target: str = "cpu",
+    baseline: str = "eager",
+    policy: str = "epsilon_greedy",
+    proposer: str = "rewriter",
+    seed: int = 0,
+    threads: int | None = None,
+    workers: int = 2,
+    out: str | Path = "runs",
+    resume: str | Path | None = None,
+    watch: Watch | None = None,
+) -> Result:
+    """Search for a faster kernel for one task.
+
+    Args:
+        task: a live ``nn.Module`` (with ``example_inputs``: a tensor or a sequence of positional arguments),
+        a
+            suite task's name, a KernelBench-format file, or a ``Task``.
+        budget, seconds, dollars: limits; the first that is reached ends the search.
+        target: the device to optimize for.
+        baseline: ``"eager"`` or ``"compile"``: what speedups are against.
+        policy: a name from ``ke_gym.policies`` or a saved policy's file.
+        proposer: a name from ``ke_gym.proposers``.
+        seed: of the search's choices; equal seeds repeat a search.
+        threads: CPU threads of every kernel and of the reference; all cores by default.
+        workers: candidates in flight at once.
+        out: the folder in which the run's own folder is made.
+        resume: a run's folder: continue that search with what it recorded.
+        watch: hooks for progress.
+
+    Raises:
+        UserError: for bad input, in one sentence.
+    """
+    limits = Budget(budget, seconds, dollars)
+    loaded = _task(task, example_inputs)
+    if resume is not None:
+        run_dir, settings = read_run(resume)
+        if settings.task_id != loaded.id:
+            raise UserError(
+                f"{run_dir} is a run of {settings.spec}, which has changed or is not {loaded.name};"
+                " start a new run"
+            )
+    else:
+        run_dir = new_run_dir(out, loaded.name)
+        settings = RunSettings(
+            RUN_FORMAT, uuid.uuid4().hex[:16], "", loaded.name if loaded.payload else loaded.path, loaded.id,
+            target, baseline, policy, proposer, seed, threads, workers,
+        )  # fmt: skip
+    module = task if isinstance(task, nn.Module) else None
+    return _search(loaded, module, settings, limits, run_dir, watch or Watch())
+
+
+def _task(task: Task | nn.Module | str | Path, example_inputs: Any) -> Task:
+    if isinstance(task, nn.Module):
+        if example_inputs is None:
+            raise UserError(
+                "a module needs example inputs: ke_gym.optimize(module, example_inputs), a tensor or a list"
+                " of the positional arguments"
+            )
+        return Task.from_module(task, example_inputs)
+    if example_inputs is not None:
+        raise UserError("example inputs go with a module; a task file brings its own (get_inputs)")
+    return task if isinstance(task, Task) else Task.load(task)
+
+
+def _search(
+    task: Task,
+    module: nn.Module | None,
+    settings: RunSettings,
+    limits: Budget,
+    run_dir: Path,
+    watch: Watch,
+) -> Result:
+    # Policies lie above this package; the main job is the one place that reaches up for them.
+    from ke_gym import policies
+
+    policy = policies.make(settings.policy, settings.seed)
+    proposer = proposers.make(settings.proposer, task)
+    with (
+        Store(settings.store or None) as store,
+        Evaluator(task, settings.target, settings.baseline, settings.threads) as evaluator,
+    ):
+        setting = Setting(
+            task.id, settings.target, evaluator.facts.fingerprint, settings.baseline, evaluator.threads
+        )
+        session = Session(
+            store,
+            settings.session,
+            setting,
+            proposer,
+            budget=limits,
+            seed=settings.seed,
+            parent_rule=policy.parent_rule,
+            settings={"policy": settings.policy, "workers": settings.workers},
+        )
+        store.add_task(task)
+        write_run(run_dir, RunSettings(**{**asdict(settings), "store": str(store.path.absolute())}))
+        evaluate = remembering(store, setting, evaluator)
+        stopped = run(session, policy, evaluate, workers=settings.workers, watch=watch)
+        result = _result(task, module, session, evaluator, stopped, run_dir)
+        result.write()
+        write_report(result, session, evaluator)
+    return result
+
+
+def remembering(
+    store: Store, setting: Setting, evaluator: Evaluator
+) -> Callable[[Candidate, Candidate | None], Evaluation]:
+    """``evaluator.evaluate``, except that a binary judged before is not judged again.
+
+    Different sources often compile to the same machine code: the second takes over the first one's times, as
+    no gain.
+    """
+
+    def evaluate(candidate: Candidate, rival: Candidate | None) -> Evaluation:
+        try:
+            binary = evaluator.build(candidate).binary_id
+        except BuildError:
+            return evaluator.evaluate(candidate, rival)
+        twin = store.evaluation_of_binary(setting, binary)
+        if twin is None:
+            return evaluator.evaluate(candidate, rival)
+        return twin.replace(candidate=candidate.id, gain=None, gain_ci=None, improved=False)
+
+    return evaluate
+
+
+def _result(
+    task: Task, module: nn.Module | None, session: Session, evaluator: Evaluator, stopped: str, run_dir: Path
+) -> Result:
+    best = session.tree.best
+    artifact = None
+    if best is not None:
+        artifact = evaluator.build(best.candidate)
+        session.store.add_artifact(artifact.binary_id, artifact.to_bytes())
+    reference = Reference(module) if module is not None else task.reference(task.contract(evaluator.target))
+    contract = evaluator.judge.shapes[evaluator.contract]
+    floor_s = evaluator.peaks.floor_s(contract.work.bytes, contract.work.floor_flops)
+    correct = sum(node.correct for node in session.tree)
+    return Result(
+        task=task,
+        target=evaluator.target,
+        baseline=evaluator.baseline,
+        best=best.candidate if best else None,
+        evaluation=best.evaluation if best else None,
+        artifact=artifact,
+        evaluations=len(session.tree),
+        valid=correct / max(len(session.tree), 1),
+        seconds=session.spent.seconds,
+        stopped=stopped,
+        floor_ms=1e3 * floor_s,
+        run_dir=run_dir,
+        reference=reference,
+    )
+
+
+# Run folders ----------------------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> None:
+    """``UserError`` unless runs can be written to ``out``, which is made if it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the output folder {out} cannot be written ({error.strerror}); choose another with --out"
+        ) from error
+
+
+def new_run_dir(out: str | Path, name: str) -> Path:
+    """A fresh folder ``out/<time>-<name>``; ``UserError`` if it cannot be made."""
+    check_out(Path(out))
+    safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe}"
+    for attempt in itertools.count():
+        path = Path(out) / (stem if attempt == 0 else f"{stem}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path
+
+
+def write_run(run_dir: Path, settings: RunSettings) -> None:
+    """Keep the settings in the run's folder, in one step."""
+    temporary = run_dir / f".{RUN_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(settings), indent=1))
+    temporary.replace(run_dir / RUN_FILE)
+
+
+def read_run(path: str | Path) -> tuple[Path, RunSettings]:
+    """The folder and settings of an earlier run; ``UserError`` if it is none, or of another version."""
+    folder = Path(path)
+    try:
+        data = json.loads((folder / RUN_FILE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run's folder: it has no {RUN_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / RUN_FILE} cannot be read: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != RUN_FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise UserError(
+            f"{folder} was recorded by another version (format {found}, this is {RUN_FORMAT});"
+            " start a new run"
+        )
+    try:
+        return folder, RunSettings(**data)
+    except TypeError as error:
+        raise UserError(f"{folder / RUN_FILE} is damaged: {error}; start a new run") from error

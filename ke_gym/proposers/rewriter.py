@@ -1,0 +1,225 @@
+"""The rule-based proposer: no model, no key, no network.
+
+A strategy is a rewrite of the parent's schedule, printed again by the code generator; whether it applies is
+found by applying it. Source that carries no schedule (a person's, an LLM's, an edited one) is rewritten as
+text. Deterministic given (parent, strategy, draw, context).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ke_gym.candidate import Candidate
+from ke_gym.codegen import CodegenError, Program, Schedule, rewrites
+from ke_gym.proposers import text, tuning
+from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal
+from ke_gym.proposers.schedules import attach, recover, without
+from ke_gym.strategies import FIX, RESTART, STRATEGIES, Strategy
+from ke_gym.tasks import Task
+
+_MASKS_KEPT = 512
+_WALK = 5  # most rewrites between a seed and a random draft
+
+
+class Rewriter(Proposer):
+    """Candidates for one task from its captured graph.
+
+    Raises ``CodegenError`` (a ``UserError``) for a reference that ``torch.export`` refuses.
+    """
+
+    name = "rewriter"
+    draws = 8
+
+    def __init__(self, task: Task, language: str = "cpp") -> None:
+        self.language = language
+        self.program = Program.from_task(task)
+        self.seeds = self.program.seeds()
+        self.fast_math = task.tolerance is not None or task.precision != "strict"
+        self._masks: OrderedDict[str, NDArray[np.bool_]] = OrderedDict()
+
+    def propose(
+        self, parent: Candidate | None, strategy: Strategy, draw: int, context: Context
+    ) -> Proposal | Refusal:
+        if strategy is RESTART:
+            return self._draft(draw, context.seed)
+        if parent is None:
+            return Refusal(f"{strategy.name} needs a kernel to start from")
+        schedule = recover(parent.source)
+        if strategy is FIX:
+            return self._repair(parent, schedule, draw)
+        if strategy.name == "param_tune":
+            return self._tune(parent, schedule, draw, context)
+        if schedule is None:
+            return _nth(
+                (self._from_text(parent, made, strategy) for made in self._texts(parent, strategy)),
+                draw,
+                f"{strategy.name} finds nothing to change in this source",
+            )
+        changed = rewrites.apply(self.program, schedule, strategy.name, draw)
+        if changed is None:
+            return Refusal(f"{strategy.name} does not apply to this schedule")
+        return self._printed(parent, strategy, changed)
+
+    def mask(self, parent: Candidate) -> NDArray[np.bool_]:
+        key = hashlib.sha256(parent.source.encode()).hexdigest()
+        if key not in self._masks:
+            schedule = recover(parent.source)
+            applies = self._on_text(parent) if schedule is None else self._on_schedule(schedule)
+            self._masks[key] = np.array([applies(strategy) for strategy in STRATEGIES])
+            if len(self._masks) > _MASKS_KEPT:
+                self._masks.popitem(last=False)
+        return self._masks[key].copy()
+
+    def _on_schedule(self, schedule: Schedule) -> Callable[[Strategy], bool]:
+        def applies(strategy: Strategy) -> bool:
+            if strategy.name == "param_tune":
+                return _space(rewrites.knobs(self.program, schedule)) > 1
+            return rewrites.apply(self.program, schedule, strategy.name, 0) is not None
+
+        return applies
+
+    def _on_text(self, parent: Candidate) -> Callable[[Strategy], bool]:
+        def applies(strategy: Strategy) -> bool:
+            if strategy.name == "param_tune":
+                return bool(text.knobs(parent.source))
+            return bool(self._texts(parent, strategy))
+
+        return applies
+
+    # Drafts -----------------------------------------------------------------------------------------------
+
+    def _draft(self, draw: int, seed: int) -> Proposal | Refusal:
+        """The ``draw``-th seed; beyond them, a seed after a short random walk of rewrites."""
+        if draw < len(self.seeds):
+            return self._printed(None, RESTART, self.seeds[draw])
+        rng = np.random.default_rng((seed, draw))
+        schedule = self.seeds[int(rng.integers(len(self.seeds)))]
+        names = [s.name for s in STRATEGIES if s.name in rewrites.STRATEGIES and s.name != "param_tune"]
+        for _ in range(int(rng.integers(1, _WALK + 1))):
+            name = names[int(rng.integers(len(names)))]
+            schedule = rewrites.apply(self.program, schedule, name, int(rng.integers(8))) or schedule
+        return self._printed(None, RESTART, schedule)
+
+    def _printed(
+        self, parent: Candidate | None, strategy: Strategy, schedule: Schedule
+    ) -> Proposal | Refusal:
+        try:
+            source = attach(self.program.emit(schedule, self.language), schedule)
+        except CodegenError as error:
+            return Refusal(str(error))
+        origin = parent.id if parent else None
+        return Proposal(Candidate(source, self.language, origin, strategy.name, self.name))
+
+    # Tuning -----------------------------------------------------------------------------------------------
+
+    def _tune(
+        self, parent: Candidate, schedule: Schedule | None, draw: int, context: Context
+    ) -> Proposal | Refusal:
+        base = context.evaluation.log_speedup if context.evaluation else 0.0
+        space, current = self._knobs(parent.source, schedule)
+        if _space(space) < 2:
+            return Refusal("this kernel exposes no knob")
+        tried = []
+        for trial in context.siblings:
+            _, values = self._knobs(trial.candidate.source, recover(trial.candidate.source))
+            judged = trial.evaluation
+            gain = judged.log_speedup - base if judged is not None and judged.correct else None
+            tried.append((values, gain, judged is not None))
+        identity = int(parent.id, 16) % (1 << 31)
+        seed = int(np.random.default_rng((context.seed, identity, draw)).integers(1 << 31))
+        values = tuning.suggest(space, current, tried, seed)
+        if values is None:
+            return Refusal("every setting of the knobs was tried")
+        strategy = STRATEGIES[21]
+        if schedule is None:
+            return self._from_text(parent, text.turned(parent.source, values), strategy)
+        changed = rewrites.with_knobs(self.program, schedule, values)
+        return self._printed(parent, strategy, changed)
+
+    def _knobs(self, source: str, schedule: Schedule | None) -> tuple[tuning.Knobs, tuning.Values]:
+        """The space of settings, and the present one."""
+        if schedule is None:
+            found = text.knobs(source)
+            return {k.name: k.choices for k in found}, {k.name: k.value for k in found}
+        return rewrites.knobs(self.program, schedule), rewrites.values(self.program, schedule)
+
+    # Text and repairs -------------------------------------------------------------------------------------
+
+    def _texts(self, parent: Candidate, strategy: Strategy) -> list[str]:
+        return text.alternatives(without(parent.source), strategy, self.fast_math)
+
+    def _from_text(self, parent: Candidate, source: str, strategy: Strategy) -> Proposal:
+        return Proposal(Candidate(source, parent.language, parent.id, strategy.name, self.name))
+
+    def _repair(self, parent: Candidate, schedule: Schedule | None, draw: int) -> Proposal | Refusal:
+        reason = "no simpler version of this kernel is left"
+        if schedule is None:
+            texts = text.repairs(without(parent.source))
+            return _nth((self._from_text(parent, made, FIX) for made in texts), draw, reason)
+        legal = (s for s in simpler(schedule) if self.program.legal(s))
+        return _nth((self._printed(parent, FIX, s) for s in legal), draw, reason)
+
+
+def simpler(schedule: Schedule) -> Iterator[Schedule]:
+    """Schedules that undo one thing that may have broken a kernel: flags and compiler first, then
+    structure."""
+    plain = Schedule(schedule.plans)
+    if schedule.flags != plain.flags:
+        yield replace(schedule, flags=schedule.flags[:-1])
+        yield replace(schedule, flags=plain.flags)
+    if schedule.compiler != plain.compiler:
+        yield replace(schedule, compiler=plain.compiler)
+    if schedule.merged:
+        yield replace(schedule, merged=False)
+    resets = {
+        "stream": False,
+        "prefetch": 0,
+        "peel": False,
+        "simd": 0,
+        "order": 0,
+        "dynamic": False,
+        "staged": (),
+    }
+    for name, value in resets.items():
+        if any(getattr(group, name) != value for plan in schedule.plans for group in plan.groups):
+            yield _in_all_groups(schedule, **{name: value})
+    if any(tile > 1 for plan in schedule.plans for group in plan.groups for _, tile in group.outer):
+        plans = tuple(
+            replace(
+                plan,
+                groups=tuple(
+                    replace(group, outer=tuple((p, max(tile // 2, 1)) for p, tile in group.outer))
+                    for group in plan.groups
+                ),
+            )
+            for plan in schedule.plans
+        )
+        yield replace(schedule, plans=plans)
+
+
+def _in_all_groups(schedule: Schedule, **changes: Any) -> Schedule:
+    plans = tuple(
+        replace(plan, groups=tuple(replace(group, **changes) for group in plan.groups))
+        for plan in schedule.plans
+    )
+    return replace(schedule, plans=plans)
+
+
+def _nth(made: Iterator[Proposal | Refusal], draw: int, otherwise: str) -> Proposal | Refusal:
+    """The ``draw``-th proposal."""
+    for index, proposal in enumerate(made):
+        if index == draw:
+            return proposal
+    return Refusal(otherwise)
+
+
+def _space(knobs: tuning.Knobs) -> int:
+    return math.prod(len(choices) for choices in knobs.values())

@@ -1,0 +1,116 @@
+"""Make PyTorch code faster: search for a kernel, prove it, race it, report it.
+
+    python scripts/optimize.py softmax
+    python scripts/optimize.py my_problem.py --budget 100 --baseline compile
+    python scripts/optimize.py suite --seconds 120 --out results
+
+Exit code 0 when every search reached a verdict, 2 for bad input (one sentence says what), 130 after Ctrl-C
+(what was found until then is reported and kept).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ke_gym import policies, proposers, tasks
+from ke_gym.errors import UserError
+from ke_gym.job import check_out, optimize, read_run
+from ke_gym.report.live import LiveView, PlainView
+from ke_gym.report.table import summary
+from ke_gym.search.budget import Budget
+from ke_gym.search.result import Result
+
+
+@dataclass(frozen=True)
+class Args:
+    """Search for faster kernels for one or more tasks."""
+
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Suite tasks, "suite", a family, KernelBench-format files or folders of them."""
+    target: str = "cpu"
+    """The device to optimize for."""
+    policy: str = "epsilon_greedy"
+    """Which search policy chooses the transformations: a name, or the file of a saved one."""
+    proposer: str = "rewriter"
+    """What writes the candidates."""
+    budget: int = 60
+    """Evaluations per task, failures included."""
+    seconds: float | None = None
+    """Seconds per task; the first limit that is reached ends the search."""
+    seed: int = 0
+    """Seed of the search's choices."""
+    baseline: str = "eager"
+    """What speedups are against: eager or compile (torch.compile)."""
+    threads: int | None = None
+    """CPU threads for kernels and reference alike; all cores by default."""
+    out: Path = Path("runs")
+    """The folder that gets a folder per run."""
+    resume: Path | None = None
+    """The folder of an earlier run: continue that search (give a larger --budget to extend it)."""
+    json: bool = False
+    """Print one JSON list of results instead of progress and a table."""
+
+
+def main(args: Args) -> int:
+    Budget(args.budget, args.seconds)
+    policies.make(args.policy)
+    proposers.check(args.proposer)
+    specs = args.tasks
+    if args.resume is not None:
+        _, recorded = read_run(args.resume)
+        specs = specs or (recorded.spec,)
+    elif not specs:
+        raise UserError("name at least one task, for example softmax (scripts/tasks.py list shows them all)")
+    chosen = [task for spec in specs for task in tasks.resolve(spec)]
+    if args.resume is not None and len(chosen) != 1:
+        raise UserError(f"--resume continues one run, but {len(chosen)} tasks were named")
+    if args.resume is None:
+        check_out(args.out)
+
+    console = Console(stderr=args.json)
+    results: list[Result] = []
+    for number, task in enumerate(chosen, 1):
+        title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
+        view = LiveView(console, title) if console.is_terminal else PlainView(console, title)
+        with view:
+            result = optimize(
+                task,
+                budget=args.budget,
+                seconds=args.seconds,
+                target=args.target,
+                baseline=args.baseline,
+                policy=args.policy,
+                proposer=args.proposer,
+                seed=args.seed,
+                threads=args.threads,
+                out=args.out,
+                resume=args.resume,
+                watch=view,
+            )
+        results.append(result)
+        console.print(result.verdict(), highlight=False, soft_wrap=True)
+        if result.stopped == "interrupted":
+            break
+
+    if args.json:
+        print(json.dumps([result.to_dict() for result in results], indent=1))
+    else:
+        console.print(summary(results))
+        for result in results:
+            console.print(f"report: {result.report()}", highlight=False, soft_wrap=True)
+    return 130 if results[-1].stopped == "interrupted" else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
