@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
+from ke_gym.codegen import contraction as templates
+from ke_gym.codegen.contract import Contraction, Store
 from ke_gym.codegen.expr import (
     Const,
     Expr,
@@ -51,6 +54,8 @@ _IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 _COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "min": "min"}
 _LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63) + 1, "u8": 0, "bool": 0}
 _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u8": 255, "bool": 1}
+
+JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
     "max": "#pragma omp declare reduction(max_nan : float, double, int8_t, int16_t, int32_t, int64_t, uint8_t : "
@@ -500,11 +505,49 @@ class Printer:
             if parallel and depth == 0:
                 nested = len(loops) - 1
                 self.line("#pragma omp parallel for" + (f" collapse({nested})" if nested > 1 else "") + " schedule(static)")
-            self.open(self._for(loops[depth]))
-            self._loop(stage, starts, depth + 1, parallel)
-            self.close()
+            if depth == len(loops) - 2 and self._jam(stage, starts):
+                self._jammed(stage, starts)
+            else:
+                self.open(self._for(loops[depth]))
+                self._loop(stage, starts, depth + 1, parallel)
+                self.close()
         for item in begun:
             self._finish(item, loops[:depth], streams)
+
+    def _jam(self, stage: Stage, starts: dict[int, int | None]) -> bool:
+        """Whether the two innermost loops sum rows into a buffer: then several rows are summed per pass over it."""
+        rows = stage.loops[-2]
+        return rows.limit is None and rows.var.size >= JAM and all(
+            item.op == "sum" and rows.var in item.reduced and starts[id(item)] is None
+            and is_float(item.target.dtype) and compute_dtype(item.target.dtype) == item.target.dtype
+            for item in stage.items
+        )  # fmt: skip
+
+    def _jammed(self, stage: Stage, starts: dict[int, int | None]) -> None:
+        rows, columns = stage.loops[-2:]
+        name, whole = rows.var.name, rows.var.size // JAM * JAM
+        self.open(f"for (int64_t {name} = 0; {name} < {whole}; {name} += {JAM})")
+        self._simd([], [""], False)
+        self.open(self._for(columns))
+        for item in stage.items:
+            text = Text(self.used)
+            text.count = 100 * stage.items.index(item)
+            values = [Rewriter({rows.var: of(rows.var) + u}).expr(item.expr) for u in range(JAM)]
+            for line in text.bind(values):
+                self.line(line)
+            parts = [text.expr(v) for v in values]
+            while len(parts) > 1:
+                parts = [f"({a} + {b})" for a, b in zip(parts[::2], parts[1::2])]
+            self.line(accumulate("sum", self._place(item.target, text, Rewriter()), _bare(parts[0])))
+        self.close()
+        self.close()
+        if whole < rows.var.size:
+            self.open(f"for (int64_t {name} = {whole}; {name} < {rows.var.size}; ++{name})")
+            self._simd([], [""], False)
+            self.open(self._for(columns))
+            self._statements(stage, stage.items, Rewriter(), "", starts)
+            self.close()
+            self.close()
 
     def _streams(self, stage: Stage, starts: dict[int, int | None]) -> int:
         last = stage.loops[-1]
@@ -720,3 +763,91 @@ def _divides(item: Item, var: Var) -> bool:
 def print_nest(nest: Nest, used: set[str]) -> str:
     printer = Printer(nest, used)
     return "\n".join(printer.body())
+
+
+# ------------------------------------------------------------------------------------------ contractions
+
+
+def print_contraction(c: Contraction, used: set[str]) -> str:
+    """The template call with its lambdas."""
+    used.add(templates.HEADERS[c.kind])
+    conv = c.kind == "conv"
+    epilogue = _strip([s for s in c.epilogue if s.op is None], "pos" if conv else "col", used)
+    for store in c.epilogue:
+        if store.op is not None:
+            epilogue += _row_reduction(store, used)
+    left, right = (_pointer(v.buffer, v.offset) for v in c.operands)
+    if isinstance(c.problem, templates.ConvProblem):
+        assert isinstance(c.choices, templates.ConvSchedule)
+        text = templates.emit_conv(c.problem, c.choices, left, right, "\n".join(epilogue))
+    else:
+        assert isinstance(c.choices, templates.GemmSchedule)
+        prologue = None
+        if c.prologue is not None:
+            printer = Text(used)
+            lines = printer.bind([c.prologue])
+            prologue = "\n".join(_loop_text("k", c.prologue, [*lines, f"out[j] = {_bare(printer.expr(c.prologue))};"]))
+        text = templates.emit_gemm(
+            c.problem, c.choices, left, right, "\n".join(epilogue), prologue, c.vector_bytes
+        )
+    return textwrap.indent(text, "  ")
+
+
+def _pointer(buffer: str, offset: int) -> str:
+    return f"{buffer} + {offset}" if offset else buffer
+
+
+def _loop_text(start: str, what: Interned, body: list[str]) -> list[str]:
+    at = [f"  const int64_t at = {start} + j;"] if _mentions(what, "at") else []
+    return [
+        "#pragma omp simd",
+        "for (int64_t j = 0; j < count; ++j) {",
+        *at,
+        *(f"  {line}" for line in body),
+        "}",
+    ]
+
+
+def _mentions(root: Interned, name: str) -> bool:
+    return any(isinstance(n, Var) and n.name == name for n in walk(root))
+
+
+def _strip(stores: list[Store], start: str, used: set[str]) -> list[str]:
+    if not stores:
+        return []
+    printer = Text(used)
+    lines = printer.bind([s.expr for s in stores])
+    for s in stores:
+        value = store_text(_bare(printer.expr(s.expr)), s.dtype, s.expr.dtype)
+        lines.append(f"{s.buffer}[{printer.index(s.index)}] = {value};")
+    return [
+        "#pragma omp simd",
+        "for (int64_t j = 0; j < count; ++j) {",
+        f"  const int64_t at = {start} + j;",
+        *(f"  {line}" for line in lines),
+        "}",
+    ]
+
+
+def _row_reduction(store: Store, used: set[str]) -> list[str]:
+    """One strip's share of a reduction along the row, whose strips come in ascending order."""
+    op, kind = store.op or "sum", store.expr.dtype
+    printer = Text(used)
+    lines = printer.bind([store.expr])
+    symbol = _COMBINE[op]
+    if symbol in ("max", "min"):
+        used.add(symbol)
+        symbol += "_nan"
+    place = f"{store.buffer}[{printer.index(store.index)}]"
+    found = f"{store.buffer}_strip"
+    at = ["  const int64_t at = col + j;"] if _mentions(store.expr, "at") else []
+    return [
+        f"{TYPES[kind]} {found} = {identity(op, kind)};",
+        f"#pragma omp simd reduction({symbol} : {found})",
+        "for (int64_t j = 0; j < count; ++j) {",
+        *at,
+        *(f"  {line}" for line in lines),
+        f"  {accumulate(op, found, _bare(printer.expr(store.expr)))}",
+        "}",
+        f"{place} = col == 0 ? {found} : {combine(op, place, found)};",
+    ]

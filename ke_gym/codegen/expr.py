@@ -438,9 +438,10 @@ class Rewriter:
                 return next((a for a in args if not isinstance(a, Const)), args[0])
             return Op(expr.name, args, expr.dtype)
         if isinstance(expr, Search):
-            return Search(
-                expr.buffer, self.indices(expr.start), expr.size, self.expr(expr.value), expr.right, expr.dtype
-            )
+            start = self.indices(expr.start)
+            if self.load and isinstance(row := self.load(Load(expr.buffer, start, expr.dtype)), Load):
+                start = row.index
+            return Search(expr.buffer, start, expr.size, self.expr(expr.value), expr.right, expr.dtype)
         return expr
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ke_gym.codegen import contract
+from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Load, Op, walk
+from ke_gym.codegen.expr import Op, walk
 from ke_gym.codegen.graph import Extern, Graph, Node
 from ke_gym.codegen.nest import COSTLY, Builder, Nest
 from ke_gym.codegen.schedule import Group, Plan
@@ -40,23 +42,24 @@ def visible_in(graph: Graph, group: Sequence[str], groups: Iterable[Sequence[str
     return frozenset(found)
 
 
-def nests(graph: Graph, plan: Plan) -> list[Nest]:
+def nests(graph: Graph, plan: Plan) -> list[Nest | Contraction]:
     """The plan's nests. Raises ``Illegal`` if one cannot be built or they cannot be ordered."""
     groups = [g.nodes for g in plan.groups]
     covered = {n for g in groups for n in g}
     computed = {n for n, s in graph.steps.items() if isinstance(s, Node)}
-    if covered != computed:
-        raise Illegal(f"the schedule does not cover {sorted(computed ^ covered)}")
+    if not computed <= covered or not covered <= set(graph.steps):
+        raise Illegal(f"the schedule does not cover {sorted(computed - covered)}")
     order_steps(graph, plan)
     return [cached_nest(graph, g, visible_in(graph, g.nodes, groups)) for g in plan.groups]
 
 
-def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest:
+def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest | Contraction:
     key = ("nest", group, visible)
     found = graph.memo.get(key)
     if found is None:
         try:
-            found = Builder(graph, group, visible).build()
+            contracted = contract.contraction_of(graph, group) is not None
+            found = (contract.Builder if contracted else Builder)(graph, group, visible).build()
         except Illegal as reason:
             found = reason
         graph.memo[key] = found
@@ -67,7 +70,9 @@ def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest:
 
 def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:
     """Groups and library calls in an order that respects data flow; ``Illegal`` if there is a cycle."""
-    units: list[Group | Extern] = [*plan.groups, *(s for s in graph.steps.values() if isinstance(s, Extern))]
+    covered = {n for g in plan.groups for n in g.nodes}
+    calls = [s for n, s in graph.steps.items() if isinstance(s, Extern) and n not in covered]
+    units: list[Group | Extern] = [*plan.groups, *calls]
     listed = [g.nodes for g in plan.groups]
     maker: dict[str, int] = {}
     needs: list[set[str]] = []
@@ -203,14 +208,13 @@ def tuned(graph: Graph, group: Group, plan: Plan) -> Group:
 
     visible = visible_in(graph, group.nodes, [g.nodes for g in plan.groups])
     nest = cached_nest(graph, group, visible)
-    if not nest.outer:
+    if not isinstance(nest, Nest) or not nest.outer:
         return group
     inside = set(group.nodes)
     staged = []
     for name in group.nodes:
         node = graph.steps[name]
-        assert isinstance(node, Node)
-        if not node.pointwise or name in visible or not expensive(node) or node.numel <= 1:
+        if not isinstance(node, Node) or not node.pointwise or name in visible or not expensive(node) or node.numel <= 1:
             continue
         if len([u for u in graph.users[name] if u in inside]) > 1:
             staged.append(name)
@@ -224,4 +228,52 @@ def tuned(graph: Graph, group: Group, plan: Plan) -> Group:
     return group
 
 
-__all__ = ["Load", "fused", "legal", "nests", "order_steps", "unfused", "visible_in"]
+def contracted(graph: Graph, plan: Plan) -> Plan:
+    """``plan`` with every product it leaves to the library taken over, and as much fused around it as is legal."""
+    for name, step in graph.steps.items():
+        if not isinstance(step, Extern) or step.target not in contract.KINDS:
+            continue
+        if any(name in g.nodes for g in plan.groups):
+            continue
+        plan = absorb(graph, plan, name)
+    return plan
+
+
+def absorb(graph: Graph, plan: Plan, name: str) -> Plan:
+    """Take over one product: with its users and makers in one kernel if possible, else alone, else not at all."""
+    order = {n: k for k, n in enumerate(graph.steps)}
+    alone = _added(plan, Group((name,)), order)
+    if not legal(graph, alone):
+        return plan
+    plan = alone
+    near = [*graph.users[name], *(r for r in graph.steps[name].reads if r in graph.steps)]
+    for other in near:
+        for joined in _joins(graph, plan, name, other, order):
+            if legal(graph, joined):
+                plan = joined
+                break
+    return plan
+
+
+def _joins(graph: Graph, plan: Plan, name: str, other: str, order: dict[str, int]) -> list[Plan]:
+    """Plans in which the group of ``name`` takes in the group of ``other``, or only ``other`` and its like."""
+    home = next(g for g in plan.groups if name in g.nodes)
+    away = next((g for g in plan.groups if other in g.nodes and name not in g.nodes), None)
+    if away is None:
+        return []
+    rest = Plan(tuple(g for g in plan.groups if g is not home and g is not away))
+    merged = Group(tuple(sorted({*home.nodes, *away.nodes}, key=lambda n: order[n])), contraction=home.contraction)
+    plans = [_added(rest, merged, order)]
+    pointwise = [n for n in away.nodes if isinstance(s := graph.steps[n], Node) and s.pointwise]
+    for size in range(len(pointwise), 0, -1):
+        taken = set(pointwise[:size]) | set(home.nodes)
+        left = tuple(n for n in away.nodes if n not in taken)
+        if not left:
+            continue
+        part = _added(rest, Group(tuple(sorted(taken, key=lambda n: order[n])), contraction=home.contraction), order)
+        plans.append(_added(part, Group(left), order))
+    return plans
+
+
+def _added(plan: Plan, group: Group, order: dict[str, int]) -> Plan:
+    return Plan(tuple(sorted((*plan.groups, group), key=lambda g: order[g.nodes[-1]])))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ke_gym.codegen.expr import Expr, Index, Load, Var, loads
+
+Precision = Literal["strict", "tf32", "bf16"]
 
 REDUCTIONS = ("sum", "prod", "max", "min", "any", "all")
 
@@ -103,7 +105,10 @@ class Extern:
 
 @dataclass
 class Graph:
-    """One shape set of a reference: named inputs, steps in topological order, outputs by name."""
+    """One shape set of a reference: named inputs, steps in topological order, outputs by name.
+
+    ``precision`` is the task's policy for products: "strict", "tf32" or "bf16".
+    """
 
     inputs: dict[str, Buffer]
     arguments: tuple[str, ...]
@@ -111,6 +116,7 @@ class Graph:
     steps: dict[str, Node | Extern] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of outputs: a buffer may be returned reshaped
+    precision: Precision = "strict"
 
     def __post_init__(self) -> None:
         self.memo: dict[Any, Any] = {}

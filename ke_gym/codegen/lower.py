@@ -30,7 +30,7 @@ from ke_gym.codegen.expr import (
     linear,
     of,
 )
-from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, Tensor, View, contiguous_stride
+from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, Precision, Tensor, View, contiguous_stride
 
 TORCH_DTYPES = {
     torch.float32: "f32",
@@ -425,7 +425,9 @@ def literal(value: float | int | bool, dtype: str) -> Expr:
     return cast(Const(value, kind), compute_dtype(dtype))
 
 
-def lower(captured: Captured) -> Graph:
-    from ke_gym.codegen import ops_index, ops_pointwise, ops_reduce, ops_views, ops_window  # noqa: F401
+def lower(captured: Captured, precision: Precision = "strict") -> Graph:
+    from ke_gym.codegen import ops_contract, ops_index, ops_pointwise, ops_reduce, ops_views, ops_window  # noqa: F401
 
-    return Lowering(captured).run()
+    graph = Lowering(captured).run()
+    graph.precision = precision
+    return graph

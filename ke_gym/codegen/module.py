@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import Any
 
 import torch
 
 from ke_gym.codegen import emit_cpp
+from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph, View, contiguous_stride
@@ -56,7 +58,8 @@ def _prelude(kernels: list[str], used: set[str]) -> str:
     lines.append("#include <ke/math.h>")
     if "ke::bf16" in body or "ke::half" in body:
         lines.append("#include <ke/types.h>")
-    helpers = [emit_cpp.HELPERS[h] for h in sorted(used)]
+    lines.extend(f"#include <{header}>" for header in sorted(h for h in used if h.endswith(".h")))
+    helpers = [emit_cpp.HELPERS[h] for h in sorted(used) if h in emit_cpp.HELPERS]
     return "\n".join(lines) + "\n" + ("\n" + "\n".join(helpers) if helpers else "")
 
 
@@ -68,7 +71,7 @@ def _shape_set(
     sources: list[str] = []
     lines: list[str] = []
     allocated = set(graph.inputs)
-    batch: list[Nest] = []
+    batch: list[Nest | Contraction] = []
 
     def flush() -> None:
         if batch:
@@ -103,24 +106,27 @@ def _shape_set(
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-def _kernel_name(batch: list[Nest], suffix: str) -> str:
+def _kernel_name(batch: list[Nest | Contraction], suffix: str) -> str:
     return f"compute_{batch[-1].name}{suffix}"
 
 
-def _parameters(batch: list[Nest]) -> tuple[list[Buffer], list[Buffer]]:
+def _parameters(batch: list[Nest | Contraction]) -> tuple[list[Buffer], list[Buffer]]:
     writes = {b.name: b for n in batch for b in n.writes}
     reads = {b.name: b for n in batch for b in n.reads if b.name not in writes}
     return list(reads.values()), list(writes.values())
 
 
-def _kernel(batch: list[Nest], suffix: str, used: set[str]) -> str:
+def _kernel(batch: list[Nest | Contraction], suffix: str, used: set[str]) -> str:
     reads, writes = _parameters(batch)
     parameters = [f"const {emit_cpp.TYPES[b.dtype]}* __restrict {b.name}" for b in reads]
     parameters += [f"{emit_cpp.TYPES[b.dtype]}* __restrict {b.name}" for b in writes]
     body = []
     for nest in batch:
         comment = _comment(nest)
-        inner = emit_cpp.print_nest(nest, used)
+        if isinstance(nest, Contraction):
+            inner = emit_cpp.print_contraction(nest, used)
+        else:
+            inner = emit_cpp.print_nest(nest, used)
         if len(batch) > 1:
             body.append(f"  // {comment}\n  {{\n{textwrap.indent(inner, '  ')}\n  }}")
         else:
@@ -132,9 +138,11 @@ def _kernel(batch: list[Nest], suffix: str, used: set[str]) -> str:
     return head + signature + "\n" + "\n".join(body) + "\n}"
 
 
-def _comment(nest: Nest) -> str:
+def _comment(nest: Nest | Contraction) -> str:
     made = ", ".join(f"{b.name} [{' x '.join(map(str, b.shape)) or 'scalar'}]" for b in nest.writes)
     steps = " -> ".join(nest.origins[:6]) + (" -> ..." if len(nest.origins) > 6 else "")
+    if isinstance(nest, Contraction):
+        return f"{made}: {steps}"
     loops = " x ".join(str(o.var.size) for o in nest.outer)
     passes = f"; {loops} outer iterations of {len(nest.stages)} stages" if len(nest.stages) > 1 and loops else ""
     return f"{made}: {steps}{passes}"
@@ -164,7 +172,7 @@ def _view(graph: Graph, view: View) -> str:
             return view.buffer
         if len(shape) == 2 and view.shape == shape[::-1] and view.stride == stride[::-1]:
             return f"{view.buffer}.t()"
-        whole = buffer.numel == View_numel(view)
+        whole = buffer.numel == math.prod(view.shape)
         if whole and stride == contiguous_stride(shape) and view.stride == contiguous_stride(view.shape):
             return f"{view.buffer}.view({_tuple(view.shape)})"
         if len(shape) == len(view.shape):
@@ -172,13 +180,6 @@ def _view(graph: Graph, view: View) -> str:
             if order:
                 return f"{view.buffer}.permute({_tuple(order)})"
     return f"torch.as_strided({view.buffer}, {_tuple(view.shape)}, {_tuple(view.stride)}, {view.offset})"
-
-
-def View_numel(view: View) -> int:
-    total = 1
-    for n in view.shape:
-        total *= n
-    return total
 
 
 def _permutation(shape: tuple[int, ...], stride: tuple[int, ...], view: View) -> list[int] | None:

@@ -35,6 +35,7 @@ from ke_gym.codegen.expr import (
 from ke_gym.codegen.graph import Buffer, Graph, Node
 from ke_gym.codegen.schedule import Group
 
+SERIAL = 1 << 14  # elements below which a reduction may run on one thread without outer loops
 ROW_BYTES = 1 << 19  # of thread-local buffers, well inside any thread's stack
 COSTLY = frozenset(
     "exp exp2 expm1 log log2 log10 log1p tanh erf erfc gelu gelu_tanh silu sigmoid sin cos tan pow sqrt rsqrt div "
@@ -564,6 +565,8 @@ class Builder:
             if node.name not in self.visible:
                 raise Illegal("nobody reads the reduction")
             dtype = compute_dtype(node.dtype)
+            if dtype == "f32" and node.numel <= 16 and node.reduction == "sum":
+                dtype = "f64"  # few sums of very many terms
             private[node.name] = Local(node.name, dtype, max(node.numel, 1), node.reduction)
             return Target("private", node.name, flat, dtype)
         if node.name in self.visible:
@@ -641,7 +644,7 @@ def outer_choices(graph: Graph, node: Node, expr: Expr) -> list[tuple[tuple[int,
         if k == unit:
             if node.vars[k].size <= 64:
                 continue
-            tile = 256 if node.vars[k].size >= 512 else 64
+            tile = next((t for t in (512, 256, 128) if node.vars[k].size >= 8 * t), 64)
         rows.append((k, tile))
     reduced = [len(node.vars) + k for k, r in enumerate(node.rvars)]
     columns: list[tuple[tuple[int, int], ...]] = []
@@ -652,13 +655,14 @@ def outer_choices(graph: Graph, node: Node, expr: Expr) -> list[tuple[tuple[int,
                     if loops[k].size >= 2048:
                         columns.append(((k, 1024),))
                 else:
-                    columns.append(((k, 1),))
+                    columns.append(((k, 64 if loops[k].size >= 1024 and unit in kept else 1),))
     parallel = math.prod(-(-loops[k].size // t) for k, t in rows)
     first = [tuple(rows)] if rows else []
     if unit in kept and parallel < 16:
         return [*columns, *first]
+    small = node.numel * math.prod(r.size for r in node.rvars) < SERIAL
     if not rows or parallel < 2:
-        return [*columns, *first, ()]
+        return [*columns, *first, *([()] if small or node.scan is not None or not columns else [])]
     return [*first, *columns]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ke_gym.codegen import fusion, module
@@ -10,7 +10,7 @@ from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.lower import lower
-from ke_gym.codegen.schedule import Plan, Schedule
+from ke_gym.codegen.schedule import Schedule
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
@@ -24,7 +24,6 @@ class Program:
 
     name: str
     graphs: tuple[Graph, ...]
-    precision: str = "strict"
 
     @classmethod
     def from_task(cls, task: Task, target: str = "cpu") -> Program:
@@ -32,15 +31,20 @@ class Program:
         graphs = []
         for shape_set in task.public_shapes(target):
             try:
-                graphs.append(lower(capture(task, shape_set)))
+                graphs.append(lower(capture(task, shape_set), task.precision))
             except Illegal as reason:
                 raise CodegenError(f"{task.name}: {reason}; no kernel can be generated") from reason
-        return cls(task.name, tuple(graphs), task.precision)
+        return cls(task.name, tuple(graphs))
 
     def seeds(self) -> list[Schedule]:
-        """First drafts that differ in kind, the best guess first: fused, then each node on its own."""
+        """First drafts that differ in kind, the best guess first.
+
+        Everything fused with own contractions; the same with library contractions; each node on its own.
+        """
+        loops = [fusion.fused(g) for g in self.graphs]
         drafts = [
-            Schedule(tuple(fusion.fused(g) for g in self.graphs)),
+            Schedule(tuple(fusion.contracted(g, p) for g, p in zip(self.graphs, loops))),
+            Schedule(tuple(loops)),
             Schedule(tuple(fusion.unfused(g) for g in self.graphs)),
         ]
         return list(dict.fromkeys(drafts))
@@ -58,6 +62,3 @@ class Program:
             return module.emit(self.name, self.graphs, schedule)
         except Illegal as reason:
             raise CodegenError(f"{self.name}: the schedule does not fit the graph ({reason})") from reason
-
-
-__all__ = ["Plan", "Program", "replace"]

@@ -28,6 +28,7 @@ class Group:
     order: innermost loop by position among a stage's loops, counted from the innermost of the natural order.
     dynamic: hand outer iterations to threads in small pieces rather than one equal share each.
     simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
+    contraction: knobs of the group's matrix product or convolution that differ from the heuristic ones.
     """
 
     nodes: tuple[str, ...]
@@ -42,6 +43,7 @@ class Group:
     order: int = 0
     dynamic: bool = False
     simd: int = 0
+    contraction: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,5 +82,10 @@ class Schedule:
 def _group(data: dict[str, Any]) -> Group:
     values = {f.name: data[f.name] for f in fields(Group)}
     values["outer"] = tuple((int(p), int(t)) for p, t in values["outer"])
+    values["contraction"] = tuple((str(k), _frozen(v)) for k, v in values["contraction"])
     values["nodes"], values["staged"] = tuple(values["nodes"]), tuple(values["staged"])
     return Group(**values)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
