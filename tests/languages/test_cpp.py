@@ -64,7 +64,10 @@ def test_remarks_of_both_compilers_read_alike() -> None:
             'static int g(int a) { if (a > 1) return 2; }\nextern "C" void f(float* x) { x[0] = g(x[1]); }',
             "return",
         ),
-        ('static char a[4];\nextern "C" void f(int* x) { __builtin_memset(a, x[0], 9); }', "out of the bounds"),
+        (
+            'static char a[4];\nextern "C" void f(int* x) { __builtin_memset(a, x[0], 9); }',
+            "out of the bounds",
+        ),
         ('#error "no"\n', "no"),
         ('#include "/etc/passwd"\n', "error"),
     ],
@@ -103,8 +106,8 @@ def test_flags_are_kept(flags: str | list[str]) -> None:
 @pytest.mark.parametrize(
     "flag",
     ["-fplugin=evil.so", "-Wl,-rpath=/tmp", "-Wp,-MD,x", "-Wa,-x", "-I/etc", "-include x", "-B/tmp", "@file",
-     "x.cpp", "-fprofile-use=/x", "-fdump-tree-all", "-specs=x", "-o x", "-fno-openmp", "-fopt-info-vec=x", "-L/tmp", "-lm",
-     "-fsanitize=address", "--sysroot=/", "-wrapper x"],
+     "x.cpp", "-fprofile-use=/x", "-fdump-tree-all", "-specs=x", "-o x", "-fno-openmp", "-fopt-info-vec=x", "-L/tmp",
+     "-lm", "-fsanitize=address", "--sysroot=/", "-wrapper x"],
 )  # fmt: skip
 def test_flags_that_reach_elsewhere_are_refused(flag: str) -> None:
     with pytest.raises(KernelError, match="is not accepted"):

@@ -1,6 +1,7 @@
 // Storage types for bfloat16 and half: kernels load them as float, compute in float, and store with one
 // rounding (to nearest, ties to even; NaN stays NaN). The conversions are integer arithmetic without branches
-// because GCC 12 has no vector conversion for its own _Float16 without AVX512-FP16, and no __bf16 in C++.
+// because GCC 12 has no vector conversion for its own _Float16 without AVX512-FP16, and no __bf16 in C++. The
+// assignments are spelled out because GCC does not vectorize the copying of a struct.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +11,11 @@ struct bf16 {
   uint16_t bits;
 
   bf16() = default;
+  bf16(const bf16&) = default;
+  inline __attribute__((always_inline)) bf16& operator=(const bf16& other) {
+    bits = other.bits;
+    return *this;
+  }
   inline __attribute__((always_inline)) bf16(float x) {
     uint32_t u = __builtin_bit_cast(uint32_t, x);
     uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -25,6 +31,11 @@ struct half {
   uint16_t bits;
 
   half() = default;
+  half(const half&) = default;
+  inline __attribute__((always_inline)) half& operator=(const half& other) {
+    bits = other.bits;
+    return *this;
+  }
   inline __attribute__((always_inline)) half(float x) {
     uint32_t u = __builtin_bit_cast(uint32_t, x), a = u & 0x7fffffffu;
     uint32_t normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
