@@ -8,6 +8,8 @@ import os
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 LIBC.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+LIBC.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+LIBC.signal.restype = ctypes.c_void_p
 LIBC.syscall.restype = ctypes.c_long
 LIBC.prctl.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
 

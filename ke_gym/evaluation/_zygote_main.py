@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ke_gym.evaluation._libc import (
+    LIBC,
     PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
     PR_SET_THP_DISABLE,
@@ -22,6 +24,9 @@ from ke_gym.evaluation._libc import (
 )
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.sandbox import Sandbox, enter, seal, unshare
+
+# The first process of a namespace does not die of these by default, so they are made to end it.
+_INIT_IGNORES = (signal.SIGABRT, signal.SIGXCPU)
 
 Entry = Callable[[Channel, dict[str, Any], list[int]], None]
 
@@ -137,6 +142,8 @@ def _wait_for_worker(
         status.send({"pid": pid}, fds=[pidfd])
         _close_all_but({status.fileno()})
         _, result = os.waitpid(pid, 0)
+        if isolated and os.waitstatus_to_exitcode(result) in _INIT_IGNORES:
+            result = os.waitstatus_to_exitcode(result)  # as if by the signal
         _kill_orphans()
         status.send({"status": result})
     except BaseException as error:
@@ -182,6 +189,9 @@ def _work(
         if sandbox.kind != "trusted":
             for name in [n for n in os.environ if n.startswith("MALLOC_") or n == "PYTHONPATH"]:
                 del os.environ[name]  # compilers that a worker starts are not measured
+        if isolated:
+            for number in _INIT_IGNORES:
+                LIBC.signal(int(number), ctypes.cast(LIBC._exit, ctypes.c_void_p))
         seal(sandbox)
         gate.send(b"r")  # fails if the waiter died before its death could reach us
         gate.close()

@@ -168,14 +168,15 @@ class Arm:
             self.worker.channel.send({}, artifact)
             self.worker.channel.send({}, signature)
             header, _ = self.worker.channel.recv(OPEN_TIMEOUT, limit=0)
+            steps = [str(name)[:200] for name in header.get("steps", [])]
         except TimeoutError:
             raise self._timed_out(OPEN_TIMEOUT) from None
-        except (EOFError, ProtocolError):
+        except (EOFError, ProtocolError, TypeError):
             raise self._died(b"") from None
         self.worker.freeze()
         if "error" in header:
             raise ArmDied("runtime", str(header["error"])[:4000])
-        self._step_names = [str(name) for name in header.get("steps", [])]
+        self._step_names = steps
 
     def _command(self, command: bytes) -> None:
         try:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ke_gym.evaluation.channel import Channel
@@ -40,6 +41,10 @@ def leave(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
 
 def crash(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     ctypes.string_at(0)
+
+
+def abort(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
+    os.abort()
 
 
 def chatter(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
@@ -150,9 +155,9 @@ ATTEMPTS: dict[str, Callable[[dict[str, Any], list[int]], Any]] = {
     "clone3": lambda args, fds: _syscall(435, 0, 0),
     "memfd": lambda args, fds: os.memfd_create("x"),
     "death signal": lambda args, fds: _clear_death_signal(),
-    "read": lambda args, fds: len(open(args["path"], "rb").read(64)),
+    "read": lambda args, fds: len(Path(args["path"]).read_bytes()),
     "list": lambda args, fds: sorted(os.listdir(args["path"])),
-    "write": lambda args, fds: open(args["path"], "wb").close(),
+    "write": lambda args, fds: Path(args["path"]).touch(),
     "fill": lambda args, fds: _fill_tmp(),
     "environment": lambda args, fds: dict(os.environ),
     "descriptors": lambda args, fds: _descriptors(),

@@ -54,6 +54,8 @@ def test_ends_are_reported_as_they_were(zygote: Zygote, kind: str) -> None:
     with zygote.spawn(entry("crash"), sandbox=Sandbox(kind)) as worker:
         assert worker.wait(10) == Exit(signal=signal.SIGSEGV)
         assert "SIGSEGV" in str(worker.wait())
+    with zygote.spawn(entry("abort"), sandbox=Sandbox(kind)) as worker:
+        assert worker.wait(10) == Exit(signal=signal.SIGABRT)
     with zygote.spawn(entry("fail"), sandbox=Sandbox(kind)) as worker:
         assert worker.wait(10) == Exit(code=1)
         assert "RuntimeError: this worker fails on purpose" in worker.log()
