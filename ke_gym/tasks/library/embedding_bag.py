@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 family = "gather"
-BAGS, TOTAL, ROWS, DIM = 8192, 262144, 50000, 64
+BAGS, TOTAL, ROWS, DIM = 8192, 262144, 50000, 128
 shapes = {
-    "cpu": {"BAGS": 8192, "TOTAL": 262144, "ROWS": 50000, "DIM": 64},
+    "cpu": {"BAGS": 8192, "TOTAL": 262144, "ROWS": 50000, "DIM": 128},
     "gpu": {"BAGS": 65536, "TOTAL": 2097152, "ROWS": 10000000, "DIM": 128},
     "ragged": {"BAGS": 31, "TOTAL": 409, "ROWS": 127, "DIM": 24},
 }
