@@ -63,6 +63,13 @@ class Contraction:
     def kind(self) -> str:
         return KINDS[self.step.target]
 
+    def knobs(self) -> templates.Knobs:
+        """Legal values of the template's knobs here."""
+        if isinstance(self.problem, templates.GemmProblem):
+            in_order = any(store.op for store in self.epilogue)
+            return templates.GemmSchedule.choices(self.problem, self.vector_bytes, in_order)
+        return templates.ConvSchedule.choices(self.problem, self.vector_bytes)
+
 
 @dataclass(frozen=True)
 class Store:

@@ -55,6 +55,7 @@ _COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "mi
 _LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63) + 1, "u8": 0, "bool": 0}
 _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u8": 255, "bool": 1}
 
+PREFETCHED = 256  # elements of a row fetched ahead of use
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
@@ -372,8 +373,11 @@ class Printer:
     def body(self) -> list[str]:
         nest = self.nest
         if not nest.outer and not nest.private:
-            if len(nest.stages) == 1 and not any(i.op for i in nest.stages[0].items):
-                self._stage(nest.stages[0], parallel=nest.parallel)
+            if not any(i.op for stage in nest.stages for i in stage.items):
+                for stage in nest.stages:
+                    share = math.prod(loop.var.size for loop in stage.loops)
+                    whole = sum(math.prod(loop.var.size for loop in s.loops) for s in nest.stages)
+                    self._stage(stage, parallel=nest.work * share // max(whole, 1) >= 2 * nest.group.grain)
             else:
                 self._iteration()
             return self.lines
@@ -443,10 +447,34 @@ class Printer:
             self.close()
 
     def _iteration(self) -> None:
+        self._prefetch()
         for row in self.nest.rows:
             self.line(f"alignas(64) {TYPES[row.dtype]} {row.name}[{row.size}];")
         for stage in self.nest.stages:
             self._stage(stage, parallel=False)
+
+    def _prefetch(self) -> None:
+        """Ask for what a later outer iteration reads first."""
+        ahead, nest = self.nest.group.prefetch, self.nest
+        if not ahead or not nest.outer or nest.outer[-1].var.size <= ahead or not nest.stages[0].loops:
+            return
+        var, inner = nest.outer[-1].var, nest.stages[0].loops
+        later = Rewriter({var: of(var) + ahead, **{loop.var: linear(0, []) for loop in inner}})
+        lines = []
+        for load in dict.fromkeys(n for i in nest.stages[0].items for n in walk(i.expr) if isinstance(n, Load)):
+            if not load.index or load.index[0].coefficient(inner[-1].var) != 1:
+                continue
+            if any(n is var for n in walk(load.index[0])):
+                place = Text(self.used).index(later.index(load.index[0]))
+                count = min(inner[-1].var.size, PREFETCHED)
+                lines.append(
+                    f"for (int64_t k = 0; k < {count}; k += 16) __builtin_prefetch(&{load.buffer}[{place} + k]);"
+                )
+        if lines:
+            self.open(f"if ({var.name} < {var.size - ahead})")
+            for line in lines:
+                self.line(line)
+            self.close()
 
     # ---------------------------------------------------------------------------------------- stages
 

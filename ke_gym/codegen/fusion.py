@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from ke_gym.codegen import contract
 from ke_gym.codegen.contract import Contraction
@@ -166,7 +167,7 @@ def fused(graph: Graph) -> Plan:
                 merge(home[read], home[name])
     for a in range(len(groups)):
         for b in range(a + 1, len(groups)):
-            if groups[a] and groups[b] and _related(graph, groups[a], groups[b]):
+            if groups[a] and groups[b] and related(graph, groups[a], groups[b]):
                 if attempt([groups[a], groups[b]]):
                     merge(a, b)
     chosen = [Group(tuple(g)) for g in groups if g]
@@ -180,7 +181,7 @@ def _needed(graph: Graph, inside: set[str]) -> frozenset[str]:
     )
 
 
-def _related(graph: Graph, a: list[str], b: list[str]) -> bool:
+def related(graph: Graph, a: list[str], b: list[str]) -> bool:
     """Whether one reads what the other computes, or both read the same large tensor."""
     made = set(a) | set(b)
     reads_a = {r for n in a for r in graph.steps[n].reads}
@@ -204,9 +205,18 @@ def ancestors(graph: Graph) -> dict[str, set[str]]:
 
 def tuned(graph: Graph, group: Group, plan: Plan) -> Group:
     """Keep costly values that several stages of an outer iteration need."""
-    from dataclasses import replace
+    return _tuned(graph, group, visible_in(graph, group.nodes, [g.nodes for g in plan.groups]))
 
-    visible = visible_in(graph, group.nodes, [g.nodes for g in plan.groups])
+
+def tuned_alone(graph: Graph, group: Group) -> Group:
+    """``tuned`` for a group that is not in a plan yet; as it is if it cannot be built."""
+    try:
+        return _tuned(graph, group, _needed(graph, set(group.nodes)))
+    except Illegal:
+        return group
+
+
+def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     nest = cached_nest(graph, group, visible)
     if not isinstance(nest, Nest) or not nest.outer:
         return group

@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
+    Const,
     Expr,
     Index,
+    InRange,
     Interned,
     Load,
     Op,
@@ -522,6 +524,8 @@ class Builder:
                 rename = {a.var: of(b) for a, b in zip(inner[name], names)}
                 rewriter = Rewriter(rename, self._reader(targets, done))
                 expr = rewriter.expr(values[name])
+                if self.group.reciprocal:
+                    expr = multiplied(expr, frozenset(names))
                 target = targets[name]
                 target = replace(target, index=Rewriter(rename).index(target.index))
                 reduced = frozenset(
@@ -538,7 +542,8 @@ class Builder:
                 if node.pointwise:
                     done[name] = expr
                 work += _cost(expr) * math.prod(max(loop.var.size, 1) for loop in shared)
-            stages.append(Stage(shared, tuple(items)))
+            stage = Stage(shared, tuple(items))
+            stages.extend(peeled(stage) if self.group.peel else [stage])
         work *= math.prod(o.size for o in self.outer)
         reads, writes = self._memory(stages)
         total = sum(b.numel * BYTES[b.dtype] for b in (*reads, *writes))
@@ -625,6 +630,80 @@ class Builder:
             if name in self.visible:
                 writes[name] = self.graph.buffers[name]
         return tuple(reads.values()), tuple(writes.values())
+
+
+def multiplied(expr: Expr, loops: frozenset[Var]) -> Expr:
+    """``expr`` with divisions by what ``loops`` do not change as products with the reciprocal."""
+    memo: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node not in memo:
+            if isinstance(node, Op):
+                args = tuple(visit(a) for a in node.args)
+                if node.name == "div" and node.dtype in ("f32", "f64") and not _moves(args[1], loops):
+                    inverse = Op("div", (Const(1.0, node.dtype), args[1]), node.dtype)
+                    memo[node] = Op("mul", (args[0], inverse), node.dtype)
+                else:
+                    memo[node] = Op(node.name, args, node.dtype)
+            else:
+                memo[node] = node
+        return memo[node]
+
+    return visit(expr)
+
+
+def _moves(expr: Expr, loops: frozenset[Var]) -> bool:
+    return any(n in loops for n in walk(expr) if isinstance(n, Var))
+
+
+MAX_PIECES = 27
+
+
+def peeled(stage: Stage) -> list[Stage]:
+    """``stage`` cut along its output loops into pieces inside of which index tests are decided."""
+    pieces = [stage]
+    for position in range(len(stage.loops)):
+        cut = [part for piece in pieces for part in _cut(piece, position)]
+        if len(cut) <= MAX_PIECES:
+            pieces = cut
+    return pieces
+
+
+def _cut(stage: Stage, position: int) -> list[Stage]:
+    loop = stage.loops[position]
+    var = loop.var
+    if loop.limit is not None or any(var in i.reduced or var is i.scan for i in stage.items):
+        return [stage]
+    edges = {0, var.size}
+    for item in stage.items:
+        for test in walk(item.expr):
+            if isinstance(test, InRange) and (step := test.index.coefficient(var)):
+                rest = test.index - of(var) * step
+                if any(not isinstance(a, Var) for a, _ in test.index.terms):
+                    continue
+                low, high = bounds(rest)
+                for limit in (test.low - low, test.low - high, test.high - low, test.high - high):
+                    edge = -(-limit // step)
+                    if 0 < edge < var.size:
+                        edges.add(edge)
+    ordered = sorted(edges)
+    if len(ordered) == 2:
+        return [stage]
+    parts = []
+    for first, last in zip(ordered, ordered[1:]):
+        piece = Var(var.name, last - first)
+        change = Rewriter({var: of(piece) + first})
+        items = tuple(
+            replace(
+                item,
+                expr=change.expr(item.expr),
+                target=replace(item.target, index=change.index(item.target.index)),
+            )
+            for item in stage.items
+        )
+        loops = (*stage.loops[:position], Loop(piece), *stage.loops[position + 1 :])
+        parts.append(Stage(loops, items))
+    return parts
 
 
 def outer_choices(graph: Graph, node: Node, expr: Expr) -> list[tuple[tuple[int, int], ...]]:

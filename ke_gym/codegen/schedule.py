@@ -22,11 +22,11 @@ class Group:
     staged: pointwise nodes kept in a buffer per outer iteration instead of being recomputed by each user.
     accumulators: independent partial results of each innermost reduction.
     grain: least scalar operations worth a thread.
-    stream: store outputs that are not read again past the cache.
     prefetch: how many outer iterations ahead inputs are fetched; 0 leaves it to the hardware.
     peel: split loops where an index test changes, so that their bodies have no tests.
     order: innermost loop by position among a stage's loops, counted from the innermost of the natural order.
     dynamic: hand outer iterations to threads in small pieces rather than one equal share each.
+    reciprocal: divide by what a loop does not change once, and multiply by that.
     simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
     contraction: knobs of the group's matrix product or convolution that differ from the heuristic ones.
     """
@@ -37,11 +37,11 @@ class Group:
     staged: tuple[str, ...] = ()
     accumulators: int = 4
     grain: int = 16384
-    stream: bool = False
     prefetch: int = 0
     peel: bool = False
     order: int = 0
     dynamic: bool = False
+    reciprocal: bool = False
     simd: int = 0
     contraction: tuple[tuple[str, Any], ...] = ()
 
