@@ -106,8 +106,8 @@ def test_flags_are_kept(flags: str | list[str]) -> None:
 @pytest.mark.parametrize(
     "flag",
     ["-fplugin=evil.so", "-Wl,-rpath=/tmp", "-Wp,-MD,x", "-Wa,-x", "-I/etc", "-include x", "-B/tmp", "@file",
-     "x.cpp", "-fprofile-use=/x", "-fdump-tree-all", "-specs=x", "-o x", "-fno-openmp", "-fopt-info-vec=x", "-L/tmp",
-     "-lm", "-fsanitize=address", "--sysroot=/", "-wrapper x"],
+     "x.cpp", "-fprofile-use=/x", "-fdump-tree-all", "-specs=x", "-o x", "-fno-openmp", "-fopt-info-vec=x",
+     "-L/tmp", "-lm", "-fsanitize=address", "--sysroot=/", "-wrapper x"],
 )  # fmt: skip
 def test_flags_that_reach_elsewhere_are_refused(flag: str) -> None:
     with pytest.raises(KernelError, match="is not accepted"):
