@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ke_gym.codegen import contraction as templates
 from ke_gym.codegen.contract import Contraction, Store
@@ -23,12 +23,14 @@ from ke_gym.codegen.expr import (
     Rewriter,
     Search,
     Var,
+    bounds,
     compute_dtype,
     is_float,
     linear,
     of,
     walk,
 )
+from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.nest import Item, Local, Loop, Nest, Stage, Target
 
 TYPES = {
@@ -153,10 +155,23 @@ def accumulate(op: str, target: str, value: str) -> str:
 class Text:
     """Prints expressions; values used more than once become named constants, guarded loads stay guarded."""
 
-    def __init__(self, used: set[str]) -> None:
+    def __init__(self, used: set[str], sizes: Mapping[str, int] | None = None) -> None:
         self.used = used
+        self.sizes = sizes or {}
         self.names: dict[Interned, str] = {}
         self.count = 0
+
+    def _harmless(self, node: Interned) -> bool:
+        """Whether a load may be made without its guard: its index is in bounds either way."""
+        if isinstance(node, Load) and node.index and node.buffer in self.sizes:
+            low, high = bounds(node.index[0])
+            direct = not any(isinstance(n, Indirect) for n in walk(node.index[0]))
+            return direct and low >= 0 and high < self.sizes[node.buffer]
+        return isinstance(node, Load) and not node.index
+
+    def _guards(self, where: Op) -> bool:
+        inside = walk(*where.args[1:])
+        return any(isinstance(n, (Load, Search)) and not self._harmless(n) for n in inside)
 
     def index(self, index: Index) -> str:
         parts = []
@@ -209,8 +224,6 @@ class Text:
         return self._op(expr)
 
     def _in_range(self, expr: InRange) -> str:
-        from ke_gym.codegen.expr import bounds
-
         low, high = bounds(expr.index)
         tests = []
         index = self.index(expr.index)
@@ -271,6 +284,7 @@ class Text:
         uses: dict[Interned, int] = {}
         safe: set[Interned] = set()
         seen: set[Interned] = set()
+        chosen: set[Interned] = set()
 
         def count(node: Interned) -> None:
             for child in _operands(node):
@@ -283,9 +297,12 @@ class Text:
             if node in safe:
                 return
             safe.add(node)
-            if isinstance(node, Op) and node.name == "where" and _guards(node):
+            if isinstance(node, Op) and node.name == "where" and self._guards(node):
                 reach(node.args[0])
             else:
+                if isinstance(node, Op) and node.name == "where":
+                    # Compilers vectorize unconditional loads better than masked ones.
+                    chosen.update(n for n in walk(*node.args[1:]) if isinstance(n, Load) and n.index)
                 for child in _operands(node):
                     reach(child)
 
@@ -297,7 +314,8 @@ class Text:
             reach(root)
         lines = []
         for node in walk(*roots):
-            if node in safe and uses.get(node, 0) > 1 and isinstance(node, (Op, Load, Search)) and node not in self.names:
+            named = uses.get(node, 0) > 1 or node in chosen
+            if node in safe and named and isinstance(node, (Op, Load, Search)) and node not in self.names:
                 if isinstance(node, Load) and not node.index:
                     continue
                 text = self._print(node)
@@ -335,10 +353,6 @@ def _indirects(index: Index) -> list[Interned]:
     return found
 
 
-def _guards(where: Op) -> bool:
-    return any(isinstance(n, (Load, Search)) for n in walk(*where.args[1:]))
-
-
 def _simple(text: str) -> bool:
     return text.isidentifier() or (text.endswith("]") and text.count("[") == 1 and " " not in text.split("[")[0])
 
@@ -356,6 +370,8 @@ class Printer:
     def __init__(self, nest: Nest, used: set[str]) -> None:
         self.nest = nest
         self.used = used
+        self.sizes = {b.name: extent(b) for b in (*nest.reads, *nest.writes)}
+        self.sizes.update((r.name, r.size) for r in nest.rows)
         self.lines: list[str] = []
         self.depth = 1
 
@@ -558,9 +574,10 @@ class Printer:
         self._simd([], [""], False)
         self.open(self._for(columns))
         for item in stage.items:
-            text = Text(self.used)
+            text = Text(self.used, self.sizes)
             text.count = 100 * stage.items.index(item)
-            values = [Rewriter({rows.var: of(rows.var) + u}).expr(item.expr) for u in range(JAM)]
+            first = of(Var(rows.var.name, rows.var.size - JAM + 1))
+            values = [Rewriter({rows.var: first + u}).expr(item.expr) for u in range(JAM)]
             for line in text.bind(values):
                 self.line(line)
             parts = [text.expr(v) for v in values]
@@ -602,7 +619,7 @@ class Printer:
         name = loop.var.name
         self.open(f"for (int64_t {name} = 0; {name} < {part}; ++{name})")
         for u in range(streams):
-            shift = Rewriter({loop.var: of(loop.var) + u * part})
+            shift = Rewriter({loop.var: of(Var(loop.var.name, part)) + u * part})
             self._statements(stage, stage.items, shift, str(u), starts)
         self.close()
         if part * streams < length:
@@ -632,7 +649,7 @@ class Printer:
     def _statements(
         self, stage: Stage, items: tuple[Item, ...], shift: Rewriter, stream: str, starts: dict[int, int | None]
     ) -> None:
-        text = Text(self.used)
+        text = Text(self.used, self.sizes)
         text.count = int(stream or 0) * 100
         exprs = [shift.expr(item.expr) for item in items]
         for line in text.bind(exprs):
@@ -720,6 +737,13 @@ class Printer:
             self.close()
 
 
+def extent(buffer: Buffer) -> int:
+    """Elements from the first to just past the last one."""
+    if 0 in buffer.shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(buffer.shape, buffer.stride))
+
+
 def _bare(text: str) -> str:
     """Without the outer parentheses, where a whole right-hand side stands."""
     if not (text.startswith("(") and text.endswith(")")):
@@ -800,7 +824,9 @@ def print_contraction(c: Contraction, used: set[str]) -> str:
     """The template call with its lambdas."""
     used.add(templates.HEADERS[c.kind])
     conv = c.kind == "conv"
-    epilogue = _strip([s for s in c.epilogue if s.op is None], "pos" if conv else "col", used)
+    sizes = {b.name: extent(b) for b in c.reads} | {"acc": 1 << 50}
+    stores = [s for s in c.epilogue if s.op is None]
+    epilogue = _strip(stores, "pos" if conv else "col", used, sizes)
     for store in c.epilogue:
         if store.op is not None:
             epilogue += _row_reduction(store, used)
@@ -840,10 +866,10 @@ def _mentions(root: Interned, name: str) -> bool:
     return any(isinstance(n, Var) and n.name == name for n in walk(root))
 
 
-def _strip(stores: list[Store], start: str, used: set[str]) -> list[str]:
+def _strip(stores: list[Store], start: str, used: set[str], sizes: Mapping[str, int]) -> list[str]:
     if not stores:
         return []
-    printer = Text(used)
+    printer = Text(used, sizes)
     lines = printer.bind([s.expr for s in stores])
     for s in stores:
         value = store_text(_bare(printer.expr(s.expr)), s.dtype, s.expr.dtype)
