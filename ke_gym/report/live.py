@@ -85,6 +85,9 @@ class PlainView(Watch):
             soft_wrap=True,
         )
 
+    def confirming(self, session: Session, node: Node) -> None:
+        self.console.print(f"{self.title} measuring finalist #{node.number} again", highlight=False)
+
 
 class LiveView(Watch):
     """A panel that redraws itself; use as a context manager around the search."""
@@ -116,6 +119,9 @@ class LiveView(Watch):
         self.pace.told()
         what = f"{node.speedup:.2f}x" if node.correct else node.evaluation.outcome
         self._recent.append((f"#{node.number} {node.strategy}", what, improved))
+
+    def confirming(self, session: Session, node: Node) -> None:
+        self._trying = {node.number: f"finalist #{node.number}, measured again"}
 
     def _render(self) -> RenderableType:
         session = self._session

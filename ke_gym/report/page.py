@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 from markupsafe import Markup
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from pygments.lexers import CppLexer, PythonLexer
 
 from ke_gym import strategies
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.proposers.schedules import without
 from ke_gym.report import svg, words
 from ke_gym.search.result import Result
 from ke_gym.search.session import Session
 from ke_gym.search.tree import Node, Tree
 
+# What stands between the quotes of a kernel literal (the lookarounds keep the quotes in the Python parts).
+_LITERAL = re.compile(r"(?<=\br''')((?:(?!''').)*)(?=''')", re.S)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -101,7 +105,13 @@ def _roofline(result: Result, evaluator: Evaluator) -> str:
 
 
 def _highlighted(source: str) -> Markup:
-    return Markup(highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)))
+    """Python, with the C++ in its literals highlighted as C++; a schedule's line is left out."""
+    formatter = HtmlFormatter(nowrap=True)
+    parts = []
+    for index, part in enumerate(_LITERAL.split(without(source))):
+        lexer = CppLexer(stripnl=False) if index % 2 else PythonLexer(stripnl=False, ensurenl=False)
+        parts.append(Markup(highlight(part, lexer, formatter)))
+    return Markup("").join(parts)
 
 
 def _css() -> str:
@@ -124,9 +134,7 @@ def _steps(tree: Tree) -> Iterator[Step]:
 
 def _difference(before: str, after: str) -> list[tuple[str, str]]:
     """Unified diff as (CSS class, line), without file names; a schedule's comment line is left out."""
-    texts = [
-        [line for line in text.splitlines() if not line.startswith("# schedule ")] for text in (before, after)
-    ]
+    texts = [without(text).splitlines() for text in (before, after)]
     kinds = {"+": "add", "-": "del", "@": "hunk", " ": "same"}
     diff = difflib.unified_diff(*texts, lineterm="", n=2)
     return [(kinds[line[0]], line) for line in list(diff)[2:]]

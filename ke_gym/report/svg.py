@@ -114,7 +114,7 @@ def _shade(speedup: float, best: float) -> str:
 
 def search_tree(tree: Tree) -> str:
     """The tree from the reference (left) outwards; colour is speedup, the winning path is drawn bold."""
-    row, left, top = 17.0, 74.0, 22.0
+    row, left, top = 17.0, 96.0, 22.0
     rows: dict[int, float] = {}
     depth: dict[int, int] = {}
     next_row = 0.0

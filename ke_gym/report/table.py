@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from ke_gym.search.result import Result
@@ -13,25 +14,21 @@ from ke_gym.search.result import Result
 
 def summary(results: Sequence[Result]) -> Table:
     """One row per task; a search that found nothing faster counts as 1.0 in the mean."""
-    table = Table(title=None, show_footer=len(results) > 1)
-    geomean = math.exp(statistics.fmean(math.log(max(r.speedup if r.faster else 1.0, 1.0)) for r in results))
-    table.add_column("task", footer="geometric mean")
-    table.add_column("time [ms]", justify="right")
-    table.add_column("speedup", justify="right", footer=f"{geomean:.2f}x")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("against")
-    table.add_column("own kernels", justify="right")
-    table.add_column("evaluations", justify="right")
-    table.add_column("valid", justify="right")
-    table.add_column("seconds", justify="right")
+    several = len(results) > 1
+    table = Table(box=box.SIMPLE_HEAD, show_footer=several, pad_edge=False)
+    gains = [math.log(result.speedup) if result.faster else 0.0 for result in results]
+    table.add_column("task", footer="geometric mean" if several else "", no_wrap=True)
+    table.add_column("time [ms]", justify="right", no_wrap=True)
+    table.add_column("speedup", footer=f"{math.exp(statistics.fmean(gains)):.2f}x", no_wrap=True)
+    for heading in ("over", "own code", "tried", "valid", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         low, high = result.speedup_ci
         known = result.evaluation is not None
         table.add_row(
             result.task.name,
-            f"{result.reference_ms:.3f} -> {result.best_ms:.3f}" if known else "-",
-            f"{result.speedup:.2f}x" if known else "-",
-            f"{low:.2f} - {high:.2f}" if known else "-",
+            f"{result.reference_ms:.3f} → {result.best_ms:.3f}" if known else "-",
+            f"{result.speedup:.2f}x [{low:.2f}, {high:.2f}]" if known else "-",
             result.baseline,
             f"{100 * (result.kernel_coverage or 0.0):.0f} %" if known else "-",
             str(result.evaluations),

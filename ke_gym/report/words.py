@@ -69,12 +69,13 @@ def _traffic(best: Evaluation) -> list[str]:
     if not best.time_ms or not best.reference_ms or shown.bytes <= 0:
         return []
     before = shown.bandwidth_share * best.time_ms / best.reference_ms
+    arithmetic = f" and {shown.flops / 1e6:.3g} MFLOP of matrix work" if shown.flops else ""
+    rate = f" and {shown.gflops_per_s:.1f} GFLOP/s ({100 * shown.flops_share:.0f} %)" if shown.flops else ""
     sentences.append(
-        f"The task has to move {size(shown.bytes)} and do {shown.flops / 1e6:.3g} MFLOP. The kernel does it"
-        f" at {shown.gbytes_per_s:.1f} GB/s ({100 * shown.bandwidth_share:.0f} % of the measured bandwidth"
-        f" at this size) and {shown.gflops_per_s:.1f} GFLOP/s ({100 * shown.flops_share:.0f} % of peak). The"
-        f" baseline came to {100 * before:.0f} % of that bandwidth: that is what further passes over memory,"
-        " narrower code and call overhead leave."
+        f"The task takes at least {size(shown.bytes)} of traffic{arithmetic}. The kernel does it at"
+        f" {shown.gbytes_per_s:.1f} GB/s ({100 * shown.bandwidth_share:.0f} % of the bandwidth measured at this"
+        f" size){rate}. The baseline came to {100 * before:.0f} % of that bandwidth: further passes over"
+        " memory, narrower code and call overhead took the rest."
     )
     if best.limiter:
         sentences.append(f"What limits it now: {_LIMITS.get(best.limiter, best.limiter)}.")

@@ -66,6 +66,9 @@ class Watch:
     def told(self, session: Session, node: Node, improved: bool) -> None:
         """``node`` has been added to the tree; ``improved``: it is the new best."""
 
+    def confirming(self, session: Session, node: Node) -> None:
+        """The search is over and a finalist is measured once more."""
+
     def tick(self, session: Session) -> None:
         """Nothing has happened for a moment."""
 

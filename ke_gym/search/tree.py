@@ -71,6 +71,14 @@ class Tree:
             self.leaders.append(node)
         return better
 
+    def crown(self, node: Node) -> None:
+        """Make ``node`` the best, with the evaluation it carries now (a measurement after the search)."""
+        self.nodes[node.number] = node
+        siblings = self._children[node.parent]
+        siblings[[n.number for n in siblings].index(node.number)] = node
+        self.leaders = [leader for leader in self.leaders if leader.number != node.number] + [node]
+        self.best = node
+
     def children(self, number: int | None) -> list[Node]:
         return self._children.get(number, [])
 
