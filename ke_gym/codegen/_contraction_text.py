@@ -37,7 +37,7 @@ def best_tile(m: int, n: int, vector_bytes: int, item: int) -> tuple[int, int]:
     def cost(tile: tuple[int, int]) -> float:
         mr, nr = tile
         v = nr * item // vector_bytes
-        return math.ceil(m / mr) * math.ceil(n / nr) * (max(mr * v, mr + v, 4 * v, 8) + 1)
+        return math.ceil(m / mr) * math.ceil(n / nr) * (max(mr * v, mr + v, 4 * v, 8) + 1 + mr * v / 64)
 
     return min(register_tiles(vector_bytes, item), key=cost)
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation.admission import admit
 from ke_gym.evaluation.arms import Arm, ArmDied, open_arm
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import Cost, Errors, Evaluation, Outcome, Profile
@@ -258,6 +259,12 @@ class Evaluator:
                 candidate.source, self.judge.signature, candidate.language, timeout=self._build_timeout
             )
             spent = time.perf_counter() - start
+        wanted = {
+            name: ((*shape.inputs, *shape.state.values()), shape.outputs)
+            for name, shape in self.judge.shapes.items()
+            if artifact.general or name not in self.hidden
+        }
+        admit(artifact, candidate.source, candidate.language, wanted)
         with self._lock:
             self._artifacts[candidate.id] = artifact
             self._build_s[candidate.id] = spent

@@ -29,7 +29,8 @@ class Signature:
 
     Every mapping is by shape set. ``inputs`` holds a spec per tensor and plain values as they are; ``state``
     the specs of the reference's parameters and buffers, ``digests`` hashes of their contents under ``seed``,
-    so that what a ``ModelNew`` built from ``init_inputs`` under that seed holds can be recognized.
+    so that what a ``ModelNew`` built from ``init_inputs`` under that seed holds can be recognized. The
+    ``hidden`` shape sets are traced only for modules that claim to be general.
     """
 
     task: str
@@ -39,6 +40,7 @@ class Signature:
     digests: Mapping[str, Mapping[str, str]]
     init_inputs: Mapping[str, tuple[Any, ...]]
     seed: int = 0
+    hidden: tuple[str, ...] = ()
 
     @property
     def shape_sets(self) -> tuple[str, ...]:
@@ -56,7 +58,8 @@ class Signature:
             state[name] = {key: TensorSpec.of(tensor) for key, tensor in reference.state.items()}
             digests[name] = {key: digest(tensor) for key, tensor in reference.state.items()}
             initial[name] = tuple(task.init_inputs(name))
-        return cls(task.name, inputs, outputs, state, digests, initial)
+        hidden = tuple(name for name in task.hidden_shapes() if name in inputs and name != next(iter(inputs)))
+        return cls(task.name, inputs, outputs, state, digests, initial, hidden=hidden)
 
     def to_bytes(self) -> bytes:
         """For the compile sandbox: from trusted to untrusted, never back (``from_bytes`` unpickles)."""

@@ -89,7 +89,8 @@ class Cpp:
         with collecting() as units:
             try:
                 module = load(source)
-                traces = {name: _trace(module, signature, name) for name in signature.shape_sets}
+                public = [name for name in signature.shape_sets if name not in signature.hidden]
+                traces = {name: _trace(module, signature, name) for name in public}
             except BuildError:
                 raise
             except NotTraceable as reason:
@@ -98,6 +99,8 @@ class Cpp:
                 raise BuildError("compile", _blame(error)) from error
         for name, traced in traces.items():
             _compare(traced.plan, signature.outputs[name], name)
+        if general := _general(module):
+            traces.update(_trace_hidden(module, signature))
         launched = {unit.name: unit for traced in traces.values() for unit in traced.units}
         binaries, report = _compiled(list(launched.values()), options)
         constants: dict[str, Tensor] = {}
@@ -105,7 +108,7 @@ class Cpp:
             constants.update(traced.constants)
         report["warnings"] += [w for traced in traces.values() for w in traced.warnings]
         plans = {name: traced.plan for name, traced in traces.items()}
-        return Artifact("cpp", "plan", source, binaries, plans, constants, report, _general(module))
+        return Artifact("cpp", "plan", source, binaries, plans, constants, report, general)
 
 
 def _trace(module: ModuleType, signature: Signature, shape_set: str) -> Traced:
@@ -115,6 +118,17 @@ def _trace(module: ModuleType, signature: Signature, shape_set: str) -> Traced:
     )
     held = _bindings(model, state, signature.digests[shape_set]) if model is not None else []
     return trace(function, inputs, {name: state[name] for name in names}, held)
+
+
+def _trace_hidden(module: ModuleType, signature: Signature) -> dict[str, Traced]:
+    """The hidden shape sets of a module that claims to be general; a failure must not say what they are."""
+    try:
+        traces = {name: _trace(module, signature, name) for name in signature.hidden}
+        for name, traced in traces.items():
+            _compare(traced.plan, signature.outputs[name], name)
+    except Exception as error:
+        raise BuildError("correctness", "fails on a shape it claims to support (general = True)") from error
+    return traces
 
 
 def _bindings(

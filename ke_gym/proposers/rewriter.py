@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from ke_gym.candidate import Candidate
 from ke_gym.codegen import CodegenError, Program, Schedule, rewrites
+from ke_gym.codegen.contract import Contraction
+from ke_gym.codegen.errors import Illegal
 from ke_gym.proposers import text, tuning
 from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal
 from ke_gym.proposers.schedules import attach, recover, without
@@ -63,10 +65,15 @@ class Rewriter(Proposer):
                 draw,
                 f"{strategy.name} finds nothing to change in this source",
             )
-        changed = rewrites.apply(self.program, schedule, strategy.name, draw)
+        changed = self._rewritten(schedule, strategy, draw)
         if changed is None:
             return Refusal(f"{strategy.name} does not apply to this schedule")
         return self._printed(parent, strategy, changed)
+
+    def _rewritten(self, schedule: Schedule, strategy: Strategy, draw: int) -> Schedule | None:
+        if strategy.name not in rewrites.STRATEGIES:
+            return None
+        return rewrites.apply(self.program, schedule, strategy.name, draw)
 
     def mask(self, parent: Candidate) -> NDArray[np.bool_]:
         key = hashlib.sha256(parent.source.encode()).hexdigest()
@@ -82,7 +89,7 @@ class Rewriter(Proposer):
         def applies(strategy: Strategy) -> bool:
             if strategy.name == "param_tune":
                 return _space(rewrites.knobs(self.program, schedule)) > 1
-            return rewrites.apply(self.program, schedule, strategy.name, 0) is not None
+            return self._rewritten(schedule, strategy, 0) is not None
 
         return applies
 
@@ -102,10 +109,10 @@ class Rewriter(Proposer):
             return self._printed(None, RESTART, self.seeds[draw])
         rng = np.random.default_rng((seed, draw))
         schedule = self.seeds[int(rng.integers(len(self.seeds)))]
-        names = [s.name for s in STRATEGIES if s.name in rewrites.STRATEGIES and s.name != "param_tune"]
+        known = [strategy for strategy in STRATEGIES if strategy.rewrite]
         for _ in range(int(rng.integers(1, _WALK + 1))):
-            name = names[int(rng.integers(len(names)))]
-            schedule = rewrites.apply(self.program, schedule, name, int(rng.integers(8))) or schedule
+            strategy = known[int(rng.integers(len(known)))]
+            schedule = self._rewritten(schedule, strategy, int(rng.integers(8))) or schedule
         return self._printed(None, RESTART, schedule)
 
     def _printed(
@@ -141,15 +148,17 @@ class Rewriter(Proposer):
         strategy = STRATEGIES[21]
         if schedule is None:
             return self._from_text(parent, text.turned(parent.source, values), strategy)
-        changed = rewrites.with_knobs(self.program, schedule, values)
-        return self._printed(parent, strategy, changed)
+        try:
+            return self._printed(parent, strategy, rewrites.with_knobs(self.program, schedule, values))
+        except Illegal as reason:
+            return Refusal(str(reason))
 
     def _knobs(self, source: str, schedule: Schedule | None) -> tuple[tuning.Knobs, tuning.Values]:
         """The space of settings, and the present one."""
         if schedule is None:
             found = text.knobs(source)
             return {k.name: k.choices for k in found}, {k.name: k.value for k in found}
-        return rewrites.knobs(self.program, schedule), rewrites.values(self.program, schedule)
+        return rewrites.knobs(self.program, schedule), present(self.program, schedule)
 
     # Text and repairs -------------------------------------------------------------------------------------
 
@@ -203,6 +212,27 @@ def simpler(schedule: Schedule) -> Iterator[Schedule]:
             for plan in schedule.plans
         )
         yield replace(schedule, plans=plans)
+
+
+def present(program: Program, schedule: Schedule) -> dict[str, Any]:
+    """Where the schedule stands in the space of ``rewrites.knobs``."""
+    widths = [flag.split("=")[1] for flag in schedule.flags if flag.startswith("-mprefer-vector-width=")]
+    values: dict[str, Any] = {
+        "vector_width": int(widths[-1]) if widths else 256,
+        "unroll_loops": "-funroll-loops" in schedule.flags,
+        "merged": schedule.merged,
+    }
+    for name in rewrites.knobs(program, schedule).keys() - values.keys():
+        plan, number, knob = name.split(".")
+        group = schedule.plans[int(plan)].groups[int(number)]
+        nest = rewrites.nest_of(program, schedule, int(plan), int(number))
+        if isinstance(nest, Contraction):
+            values[name] = getattr(nest.choices, knob)
+        elif knob.startswith("tile"):
+            values[name] = nest.group.outer[int(knob[4:])][1]
+        else:
+            values[name] = getattr(group, knob)
+    return values
 
 
 def _in_all_groups(schedule: Schedule, **changes: Any) -> Schedule:

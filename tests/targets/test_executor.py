@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ke_gym.languages import cpp
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import Alloc, Call, Launch, Plan, PlanInput, Ref, Step, TensorSpec
+from ke_gym.targets.executor import PlanError, PlanRunner, plan_memory
+
+SOURCE = r"""
+#include <cstdint>
+extern "C" void affine(const float* x, float* out, float scale, double shift, int64_t n, bool negate) {
+  for (int64_t i = 0; i < n; i++) out[i] = (negate ? -1.0f : 1.0f) * (x[i] * scale + float(shift));
+}
+extern "C" void is_null(const float* x, int64_t* out) { out[0] = x == nullptr; }
+"""
+TYPES = ("const float*", "float*", "float", "double", "int64_t", "bool")
+SPEC = TensorSpec((4, 6), (6, 1), "float32")
+TURNED = TensorSpec((6, 4), (1, 6), "float32")
+
+
+@functools.cache
+def binary() -> bytes:
+    return cpp.compile_unit(cpp.Unit(SOURCE)).binary
+
+
+def affine(source: int, out: int, scale: float = 2.0, shift: float = 0.0, negate: bool = False) -> Launch:
+    return Launch("b", "affine", (Ref(source), Ref(out), scale, shift, 24, negate), TYPES)
+
+
+def call(target: str, *args: Any, out: int) -> Call:
+    return Call(f"aten.{target}", args, {}, (out,))
+
+
+def artifact(steps: list[Step], returns: list[int], specs: list[TensorSpec] | None = None) -> Artifact:
+    inputs = (PlanInput("input", "0", SPEC), PlanInput("state", "w", SPEC))
+    plan = Plan(inputs, tuple(steps), tuple(returns), tuple(specs or [SPEC] * len(returns)))
+    assert Plan.from_json(plan.to_json()) == plan
+    return Artifact("cpp", "plan", SOURCE, {"b": binary()}, {"cpu": plan})
+
+
+def tensors() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    return [torch.randn(4, 6)], {"w": torch.randn(4, 6)}
+
+
+def test_scalars_arrive_as_their_c_types() -> None:
+    runner = PlanRunner(artifact([Alloc(2, SPEC), affine(0, 2, 3.0, 1.5, True)], [2]), "cpu", *tensors())
+    inputs, state = tensors()
+    runner.bind(inputs, state)
+    torch.testing.assert_close(runner.run()[0], -(3 * inputs[0] + 1.5))
+
+
+def test_kernels_and_calls_feed_each_other() -> None:
+    inputs, state = tensors()
+    steps = [
+        Alloc(2, SPEC),
+        affine(0, 2),
+        call("add.Tensor", Ref(2), Ref(1), out=3),
+        call("mul.Tensor", Ref(3), Ref(3), out=4),
+        Alloc(5, SPEC),
+        affine(4, 5, 0.5),
+        call("cat.default", (Ref(5), Ref(4)), out=6),
+        call("sum.dim_IntList", Ref(6), (0,), out=7),
+    ]
+    runner = PlanRunner(artifact(steps, [7], [TensorSpec((6,), (1,), "float32")]), "cpu", inputs, state)
+    for _ in range(3):
+        square = (2 * inputs[0] + state["w"]) ** 2
+        torch.testing.assert_close(runner.run()[0], torch.cat([square / 2, square]).sum(0))
+        inputs[0].normal_()
+    assert runner.step_names == ["affine", "aten.add.Tensor", "aten.mul.Tensor", "affine", "aten.cat.default",
+                                 "aten.sum.dim_IntList"]  # fmt: skip
+    times = runner.step_times()
+    assert [name for name, _ in times] == runner.step_names and all(seconds >= 0 for _, seconds in times)
+
+
+def test_outputs_are_fresh_unless_they_are_given() -> None:
+    inputs, state = tensors()
+    plan = artifact([Alloc(2, SPEC), affine(0, 2)], [2])
+    runner = PlanRunner(plan, "cpu", inputs, state)
+    first = runner.run()[0]
+    kept = first.clone()
+    inputs[0].normal_()
+    second = runner.run()[0]
+    assert torch.equal(first, kept) and not torch.equal(second, kept)
+    given = [torch.empty(4, 6)]
+    (out,) = PlanRunner(plan, "cpu", inputs, state, outputs=given).run()
+    assert out.data_ptr() == given[0].data_ptr() and torch.equal(out, 2 * inputs[0])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_outputs_share_memory_with_nothing(given: bool) -> None:
+    inputs, state = tensors()
+    steps: list[Step] = [
+        Alloc(2, SPEC),
+        affine(0, 2),
+        call("t.default", Ref(2), out=3),
+        call("neg.default", Ref(1), out=4),
+        call("view.default", Ref(4), (4, 6), out=5),
+        call("t.default", Ref(0), out=6),
+    ]
+    returns, specs = [2, 3, 2, 4, 5, 6, 0], [SPEC, TURNED, SPEC, SPEC, SPEC, TURNED, SPEC]
+    outputs = [torch.empty_strided(s.shape, s.stride) for s in specs] if given else None
+    results = PlanRunner(artifact(steps, returns, specs), "cpu", inputs, state, outputs=outputs).run()
+    x, w = inputs[0], state["w"]
+    for got, want in zip(results, [2 * x, 2 * x.t(), 2 * x, -w, -w, x.t(), x], strict=True):
+        assert torch.equal(got, want)
+    pointers = {t.untyped_storage().data_ptr() for t in (*results, x, w)}
+    assert len(pointers) == len(results) + 2
+
+
+def test_views_of_fixed_memory_cost_nothing_in_a_run() -> None:
+    inputs, state = tensors()
+    steps: list[Step] = [
+        call("t.default", Ref(0), out=2),
+        call("contiguous.default", Ref(2), out=3),
+        Alloc(4, SPEC),
+        affine(3, 4),
+    ]
+    runner = PlanRunner(artifact(steps, [4]), "cpu", inputs, state)
+    assert runner.step_names == ["aten.contiguous.default", "affine"]
+    assert torch.equal(runner.run()[0].view(6, 4), 2 * inputs[0].t())
+    other, _ = tensors()
+    runner.bind(other)
+    assert torch.equal(runner.run()[0].view(6, 4), 2 * other[0].t())
+
+
+def test_other_tensors_can_be_bound_to_kernels_only() -> None:
+    runner = PlanRunner(artifact([Alloc(2, SPEC), affine(0, 2)], [2]), "cpu", *tensors())
+    for _ in range(3):
+        inputs, _ = tensors()
+        runner.bind(inputs)
+        assert torch.equal(runner.run()[0], 2 * inputs[0])
+
+
+def test_parameters_need_no_gradient() -> None:
+    inputs, _ = tensors()
+    state = {"w": torch.nn.Parameter(torch.randn(4, 6))}
+    (out,) = PlanRunner(
+        artifact([call("add.Tensor", Ref(0), Ref(1), out=2)], [2]), "cpu", inputs, state
+    ).run()
+    assert not out.requires_grad
+
+
+def test_a_missing_pointer_is_null() -> None:
+    flag = TensorSpec((1,), (1,), "int64")
+    launch = Launch("b", "is_null", (None, Ref(2)), ("const float*", "int64_t*"))
+    (out,) = PlanRunner(artifact([Alloc(2, flag), launch], [2], [flag]), "cpu", *tensors()).run()
+    assert out.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (Launch("b", "nothing", (), ()), "has no kernel nothing"),
+        (Launch("c", "affine", (), ()), "binary c, which is missing|is missing"),
+        (Launch("b", "affine", (Ref(0),), ("float",)), "a tensor is passed where the kernel takes float"),
+        (Launch("b", "affine", (1.5,), ("float*",)), "1.5 is passed where the kernel takes float"),
+        (Launch("b", "affine", (1.5,), ("int64_t",)), "1.5 is passed where the kernel takes int64_t"),
+        (Launch("b", "affine", (1,), ("struct s",)), "struct s are not supported"),
+        (call("no_such_operator.default", Ref(0), out=3), "no operator"),
+        (Call("os.system.default", (), {}, ()), "no ATen operator"),
+    ],
+)
+def test_plans_that_cannot_run_are_refused(step: Step, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        PlanRunner(artifact([Alloc(2, SPEC), step], [2]), "cpu", *tensors())
+
+
+def test_inputs_must_be_what_the_plan_was_made_for() -> None:
+    plan = artifact([Alloc(2, SPEC), affine(0, 2)], [2])
+    for wrong in ([torch.randn(4, 7)], [torch.randn(6, 4).t()], [torch.randn(4, 6).double()], []):
+        with pytest.raises(PlanError, match="input 0"):
+            PlanRunner(plan, "cpu", wrong, {"w": torch.randn(4, 6)})
+    with pytest.raises(PlanError, match="state w"):
+        PlanRunner(plan, "cpu", [torch.randn(4, 6)], {})
+
+
+def test_a_file_that_is_no_library_is_refused() -> None:
+    broken = Artifact("cpp", "plan", "", {"b": b"nothing"}, artifact([Alloc(2, SPEC)], [2]).plans)
+    with pytest.raises(PlanError, match="does not load"):
+        PlanRunner(broken, "cpu", *tensors())
+
+
+def chain(sources: list[int]) -> list[Step]:
+    """Allocation ``i`` (value ``2 + i``) holds twice what one of the values before it holds."""
+    steps: list[Step] = []
+    for i, source in enumerate(sources):
+        steps += [Alloc(2 + i, SPEC), affine(source % (2 + i), 2 + i)]
+    return steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.booleans(), st.sampled_from([0, 64, 256]))
+def test_living_intermediates_never_overlap(sources: list[int], reuse: bool, red_zone: int) -> None:
+    inputs, state = tensors()
+    made = artifact(chain(sources), [1 + len(sources)])
+    memory = plan_memory(made.plans["cpu"], reuse=reuse, red_zone=red_zone)
+    arena = torch.full((memory.size,), 0xA5, dtype=torch.uint8)
+    (out,) = PlanRunner(made, "cpu", inputs, state, arena=arena, memory=memory).run()
+    values = [inputs[0], state["w"]]
+    for i, source in enumerate(sources):
+        values.append(2 * values[source % (2 + i)])
+    assert torch.equal(out, values[-1])
+    if not reuse:
+        ends = [(o, o + n) for o, n in sorted(memory.used)]
+        assert all(b[0] - a[1] >= red_zone for a, b in zip(ends, ends[1:], strict=False))
+        untouched = torch.ones(memory.size, dtype=torch.bool)
+        for start, end in ends:
+            untouched[start:end] = False
+        assert bool((arena[untouched] == 0xA5).all())
+
+
+def test_memory_is_reused() -> None:
+    made = artifact(chain([0, 2, 3, 4, 5, 6]), [7])
+    assert plan_memory(made.plans["cpu"]).size < 3 * 128
+    assert plan_memory(made.plans["cpu"], reuse=False).size >= 5 * 96
