@@ -1,8 +1,8 @@
 """Kernel optimization as a Gymnasium environment: proven-correct, measured speedups for PyTorch.
 
-    >>> import ke_gym
-    >>> result = ke_gym.optimize(module, example_inputs, budget=60)
-    >>> result.speedup, result.kernel(*example_inputs)
+>>> import ke_gym
+>>> result = ke_gym.optimize(module, example_inputs, budget=60)
+>>> result.speedup, result.kernel(*example_inputs)
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ke_gym.candidate import Candidate
     from ke_gym.evaluation.evaluation import Evaluation
     from ke_gym.evaluation.evaluator import Evaluator
+    from ke_gym.job import optimize
+    from ke_gym.search.result import Result
     from ke_gym.search.store import Store
     from ke_gym.tasks.task import Task
 
@@ -24,11 +26,13 @@ _HOMES = {
     "Candidate": "ke_gym.candidate",
     "Evaluation": "ke_gym.evaluation.evaluation",
     "Evaluator": "ke_gym.evaluation.evaluator",
+    "Result": "ke_gym.search.result",
     "Store": "ke_gym.search.store",
     "Task": "ke_gym.tasks.task",
+    "optimize": "ke_gym.job",
 }
 
-__all__ = ["Candidate", "Evaluation", "Evaluator", "Store", "Task"]
+__all__ = ["Candidate", "Evaluation", "Evaluator", "Result", "Store", "Task", "optimize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,11 +12,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ke_gym import strategies
 from ke_gym.candidate import Candidate
 from ke_gym.codegen import CodegenError, Program, Schedule, rewrites
 from ke_gym.codegen.contract import Contraction
@@ -142,16 +144,23 @@ class Rewriter(Proposer):
             tried.append((values, gain, judged is not None))
         identity = int(parent.id, 16) % (1 << 31)
         seed = int(np.random.default_rng((context.seed, identity, draw)).integers(1 << 31))
-        values = tuning.suggest(space, current, tried, seed)
-        if values is None:
-            return Refusal("every setting of the knobs was tried")
-        strategy = STRATEGIES[21]
+        strategy = strategies.get("param_tune")
         if schedule is None:
-            return self._from_text(parent, text.turned(parent.source, values), strategy)
+            values = tuning.suggest(space, current, tried, seed)
+            if values is not None:
+                return self._from_text(parent, text.turned(without(parent.source), values), strategy)
+        else:
+            values = tuning.suggest(space, current, tried, seed, partial(self._buildable, schedule))
+            if values is not None:
+                return self._printed(parent, strategy, rewrites.with_knobs(self.program, schedule, values))
+        return Refusal("no setting of the knobs is left to try")
+
+    def _buildable(self, schedule: Schedule, values: tuning.Values) -> bool:
         try:
-            return self._printed(parent, strategy, rewrites.with_knobs(self.program, schedule, values))
-        except Illegal as reason:
-            return Refusal(str(reason))
+            rewrites.with_knobs(self.program, schedule, dict(values))
+        except Illegal:
+            return False
+        return True
 
     def _knobs(self, source: str, schedule: Schedule | None) -> tuple[tuning.Knobs, tuning.Values]:
         """The space of settings, and the present one."""

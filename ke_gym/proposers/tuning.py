@@ -6,26 +6,36 @@ inner evaluation is an ordinary one, charged to the budget. (Optuna; TPE does be
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Knobs = Mapping[str, Sequence[Any]]
 """Name -> the values it may take."""
 Values = Mapping[str, Any]
 
-STARTUP = 6  # random settings before the model is asked
+STARTUP = 8  # settings near the parent's before the model is asked
 TRIES = 16
 
 
 def suggest(
-    knobs: Knobs, current: Values, tried: Sequence[tuple[Values, float | None, bool]], seed: int
+    knobs: Knobs,
+    current: Values,
+    tried: Sequence[tuple[Values, float | None, bool]],
+    seed: int,
+    legal: Callable[[Values], bool] = lambda values: True,
 ) -> dict[str, Any] | None:
-    """A setting not tried yet, or None when the space seems exhausted.
+    """A legal setting not tried yet, or None when none is found.
 
     ``tried`` holds (setting, gain over the parent in log-speedup, told): a gain of None means that it failed,
-    or, if not told, that it is still in flight. ``current`` is the parent's own setting.
+    or, if not told, that it is still in flight. ``current`` is the parent's own setting. The first settings
+    turn a few knobs of ``current``; later ones follow the TPE model.
     """
+    seen = {_key(current), *(_key(values) for values, *_ in tried)}
+    rng = random.Random(seed)
+    if len(tried) < STARTUP:
+        return _neighbour(knobs, current, rng, lambda values: _key(values) not in seen and legal(values))
     import optuna
     from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState, create_trial
@@ -35,10 +45,9 @@ def suggest(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True
+            seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True
         )
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    seen = {_key(current)}
 
     def add(values: Values, state: TrialState, gain: float | None) -> None:
         if values.keys() == space.keys() and all(values[name] in space[name].choices for name in space):
@@ -46,7 +55,6 @@ def suggest(
 
     add(current, TrialState.COMPLETE, 0.0)
     for values, gain, told in tried:
-        seen.add(_key(values))
         if not told:
             add(values, TrialState.RUNNING, None)
         elif gain is None:
@@ -55,9 +63,23 @@ def suggest(
             add(values, TrialState.COMPLETE, gain)
     for _ in range(TRIES):
         trial = study.ask(space)
-        if _key(trial.params) not in seen:
+        if _key(trial.params) not in seen and legal(trial.params):
             return dict(trial.params)
         study.tell(trial, state=TrialState.FAIL)
+    return None
+
+
+def _neighbour(
+    knobs: Knobs, current: Values, rng: random.Random, acceptable: Callable[[Values], bool]
+) -> dict[str, Any] | None:
+    """``current`` with one to three knobs turned."""
+    free = [name for name in sorted(knobs) if len(knobs[name]) > 1]
+    for _ in range(4 * TRIES):
+        values = dict(current)
+        for name in rng.sample(free, min(len(free), rng.randint(1, 3))):
+            values[name] = rng.choice([value for value in knobs[name] if value != current[name]])
+        if acceptable(values):
+            return values
     return None
 
 
