@@ -39,7 +39,7 @@ constexpr int pack_block = 64;  // units of k that a transposing pack stages at 
 // Packs up to W lanes whose k values are contiguous: row(lane, k0, count, buffer) gives a pointer to
 // `count` values, filling the buffer if they are not in memory as such.
 template <class Compute, int W, class Row>
-inline void pack_lanes(int64_t valid, int64_t k, typename arithmetic<Compute>::unit* out, Row&& row) {
+__attribute__((noinline)) void pack_lanes(int64_t valid, int64_t k, typename arithmetic<Compute>::unit* out, Row&& row) {
   using acc_t = typename arithmetic<Compute>::acc;
   using unit_t = typename arithmetic<Compute>::unit;
   constexpr int P = arithmetic<Compute>::k_per_unit, L = lanes<unit_t>, Padded = (W + L - 1) / L * L;
@@ -115,7 +115,7 @@ inline void pack_steps(int64_t valid, int64_t k, typename arithmetic<Compute>::u
 
 // Panel `panel` of a strided operand: lanes have stride `lane_stride`, k has stride `k_stride`.
 template <class Compute, int W, class T>
-inline void pack_strided(const T* data, int64_t lane_stride, int64_t k_stride, int64_t valid, int64_t k,
+__attribute__((noinline)) void pack_strided(const T* data, int64_t lane_stride, int64_t k_stride, int64_t valid, int64_t k,
                          typename arithmetic<Compute>::unit* out) {
   using acc_t = typename arithmetic<Compute>::acc;
   const auto gather = [](const T* from, int64_t stride, int64_t count, acc_t* to) -> const acc_t* {
