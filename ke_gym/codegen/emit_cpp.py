@@ -66,15 +66,16 @@ HELPERS = {
     "min": "#pragma omp declare reduction(min_nan : float, double, int8_t, int16_t, int32_t, int64_t, uint8_t : "
     "omp_out = ke::min(omp_out, omp_in)) initializer(omp_priv = omp_orig)\n",
     "search": """\
-// How many of the ascending row[0..SIZE) are below value (or at most, if RIGHT): branchless binary search.
+// How many of the ascending row[0..SIZE) are below value (or at most, if RIGHT): branchless binary search
+// that probes where torch does, so that NaN among the boundaries or as value gives what torch gives.
 template <int64_t SIZE, bool RIGHT, typename T>
 static inline int64_t search(const T* row, T value) {
-  int64_t first = 0, size = SIZE;
-  while (size > 0) {
-    const int64_t half = size >> 1;
-    const bool beyond = RIGHT ? !(value < row[first + half]) : row[first + half] < value;
-    first += beyond ? size - half : 0;
-    size = half;
+  int64_t first = 0, last = SIZE;
+  while (first < last) {
+    const int64_t middle = first + ((last - first) >> 1);
+    const bool beyond = RIGHT ? !(row[middle] > value) : !(row[middle] >= value);
+    first = beyond ? middle + 1 : first;
+    last = beyond ? last : middle;
   }
   return first;
 }

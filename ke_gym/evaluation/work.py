@@ -16,6 +16,8 @@ from ke_gym.tasks.task import Reference
 
 # Operators that touch only part of an operand: the table is charged what is gathered, not its size.
 _PARTIAL = ("index", "embedding", "gather", "searchsorted", "bucketize", "take", "slice", "select", "narrow")
+# Operators that sum (or otherwise fold) many elements into one, so that rounding may accumulate.
+_FOLDING = ("sum", "mean", "var", "std", "norm", "softmax", "logsumexp", "prod", "cumsum", "loss", "pool")
 # A Winograd or FFT convolution legally does fewer multiplications than the direct count.
 _CONVOLUTION_SLACK = 0.25
 
@@ -39,6 +41,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read: dict[int, float] = defaultdict(float)
         self.flops = 0.0
         self.floor_flops = 0.0
+        self.reduction = 1.0
         self.keep: list[Any] = list(inputs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,6 +54,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += flops
             self.floor_flops += flops * (_CONVOLUTION_SLACK if "conv" in str(func) else 1.0)
         name = func.__name__
+        self._fold(name, args, results)
         for tensor in tree_leaves((args, kwargs)):
             source = self.alias.get(id(tensor)) if isinstance(tensor, Tensor) else None
             if source is None:
@@ -67,6 +71,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+    def _fold(self, name: str, args: Any, results: list[Tensor]) -> None:
+        """Keep the longest reduction: elements in per element out, or the length of the folded dimension."""
+        operand = next((a for a in tree_leaves(args) if isinstance(a, Tensor)), None)
+        if operand is None or not any(word in name for word in _FOLDING) or not operand.numel():
+            return
+        least = min((t.numel() for t in results if t.numel()), default=operand.numel())
+        length = operand.numel() / least
+        if least == operand.numel() and len(args) > 1 and type(args[1]) is int and operand.dim():
+            length = operand.shape[args[1]]
+        self.reduction = max(self.reduction, length)
+
+
 def count(reference: Reference, inputs: list[Any]) -> Work:
     """Run the reference once on real tensors and count what it cannot avoid."""
     tensors = [t for t in inputs if isinstance(t, Tensor)] + list(reference.state.values())
@@ -74,9 +90,6 @@ def count(reference: Reference, inputs: list[Any]) -> Work:
         outputs = reference(*inputs)
     read = sum(min(counter.read[i], counter.sizes[i]) for i in counter.read)
     written = sum(float(t.numel() * t.element_size()) for t in outputs)
-    elements_in = sum(t.numel() for t in tensors)
     elements_out = max(1, min((t.numel() for t in outputs if t.is_floating_point()), default=1))
-    reduction = max(1.0, elements_in / elements_out)
-    if counter.flops:
-        reduction = max(reduction, counter.flops / 2 / elements_out)
+    reduction = max(counter.reduction, counter.flops / 2 / elements_out)
     return Work(read + written, counter.flops, counter.floor_flops, reduction)

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ke_gym import strategies
 from ke_gym.candidate import Candidate
-from ke_gym.codegen import CodegenError, Program, Schedule, rewrites
+from ke_gym.codegen import CodegenError, Group, Program, Schedule, rewrites
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.proposers import text, tuning
@@ -197,18 +197,11 @@ def simpler(schedule: Schedule) -> Iterator[Schedule]:
         yield replace(schedule, compiler=plain.compiler)
     if schedule.merged:
         yield replace(schedule, merged=False)
-    resets = {
-        "stream": False,
-        "prefetch": 0,
-        "peel": False,
-        "simd": 0,
-        "order": 0,
-        "dynamic": False,
-        "staged": (),
-    }
-    for name, value in resets.items():
-        if any(getattr(group, name) != value for plan in schedule.plans for group in plan.groups):
-            yield _in_all_groups(schedule, **{name: value})
+    for field in fields(Group):
+        if field.name not in ("nodes", "anchor", "outer", "accumulators", "grain") and any(
+            getattr(group, field.name) != field.default for plan in schedule.plans for group in plan.groups
+        ):
+            yield _in_all_groups(schedule, **{field.name: field.default})
     if any(tile > 1 for plan in schedule.plans for group in plan.groups for _, tile in group.outer):
         plans = tuple(
             replace(

@@ -100,7 +100,7 @@ extern "C" void row_sum(const float* x, float* out, int64_t rows, int64_t n) {
     for (int64_t i = 0; i < rows; ++i) {
         double sum[16] = {};
         for (int64_t j = 0; j + 16 <= n; j += 16)
-            for (int k = 0; k < 16; ++k) sum[k] += x[i * n + j + k];
+            for (int k = 0; k < 16; ++k) sum[k] += double(x[i * n + j + k]) * x[i * n + j + k];
         for (int k = 1; k < 16; ++k) sum[0] += sum[k];
         out[i] = sum[0];
     }

@@ -1,0 +1,49 @@
+"""Design rule 8 over the whole built-in suite, and on tasks that deserve to fail it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ke_gym.evaluation.selfcheck import check
+from ke_gym.evaluation.zygote import Zygote
+from ke_gym.targets import cpu
+from ke_gym.tasks import library
+from ke_gym.tasks.task import Task
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote(cpu.facts().cores) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", library())
+def test_every_task_proves_itself(name: str, zygote: Zygote) -> None:
+    result = check(library()[name], zygote)
+    assert result.ok, result.reason
+    assert result.mutants >= 2
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        ("return torch.zeros_like(x) * x.shape[0]", "mutants survive: zeros"),
+        ("return x.clone()", "copy of input 0"),
+        ("return x * 1.5", "skipped mul"),
+    ],
+)
+def test_a_task_that_could_be_cheated_is_refused(
+    forward: str, reason: str, tmp_path: Path, zygote: Zygote
+) -> None:
+    path = tmp_path / "weak.py"
+    path.write_text(
+        "import torch\ntolerance = 0.9\nclass Model(torch.nn.Module):\n"
+        f"    def forward(self, x):\n        {forward}\n"
+        "def get_inputs():\n    return [torch.randn(64, 64)]\n"
+    )
+    result = check(Task.load(str(path)), zygote)
+    assert not result.ok
+    assert reason in result.reason

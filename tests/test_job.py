@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ke_gym
+from ke_gym.errors import UserError
+from ke_gym.job import read_run
+from ke_gym.search.run import Watch
+from ke_gym.search.session import Session
+from ke_gym.search.store import Store
+from ke_gym.search.tree import Node
+
+
+class Chain(nn.Module):
+    """Seven passes over memory in eager mode, one in a generated kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * self.scale + 1.0
+        return torch.sigmoid(y) * torch.tanh(y) - 0.5 * y * y
+
+
+class StopAfter(Watch):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def told(self, session: Session, node: Node, improved: bool) -> None:
+        if len(session.tree) == self.count:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    patch = pytest.MonkeyPatch()
+    home = tmp_path_factory.mktemp("home")
+    patch.setenv("KE_GYM_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="module")
+def module() -> Chain:
+    torch.manual_seed(0)
+    return Chain().eval()
+
+
+@pytest.fixture(scope="module")
+def result(module: Chain, tmp_path_factory: pytest.TempPathFactory) -> ke_gym.Result:
+    out = tmp_path_factory.mktemp("runs")
+    example = torch.randn(512, 256)
+    stopped = ke_gym.optimize(module, example, budget=4, out=out, watch=StopAfter(2))
+    assert (stopped.stopped, stopped.evaluations) == ("interrupted", 2)
+    return ke_gym.optimize(module, example, budget=4, resume=stopped.run_dir)
+
+
+def test_three_lines_from_python(result: ke_gym.Result, module: Chain) -> None:
+    assert result.evaluations == 4 and result.valid == 1.0
+    assert result.kernel_coverage == 1.0
+    x = torch.randn(512, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(result.kernel(x), module(x))
+        torch.testing.assert_close(result.kernel(x[:7]), module(x[:7]))
+    assert sum(result.kernel.fallbacks.values()) >= 1
+
+
+def test_a_resumed_run_kept_what_was_paid_for(result: ke_gym.Result, own_home: Path) -> None:
+    _, settings = read_run(result.run_dir)
+    with Store(own_home / "store.db") as store:
+        nodes = store.nodes(settings.session)
+    assert len([node for node in nodes if node.evaluation is not None]) == 4
+
+
+def test_the_run_folder_holds_kernel_artifact_result_and_report(result: ke_gym.Result) -> None:
+    names = {path.name for path in result.run_dir.iterdir()}
+    assert names == {"best.py", "artifact.bin", "result.json", "report.html", "run.json"}
+    data = json.loads((result.run_dir / "result.json").read_text())
+    assert data["speedup"] == result.speedup and data["evaluations"] == 4
+    assert (result.run_dir / "best.py").read_text() == result.source
+
+
+def test_the_report_is_one_page_that_needs_no_network(result: ke_gym.Result) -> None:
+    page = result.report().read_text()
+    assert not re.search(r"(src|href)\s*=|<script|@import|url\(", page)
+    for part in ("Speedup so far", "Search tree", "The winning kernel module", "How far to believe this"):
+        assert part in page
+    assert page.count("<svg") == 3
+
+
+def test_bad_input_is_refused_in_one_sentence(result: ke_gym.Result, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="example inputs"):
+        ke_gym.optimize(Chain())
+    with pytest.raises(UserError, match="buys nothing"):
+        ke_gym.optimize("softmax", budget=0)
+    with pytest.raises(UserError, match="has changed or is not softmax"):
+        ke_gym.optimize("softmax", resume=result.run_dir)
+    with pytest.raises(UserError, match="not a run's folder"):
+        ke_gym.optimize("softmax", resume=tmp_path)
+    (tmp_path / "run.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="another version"):
+        ke_gym.optimize("softmax", resume=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        ke_gym.optimize("softmax", out=tmp_path / "file")
