@@ -22,6 +22,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.languages.base import BuildError
+from ke_gym.languages.plan import TensorSpec
 from ke_gym.report import write_report
 from ke_gym.search.budget import Budget
 from ke_gym.search.result import Result
@@ -32,6 +33,7 @@ from ke_gym.tasks import Reference, Task
 
 RUN_FORMAT = 1
 RUN_FILE = "run.json"
+TASK_FILE = "task.bin"
 FINALISTS = 3
 
 
@@ -74,7 +76,7 @@ def optimize(
     """Search for a faster kernel for one task.
 
     Args:
-        task: a live ``nn.Module`` (with ``example_inputs``: a tensor or a sequence of positional arguments),
+XX
         a
             suite task's name, a KernelBench-format file, or a ``Task``.
         budget, seconds, dollars: limits; the first that is reached ends the search.
@@ -96,17 +98,16 @@ def optimize(
     loaded = _task(task, example_inputs)
     if resume is not None:
         run_dir, settings = read_run(resume)
-        if settings.task_id != loaded.id:
-            raise UserError(
-                f"{run_dir} is a run of {settings.spec}, which has changed or is not {loaded.name};"
-                " start a new run"
-            )
+        loaded = _recorded_task(loaded, run_dir, settings)
     else:
         run_dir = new_run_dir(out, loaded.name)
+        spec = loaded.name if loaded.payload else loaded.path
         settings = RunSettings(
-            RUN_FORMAT, uuid.uuid4().hex[:16], "", loaded.name if loaded.payload else loaded.path, loaded.id,
-            target, baseline, policy, proposer, seed, threads, workers,
+            RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
+            threads, workers,
         )  # fmt: skip
+        if loaded.payload:
+            (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())
     module = task if isinstance(task, nn.Module) else None
     return _search(loaded, module, settings, limits, run_dir, watch or Watch())
 
@@ -122,6 +123,26 @@ def _task(task: Task | nn.Module | str | Path, example_inputs: Any) -> Task:
     if example_inputs is not None:
         raise UserError("example inputs go with a module; a task file brings its own (get_inputs)")
     return task if isinstance(task, Task) else Task.load(task)
+
+
+def _recorded_task(task: Task, run_dir: Path, settings: RunSettings) -> Task:
+    """The task a run was made for, if ``task`` is still that one.
+
+    A live module pickles differently from time to time, so its run keeps the pickled task, and any module
+    with the same parameters will do.
+    """
+    recorded = task
+    if task.payload and settings.spec == task.name and (run_dir / TASK_FILE).exists():
+        recorded = Task.from_bytes((run_dir / TASK_FILE).read_bytes())
+        states = [t.reference(t.contract(settings.target)).state for t in (task, recorded)]
+        mine, theirs = ({name: TensorSpec.of(tensor) for name, tensor in s.items()} for s in states)
+        if mine != theirs:
+            recorded = task
+    if recorded.id != settings.task_id:
+        raise UserError(
+            f"{run_dir} is a run of {settings.spec}, which has changed or is not {task.name}; start a new run"
+        )
+    return recorded
 
 
 def _search(
