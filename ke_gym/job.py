@@ -76,9 +76,8 @@ def optimize(
     """Search for a faster kernel for one task.
 
     Args:
-XX
-        a
-            suite task's name, a KernelBench-format file, or a ``Task``.
+        task: a live ``nn.Module`` (with ``example_inputs``: a tensor or a sequence of positional arguments),
+            or a suite task's name, a KernelBench-format file, or a ``Task``.
         budget, seconds, dollars: limits; the first that is reached ends the search.
         target: the device to optimize for.
         baseline: ``"eager"`` or ``"compile"``: what speedups are against.

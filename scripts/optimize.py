@@ -75,6 +75,8 @@ def main(args: Args) -> int:
         check_out(args.out)
 
     console = Console(stderr=args.json)
+    if not console.is_terminal:
+        console.width = 120
     results: list[Result] = []
     for number, task in enumerate(chosen, 1):
         title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"

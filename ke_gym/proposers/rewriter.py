@@ -138,10 +138,10 @@ class Rewriter(Proposer):
             return Refusal("this kernel exposes no knob")
         tried = []
         for trial in context.siblings:
-            _, values = self._knobs(trial.candidate.source, recover(trial.candidate.source))
+            _, setting = self._knobs(trial.candidate.source, recover(trial.candidate.source))
             judged = trial.evaluation
             gain = judged.log_speedup - base if judged is not None and judged.correct else None
-            tried.append((values, gain, judged is not None))
+            tried.append((setting, gain, judged is not None))
         identity = int(parent.id, 16) % (1 << 31)
         seed = int(np.random.default_rng((context.seed, identity, draw)).integers(1 << 31))
         strategy = strategies.get("param_tune")

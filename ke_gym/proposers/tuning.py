@@ -37,11 +37,11 @@ def suggest(
     if len(tried) < STARTUP:
         return _neighbour(knobs, current, rng, lambda values: _key(values) not in seen and legal(values))
     import optuna
-    from optuna.distributions import CategoricalDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = {name: CategoricalDistribution(list(choices)) for name, choices in knobs.items()}
+    space: dict[str, BaseDistribution] = {n: CategoricalDistribution(list(c)) for n, c in knobs.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
@@ -50,7 +50,7 @@ def suggest(
     study = optuna.create_study(direction="maximize", sampler=sampler)
 
     def add(values: Values, state: TrialState, gain: float | None) -> None:
-        if values.keys() == space.keys() and all(values[name] in space[name].choices for name in space):
+        if values.keys() == space.keys() and all(values[name] in knobs[name] for name in space):
             study.add_trial(create_trial(state=state, params=dict(values), distributions=space, value=gain))
 
     add(current, TrialState.COMPLETE, 0.0)

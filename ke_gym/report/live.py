@@ -47,8 +47,10 @@ class Pace:
 def describe_best(session: Session) -> str:
     """The best so far in a few words."""
     best = session.tree.best
-    if best is None or best.evaluation.speedup_ci is None:
+    if best is None:
         return "nothing correct yet"
+    if best.evaluation.speedup_ci is None:  # it left its race after a call or two
+        return f"about {best.speedup:.2f}x"
     low, high = best.evaluation.speedup_ci
     return f"{best.speedup:.2f}x [{low:.2f}, {high:.2f}]"
 

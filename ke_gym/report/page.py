@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 import torch
 from markupsafe import Markup
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import CppLexer, PythonLexer
+from pygments import highlight  # type: ignore[import-untyped]
+from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
+from pygments.lexers import CppLexer, PythonLexer  # type: ignore[import-untyped]
 
 from ke_gym import strategies
 from ke_gym.evaluation.evaluator import Evaluator
@@ -134,9 +134,9 @@ def _steps(tree: Tree) -> Iterator[Step]:
 
 def _difference(before: str, after: str) -> list[tuple[str, str]]:
     """Unified diff as (CSS class, line), without file names; a schedule's comment line is left out."""
-    texts = [without(text).splitlines() for text in (before, after)]
+    old, new = (without(text).splitlines() for text in (before, after))
     kinds = {"+": "add", "-": "del", "@": "hunk", " ": "same"}
-    diff = difflib.unified_diff(*texts, lineterm="", n=2)
+    diff = difflib.unified_diff(old, new, lineterm="", n=2)
     return [(kinds[line[0]], line) for line in list(diff)[2:]]
 
 

@@ -36,8 +36,10 @@ def _dot(x: float, y: float, radius: float, kind: str, title: str, style: str = 
 
 def describe(node: Node) -> str:
     """One node in a tooltip's words."""
-    low, high = node.evaluation.speedup_ci or (0.0, 0.0)
-    what = f"{node.speedup:.2f}x [{low:.2f}, {high:.2f}]" if node.correct else node.evaluation.outcome
+    what = f"{node.speedup:.2f}x" if node.correct else node.evaluation.outcome
+    if node.correct and node.evaluation.speedup_ci:
+        low, high = node.evaluation.speedup_ci
+        what += f" [{low:.2f}, {high:.2f}]"
     parent = f" on #{node.parent}" if node.parent is not None else ""
     return f"#{node.number} {node.strategy}{parent}: {what}"
 
