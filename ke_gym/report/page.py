@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from ke_gym.search.result import Result
 from ke_gym.search.session import Session
 from ke_gym.search.tree import Node, Tree
 
-# What stands between the quotes of a kernel literal (the lookarounds keep the quotes in the Python parts).
-_LITERAL = re.compile(r"(?<=\br''')((?:(?!''').)*)(?=''')", re.S)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -107,11 +104,12 @@ def _roofline(result: Result, evaluator: Evaluator) -> str:
 def _highlighted(source: str) -> Markup:
     """Python, with the C++ in its literals highlighted as C++; a schedule's line is left out."""
     formatter = HtmlFormatter(nowrap=True)
+    quotes = Markup("<span class=\"s\">'''</span>")
     parts = []
-    for index, part in enumerate(_LITERAL.split(without(source))):
-        lexer = CppLexer(stripnl=False) if index % 2 else PythonLexer(stripnl=False, ensurenl=False)
-        parts.append(Markup(highlight(part, lexer, formatter)))
-    return Markup("").join(parts)
+    for index, part in enumerate(without(source).split("'''")):
+        lexer = CppLexer if index % 2 else PythonLexer
+        parts.append(Markup(highlight(part, lexer(stripnl=False, ensurenl=False), formatter)))
+    return quotes.join(parts)
 
 
 def _css() -> str:
@@ -127,7 +125,7 @@ def _steps(tree: Tree) -> Iterator[Step]:
         lines = [] if not before else _difference(before, after)
         added = sum(kind == "add" for kind, _ in lines)
         removed = sum(kind == "del" for kind, _ in lines)
-        body = Markup("\n").join(Markup('<span class="{}">{}</span>').format(*line) for line in lines)
+        body = Markup("").join(Markup('<span class="{}">{}</span>').format(*line) for line in lines)
         yield Step(node, gain, body, added, removed)
         before = after
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -77,10 +78,9 @@ def progress(tree: Tree) -> str:
     order = {node.number: index for index, node in enumerate(nodes)}
     if tree.leaders:
         points, band_low, band_high = [], [], []
-        for position, leader in enumerate(tree.leaders):
-            start = order[leader.number]
-            following = tree.leaders[position + 1 :]
-            end = order[following[0].number] if following else len(nodes) - 0.5
+        # A winner crowned after the search may be an early candidate: its reign begins at the end.
+        starts = list(itertools.accumulate((order[leader.number] for leader in tree.leaders), max))
+        for leader, start, end in zip(tree.leaders, starts, [*starts[1:], len(nodes) - 0.5]):
             low, high = leader.evaluation.speedup_ci or (leader.speedup, leader.speedup)
             for index in (start, end):
                 points.append(f"{x(index):.1f},{y(leader.speedup):.1f}")
@@ -116,7 +116,7 @@ def _shade(speedup: float, best: float) -> str:
 
 def search_tree(tree: Tree) -> str:
     """The tree from the reference (left) outwards; colour is speedup, the winning path is drawn bold."""
-    row, left, top = 17.0, 96.0, 22.0
+    row, left, top = 17.0, 96.0, 36.0
     rows: dict[int, float] = {}
     depth: dict[int, int] = {}
     next_row = 0.0
@@ -134,7 +134,7 @@ def search_tree(tree: Tree) -> str:
 
     roots = [place(child.number, 1) for child in tree.children(None)]
     levels = max(depth.values(), default=1)
-    column = min(150.0, (WIDTH - left - 120) / levels)
+    column = min(150.0, (WIDTH - left - 150) / levels)
     height = top + row * max(next_row, 1) + 16
     root_y = top + row * (sum(roots) / len(roots) if roots else 0)
     winning = {node.number for node in tree.path(tree.best)} if tree.best else set()
@@ -158,10 +158,12 @@ def search_tree(tree: Tree) -> str:
             dots.append(_dot(x2, y2, 6.5 if bold else 5, ring, describe(node), _shade(node.speedup, best)))
         else:
             dots.append(_dot(x2, y2, 3.2, "failed", describe(node)))
-        if bold or not tree.children(node.number):
-            what = f"{node.strategy} {node.speedup:.2f}x" if node.correct else node.strategy
-            kind = "label strong" if bold else "label"
-            labels.append(_text(x2 + 10, y2 + 3.5 if not bold else y2 - 8, what, kind, "start"))
+        speed = f"{node.speedup:.2f}x" if node.correct else ""
+        if bold:
+            labels.append(_text(x2, y2 - 22, node.strategy, "label strong"))
+            labels.append(_text(x2, y2 - 10, speed, "label strong"))
+        elif not tree.children(node.number):
+            labels.append(_text(x2 + 10, y2 + 3.5, f"{node.strategy} {speed}", "label", "start"))
     dots.append(_dot(left, root_y, 6.5, "reference", "the reference"))
     labels.append(_text(left - 12, root_y + 4, "reference", "label strong", "end"))
     return _svg(WIDTH, height, edges + dots + labels, "search tree")
