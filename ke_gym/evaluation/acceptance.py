@@ -226,5 +226,5 @@ def error_pattern(wrong: Tensor) -> str:
             step = places[1] - places[0]
             if all(b - a == step for a, b in zip(places, places[1:])):
                 words.append(f"one index in {step} from {first} of dimension {axis}")
-    share = f"{count} of {total} elements ({100 * count / total:.2g} %)"
+    share = f"{count} of {total} elements ({100 * count / total:.3g} %)"
     return share + (": " + ", ".join(words) if words else ": scattered")

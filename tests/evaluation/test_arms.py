@@ -40,7 +40,7 @@ extern "C" {
 void twice(const f* x, f* t, f* out) { for (int i = 0; i < 2048; i++) { t[i] = x[i]; out[i] = 2 * t[i]; } }
 void crash(const f* x, f* t, f* out) { static int* volatile nowhere; *nowhere = 1; }
 void write_input(const f* x, f* t, f* out) { ((volatile f*)x)[5] = 1; }
-void divide(const f* x, f* t, f* out) { volatile int zero = 0; out[0] = 1 / zero; }
+void divide(const f* x, f* t, f* out) { volatile int zero = 0, seven = 7; out[0] = seven / zero; }
 void give_up(const f* x, f* t, f* out) { abort(); }
 void throws(const f* x, f* t, f* out) { throw std::runtime_error("thrown in a kernel"); }
 void hang(const f* x, f* t, f* out) { for (;;) asm volatile(""); }
@@ -199,7 +199,7 @@ def test_a_background_thread_stands_still_between_calls(zygote: Zygote) -> None:
         spent = ticks()
         time.sleep(0.3)
         assert ticks() == spent
-        assert count() > before
+        assert any(count() > before for _ in range(1000))  # each call lets it run for microseconds
 
 
 HOST = """
