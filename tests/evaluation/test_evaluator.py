@@ -67,7 +67,9 @@ def test_aten_calls_are_allowed_and_reported(evaluator: Evaluator) -> None:
 
 
 def test_a_clearly_slower_candidate_never_counts_as_a_gain(evaluator: Evaluator) -> None:
-    slow = variant("float top = a[0];", "for (int k = 0; k < 40; ++k) ke::slow(y, n);\n        float top = a[0];")
+    slow = variant(
+        "float top = a[0];", "for (int k = 0; k < 40; ++k) ke::slow(y, n);\n        float top = a[0];"
+    )
     slow = Candidate(
         slow.source.replace(
             'extern "C" void softmax',
