@@ -1,7 +1,6 @@
 """Benchmarks of the project itself. Never tests: they print what this machine does.
 
     python scripts/benchmark.py evaluation      can verdicts be trusted, and how fast are they
-    python scripts/benchmark.py suite           the built-in suite at a fixed budget, against eager and compile
 
 Every table in docs/results.md names the command that made it.
 """
@@ -9,7 +8,6 @@ Every table in docs/results.md names the command that made it.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import psutil
 import tyro
 from rich.console import Console
@@ -103,6 +100,11 @@ class Evaluation:
         console.print(table)
         if self.json:
             self.json.write_text(json.dumps([list(r) for r in rows], indent=1))
+
+
+def evaluation(args: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
+    """Can verdicts be trusted, and how fast are they."""
+    args.run()
 
 
 def resolution(evaluator: Evaluator, races: int) -> list[tuple[str, str, str, bool]]:
@@ -202,7 +204,7 @@ def exploits() -> list[tuple[str, str, str, bool]]:
     from ke_gym.testing import honest
 
     attempts = cheats.run()
-    accepted = [r.exploit.name for r in attempts if not r.ok]
+    accepted = [r.exploit.name for r in attempts if not r.caught]
     decent = honest.run()
     rejected = [r.kernel.name for r in decent if not r.ok]
     return [
@@ -216,15 +218,9 @@ def exploits() -> list[tuple[str, str, str, bool]]:
     ]
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(float(np.mean(np.log(values)))) if values else 1.0
-
-
-Command = Annotated[Evaluation, tyro.conf.subcommand("evaluation")]
-
 if __name__ == "__main__":
     try:
-        tyro.cli(Command, description=__doc__).run()
+        tyro.extras.subcommand_cli_from_dict({"evaluation": evaluation}, description=__doc__)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

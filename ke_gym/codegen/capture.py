@@ -100,7 +100,7 @@ EXTRA = (
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(torch.export.default_decompositions().items())
+    table = dict(torch.export.default_decompositions().items())  # type: ignore[no-untyped-call]
     table.update(get_decompositions(list(EXTRA)))
     for op in KEPT:
         table.pop(op, None)

@@ -208,7 +208,11 @@ class Builder:
         """The index of the product's element ``acc[j]`` in terms of the strip's variables."""
         p = self.problem
         if isinstance(p, templates.GemmProblem):
-            return (*unravel(variable("batch", p.batches), p.batch), variable("row", p.m), variable("at", p.n))
+            return (
+                *unravel(variable("batch", p.batches), p.batch),
+                variable("row", p.m),
+                variable("at", p.n),
+            )
         spatial = unravel(variable("at", math.prod(p.out_size)), p.out_size)
         return (variable("batch", p.batch), variable("channel", p.out_channels), *spatial)
 
@@ -263,7 +267,9 @@ class Builder:
             self._vectorizable_index(flat)
         return Store(name, buffer.dtype, flat, expr, op)
 
-    def _solve(self, node: Node, place: tuple[Index, ...], indices: dict[str, tuple[Index, ...]]) -> dict[Var, Index]:
+    def _solve(
+        self, node: Node, place: tuple[Index, ...], indices: dict[str, tuple[Index, ...]]
+    ) -> dict[Var, Index]:
         """The node's loops as functions of the product's index, from how it reads the product."""
         binding: dict[Var, Index] = {}
         for load in [n for n in walk(node.expr) if isinstance(n, Load)]:
@@ -296,7 +302,9 @@ class Builder:
 
     def _vectorizable_index(self, index: Index) -> None:
         for node in walk(index):
-            if isinstance(node, Quotient) and any(isinstance(n, Var) and n.name == "at" for n in walk(node.index)):
+            if isinstance(node, Quotient) and any(
+                isinstance(n, Var) and n.name == "at" for n in walk(node.index)
+            ):
                 raise Illegal("strips would be divided")
 
     # ---------------------------------------------------------------------------------------- prologue
@@ -338,7 +346,9 @@ class Builder:
             flat = flat + i * s
         return Load(load.buffer, (flat,), load.dtype)
 
-    def _reads(self, stores: list[Store], prologue: Expr | None, operands: tuple[View, View]) -> tuple[Buffer, ...]:
+    def _reads(
+        self, stores: list[Store], prologue: Expr | None, operands: tuple[View, View]
+    ) -> tuple[Buffer, ...]:
         names = dict.fromkeys(v.buffer for v in operands if v.buffer not in self.nodes)
         roots = [s.expr for s in stores] + ([prologue] if prologue is not None else [])
         for node in walk(*roots):

@@ -44,11 +44,50 @@ _INFIX = {
     "shr": ">>",
 }  # fmt: skip
 _KE = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p tanh erf sqrt rsqrt sin cos pow sigmoid silu gelu gelu_tanh max min "
-    "copysign".split()
+    [
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "tanh",
+        "erf",
+        "sqrt",
+        "rsqrt",
+        "sin",
+        "cos",
+        "pow",
+        "sigmoid",
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "max",
+        "min",
+        "copysign",
+    ]
 )
 _STD = frozenset(
-    "erfc lgamma tan asin acos atan sinh cosh asinh acosh atanh atan2 fmod hypot floor ceil trunc".split()
+    [
+        "erfc",
+        "lgamma",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "atan2",
+        "fmod",
+        "hypot",
+        "floor",
+        "ceil",
+        "trunc",
+    ]
 )
 _F64_STD = frozenset(("exp2", "log2", "log10"))
 
@@ -261,13 +300,23 @@ class Text:
         if name == "bitnot":
             return f"({kind})(~{args[0]})"
         if name == "abs":
-            return f"ke::abs({bare})" if is_float(expr.dtype) else f"({kind})({args[0]} < 0 ? -{args[0]} : {args[0]})"
+            return (
+                f"ke::abs({bare})"
+                if is_float(expr.dtype)
+                else f"({kind})({args[0]} < 0 ? -{args[0]} : {args[0]})"
+            )
         if name == "sign":
             return f"({kind})(({args[0]} > 0) - ({args[0]} < 0))"
         if name == "round":
-            return f"__builtin_rint{'f' if expr.dtype == 'f32' else ''}({bare})" if is_float(source) else args[0]
+            return (
+                f"__builtin_rint{'f' if expr.dtype == 'f32' else ''}({bare})" if is_float(source) else args[0]
+            )
         if name in ("floor", "ceil", "trunc"):
-            return f"__builtin_{name}{'f' if expr.dtype == 'f32' else ''}({bare})" if is_float(source) else args[0]
+            return (
+                f"__builtin_{name}{'f' if expr.dtype == 'f32' else ''}({bare})"
+                if is_float(source)
+                else args[0]
+            )
         if name in ("floordiv", "remainder") or (name == "pow" and not is_float(expr.dtype)):
             helper = "power" if name == "pow" else name
             self.used.add(helper)
@@ -355,7 +404,9 @@ def _indirects(index: Index) -> list[Interned]:
 
 
 def _simple(text: str) -> bool:
-    return text.isidentifier() or (text.endswith("]") and text.count("[") == 1 and " " not in text.split("[")[0])
+    return text.isidentifier() or (
+        text.endswith("]") and text.count("[") == 1 and " " not in text.split("[")[0]
+    )
 
 
 def store_text(text: str, dtype: str, value_dtype: str) -> str:
@@ -438,7 +489,7 @@ class Printer:
                 self.open(f"for (int64_t i = 0; i < {local.size}; ++i)")
                 self.line(f"{kind} total = {local.name}_sum[i];")
                 self.line(
-                    f"for (int t = 1; t < threads; ++t) "
+                    "for (int t = 1; t < threads; ++t) "
                     + accumulate(op, "total", f"{local.name}_sum[t * (int64_t){_padded(local)} + i]")
                 )
                 self.line(f"{out.name}[i] = {store_text('total', out.dtype, local.dtype)};")
@@ -455,7 +506,9 @@ class Printer:
             schedule = "dynamic" if self.nest.group.dynamic and not self.nest.private else "static"
             self.line(f"#pragma omp {work}{nested} schedule({schedule})")
         for loop in loops:
-            self.open(f"for (int64_t {loop.var.name} = 0; {loop.var.name} < {loop.var.size}; ++{loop.var.name})")
+            self.open(
+                f"for (int64_t {loop.var.name} = 0; {loop.var.name} < {loop.var.size}; ++{loop.var.name})"
+            )
         for loop in self.nest.outer:
             if loop.var.size == 1:
                 self.line(f"constexpr int64_t {loop.var.name} = 0;")
@@ -478,7 +531,9 @@ class Printer:
         var, inner = nest.outer[-1].var, nest.stages[0].loops
         later = Rewriter({var: of(var) + ahead, **{loop.var: linear(0, []) for loop in inner}})
         lines = []
-        for load in dict.fromkeys(n for i in nest.stages[0].items for n in walk(i.expr) if isinstance(n, Load)):
+        for load in dict.fromkeys(
+            n for i in nest.stages[0].items for n in walk(i.expr) if isinstance(n, Load)
+        ):
             if not load.index or load.index[0].coefficient(inner[-1].var) != 1:
                 continue
             if any(n is var for n in walk(load.index[0])):
@@ -503,11 +558,10 @@ class Printer:
         loops = stage.loops
         starts = {id(item): trailing(item, loops) for item in stage.items}
         for item in stage.items:
-            if item.op and starts[id(item)] is None or (item.op and any(
-                loop.var in item.reduced for loop in loops[: starts[id(item)] or 0]
-            )):  # fmt: skip
-                if item.target.kind in ("row", "global"):
-                    self._initialise(item, loops)
+            outside = loops[: starts[id(item)] or 0]
+            folds = starts[id(item)] is None or any(loop.var in item.reduced for loop in outside)
+            if item.op and folds and item.target.kind in ("row", "global"):
+                self._initialise(item, loops)
         self._loop(stage, starts, 0, parallel)
 
     def _initialise(self, item: Item, loops: tuple[Loop, ...]) -> None:
@@ -542,14 +596,22 @@ class Printer:
         streams = self._streams(stage, starts)
         for item in begun:
             kind, start = TYPES[acc_dtype(item)], identity(item.op or "sum", acc_dtype(item))
-            names = [f"{item.node.name}_acc{u}" for u in range(streams)] if streams > 1 else [f"{item.node.name}_acc"]
+            names = (
+                [f"{item.node.name}_acc{u}" for u in range(streams)]
+                if streams > 1
+                else [f"{item.node.name}_acc"]
+            )
             self.line(f"{kind} " + ", ".join(f"{n} = {start}" for n in names) + ";")
         if innermost:
             self._innermost(stage, starts, streams, parallel)
         else:
             if parallel and depth == 0:
                 nested = len(loops) - 1
-                self.line("#pragma omp parallel for" + (f" collapse({nested})" if nested > 1 else "") + " schedule(static)")
+                self.line(
+                    "#pragma omp parallel for"
+                    + (f" collapse({nested})" if nested > 1 else "")
+                    + " schedule(static)"
+                )
             if depth == len(loops) - 2 and self._jam(stage, starts):
                 self._jammed(stage, starts)
             else:
@@ -648,7 +710,12 @@ class Printer:
         self.line(" ".join([head, *clauses]))
 
     def _statements(
-        self, stage: Stage, items: tuple[Item, ...], shift: Rewriter, stream: str, starts: dict[int, int | None]
+        self,
+        stage: Stage,
+        items: tuple[Item, ...],
+        shift: Rewriter,
+        stream: str,
+        starts: dict[int, int | None],
     ) -> None:
         text = Text(self.used, self.sizes)
         text.count = int(stream or 0) * 100
@@ -667,14 +734,18 @@ class Printer:
                 self.line(f"const {TYPES[target.dtype]} {target.name} = {_bare(value)};")
                 text.names[expr] = target.name
             else:
-                self.line(f"{self._place(target, text, shift)} = {store_text(_bare(value), target.dtype, expr.dtype)};")
+                self.line(
+                    f"{self._place(target, text, shift)} = {store_text(_bare(value), target.dtype, expr.dtype)};"
+                )
 
     def _update(self, op: str, place: str, target: Target, value: str) -> None:
         inner = compute_dtype(target.dtype)
         if target.kind == "private" or inner == target.dtype:
             self.line(accumulate(op, place, _bare(value)))
         else:
-            self.line(f"{place} = {store_text(combine(op, f'({TYPES[inner]}){place}', value), target.dtype, inner)};")
+            self.line(
+                f"{place} = {store_text(combine(op, f'({TYPES[inner]}){place}', value), target.dtype, inner)};"
+            )
 
     def _place(self, target: Target, text: Text, shift: Rewriter) -> str:
         suffix = "_part" if target.kind == "private" else ""
@@ -683,7 +754,9 @@ class Printer:
     def _finish(self, item: Item, outside: tuple[Loop, ...], streams: int) -> None:
         """Store a finished register accumulator, or add it to what earlier reduced loops left."""
         op = item.op or "sum"
-        names = [f"{item.node.name}_acc{u}" for u in range(streams)] if streams > 1 else [f"{item.node.name}_acc"]
+        names = (
+            [f"{item.node.name}_acc{u}" for u in range(streams)] if streams > 1 else [f"{item.node.name}_acc"]
+        )
         while len(names) > 1:
             names = [
                 (f"({combine(op, a, b)})" if _COMBINE[op] not in ("max", "min") else combine(op, a, b))
@@ -841,7 +914,9 @@ def print_contraction(c: Contraction, used: set[str]) -> str:
         if c.prologue is not None:
             printer = Text(used)
             lines = printer.bind([c.prologue])
-            prologue = "\n".join(_loop_text("k", c.prologue, [*lines, f"out[j] = {_bare(printer.expr(c.prologue))};"]))
+            prologue = "\n".join(
+                _loop_text("k", c.prologue, [*lines, f"out[j] = {_bare(printer.expr(c.prologue))};"])
+            )
         text = templates.emit_gemm(
             c.problem, c.choices, left, right, "\n".join(epilogue), prologue, c.vector_bytes
         )

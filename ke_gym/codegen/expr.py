@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 DTYPES = ("f32", "f64", "bf16", "f16", "i8", "i16", "i32", "i64", "u8", "bool")
 BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u8": 1, "bool": 1}
@@ -31,9 +31,12 @@ class Interned:
     """Base of immutable nodes: constructing the same fields twice gives the same object."""
 
     __slots__ = ("__weakref__", "fields", "key", "order")
+    fields: tuple[Any, ...]
+    key: tuple[Any, ...]
+    order: str
     _pool: ClassVar[weakref.WeakValueDictionary[tuple[Any, ...], Interned]] = weakref.WeakValueDictionary()
 
-    def __new__(cls, *fields: Any) -> Any:
+    def __new__(cls, *fields: Any) -> Self:
         # True == 1 == 1.0 and 0.0 == -0.0 in Python, so the pool is keyed by type and text as well.
         key = (cls, *((type(f), repr(f)) if isinstance(f, (bool, int, float)) else f for f in fields))
         found = Interned._pool.get(key)
@@ -42,7 +45,7 @@ class Interned:
             found.fields = fields
             found.key = key
             Interned._pool[key] = found
-        return found
+        return found  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self.fields!r}"
@@ -132,7 +135,7 @@ class Index(Interned):
     def __floordiv__(self, divisor: int) -> Index:
         whole, rest = self._split(divisor)
         low, high = bounds(rest)
-        if 0 <= low and high < divisor:
+        if low >= 0 and high < divisor:
             return whole
         if not rest.terms:
             return whole + rest.const // divisor
@@ -147,7 +150,7 @@ class Index(Interned):
     def __mod__(self, divisor: int) -> Index:
         _, rest = self._split(divisor)
         low, high = bounds(rest)
-        if 0 <= low and high < divisor:
+        if low >= 0 and high < divisor:
             return rest
         if not rest.terms:
             return constant(rest.const % divisor)
@@ -175,9 +178,9 @@ def linear(const: int, terms: Iterable[tuple[Atom, int]]) -> Index:
     for atom in [a for a in total if type(a) is Remainder]:
         factor = total[atom]
         twin = Quotient(*atom.fields)
-        if factor and total.get(twin) == factor * atom.divisor:  # type: ignore[union-attr]
+        if factor and total.get(twin) == factor * atom.divisor:
             del total[atom], total[twin]
-            joined = atom.index  # type: ignore[union-attr]
+            joined = atom.index
             return linear(
                 const + factor * joined.const,
                 [*total.items(), *((a, c * factor) for a, c in joined.terms)],
@@ -191,9 +194,9 @@ def _text(node: Any) -> str:
     if not isinstance(node, Interned):
         return repr(node)
     try:
-        return node.order  # type: ignore[no-any-return]
+        return node.order
     except AttributeError:
-        parts = []
+        parts: list[str] = []
         for field in node.fields:
             inner = field if isinstance(field, tuple) else (field,)
             for item in inner:
@@ -396,7 +399,7 @@ class Rewriter:
             for atom, coefficient in index.terms:
                 found = found + self._atom(atom) * coefficient
             self.memo[index] = found
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _atom(self, atom: Atom) -> Index:
         if type(atom) is Var:
@@ -416,7 +419,7 @@ class Rewriter:
         found = self.memo.get(expr)
         if found is None:
             found = self.memo[expr] = self._expr(expr)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _expr(self, expr: Expr) -> Expr:
         if isinstance(expr, Load):
@@ -456,6 +459,6 @@ def cast(expr: Expr, dtype: str) -> Expr:
             return Const(bool(value), target)
         if is_float(target):
             return Const(float(value), target)
-        if not isinstance(value, float) or value == value and abs(value) < 2**62:
+        if not isinstance(value, float) or (value == value and abs(value) < 2**62):
             return Const(int(value), target)
     return Op("cast", (expr,), target)

@@ -66,7 +66,7 @@ def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest | C
         graph.memo[key] = found
     if isinstance(found, Illegal):
         raise Illegal(str(found))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:
@@ -163,22 +163,24 @@ def fused(graph: Graph) -> Plan:
         groups.append([name])
         home[name] = len(groups) - 1
         for read in sorted(step.reads, key=lambda r: -list(graph.steps).index(r) if r in graph.steps else 0):
-            if read in home and home[read] != home[name] and attempt([groups[home[read]], groups[home[name]]]):
+            if (
+                read in home
+                and home[read] != home[name]
+                and attempt([groups[home[read]], groups[home[name]]])
+            ):
                 merge(home[read], home[name])
     for a in range(len(groups)):
         for b in range(a + 1, len(groups)):
-            if groups[a] and groups[b] and related(graph, groups[a], groups[b]):
-                if attempt([groups[a], groups[b]]):
-                    merge(a, b)
+            close = groups[a] and groups[b] and related(graph, groups[a], groups[b])
+            if close and attempt([groups[a], groups[b]]):
+                merge(a, b)
     chosen = [Group(tuple(g)) for g in groups if g]
     plan = Plan(tuple(sorted(chosen, key=lambda g: list(graph.steps).index(g.nodes[-1]))))
     return Plan(tuple(tuned(graph, g, plan) for g in plan.groups))
 
 
 def _needed(graph: Graph, inside: set[str]) -> frozenset[str]:
-    return frozenset(
-        n for n in inside if n in graph.outputs or any(u not in inside for u in graph.users[n])
-    )
+    return frozenset(n for n in inside if n in graph.outputs or any(u not in inside for u in graph.users[n]))
 
 
 def related(graph: Graph, a: list[str], b: list[str]) -> bool:
@@ -224,7 +226,13 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     staged = []
     for name in group.nodes:
         node = graph.steps[name]
-        if not isinstance(node, Node) or not node.pointwise or name in visible or not expensive(node) or node.numel <= 1:
+        if (
+            not isinstance(node, Node)
+            or not node.pointwise
+            or name in visible
+            or not expensive(node)
+            or node.numel <= 1
+        ):
             continue
         if len([u for u in graph.users[name] if u in inside]) > 1:
             staged.append(name)
@@ -272,7 +280,9 @@ def _joins(graph: Graph, plan: Plan, name: str, other: str, order: dict[str, int
     if away is None:
         return []
     rest = Plan(tuple(g for g in plan.groups if g is not home and g is not away))
-    merged = Group(tuple(sorted({*home.nodes, *away.nodes}, key=lambda n: order[n])), contraction=home.contraction)
+    merged = Group(
+        tuple(sorted({*home.nodes, *away.nodes}, key=lambda n: order[n])), contraction=home.contraction
+    )
     plans = [_added(rest, merged, order)]
     pointwise = [n for n in away.nodes if isinstance(s := graph.steps[n], Node) and s.pointwise]
     for size in range(len(pointwise), 0, -1):
@@ -280,7 +290,9 @@ def _joins(graph: Graph, plan: Plan, name: str, other: str, order: dict[str, int
         left = tuple(n for n in away.nodes if n not in taken)
         if not left:
             continue
-        part = _added(rest, Group(tuple(sorted(taken, key=lambda n: order[n])), contraction=home.contraction), order)
+        part = _added(
+            rest, Group(tuple(sorted(taken, key=lambda n: order[n])), contraction=home.contraction), order
+        )
         plans.append(_added(part, Group(left), order))
     return plans
 

@@ -115,7 +115,9 @@ class Graph:
     constants: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Node | Extern] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of outputs: a buffer may be returned reshaped
+    shapes: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of outputs: a buffer may be returned reshaped
     precision: Precision = "strict"
 
     def __post_init__(self) -> None:
@@ -128,11 +130,13 @@ class Graph:
             found = dict(self.inputs)
             for step in self.steps.values():
                 if isinstance(step, Node):
-                    found[step.name] = Buffer(step.name, step.shape, contiguous_stride(step.shape), step.dtype)
+                    found[step.name] = Buffer(
+                        step.name, step.shape, contiguous_stride(step.shape), step.dtype
+                    )
                 else:
                     found.update((b.name, b) for b in step.outputs)
             self.memo["buffers"] = found
-        return found  # type: ignore[no-any-return]
+        return found
 
     @property
     def producer(self) -> dict[str, str]:
@@ -144,7 +148,7 @@ class Graph:
                 for buffer in [name] if isinstance(step, Node) else [b.name for b in step.outputs]:
                     found[buffer] = name
             self.memo["producer"] = found
-        return found  # type: ignore[no-any-return]
+        return found
 
     @property
     def users(self) -> dict[str, tuple[str, ...]]:
@@ -158,7 +162,7 @@ class Graph:
                         lists[self.producer[read]][name] = None
             found = {name: tuple(users) for name, users in lists.items()}
             self.memo["users"] = found
-        return found  # type: ignore[no-any-return]
+        return found
 
     def prune(self) -> None:
         """Drop steps that no output needs."""

@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,22 +46,109 @@ TORCH_DTYPES = {
 }
 
 Rule = Callable[..., Any]
+RuleT = TypeVar("RuleT", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 MAX_CONSTANT = 4096
 
 # Names a parameter, buffer or local of the printed module must not take.
 RESERVED = frozenset(
-    "torch lang kernels forward out int float double char bool short long signed unsigned void auto const for if else "
-    "while do switch case default break continue return static struct class union enum new delete this template "
-    "typename namespace using operator public private protected virtual inline goto sizeof true false try catch "
-    "throw register volatile extern and or not xor lambda def import from as is in with pass global None True False "
-    "assert del elif except finally nonlocal raise yield async await min max exp log std ke".split()
+    [
+        "torch",
+        "lang",
+        "kernels",
+        "forward",
+        "out",
+        "int",
+        "float",
+        "double",
+        "char",
+        "bool",
+        "short",
+        "long",
+        "signed",
+        "unsigned",
+        "void",
+        "auto",
+        "const",
+        "for",
+        "if",
+        "else",
+        "while",
+        "do",
+        "switch",
+        "case",
+        "default",
+        "break",
+        "continue",
+        "return",
+        "static",
+        "struct",
+        "class",
+        "union",
+        "enum",
+        "new",
+        "delete",
+        "this",
+        "template",
+        "typename",
+        "namespace",
+        "using",
+        "operator",
+        "public",
+        "private",
+        "protected",
+        "virtual",
+        "inline",
+        "goto",
+        "sizeof",
+        "true",
+        "false",
+        "try",
+        "catch",
+        "throw",
+        "register",
+        "volatile",
+        "extern",
+        "and",
+        "or",
+        "not",
+        "xor",
+        "lambda",
+        "def",
+        "import",
+        "from",
+        "as",
+        "is",
+        "in",
+        "with",
+        "pass",
+        "global",
+        "None",
+        "True",
+        "False",
+        "assert",
+        "del",
+        "elif",
+        "except",
+        "finally",
+        "nonlocal",
+        "raise",
+        "yield",
+        "async",
+        "await",
+        "min",
+        "max",
+        "exp",
+        "log",
+        "std",
+        "ke",
+    ]
 )
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
+def rule(*names: str) -> Callable[[RuleT], RuleT]:
+    def register(function: RuleT) -> RuleT:
         for name in names:
             RULES[f"aten.{name}"] = function
         return function
@@ -108,7 +195,7 @@ class Lowering:
         return self.graph
 
     def _placeholder(self, node: torch.fx.Node, name: str | None) -> Any:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if name is None:
             return value
         if name in self.captured.constants:
@@ -373,7 +460,10 @@ def element(tensor: Any, index: tuple[Index, ...]) -> Expr:
 
 
 def full(shape: Sequence[int], dtype: str, value: Any) -> Tensor:
-    literal = cast(Const(value, "bool" if isinstance(value, bool) else "f64" if isinstance(value, float) else "i64"), dtype)
+    literal = cast(
+        Const(value, "bool" if isinstance(value, bool) else "f64" if isinstance(value, float) else "i64"),
+        dtype,
+    )
     return Tensor(tuple(shape), dtype, lambda _: literal)
 
 

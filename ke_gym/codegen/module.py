@@ -144,7 +144,9 @@ def _comment(nest: Nest | Contraction) -> str:
     if isinstance(nest, Contraction):
         return f"{made}: {steps}"
     loops = " x ".join(str(o.var.size) for o in nest.outer)
-    passes = f"; {loops} outer iterations of {len(nest.stages)} stages" if len(nest.stages) > 1 and loops else ""
+    passes = (
+        f"; {loops} outer iterations of {len(nest.stages)} stages" if len(nest.stages) > 1 and loops else ""
+    )
     return f"{made}: {steps}{passes}"
 
 
@@ -185,7 +187,9 @@ def _view(graph: Graph, view: View) -> str:
 def _permutation(shape: tuple[int, ...], stride: tuple[int, ...], view: View) -> list[int] | None:
     order: list[int] = []
     for n, s in zip(view.shape, view.stride):
-        match = next((k for k in range(len(shape)) if k not in order and (shape[k], stride[k]) == (n, s)), None)
+        match = next(
+            (k for k in range(len(shape)) if k not in order and (shape[k], stride[k]) == (n, s)), None
+        )
         if match is None:
             return None
         order.append(match)
@@ -234,7 +238,9 @@ def _forward(bodies: list[tuple[Graph, list[str]]]) -> str:
     if any(list(graph.arguments) != arguments for graph, _ in bodies):
         raise Illegal("the shape sets take different arguments")
     if len(bodies) == 1:
-        return f"def forward({', '.join(arguments)}):\n{textwrap.indent(chr(10).join(bodies[0][1]), '    ')}\n"
+        return (
+            f"def forward({', '.join(arguments)}):\n{textwrap.indent(chr(10).join(bodies[0][1]), '    ')}\n"
+        )
     text = [f"def forward({', '.join(arguments)}):"]
     functions = []
     shaped = [a for a in arguments if any(a in graph.inputs for graph, _ in bodies)]

@@ -40,8 +40,43 @@ from ke_gym.codegen.schedule import Group
 SERIAL = 1 << 14  # elements below which a reduction may run on one thread without outer loops
 ROW_BYTES = 1 << 19  # of thread-local buffers, well inside any thread's stack
 COSTLY = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p tanh erf erfc gelu gelu_tanh silu sigmoid sin cos tan pow sqrt rsqrt div "
-    "atan2 fmod remainder asin acos atan sinh cosh asinh acosh atanh lgamma floordiv intdiv".split()
+    [
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "tanh",
+        "erf",
+        "erfc",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "sigmoid",
+        "sin",
+        "cos",
+        "tan",
+        "pow",
+        "sqrt",
+        "rsqrt",
+        "div",
+        "atan2",
+        "fmod",
+        "remainder",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "lgamma",
+        "floordiv",
+        "intdiv",
+    ]
 )
 
 
@@ -251,7 +286,7 @@ class Builder:
         for other, found in list(self.bound.items()):
             for load in _loads(self.resolved[other]):
                 if load.buffer == name:
-                    outer_only = {v: i for v, i in found.items()}
+                    outer_only = dict(found)
                     for var, index in zip(node.vars, Rewriter(outer_only).indices(load.index)):
                         self._match_back(name, binding, var, index)
         if not self._covered(binding):
@@ -379,9 +414,7 @@ class Builder:
 
     def _privatised(self, node: Node) -> bool:
         binding = self.bound[node.name]
-        return any(
-            a in self.outer for r in node.rvars if r in binding for a, _ in binding[r].terms
-        )
+        return any(a in self.outer for r in node.rvars if r in binding for a, _ in binding[r].terms)
 
     # ------------------------------------------------------------------------------------------ stages
 
@@ -402,7 +435,11 @@ class Builder:
         merged: list[tuple[int, tuple[Loop, ...], list[str]]] = []
         for name in self.kept:
             for level, loops, members in merged:
-                if level == levels[name] and self._same_loops(loops, inner[name]) and self._joins(name, members):
+                if (
+                    level == levels[name]
+                    and self._same_loops(loops, inner[name])
+                    and self._joins(name, members)
+                ):
                     members.append(name)
                     break
             else:
@@ -413,9 +450,7 @@ class Builder:
 
     def _joins(self, name: str, members: list[str]) -> bool:
         node = self.kept[name]
-        if node.scan is not None or any(self.kept[m].scan is not None for m in members):
-            return False
-        return True
+        return node.scan is None and all(self.kept[m].scan is None for m in members)
 
     def _same_loops(self, a: tuple[Loop, ...], b: tuple[Loop, ...]) -> bool:
         def limits(loops: tuple[Loop, ...]) -> list[tuple[int, Index | None]]:
@@ -445,7 +480,9 @@ class Builder:
             stride = flat.coefficient(var)
             if stride:
                 strides.append((abs(stride), size))
-        out = linear(0, [t for v, s in zip(node.vars, _contiguous(node.shape)) for t in (binding[v] * s).terms])
+        out = linear(
+            0, [t for v, s in zip(node.vars, _contiguous(node.shape)) for t in (binding[v] * s).terms]
+        )
         if out.coefficient(var) and (node.name in self.visible or not strides):
             strides.append((out.coefficient(var), node.numel))
         if not strides:
@@ -514,9 +551,7 @@ class Builder:
         work = 0
         for number, (_, loops, members) in enumerate(merged):
             names = _loop_names(loops, number)
-            shared = tuple(
-                Loop(new, loop.limit) for loop, new in zip(loops, names)
-            )
+            shared = tuple(Loop(new, loop.limit) for loop, new in zip(loops, names))
             items = []
             done: dict[str, Expr] = {}
             for name in members:
@@ -538,7 +573,9 @@ class Builder:
                     if scan is None or any(o in own for o in self.outer):
                         raise Illegal("a scan runs inside")
                 op = node.reduction if node.scan is None else None
-                items.append(Item(node, expr, target, node.reduction if scan is not None else op, reduced, scan))
+                items.append(
+                    Item(node, expr, target, node.reduction if scan is not None else op, reduced, scan)
+                )
                 if node.pointwise:
                     done[name] = expr
                 work += _cost(expr) * math.prod(max(loop.var.size, 1) for loop in shared)
@@ -776,5 +813,7 @@ def _loop_names(loops: tuple[Loop, ...], stage: int) -> list[Var]:
 
 def _cost(expr: Expr) -> int:
     return sum(
-        (12 if n.name in COSTLY else 1) if isinstance(n, Op) else 1 for n in walk(expr) if isinstance(n, (Op, Load))
+        (12 if n.name in COSTLY else 1) if isinstance(n, Op) else 1
+        for n in walk(expr)
+        if isinstance(n, (Op, Load))
     )

@@ -100,7 +100,9 @@ def _search(low: Lowering, values: Any, boundaries: Tensor, right: bool) -> Tens
     sorted_values = low.argument(boundaries)
     size = boundaries.shape[last]
     natural = sorted_values.stride == tuple(
-        low.graph.buffers[sorted_values.buffer].stride[len(low.graph.buffers[sorted_values.buffer].stride) - len(sorted_values.stride) :]
+        low.graph.buffers[sorted_values.buffer].stride[
+            len(low.graph.buffers[sorted_values.buffer].stride) - len(sorted_values.stride) :
+        ]
     )
     if not natural or sorted_values.stride[last : last + 1] != (1,) or size == 0 or sorted_values.offset:
         raise Illegal("boundaries are not one contiguous row")
@@ -117,7 +119,9 @@ def _search(low: Lowering, values: Any, boundaries: Tensor, right: bool) -> Tens
 
 
 @rule("bucketize.Tensor", "bucketize.Scalar")
-def bucketize(low: Lowering, values: Any, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
+def bucketize(
+    low: Lowering, values: Any, boundaries: Tensor, *, out_int32: bool = False, right: bool = False
+) -> Tensor:
     return _search(low, values, boundaries, right)
 
 

@@ -68,10 +68,39 @@ def const(like: Expr, value: float) -> Expr:
     return literal(value, like.dtype)
 
 
-for _name in (
-    "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh asinh acosh atanh tanh erf erfc "
-    "sqrt rsqrt sigmoid abs neg floor ceil trunc round lgamma"
-).split():
+for _name in [
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "tanh",
+    "erf",
+    "erfc",
+    "sqrt",
+    "rsqrt",
+    "sigmoid",
+    "abs",
+    "neg",
+    "floor",
+    "ceil",
+    "trunc",
+    "round",
+    "lgamma",
+]:
     register(f"{_name}.default", _unary(_name), 1)
 
 register("relu.default", lambda a: op("max", a, const(a, 0)), 1)
@@ -97,7 +126,7 @@ register("bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar", _binary("
 register("bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar", _binary("shr"), 2)
 register("lerp.Scalar", lambda a, b, w: op("add", a, op("mul", w, op("sub", b, a))), 3)
 
-for _name in "eq ne lt le gt ge".split():
+for _name in ["eq", "ne", "lt", "le", "gt", "ge"]:
     register(
         f"{_name}.Tensor {_name}.Scalar",
         (lambda n: lambda a, b: Op(n, (a, b), "bool"))(_name),
@@ -123,17 +152,23 @@ def bitwise_not(low: Lowering, a: Any) -> Tensor:
 
 @rule("add.Tensor", "add.Scalar")
 def add(low: Lowering, a: Any, b: Any, alpha: Any = 1) -> Tensor:
-    return pointwise(low, lambda x, y: op("add", x, y if alpha == 1 else op("mul", y, literal(alpha, y.dtype))), (a, b))
+    return pointwise(
+        low, lambda x, y: op("add", x, y if alpha == 1 else op("mul", y, literal(alpha, y.dtype))), (a, b)
+    )
 
 
 @rule("sub.Tensor", "sub.Scalar")
 def sub(low: Lowering, a: Any, b: Any, alpha: Any = 1) -> Tensor:
-    return pointwise(low, lambda x, y: op("sub", x, y if alpha == 1 else op("mul", y, literal(alpha, y.dtype))), (a, b))
+    return pointwise(
+        low, lambda x, y: op("sub", x, y if alpha == 1 else op("mul", y, literal(alpha, y.dtype))), (a, b)
+    )
 
 
 @rule("rsub.Scalar", "rsub.Tensor")
 def rsub(low: Lowering, a: Any, b: Any, alpha: Any = 1) -> Tensor:
-    return pointwise(low, lambda x, y: op("sub", y, x if alpha == 1 else op("mul", x, literal(alpha, x.dtype))), (a, b))
+    return pointwise(
+        low, lambda x, y: op("sub", y, x if alpha == 1 else op("mul", x, literal(alpha, x.dtype))), (a, b)
+    )
 
 
 @rule("div.Tensor_mode", "div.Scalar_mode")
@@ -248,7 +283,11 @@ def to_copy(low: Lowering, a: Any, *args: Any, **kwargs: Any) -> Tensor:
 @rule("addcmul.default")
 def addcmul(low: Lowering, a: Any, b: Any, c: Any, value: float = 1) -> Tensor:
     return pointwise(
-        low, lambda x, y, z: op("add", x, op("mul", op("mul", y, z), const(x, value)) if value != 1 else op("mul", y, z)), (a, b, c)
+        low,
+        lambda x, y, z: op(
+            "add", x, op("mul", op("mul", y, z), const(x, value)) if value != 1 else op("mul", y, z)
+        ),
+        (a, b, c),
     )
 
 

@@ -114,14 +114,18 @@ def variance(
 
 
 @rule("var.correction", "var.dim")
-def var(low: Lowering, a: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+def var(
+    low: Lowering, a: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> Tensor:
     dims = normal_dims(dim, len(a.shape))
     spread, _ = variance(low, a, dims, 1 if correction is None else correction, low.result()[1])
     return finish(low, spread, dims, keepdim)
 
 
 @rule("std.correction")
-def std(low: Lowering, a: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+def std(
+    low: Lowering, a: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> Tensor:
     dims = normal_dims(dim, len(a.shape))
     dtype = low.result()[1]
     spread, _ = variance(low, a, dims, 1 if correction is None else correction, dtype)
@@ -233,7 +237,9 @@ def log_softmax(low: Lowering, a: Tensor, dim: int, *args: Any, **kwargs: Any) -
     return low.compute(
         shape,
         dtype,
-        lambda i: op("sub", op("sub", cast(element(a, i), power.dtype), element(wide_top, i)), element(wide, i)),
+        lambda i: op(
+            "sub", op("sub", cast(element(a, i), power.dtype), element(wide_top, i)), element(wide, i)
+        ),
     )
 
 
@@ -281,6 +287,10 @@ def normalised(
     return low.compute(a.shape, dtype, value), average, inverse
 
 
+def per_channel(parameter: Tensor | None, a: Tensor) -> Tensor | None:
+    return None if parameter is None else channels(parameter, a)
+
+
 def scaled(weight: Tensor | None, bias: Tensor | None, dtype: str) -> Any:
     def affine(value: Expr, index: tuple[Index, ...]) -> Expr:
         if weight is not None:
@@ -291,7 +301,9 @@ def scaled(weight: Tensor | None, bias: Tensor | None, dtype: str) -> Any:
 
 
 @rule("native_layer_norm.default")
-def layer_norm(low: Lowering, a: Tensor, normal: Sequence[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
+def layer_norm(
+    low: Lowering, a: Tensor, normal: Sequence[int], weight: Any, bias: Any, eps: float
+) -> tuple[Tensor, ...]:
     dims = tuple(range(len(a.shape) - len(normal), len(a.shape)))
     wide = [None if p is None else broadcast(p, a.shape) for p in (weight, bias)]
     dtype = low.result(0)[1]
@@ -308,7 +320,9 @@ def group_norm(
         for p in (weight, bias)
     ]
     dtype = low.result(0)[1]
-    out, average, inverse = normalised(low, grouped, (2, 3), eps, scaled(wide[0], wide[1], compute_dtype(dtype)), dtype)
+    out, average, inverse = normalised(
+        low, grouped, (2, 3), eps, scaled(wide[0], wide[1], compute_dtype(dtype)), dtype
+    )
     return reshape(out, a.shape), reshape(average, (n, groups)), reshape(inverse, (n, groups))
 
 
@@ -323,7 +337,7 @@ def batch_norm(
 ) -> tuple[Tensor, ...]:
     shape, dtype = low.result(0)
     inner = compute_dtype(dtype)
-    affine = scaled(*(None if p is None else channels(p, a) for p in (weight, bias)), inner)
+    affine = scaled(per_channel(weight, a), per_channel(bias, a), inner)
     inverse = low.compute(
         var.shape, inner, lambda i: op("rsqrt", op("add", element(var, i), literal(eps, inner))), "rstd"
     )
@@ -337,7 +351,11 @@ def batch_norm(
     return low.compute(shape, dtype, value), empty, empty
 
 
-@rule("_native_batch_norm_legit_functional.default", "_native_batch_norm_legit.no_stats", "_native_batch_norm_legit.default")
+@rule(
+    "_native_batch_norm_legit_functional.default",
+    "_native_batch_norm_legit.no_stats",
+    "_native_batch_norm_legit.default",
+)
 def batch_norm_train(low: Lowering, a: Tensor, weight: Any, bias: Any, *args: Any) -> tuple[Tensor, ...]:
     assert low.current is not None
     if "no_stats" in str(low.current.target):
@@ -350,17 +368,21 @@ def batch_norm_train(low: Lowering, a: Tensor, weight: Any, bias: Any, *args: An
         raise Illegal("running statistics")
     dims = (0, *range(2, len(a.shape)))
     dtype = low.result(0)[1]
-    affine = scaled(*(None if p is None else channels(p, a) for p in (weight, bias)), compute_dtype(dtype))
+    affine = scaled(per_channel(weight, a), per_channel(bias, a), compute_dtype(dtype))
     out, average, inverse = normalised(low, a, dims, eps, affine, dtype)
     return out, squeeze(average, dims), squeeze(inverse, dims)
 
 
 @rule("_fused_rms_norm.default")
-def rms_norm(low: Lowering, a: Tensor, normal: Sequence[int], weight: Any, eps: float | None) -> tuple[Tensor, ...]:
+def rms_norm(
+    low: Lowering, a: Tensor, normal: Sequence[int], weight: Any, eps: float | None
+) -> tuple[Tensor, ...]:
     dims = tuple(range(len(a.shape) - len(normal), len(a.shape)))
     dtype = low.result(0)[1]
     inner = compute_dtype(dtype)
-    limit = {"f64": 2.220446049250313e-16, "bf16": 0.0078125, "f16": 0.0009765625}.get(dtype, 1.1920928955078125e-07)
+    limit = {"f64": 2.220446049250313e-16, "bf16": 0.0078125, "f16": 0.0009765625}.get(
+        dtype, 1.1920928955078125e-07
+    )
     eps = limit if eps is None else eps
     squares = low.reduce(a, dims, "sum", lambda v, i: op("mul", v, v), inner, "squares")
     scale = literal(1.0 / max(count(a, dims), 1), inner)

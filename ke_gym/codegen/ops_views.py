@@ -9,7 +9,18 @@ from typing import Any
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Const, Expr, Index, Op, Position, cast, constant, in_range, is_float
 from ke_gym.codegen.graph import Tensor
-from ke_gym.codegen.lower import Lowering, broadcast, element, full, literal, normal_dims, op, reshape, rule, squeeze
+from ke_gym.codegen.lower import (
+    Lowering,
+    broadcast,
+    element,
+    full,
+    literal,
+    normal_dims,
+    op,
+    reshape,
+    rule,
+    squeeze,
+)
 
 MAX_CAT = 16
 
@@ -65,9 +76,7 @@ def t(low: Lowering, a: Tensor) -> Tensor:
 
 def sliced(a: Tensor, dim: int, start: int, length: int, step: int = 1) -> Tensor:
     shape = (*a.shape[:dim], length, *a.shape[dim + 1 :])
-    return Tensor(
-        shape, a.dtype, lambda i: a.at((*i[:dim], i[dim] * step + start, *i[dim + 1 :]))
-    )
+    return Tensor(shape, a.dtype, lambda i: a.at((*i[:dim], i[dim] * step + start, *i[dim + 1 :])))
 
 
 def _range(size: int, start: int | None, end: int | None) -> tuple[int, int]:
@@ -120,7 +129,9 @@ def chunk(low: Lowering, a: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, 
 
 
 @rule("as_strided.default", "as_strided_copy.default")
-def as_strided(low: Lowering, a: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
+def as_strided(
+    low: Lowering, a: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Tensor:
     assert low.current is not None
     fake = low.current.args[0].meta["val"]  # type: ignore[union-attr]
     if not fake.is_contiguous() or fake.storage_offset():
@@ -164,7 +175,9 @@ def repeat(low: Lowering, a: Tensor, repeats: Sequence[int]) -> Tensor:
     shape = low.result()[0]
     lead = len(shape) - len(a.shape)
     return Tensor(
-        shape, a.dtype, lambda i: a.at(tuple(x % n if n != 1 else constant(0) for x, n in zip(i[lead:], a.shape)))
+        shape,
+        a.dtype,
+        lambda i: a.at(tuple(x % n if n != 1 else constant(0) for x, n in zip(i[lead:], a.shape))),
     )
 
 
@@ -257,7 +270,11 @@ def cat(low: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 def stack(low: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     dim %= len(low.result()[0])
     widened = [
-        Tensor((*p.shape[:dim], 1, *p.shape[dim:]), p.dtype, (lambda q: lambda i: q.at((*i[:dim], *i[dim + 1 :])))(p))
+        Tensor(
+            (*p.shape[:dim], 1, *p.shape[dim:]),
+            p.dtype,
+            (lambda q: lambda i: q.at((*i[:dim], *i[dim + 1 :])))(p),
+        )
         for p in tensors
     ]
     return cat(low, widened, dim)

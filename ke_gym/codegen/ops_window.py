@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Const, Expr, Index, Rewriter, Var, cast, compute_dtype, constant, in_range, is_float, of
+from ke_gym.codegen.expr import (
+    Const,
+    Expr,
+    Index,
+    Rewriter,
+    Var,
+    cast,
+    compute_dtype,
+    constant,
+    in_range,
+    is_float,
+    of,
+)
 from ke_gym.codegen.graph import Node, Tensor
 from ke_gym.codegen.lower import Lowering, element, literal, op, rule, variables_of
 from ke_gym.codegen.ops_views import both, guarded
@@ -77,9 +89,7 @@ def max_pool(
     size = spread(kernel, rank)
     least = -math.inf if is_float(dtype) else -(2**31)
     steps = spread(stride, rank) if stride else size
-    return window(
-        low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, ""
-    )
+    return window(low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, "")
 
 
 @rule("avg_pool2d.default", "avg_pool1d.default", "avg_pool3d.default")

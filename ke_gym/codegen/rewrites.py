@@ -82,7 +82,9 @@ def loop_nests(program: Program, schedule: Schedule) -> Iterator[tuple[int, int,
             yield p, g, group, nest
 
 
-def contractions(program: Program, schedule: Schedule) -> Iterator[tuple[int, int, Group, dict[str, list[Any]]]]:
+def contractions(
+    program: Program, schedule: Schedule
+) -> Iterator[tuple[int, int, Group, dict[str, list[Any]]]]:
     """Groups with a product, each with the legal values of its knobs."""
     for p, g, group in groups(schedule):
         nest = nest_of(program, schedule, p, g)
@@ -149,7 +151,12 @@ def stage(program: Program, schedule: Schedule) -> Iterator[Schedule]:
         if nest.outer:
             for name in group.nodes:
                 step = graph.steps[name]
-                if isinstance(step, Node) and step.pointwise and name not in group.staged and graph.users[name]:
+                if (
+                    isinstance(step, Node)
+                    and step.pointwise
+                    and name not in group.staged
+                    and graph.users[name]
+                ):
                     yield with_group(schedule, p, g, replace(group, staged=(*group.staged, name)))
 
 
@@ -226,7 +233,9 @@ def fission(program: Program, schedule: Schedule) -> Iterator[Schedule]:
         if products:
             yield with_group(schedule, p, g, *([Group(rest)] if rest else []))
             if rest:
-                yield with_group(schedule, p, g, Group(tuple(products), contraction=group.contraction), Group(rest))
+                yield with_group(
+                    schedule, p, g, Group(tuple(products), contraction=group.contraction), Group(rest)
+                )
             continue
         for cut in range(len(group.nodes) - 1, 0, -1):
             parts = [Group(group.nodes[:cut]), Group(group.nodes[cut:])]
@@ -316,7 +325,9 @@ REWRITES: dict[str, Variants] = {
     "algebra_hoist": by_field("reciprocal", (True, False)),
     "algorithm_swap": by_contraction("form"),
     "predicate_peel": by_field("peel", (True, False)),
-    "work_partition": either(by_field("grain", GRAINS), by_field("dynamic", (True, False)), by_contraction("parallel")),
+    "work_partition": either(
+        by_field("grain", GRAINS), by_field("dynamic", (True, False)), by_contraction("parallel")
+    ),
     "split_reduce": reanchor,
     "sync_launch": merge_launches,
     "param_tune": shuffle_knobs,
@@ -360,17 +371,22 @@ def _with(values: tuple[Any, ...], present: Any) -> list[Any]:
 def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> Schedule:
     """``schedule`` with these knobs set. Raises ``Illegal`` if the combination cannot be built."""
     result = schedule
-    others = [f for f in schedule.flags if not f.startswith("-mprefer-vector-width") and f != "-funroll-loops"]
+    others = [
+        f for f in schedule.flags if not f.startswith("-mprefer-vector-width") and f != "-funroll-loops"
+    ]
     width = values.get("vector_width", next((f for f in schedule.flags if f.startswith("-mprefer")), None))
     unroll = values.get("unroll_loops", "-funroll-loops" in schedule.flags)
-    chosen = [*others, *([f"-mprefer-vector-width={width}"] if isinstance(width, int) else [width] if width else [])]
+    chosen = [
+        *others,
+        *([f"-mprefer-vector-width={width}"] if isinstance(width, int) else [width] if width else []),
+    ]
     result = replace(result, flags=(*chosen, *(["-funroll-loops"] if unroll else [])))
     result = replace(result, merged=values.get("merged", result.merged))
     settings: dict[tuple[int, int], dict[str, Any]] = {}
     for name, value in values.items():
         if name.count(".") == 2:
-            p, g, field = name.split(".")
-            settings.setdefault((int(p), int(g)), {})[field] = value
+            plan_number, group_number, field = name.split(".")
+            settings.setdefault((int(plan_number), int(group_number)), {})[field] = value
     for (p, g), fields in settings.items():
         nest = nest_of(program, schedule, p, g)
         group = schedule.plans[p].groups[g]

@@ -100,7 +100,8 @@ class Arm:
     def call(self, timeout: float) -> float:
         """Run once and return the seconds it took by this process's clock.
 
-        Everything that moves data or waits lies outside; what remains is waking the process and its answer.
+        Everything that moves data or waits lies outside; what remains is waking the process, its answer, and
+        stopping it: the clock runs until no thread of it can work any more, whenever it says it is done.
         Raises ``ArmDied``: ``"timeout"`` (it is killed then) or ``"runtime"``.
         """
         worker, channel = self.worker, self.worker.channel
@@ -112,10 +113,10 @@ class Arm:
             start = clock()
             worker.thaw()
             answer = channel.recv_byte(timeout)
-            stop = clock()
         except TimeoutError:
             raise self._timed_out(timeout) from None
         worker.freeze()
+        stop = clock()
         if answer != _DONE:
             raise self._died(answer)
         return (stop - start) / 1e9

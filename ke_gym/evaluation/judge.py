@@ -22,6 +22,7 @@ from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.shared import Layout, SharedBuffer
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
+from ke_gym.tasks.inputs import keep_secret
 from ke_gym.tasks.task import Reference, Task
 
 SAMPLED_BLOCKS = 24
@@ -159,14 +160,45 @@ class Judge:
             self._store_state(chosen)
             self._store_inputs(chosen, arguments)
             case = self._solve(chosen)
-            if case.bytes + sum(c.bytes for c in chosen.cases.values()) < CASE_BYTES:
-                chosen.cases[key] = case
+            self._keep(chosen, key, case)
         else:
             _copy(chosen.inputs, case.inputs)
             _copy(chosen.state, case.state)
             _copy(list(chosen.reference.state.values()), case.state)
         chosen.current = case
         return {"finite": case.finite}
+
+    def touch(self, shape_set: str, seed: int) -> dict[str, Any]:
+        """Change one element of every floating input and parameter, and nothing else.
+
+        A kernel that looks at a few values to learn whether it has seen the rest before does not notice. The
+        element takes its neighbour's value, so that what is sorted, positive or a probability stays so.
+        """
+        chosen = self.sets[shape_set]
+        chance = random.Random(seed)
+        for tensor in (*chosen.inputs, *chosen.state):
+            if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] > 1 and tensor.numel():
+                *outer, last = (chance.randrange(size) for size in tensor.shape)
+                tensor[(*outer, last)] = tensor[(*outer, last - 1 if last else 1)]
+        _copy(list(chosen.reference.state.values()), chosen.state)
+        case = chosen.cases.get(key := (seed, "touched", 0))
+        if case is None:
+            case = self._solve(chosen)
+            self._keep(chosen, key, case)
+        chosen.current = case
+        return {}
+
+    def _keep(self, chosen: ShapeSet, key: tuple[int, str, int], case: Case) -> None:
+        if case.bytes + sum(c.bytes for c in chosen.cases.values()) < CASE_BYTES:
+            chosen.cases[key] = case
+
+    def renew(self, shape_set: str, seed: int) -> dict[str, Any]:
+        """New parameter values for the calls to come: what a module was built for is not what is timed."""
+        chosen = self.sets[shape_set]
+        chosen.reference.randomize(seed)
+        self._store_state(chosen)
+        chosen.current = None
+        return {}
 
     def _solve(self, chosen: ShapeSet) -> Case:
         """The trusted results for what is in the shared inputs now."""
@@ -310,7 +342,8 @@ def _blocks_agree(output: Tensor, expected: Tensor) -> bool:
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Entry of the judge process: the first message carries the task, then requests until the parent leaves."""
     _, blob = channel.recv(timeout=None)
-    random.seed(args["seed"])
+    random.seed()  # not by the arguments: the zygote has read them, and every candidate is a copy of it
+    keep_secret()
     if args["baseline"] == "compile":
         torch._inductor.config.compile_threads = 1
         Path("/tmp").mkdir(exist_ok=True)

@@ -45,7 +45,7 @@ class JudgeClient:
         self._rng = random.Random(secrets.randbits(62))
         self.worker: Worker = zygote.spawn(
             "ke_gym.evaluation.judge:serve",
-            {"seed": secrets.randbits(62), "baseline": baseline, "threads": threads},
+            {"baseline": baseline, "threads": threads},
         )
         self.shapes: dict[str, Shape] = {}
         try:
@@ -80,6 +80,14 @@ class JudgeClient:
             "load", shape_set=shape_set, seed=seed, distribution=distribution, state_seed=state_seed
         )
         return float(answer["finite"])
+
+    def touch(self, shape_set: str, seed: int) -> None:
+        """Change one element of every floating input and parameter now in the shared buffer."""
+        self._ask("touch", shape_set=shape_set, seed=seed)
+
+    def renew(self, shape_set: str, seed: int) -> None:
+        """New parameter values for the calls to come."""
+        self._ask("renew", shape_set=shape_set, seed=seed)
 
     def attach_output(self, layout: Layout, fd: int) -> int:
         """Show the judge an arm's output buffer; returns the number it goes by."""
@@ -128,8 +136,8 @@ class JudgeClient:
         start = time.perf_counter_ns()
         self.worker.thaw()
         done = channel.recv_byte(REQUEST_TIMEOUT)
-        stop = time.perf_counter_ns()
         self.worker.freeze()
+        stop = time.perf_counter_ns()  # once it has stopped, as for candidates
         if done != b"d":
             raise UserError(f"task {self.task.name}: its reference died while it was timed")
         return (stop - start) / 1e9

@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 import torch
 from markupsafe import Markup
-from pygments import highlight  # type: ignore[import-untyped]
-from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
-from pygments.lexers import CppLexer, PythonLexer  # type: ignore[import-untyped]
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import CppLexer, PythonLexer
 
 from ke_gym import strategies
 from ke_gym.evaluation.evaluator import Evaluator
@@ -113,8 +113,8 @@ def _highlighted(source: str) -> Markup:
 
 
 def _css() -> str:
-    light = str(HtmlFormatter(style="friendly").get_style_defs(".code"))
-    dark = str(HtmlFormatter(style="github-dark").get_style_defs(".code"))
+    light = str(HtmlFormatter(style="friendly").get_style_defs(".code"))  # type: ignore[no-untyped-call]
+    dark = str(HtmlFormatter(style="github-dark").get_style_defs(".code"))  # type: ignore[no-untyped-call]
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import math
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,10 +30,23 @@ BLOCK = 1 << 18
 _ONE_BELOW_ONE = 1.0 - 2.0**-24
 
 
+_secret = 0x6B65
+
+
+def keep_secret() -> None:
+    """From now on draw from a pool that no other process knows.
+
+    A judge calls this first: with the usual pool, a kernel could recognize its inputs and answer from a table.
+    """
+    global _secret
+    _secret = secrets.randbits(63)
+    _pool.cache_clear()
+
+
 @functools.cache
 def _pool(kind: str) -> Tensor:
-    """`POOL` float32 values, the same in every process: "normal", or "uniform" on [0, 1)."""
-    generator = torch.Generator().manual_seed(0x6B65)
+    """`POOL` float32 values, "normal" or "uniform" on [0, 1): the same in every process without a secret."""
+    generator = torch.Generator().manual_seed(_secret)
     fill = torch.randn if kind == "normal" else torch.rand
     with torch._C.DisableTorchFunction():
         return fill(POOL, generator=generator)

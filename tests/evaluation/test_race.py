@@ -60,8 +60,7 @@ def test_a_suspicious_output_ends_the_race_without_a_time() -> None:
 def test_confirmation_wants_the_interval_over_processes_to_clear_the_margin() -> None:
     def fresh(ratios: list[float]) -> Callable[[int], Race]:
         def one(index: int) -> Race:
-            result = Race({"candidate": [1.0] * 5, "incumbent": [ratios[index]] * 5})
-            return result
+            return Race({"candidate": [1.0] * 5, "incumbent": [ratios[index]] * 5})
 
         return one
 
