@@ -12,8 +12,12 @@ from pathlib import Path
 from ke_gym.errors import UserError
 
 _SUFFIXES = {".py": "cpp"}
+# Two sources that differ in what these read do different things.
+_READS_ITSELF = re.compile(
+    r"__doc__|__file__|__LINE__|__code__|getsource|getdoc|linecache|lineno|inspect|source_location"
+)
 _C_TOKEN = re.compile(
-    r"""//[^\n]*|/\*.*?\*/|(?P<keep>R"(?P<tag>[^(\s]*)\(.*?\)(?P=tag)"|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')""",
+    r"""//(?:\\\n|[^\n])*|/\*.*?\*/|(?P<keep>R"(?P<tag>[^(\s]*)\(.*?\)(?P=tag)"|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')""",
     re.DOTALL,
 )
 
@@ -50,9 +54,11 @@ class Candidate:
 def normalize(source: str) -> str:
     """The source without comments, docstrings and formatting, in the Python and in its C++ literals.
 
-    A source that is no Python is only stripped of trailing blanks and empty lines.
+    A source that is no Python, or that reads its own text, is only stripped of trailing blanks and empty lines.
     """
     try:
+        if _READS_ITSELF.search(source):
+            raise ValueError("its comments and lines may matter")
         tree = _Plain().visit(ast.parse(source))
         return ast.unparse(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -114,6 +114,10 @@ class Channel:
         except ConnectionResetError:
             return b""
 
+    def readable(self) -> bool:
+        """Whether something has come that nobody has read yet."""
+        return bool(self._poll.poll(0))
+
     def _read(self, size: int, deadline: float | None, accept_fds: bool) -> bytearray:
         data = bytearray()
         while len(data) < size:

@@ -35,6 +35,7 @@ from ke_gym.evaluation.stats import confidence_sequence
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
+from ke_gym.languages.plan import Call, Launch
 from ke_gym.targets import cpu
 from ke_gym.tasks.task import Task
 
@@ -54,6 +55,7 @@ CONFIRM = Rules(min_rounds=7, max_rounds=7, max_seconds=2.0, hopeless=math.inf, 
 SOAK = replace(CONFIRM, min_rounds=40, max_rounds=40, max_seconds=6.0)
 AA = Rules(min_rounds=12, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
 AA_EVERY = 10
+COVERAGE_ROUNDS = 8
 KEPT_ARTIFACTS = 64
 
 
@@ -540,15 +542,37 @@ class Evaluator:
                 )
         steps = entry.arm.profile(5)
         described: Profile = profile(artifact, shape.work, self.peaks, seconds, floor_s, steps)
-        library = sum(s for kind, _, s in steps if kind == "aten")
-        own = sum(s for kind, _, s in steps if kind == "kernel")
-        own = min(own, max(0.0, seconds - library))  # the parent's clock is the one that counts
-        coverage = own / (own + library) if library else 1.0
         return base.replace(
             profile=described,
             limiter=limiter(described, self.facts, seconds),
-            kernel_coverage=round(coverage, 4),
+            kernel_coverage=round(self._coverage(artifact, entry), 4),
         )
+
+    def _coverage(self, artifact: Artifact, entry: Entry) -> float:
+        """The share of a call that is gone when the plan runs without its own kernels.
+
+        By this process's clock: what the candidate's process says of its steps could be forged, and a decoy
+        could be slow only while it is profiled.
+        """
+        if artifact.lane == "host":
+            return 0.0
+        plan = artifact.plans[self.contract]
+        rest = tuple(step for step in plan.steps if not isinstance(step, Launch))
+        if not any(isinstance(step, Call) for step in rest):
+            return 1.0
+        if len(rest) == len(plan.steps):
+            return 0.0
+        library = replace(artifact, binaries={}, plans={self.contract: replace(plan, steps=rest)})
+        patience, null = self._patience(self.contract), self.judge.null_s
+        with self._entries() as open_entry:
+            without = open_entry(library, self.contract)
+            seconds: dict[int, list[float]] = {entry.number: [], without.number: []}
+            for _ in range(COVERAGE_ROUNDS):
+                self.judge.draw(self.contract, self._rng.getrandbits(60))
+                for one in (entry, without):
+                    seconds[one.number].append(max(1e-7, one.arm.call(patience) - null))
+        whole, part = (float(np.median(times[1:])) for times in seconds.values())
+        return max(0.0, 1.0 - part / whole)
 
     def _maybe_aa(self) -> None:
         """Every so often, race the last confirmed winner against its own copy, for the machine's record.
