@@ -55,7 +55,7 @@ CONFIRM = Rules(min_rounds=7, max_rounds=7, max_seconds=2.0, hopeless=math.inf, 
 SOAK = replace(CONFIRM, min_rounds=40, max_rounds=40, max_seconds=6.0)
 AA = Rules(min_rounds=12, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
 AA_EVERY = 10
-COVERAGE_ROUNDS = 8
+COVERAGE_ROUNDS = 12
 KEPT_ARTIFACTS = 64
 
 
@@ -571,7 +571,7 @@ class Evaluator:
                 self.judge.draw(self.contract, self._rng.getrandbits(60))
                 for one in (entry, without):
                     seconds[one.number].append(max(1e-7, one.arm.call(patience) - null))
-        whole, part = (float(np.median(times[1:])) for times in seconds.values())
+        whole, part = (float(np.quantile(times[1:], 0.25)) for times in seconds.values())
         return max(0.0, 1.0 - part / whole)
 
     def _maybe_aa(self) -> None:

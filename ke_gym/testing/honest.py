@@ -1,13 +1,16 @@
 """Honest kernels that no evaluation may reject: what the generator writes, and the library's own calls.
 
 For every built-in task, each of the generator's first drafts (fused, unfused, library-heavy: different
-algorithms and summation orders for the same task), and the reference itself under another name.
+algorithms and summation orders for the same task), and the reference itself under another name. And those
+written by hand for the small tasks of the exploits: online softmax, Welford, Kahan, packed and blocked products,
+workspaces, views, the library mixed with kernels, `ModelNew`, the host lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from ke_gym.candidate import Candidate
 from ke_gym.codegen import Program
@@ -17,6 +20,7 @@ from ke_gym.tasks import library
 from ke_gym.tasks.task import Task
 
 DRAFTS = 3
+FOLDER = Path(__file__).parent / "honest_kernels"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ def honest(task: Task) -> Iterator[Honest]:
             "super(Model", "super(ModelNew"
         )
         yield Honest(f"{task.name}, the reference", task.name, Candidate(renamed))
+
+
+def handwritten() -> list[Honest]:
+    """The kernel modules of ``honest_kernels``, named after their task and what they do."""
+    files = sorted(file for file in FOLDER.glob("*.py") if not file.name.startswith("_"))
+    return [Honest(f.stem, f.stem.split("__")[0], Candidate.from_file(f)) for f in files]
 
 
 def run(names: Iterable[str] | None = None) -> list[Result]:

@@ -35,7 +35,7 @@ def test_an_honest_kernel_is_correct_and_measured(evaluator: Evaluator) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "outcome", "words"),
     [
-        ("1 / sum", "1.001f / sum", "correctness", "elements"),
+        ("1 / sum", "1.001f / sum", "correctness", "element"),
         ("i < rows", "i < rows - 1", "correctness", "of dimension 0"),
         ("ke::exp(a[j] - top)", "ke::exp(a[j])", "correctness", "inputs"),
         ("float sum = 0;", "float sum = ;", "compile", "error"),
