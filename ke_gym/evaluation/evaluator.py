@@ -545,11 +545,11 @@ class Evaluator:
         return base.replace(
             profile=described,
             limiter=limiter(described, self.facts, seconds),
-            kernel_coverage=round(self._coverage(artifact, entry), 4),
+            kernel_coverage=round(self._coverage(artifact, entry, seconds), 4),
         )
 
-    def _coverage(self, artifact: Artifact, entry: Entry) -> float:
-        """The share of a call that is gone when the plan runs without its own kernels.
+    def _coverage(self, artifact: Artifact, entry: Entry, raced_s: float) -> float:
+        """The share of a call (``raced_s`` in the race) that is gone when the plan runs without its own kernels.
 
         By this process's clock: what the candidate's process says of its steps could be forged, and a decoy
         could be slow only while it is profiled.
@@ -569,10 +569,10 @@ class Evaluator:
             seconds: dict[int, list[float]] = {entry.number: [], without.number: []}
             for _ in range(COVERAGE_ROUNDS):
                 self.judge.draw(self.contract, self._rng.getrandbits(60))
-                for one in (entry, without):
+                for one in self._rng.sample((entry, without), 2):
                     seconds[one.number].append(max(1e-7, one.arm.call(patience) - null))
         whole, part = (float(np.quantile(times[1:], 0.25)) for times in seconds.values())
-        return max(0.0, 1.0 - part / whole)
+        return max(0.0, 1.0 - part / min(whole, raced_s))
 
     def _maybe_aa(self) -> None:
         """Every so often, race the last confirmed winner against its own copy, for the machine's record.
