@@ -78,7 +78,8 @@ def test_only_the_system_and_python_can_be_read(zygote: Zygote, kind: str, tmp_p
         "old",
     }
     assert attempt(zygote, "read", kind, path=os.__file__)[0] == "ok"
-    assert attempt(zygote, "list", kind, path="/tmp") == ("ok", [])
+    below = [Path(sys.prefix).parts[2]] if sys.prefix.startswith("/tmp/") else []  # a Python that lives there
+    assert attempt(zygote, "list", kind, path="/tmp") == ("ok", below)
 
 
 @needs_namespaces

@@ -12,7 +12,7 @@ from ke_gym.testing.exploits import evaluators
 @pytest.mark.parametrize("name", ["softmax", "instance_norm", "bucketize", "embedding_bag", "matmul_row_max"])
 def test_no_honest_kernel_is_rejected(name: str) -> None:
     results = honest.run([name])
-    assert len(results) >= 3
+    assert len(results) >= 2
     assert all(r.ok for r in results), [(r.kernel.name, r.evaluation.log) for r in results if not r.ok]
 
 
