@@ -56,6 +56,7 @@ class JudgeClient:
             for name, shape in described["shapes"].items():
                 self._attach(name, shape)
             self.null_s = self._null_latency()
+            """Seconds of a timed call that does nothing."""
         except BaseException:
             self.close()
             raise
@@ -117,7 +118,11 @@ class JudgeClient:
     def call_baseline(self, shape_set: str) -> float:
         """Run the baseline once on the shared inputs; seconds by this process's clock, round trip deducted."""
         self._send("baseline_ready", shape_set=shape_set)
-        return max(1e-7, self._timed_byte() - self.null_s)
+        return self.net(self._timed_byte())
+
+    def net(self, seconds: float) -> float:
+        """A timed call less the round trip; never below a quarter of that, which is as finely as it is known."""
+        return max(self.null_s / 4, seconds - self.null_s)
 
     # -- plumbing --------------------------------------------------------------------------------------------
 
