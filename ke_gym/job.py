@@ -25,6 +25,7 @@ from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.report import write_report
 from ke_gym.search.budget import Budget
+from ke_gym.search.observation import Surroundings
 from ke_gym.search.result import Result
 from ke_gym.search.run import Watch, run
 from ke_gym.search.session import Session
@@ -173,6 +174,7 @@ def _search(
             seed=settings.seed,
             parent_rule=policy.parent_rule,
             settings={"policy": settings.policy, "workers": settings.workers},
+            surroundings=Surroundings.of(evaluator),
         )
         store.add_task(task)
         write_run(run_dir, RunSettings(**{**asdict(settings), "store": str(store.path.absolute())}))

@@ -21,7 +21,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import Refusal
 from ke_gym.search import reward
-from ke_gym.search.history import Observation
+from ke_gym.search.observation import Observation
 from ke_gym.search.session import Ask, Session, Situation
 from ke_gym.search.tree import Node
 from ke_gym.strategies import ACTIONS, FIX, STOP

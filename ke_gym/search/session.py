@@ -30,8 +30,9 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import Context, Proposer, Refusal, Trial
-from ke_gym.search import history, parents
+from ke_gym.search import observation, parents
 from ke_gym.search.budget import Budget, Spent
+from ke_gym.search.observation import Observation, Surroundings, Values
 from ke_gym.search.store import NodeRecord, Setting, Store
 from ke_gym.search.tree import Node, Tree
 from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES, Strategy
@@ -45,7 +46,7 @@ class Situation:
     takes that one, whatever the policy says now (a larger budget changes what it sees).
     """
 
-    observation: history.Observation
+    observation: Observation
     mask: NDArray[np.bool_]
     parent: Node | None
     recorded: int | None = None
@@ -84,7 +85,8 @@ class _Counts:
 class Session:
     """The search ``session_id`` in ``store``, new or continued.
 
-    ``parent_rule`` is a name from ``parents.RULES``. Raises ``UserError`` when the recorded session had other
+    ``parent_rule`` is a name from ``parents.RULES``; ``surroundings`` are what a policy sees of task and machine
+    (None: a synthetic problem, which has neither). Raises ``UserError`` when the recorded session had other
     settings than these (the budget may differ).
     """
 
@@ -99,7 +101,9 @@ class Session:
         seed: int = 0,
         parent_rule: str = "best",
         settings: dict[str, Any] | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
+        self.surroundings = surroundings or Surroundings.unknown()
         self.store, self.id, self.setting, self.proposer = store, session_id, setting, proposer
         self.budget, self.seed = budget, seed
         self.tree = Tree()
@@ -113,6 +117,7 @@ class Session:
         self._seen: set[str] = set()
         self._counts: dict[tuple[int | None, str], _Counts] = {}
         self._situation: Situation | None = None
+        self._described: dict[int, tuple[Values, Values]] = {}
         mine = {
             "seed": seed,
             "proposer": proposer.name,
@@ -171,12 +176,28 @@ class Session:
             if parent is not None and not mask[: len(STRATEGIES)].any():
                 # Nothing applies to this parent any more: another one, or a fresh draft, still may.
                 parent, mask = self._alternative(parent, mask)
-            left = self.budget.left(self.spent)
-            observation = history.observe(self.tree, parent, left, self.duplicates)
+            seen = self._observe(parent)
             record = self._recorded.get(self._number)
             recorded = strategies.get(record.strategy).id if record else None
-            self._situation = Situation(observation, mask, parent, recorded)
+            self._situation = Situation(seen, mask, parent, recorded)
         return self._situation
+
+    def _observe(self, parent: Node | None) -> Observation:
+        counters = observation.count(self.tree, parent, self.budget.left(self.spent), self.duplicates)
+        return observation.observe(self.surroundings, *self._describe(parent), counters)
+
+    def _describe(self, node: Node | None) -> tuple[Values, Values]:
+        """The node's code and profile as features; zeros for the reference."""
+        if node is None:
+            return observation.NO_CODE, observation.NO_PROFILE
+        if node.number not in self._described:
+            draft = self.tree.path(node)[0]
+            root = draft.candidate.source if draft is not node else None
+            self._described[node.number] = (
+                observation.code_features(node.candidate.source, node.candidate.language, root),
+                observation.profile_features(node.evaluation),
+            )
+        return self._described[node.number]
 
     def _alternative(self, parent: Node, mask: NDArray[np.bool_]) -> tuple[Node, NDArray[np.bool_]]:
         for node in sorted(self.tree.correct(), key=lambda node: -node.speedup):
