@@ -1,19 +1,25 @@
 """Rewards of one step: clipped log-gains, with penalties far below a typical gain.
 
-``best`` sums to the final log-speedup, ``parent`` is denser and nearly stationary, so bandits prefer it.
+``best`` sums to the final log-speedup, ``parent`` is denser and nearly stationary, so bandits prefer it;
+``milestone`` compares across tasks whose gains differ in size.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from ke_gym.evaluation.evaluation import Evaluation
+
+Kind = Literal["best", "parent", "milestone"]
+KINDS: tuple[Kind, ...] = ("best", "parent", "milestone")
 
 CLIP = math.log(3.0)
 COMPILE_PENALTY = -0.05
 FAILURE_PENALTY = -0.10
 DUPLICATE_PENALTY = -0.05
 REPAIR_BONUS = 0.05
+MILESTONE = 1.05
 
 
 def failure(evaluation: Evaluation) -> float:
@@ -35,3 +41,32 @@ def best_gain(evaluation: Evaluation, best_speedup: float, became_best: bool) ->
     if not evaluation.correct or not evaluation.speedup:
         return failure(evaluation)
     return min(max(math.log(evaluation.speedup / best_speedup), 0.0), CLIP) if became_best else 0.0
+
+
+def milestone(evaluation: Evaluation, became_best: bool) -> float:
+    """-1 for a failure, 1 for correct, 2 beyond 5 % over the baseline, 3 if it is also a verified new best.
+
+    After CUDA Agent's staged reward, whose highest stage is a stronger baseline; here that is the incumbent.
+    """
+    if not evaluation.correct or not evaluation.speedup:
+        return -1.0
+    if evaluation.speedup <= MILESTONE:
+        return 1.0
+    return 3.0 if became_best else 2.0
+
+
+def reward(
+    kind: Kind,
+    evaluation: Evaluation,
+    *,
+    parent_speedup: float,
+    best_speedup: float,
+    became_best: bool,
+    repair: bool = False,
+) -> float:
+    """The reward of this kind; the speedups are those before the step, 1 for the reference itself."""
+    if kind == "milestone":
+        return milestone(evaluation, became_best)
+    if kind == "best":
+        return best_gain(evaluation, best_speedup, became_best)
+    return parent_gain(evaluation, parent_speedup, repair)

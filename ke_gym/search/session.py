@@ -172,7 +172,7 @@ class Session:
                 flying[key] = flying.get(key, 0) + 1
             rng = np.random.default_rng((self.seed, self._number))
             parent = self._rule(self.tree, flying, rng)
-            mask = self._mask(parent)
+            mask = self.mask(parent)
             if parent is not None and not mask[: len(STRATEGIES)].any():
                 # Nothing applies to this parent any more: another one, or a fresh draft, still may.
                 parent, mask = self._alternative(parent, mask)
@@ -201,12 +201,13 @@ class Session:
 
     def _alternative(self, parent: Node, mask: NDArray[np.bool_]) -> tuple[Node, NDArray[np.bool_]]:
         for node in sorted(self.tree.correct(), key=lambda node: -node.speedup):
-            other = self._mask(node)
+            other = self.mask(node)
             if other[: len(STRATEGIES)].any():
                 return node, other
         return parent, mask
 
-    def _mask(self, parent: Node | None) -> NDArray[np.bool_]:
+    def mask(self, parent: Node | None) -> NDArray[np.bool_]:
+        """The legal actions, shape (25,), if the next candidate were made from ``parent``."""
         mask = np.zeros(len(ACTIONS), dtype=np.bool_)
         if parent is not None:
             mask[: len(STRATEGIES)] = self.proposer.mask(parent.candidate)
@@ -228,26 +229,27 @@ class Session:
     def _count(self, parent: int | None, strategy: Strategy) -> _Counts:
         return self._counts.setdefault((parent, strategy.name), _Counts())
 
-    def ask(self, action: int) -> Ask | Refusal:
+    def ask(self, action: int, parent: Node | None = None) -> Ask | Refusal:
         """The candidate that ``action`` makes from the situation's parent, or why there is none.
 
-        STOP and illegal actions are refused without cost; STOP ends the session. A refused strategy is masked
-        on that parent from then on.
+        ``parent`` overrules the parent rule. STOP and illegal actions are refused without cost; STOP ends the
+        session. A refused strategy is masked on that parent from then on.
         """
         situation = self.situation()
         strategy = ACTIONS[int(action)]
+        legal = situation.mask if parent is None else self.mask(parent)
         self._situation = None
         if strategy is STOP:
             self.stop_reason = "STOP"
             return Refusal("the policy stopped")
-        if not situation.mask[strategy.id]:
+        if not legal[strategy.id]:
             return Refusal(f"{strategy.name} does not apply here")
-        parent = situation.parent
+        origin = parent or situation.parent
         if strategy is FIX:
-            parent = self._broken(parent)
+            origin = self._broken(origin)
         elif strategy is RESTART:
-            parent = None
-        return self._replay(parent, strategy) or self._propose(parent, strategy)
+            origin = None
+        return self._replay(origin, strategy) or self._propose(origin, strategy)
 
     # Asking -----------------------------------------------------------------------------------------------
 
