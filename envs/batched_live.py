@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from ke_gym.errors import UserError
 from ke_gym.proposers.base import Proposer
 from ke_gym.search import parents
 from ke_gym.search.reward import Kind
@@ -53,6 +54,8 @@ class BatchedLiveVecEnv(VecEnv):
         render_mode: str | None = None,
     ) -> None:
         parents.get(parent_rule)
+        if render_mode not in (None, "rgb_array"):
+            raise UserError(f"render mode {render_mode!r} is unknown here; choose rgb_array")
         self.render_mode = render_mode
         self.metadata = KernelOptEnv.metadata
         self.tasks = resolve(tasks)
@@ -87,11 +90,10 @@ class BatchedLiveVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step all episodes; their evaluations run side by side."""
         begun = [episode.begin(int(action)) for episode, action in zip(self.episodes, self._actions)]
-        futures = {
-            i: self.pool.submit(self.episodes[i].case, asked)
-            for i, asked in enumerate(begun)
-            if isinstance(asked, Ask)
-        }
+        asks = [(i, asked) for i, asked in enumerate(begun) if isinstance(asked, Ask)]
+        # By task: evaluations of different tasks wait for each other.
+        asks.sort(key=lambda pair: self.episodes[pair[0]].case.task.id)
+        futures = {i: self.pool.submit(self.episodes[i].case, asked) for i, asked in asks}
         steps: list[Step] = []
         for i, asked in enumerate(begun):
             if not isinstance(asked, Ask):

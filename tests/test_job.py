@@ -34,6 +34,8 @@ class StopAfter(Watch):
         self.count = count
 
     def told(self, session: Session, node: Node, improved: bool) -> None:
+        seen = session.situation().observation
+        assert all(seen[part].any() for part in ("task", "hardware", "code", "profile"))
         if len(session.tree) == self.count:
             raise KeyboardInterrupt
 

@@ -98,6 +98,17 @@ def test_maskable_ppo_learns_over_one_pool() -> None:
     envs.close()
 
 
+def test_all_episodes_are_pictured_side_by_side() -> None:
+    envs = BatchedLiveVecEnv(4, "softmax", render_mode="rgb_array", **FAKE)
+    envs.reset()
+    envs.step(np.array([RESTART.id] * 4))
+    picture = envs.render()
+    assert picture is not None and picture.shape == (960, 1280, 3)
+    envs.close()
+    with pytest.raises(UserError, match="rgb_array"):
+        BatchedLiveVecEnv(1, render_mode="ansi", **FAKE)
+
+
 def test_an_unknown_environment_names_the_nearest() -> None:
     with pytest.raises(UserError, match="KernelOpt-v0"):
         make_vec_env("ke_gym/KernelOp-v0", 2)
