@@ -279,14 +279,13 @@ _COUNTED = {
 }
 _FLAGS = {
     "local_memory": r"__shared__|\balignas\s*\(|\bthread_local\b",
-    "dot": r"\btl\.dot\b|\bwmma\b|\bmma_sync\b|\bke::gemm|\bgemm\b|_fmadd_",
+    "dot": r"tl\.dot\b|mma_sync|wmma|gemm|_fmadd_",
     "vector": r"omp\s+simd|omp\s+parallel\s+for\s+simd|\b__m(?:128|256|512)|\bfloat4\b|vector_size|ke::vec",
     "unroll": r"\bunroll\b|static_range|_acc1\b",
     "reduction": r"\breduction\s*\(|tl\.(?:sum|max|min)\b|__shfl|_acc0\b",
 }
 _TILE = re.compile(r"\b(?:BLOCK\w*|TILE\w*|[MNK]C|[mnk]c|tile\w*)\s*=\s*(\d+)|\+=\s*(\d+)\s*\)")
 _STAGES = re.compile(r"num_stages\s*=\s*(\d+)|\bprefetch")
-_COUNTERS = {name: re.compile(pattern) for name, pattern in {**_COUNTED, **_FLAGS}.items()}
 
 
 def code_features(source: str, language: str, root_source: str | None = None) -> Values:
@@ -296,15 +295,14 @@ def code_features(source: str, language: str, root_source: str | None = None) ->
     """
     text = _uncommented(source, language)
     lines = _lines(text)
-    found = {name: sum(1 for _ in pattern.finditer(text)) for name, pattern in _COUNTERS.items()}
     tiles = [int(a or b) for a, b in _TILE.findall(text)]
     stages = [int(match[1] or 2) for match in _STAGES.finditer(text)]
     return _box(
         [
             math.log10(1 + len(lines)) / 4,
             _loop_depth(text) / 6,
-            *(math.log1p(found[name]) / 5 for name in _COUNTED),
-            *(float(found[name] > 0) for name in _FLAGS),
+            *(math.log1p(len(re.findall(pattern, text))) / 5 for pattern in _COUNTED.values()),
+            *(float(re.search(pattern, text) is not None) for pattern in _FLAGS.values()),
             math.log2(1 + max(tiles, default=0)) / 16,
             max(stages, default=0) / 5,
             _distance(lines, _lines(_uncommented(root_source, language))) if root_source is not None else 0.0,
