@@ -7,38 +7,45 @@ policy learn while it searches; policies that don't, inherit the default that do
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from ke_gym.policies import files
 from numpy.typing import NDArray
 
-from ke_gym.errors import UserError
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS, STOP
 
 Observation = Mapping[str, NDArray[np.float32]] | NDArray[np.float32]
-FORMAT = 1
 
 
 class Policy(ABC):
     """Chooses actions (``ke_gym.strategies.ACTIONS``) from an observation and a mask of legal ones.
 
     Subclasses implement ``choose`` for one environment; ``predict`` also takes a batch of them. Whatever they
-    learn lives in attributes named in ``learned``, which is what ``save`` and ``load`` carry (values that
-    JSON can hold). Randomness comes from ``self.rng`` alone.
+    learn lives in attributes named in ``learned``, which is what ``save`` and ``load`` carry (JSON values and
+    NumPy arrays). Randomness comes from ``self.rng`` alone. Keyword arguments of the constructor after
+    ``seed`` are options: ``ke_gym.policies.make("ucb1:c=0.5")`` sets them by name.
     """
 
     name: ClassVar[str]
     parent_rule: ClassVar[str] = "best"
     """The rule of ``ke_gym.search.parents`` that this policy is meant to run with."""
+    reward: ClassVar[str] = "parent"
+    """The reward it learns from: ``"parent"`` (gain over the parent) or ``"best"`` (over the best so far)."""
+    pretrained: ClassVar[str | None] = None
+    """The shipped file without which it is useless; ``make`` wants that or another trained file."""
     learned: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
+        self.training = False
+        """Set by the trainer: what a search teaches is then kept for the next ones."""
+        self.trained_on: dict[str, Any] = {}
+        """What the trainer says of the training: tables' hashes, steps, environment."""
 
     @abstractmethod
     def choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
@@ -49,6 +56,10 @@ class Policy(ABC):
 
     def update(self, transition: Transition) -> None:  # noqa: B027 (optional to override)
         """Learn from one completed step."""
+
+    def reseed(self, seed: int) -> None:
+        """Start the random stream anew; everything learned stays."""
+        self.rng = np.random.default_rng(seed)
 
     def predict(
         self,
@@ -84,7 +95,7 @@ class Policy(ABC):
         return action
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, and the random state, as JSON values."""
+        """What was learned, and the random state, as JSON values and arrays."""
         return {key: getattr(self, key) for key in self.learned} | {"rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,19 +106,16 @@ class Policy(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a JSON file that ``ke_gym.policies.load`` reads."""
-        data = {"format": FORMAT, "policy": self.name, "actions": len(ACTIONS), "state": self.state_dict()}
-        Path(path).write_text(json.dumps(data, indent=1))
+        files.write(path, self.name, self.trained_on, self.state_dict())
 
     @classmethod
-    def from_file(cls, data: dict[str, Any]) -> Self:
-        """The policy that ``save`` wrote; ``UserError`` for one of another format or other actions."""
-        if data.get("format") != FORMAT or data.get("actions") != len(ACTIONS):
-            raise UserError(
-                f"the saved policy has format {data.get('format')} and {data.get('actions')} actions; this"
-                f" program reads format {FORMAT} with {len(ACTIONS)} actions: train it again"
-            )
+    def from_file(cls, data: files.PolicyFile) -> Self:
+        """The policy that ``save`` wrote; ``UserError`` for one of another version or a damaged one."""
+        files.check(data)
         policy = cls()
-        policy.load_state_dict(data["state"])
+        with files.damage(data):
+            policy.load_state_dict(data.state)
+        policy.trained_on = data.trained_on
         return policy
 
 

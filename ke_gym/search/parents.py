@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ke_gym import strategies
 from ke_gym.errors import UserError
 from ke_gym.search.tree import Node, Tree
 
@@ -19,6 +20,8 @@ ParentRule = Callable[[Tree, Mapping[int | None, int], np.random.Generator], Nod
 EPSILON = 0.3  # STARK's best range is 0.3-0.4
 ROOT_CAP = 5  # drafts before the tree only deepens
 PATIENCE = 4  # fruitless children after which a branch is dead
+WIDENING = 1.5  # children per square root of visits
+UCT_EXPLORATION = 0.3  # in log-speedup
 
 
 def best(tree: Tree, flying: Mapping[int | None, int], rng: np.random.Generator) -> Node | None:
@@ -75,11 +78,54 @@ def _dead(tree: Tree, node: Node, flying: Mapping[int | None, int]) -> bool:
     return len(children) + flying.get(node.number, 0) >= patience
 
 
+def uct(tree: Tree, flying: Mapping[int | None, int], rng: np.random.Generator) -> Node | None:
+    """Descends by upper confidence bounds on the best kernel below a node; widens nodes as visits grow.
+
+    A node is expanded while it has fewer than ``WIDENING sqrt(visits)`` children; the reference never is once
+    something is correct, since a draft is an action of its own (RESTART). Max backup, since a search
+    is worth its best kernel. Sources: Reasoning Compiler (arXiv 2506.01374), Couetoux et al. (2011).
+    """
+    visits: dict[int | None, int] = {None: 1}
+    value: dict[int, float] = {}
+    for node in reversed(list(tree)):
+        # Children are told after their parents, so every subtree is complete when its root comes.
+        visits[node.number] = 1 + sum(visits[child.number] for child in tree.children(node.number))
+        below = [value[child.number] for child in tree.children(node.number)]
+        value[node.number] = max([np.log(node.speedup) if node.correct else -np.inf, *below])
+    visits[None] += len(tree)
+    at: Node | None = None
+    while True:
+        number = at.number if at else None
+        children = [child for child in tree.children(number) if np.isfinite(value[child.number])]
+        # A failed candidate takes part only through a repair below it.
+        count = len(tree.children(number)) + flying.get(number, 0)
+        if not children or (at is not None and count < WIDENING * np.sqrt(visits[number])):
+            return at if at is not None and at.correct else tree.best
+        bonus = UCT_EXPLORATION * np.sqrt(np.log(visits[number]))
+        at = max(children, key=lambda n: value[n.number] + bonus / np.sqrt(visits[n.number]))
+
+
+def elites(tree: Tree, flying: Mapping[int | None, int], rng: np.random.Generator) -> Node | None:
+    """One of the cells' best nodes, uniformly: cells are families of strategies and doublings of code size.
+
+    Source: MAP-Elites (arXiv 1504.04909).
+    """
+    cells: dict[tuple[str, int], Node] = {}
+    for node in tree.correct():
+        lines = node.candidate.source.count("\n") + 1
+        cell = (strategies.get(node.strategy).family, lines.bit_length())
+        if cell not in cells or node.speedup > cells[cell].speedup:
+            cells[cell] = node
+    return list(cells.values())[int(rng.integers(len(cells)))] if cells else None
+
+
 RULES: dict[str, ParentRule] = {
     "best": best,
     "weighted": weighted,
     "root": root,
     "epsilon_greedy": epsilon_greedy,
+    "uct": uct,
+    "elites": elites,
 }
 
 

@@ -1,0 +1,78 @@
+"""Policies in real searches of the synthetic problem: their parent rules, budgets and repeatability."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ke_gym import policies
+from ke_gym.search import parents
+from ke_gym.search.budget import Budget
+from ke_gym.search.run import run
+from ke_gym.search.session import Session
+from ke_gym.search.store import Store
+from ke_gym.search.tree import Node, Tree
+from ke_gym.strategies import get
+from tests.search.fakes import SETTING, FakeProposer, Judge, evaluation, kernel
+
+BUDGET = 30
+
+
+def search(store: Store, spec: str, session: str) -> Session:
+    policy = policies.make(spec, seed=1)
+    searching = Session(
+        store, session, SETTING, FakeProposer(), budget=Budget(BUDGET), seed=1, parent_rule=policy.parent_rule
+    )
+    run(searching, policy, Judge(), workers=1)
+    return searching
+
+
+@pytest.mark.parametrize(
+    "spec", ["uct", "puct", "islands_map_elites", "kernelband", "linucb:untrained", "maskable_ppo:untrained"]
+)
+def test_a_search_spends_its_budget_and_repeats_exactly(spec: str, tmp_path: Path) -> None:
+    first, second = (
+        search(Store(tmp_path / f"{name}.db"), spec, name).tree.nodes.values() for name in ("a", "b")
+    )
+    assert len(first) == BUDGET
+    assert [node.candidate.id for node in first] == [node.candidate.id for node in second]
+    assert max(node.speedup for node in first) > 1.0
+
+
+def grown(*speedups: tuple[int | None, float | None]) -> Tree:
+    """A tree of nodes (parent, speedup; None for a failure)."""
+    tree = Tree()
+    for number, (parent, speedup) in enumerate(speedups):
+        candidate = kernel((number, 0, 0, 0), None, get("fuse" if number % 2 else "vectorize"))
+        result = evaluation(candidate, speedup, "correct" if speedup else "compile")
+        tree.add(Node(number, parent, "fuse" if number % 2 else "vectorize", 0, candidate, result), None)
+    return tree
+
+
+def test_uct_follows_the_best_kernel_below_and_widens_where_it_was_visited() -> None:
+    rng = np.random.default_rng(0)
+    assert parents.uct(Tree(), {}, rng) is None
+    drafts = [(None, 1.0), (None, 1.1), (None, 1.2), (None, 1.05), (None, 1.0)]
+    # Draft 1 has a child far ahead of all drafts: max backup leads below it, though 2 is the better draft.
+    deep = grown(*drafts, (1, 3.0), (1, 0.9), (5, 3.1))
+    chosen = parents.uct(deep, {}, rng)
+    assert chosen is deep.nodes[1]  # two children of four visits: fewer than 1.5 sqrt(4)
+    below = parents.uct(deep, {1: 2}, rng)
+    assert below is not None and below.number in (5, 7)
+
+
+def test_uct_leaves_failures_alone() -> None:
+    rng = np.random.default_rng(0)
+    tree = grown((None, 1.5), (None, None), (None, None))
+    assert parents.uct(tree, {}, rng) is tree.nodes[0]
+    assert parents.uct(grown((None, None), (None, None)), {}, rng) is None
+
+
+def test_elites_are_the_best_of_each_family_and_size() -> None:
+    rng = np.random.default_rng(0)
+    assert parents.elites(Tree(), {}, rng) is None
+    tree = grown((None, 1.0), (None, 2.0), (None, 1.4), (None, 1.5), (None, None))
+    chosen = {parents.elites(tree, {}, rng).number for _ in range(40)}  # type: ignore[union-attr]
+    assert chosen == {1, 2}  # the best of fusion, and of vectorization
