@@ -260,6 +260,7 @@ def _result(
         evaluations=len(session.tree),
         valid=correct / max(len(session.tree), 1),
         seconds=session.spent.seconds,
+        seed_correct=next((node.correct for node in session.tree), False),
         stopped=stopped,
         floor_ms=1e3 * floor_s,
         run_dir=run_dir,

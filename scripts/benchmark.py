@@ -1,226 +1,26 @@
 """Benchmarks of the project itself. Never tests: they print what this machine does.
 
     python scripts/benchmark.py evaluation      can verdicts be trusted, and how fast are they
+    python scripts/benchmark.py suite           how fast does every built-in task become
 
-Every table in docs/results.md names the command that made it.
+Leave the machine alone while one runs. Every table in docs/results.md names the command that made it.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import psutil
 import tyro
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from benchmarks.evaluation import Evaluation
+from benchmarks.suite import Suite
 
-from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.tasks.task import Task
-
-console = Console()
-
-# A row-wise kernel whose cost can be set exactly: the first `again` rows are computed twice.
-KERNEL = r'''
-import torch
-from ke_gym import lang
-
-kernels = lang.cpp(r"""
-#include "ke/math.h"
-#include <cstdint>
-// variant {variant}
-static void row(const float* x, float* out, int64_t n) {{
-    float top = x[0];
-    #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; ++j) top = x[j] > top || x[j] != x[j] ? x[j] : top;
-    float sum = 0;
-    #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) {{ out[j] = ke::exp(x[j] - top); sum += out[j]; }}
-    const float scale = {scale}f / sum;
-    #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[j] *= scale;
-}}
-extern "C" void softmax(const float* x, float* out, int64_t rows, int64_t n) {{
-    #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows; ++i) {{
-        row(x + i * n, out + i * n, n);
-        for (int64_t k = 0; k < {repeat}; ++k)
-            if (i % 1000 < {again}) row(x + i * n, out + i * n, n);
-    }}
-}}
-""")
-
-def forward(x):
-    out = torch.empty_like(x)
-    kernels.softmax(x, out, *x.shape)
-    return out
-'''
-
-
-def kernel(variant: str, again: int = 0, repeat: int = 1, scale: float = 1.0) -> Candidate:
-    """A softmax that computes ``again`` of every 1000 rows ``repeat`` times more, times ``scale``."""
-    return Candidate(KERNEL.format(variant=variant, again=again, repeat=repeat, scale=scale))
-
-
-@dataclass
-class Evaluation:
-    """A/A false positives, resolution of 5 % differences, early rejection, throughput, memory, exploits."""
-
-    races: int = 200
-    """A/A races, and half as many of each 5 % comparison."""
-    candidates: int = 120
-    """Candidates of the throughput mix."""
-    evaluations: int = 1000
-    """Evaluations over which the parent's memory is watched."""
-    exploits: bool = True
-    """Run the exploit suite and the honest kernels too."""
-    json: Path | None = None
-    """Also write the figures here."""
-
-    def run(self) -> None:
-        rows: list[tuple[str, str, str, bool]] = []
-        with Evaluator(Task.load("softmax")) as evaluator:
-            rows += resolution(evaluator, self.races)
-            rows += rejection(evaluator)
-        rows += throughput(self.candidates)
-        rows += memory(self.evaluations)
-        if self.exploits:
-            rows += exploits()
-        table = Table("measure", "value", "target", "reached", title="evaluation", title_justify="left")
-        for measure, value, target, reached in rows:
-            table.add_row(measure, value, target, "yes" if reached else "NO")
-        console.print(table)
-        if self.json:
-            self.json.write_text(json.dumps([list(r) for r in rows], indent=1))
-
-
-def evaluation(args: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
-    """Can verdicts be trusted, and how fast are they."""
-    args.run()
-
-
-def resolution(evaluator: Evaluator, races: int) -> list[tuple[str, str, str, bool]]:
-    """How often the whole decision (race, then confirmation) calls equals, slower and faster copies a gain."""
-    plain, slow = kernel("plain"), kernel("slow", again=50)
-    counts = {}
-    plan = {
-        "A/A": (plain, plain, races),
-        "slower": (slow, plain, races // 2),
-        "faster": (plain, slow, races // 2),
-    }
-    for name, (candidate, rival, n) in plan.items():
-        wins = [
-            evaluator.decide(candidate, rival).improved
-            for _ in track(range(n), f"{name} races", console=console)
-        ]
-        counts[name] = (sum(wins), n)
-    wrong, n = counts["A/A"]
-    accepted_slow, m = counts["slower"]
-    accepted_fast, _ = counts["faster"]
-    return [
-        ("A/A races called a gain", f"{wrong} of {n} ({100 * wrong / n:.1f} %)", "≤ 1 %", wrong <= 0.01 * n),
-        ("5 % slower copies accepted", f"{accepted_slow} of {m}", "0", accepted_slow == 0),
-        ("5 % faster copies accepted", f"{accepted_fast} of {m}", "≥ 95 %", accepted_fast >= 0.95 * m),
-    ]
-
-
-def rejection(evaluator: Evaluator) -> list[tuple[str, str, str, bool]]:
-    """Seconds from a 2x slower candidate's first timed call to its end."""
-    plain, slow = kernel("plain"), kernel("twice", again=1000)
-    spent = []
-    for _ in range(5):
-        start = time.perf_counter()
-        evaluator.decide(slow, plain)
-        spent.append(time.perf_counter() - start)
-    worst = max(spent)
-    return [("2x slower candidate dropped after", f"{worst:.2f} s (worst of 5)", "≤ 1 s", worst <= 1.0)]
-
-
-def throughput(candidates: int) -> list[tuple[str, str, str, bool]]:
-    """Candidates a minute over a mix of good, slow, wrong and non-compiling kernels."""
-
-    def mixed(index: int) -> Candidate:
-        match index % 4:
-            case 0:
-                return kernel(f"good {index}", again=index % 7)
-            case 1:
-                return kernel(f"slow {index}", again=1000, repeat=2)
-            case 2:
-                return kernel(f"wrong {index}", scale=1.001)
-            case _:
-                return Candidate(kernel(f"broken {index}").source.replace("float sum = 0;", "float sum = ;"))
-
-    with Evaluator(Task.load("softmax")) as evaluator, ThreadPoolExecutor(4) as pool:
-        incumbent = kernel("incumbent", again=100)
-        evaluator.evaluate(incumbent)
-        busy, start = evaluator.busy_s, time.perf_counter()
-        jobs = [pool.submit(evaluator.evaluate, mixed(i), incumbent) for i in range(candidates)]
-        outcomes = [job.result().outcome for job in track(jobs, "throughput", console=console)]
-        wall = time.perf_counter() - start
-        outside = 1 - (evaluator.busy_s - busy) / wall
-    rate = 60 * candidates / wall
-    right = all(
-        outcome == ("correct", "correct", "correctness", "compile")[i % 4]
-        for i, outcome in enumerate(outcomes)
-    )
-    return [
-        ("candidates a minute", f"{rate:.0f}", "≥ 60", rate >= 60),
-        ("time outside building, running, racing", f"{100 * outside:.1f} %", "≤ 15 %", outside <= 0.15),
-        ("verdicts of the mix as they should be", "all" if right else "NOT all", "all", right),
-    ]
-
-
-def memory(evaluations: int) -> list[tuple[str, str, str, bool]]:
-    """Growth of this process's resident memory over many evaluations."""
-    process = psutil.Process()
-    sizes = []
-    with Evaluator(Task.load("softmax"), shape_sets=["ragged"]) as evaluator:
-        for index in track(range(evaluations), "memory", console=console):
-            evaluator.evaluate(kernel(f"memory {index}", again=index % 5))
-            sizes.append(process.memory_info().rss / 2**20)
-    settled = sizes[min(100, len(sizes) // 2)]
-    growth = sizes[-1] - settled
-    return [
-        (
-            f"parent's memory over {evaluations} evaluations",
-            f"{settled:.0f} → {sizes[-1]:.0f} MiB",
-            "flat (≤ 5 % more)",
-            growth <= 0.05 * settled,
-        )
-    ]
-
-
-def exploits() -> list[tuple[str, str, str, bool]]:
-    """The exploit suite (none may be accepted) and the honest kernels (none may be rejected)."""
-    from ke_gym.testing import exploits as cheats
-    from ke_gym.testing import honest
-
-    attempts = cheats.run()
-    accepted = [r.exploit.name for r in attempts if not r.caught]
-    decent = honest.run()
-    rejected = [r.kernel.name for r in decent if not r.ok]
-    return [
-        ("exploits accepted", f"{len(accepted)} of {len(attempts)} {' '.join(accepted)}", "0", not accepted),
-        (
-            "honest kernels rejected",
-            f"{len(rejected)} of {len(decent)} {' '.join(rejected)}",
-            "< 1 %",
-            not rejected,
-        ),
-    ]
-
 
 if __name__ == "__main__":
     try:
-        tyro.extras.subcommand_cli_from_dict({"evaluation": evaluation}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            {"evaluation": Evaluation, "suite": Suite}, description=__doc__
+        ).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

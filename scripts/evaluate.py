@@ -41,8 +41,8 @@ class Args:
     """The kernel module."""
     target: str = "cpu"
     """Where to run."""
-    baseline: Literal["eager", "compile"] = "eager"
-    """What the speedup is against: PyTorch eager, or torch.compile (about 20 s more)."""
+    baseline: Literal["eager", "compile", "max-autotune"] = "eager"
+    """What the speedup is against: PyTorch eager, torch.compile (about 20 s more), or its max-autotune mode."""
     threads: int | None = None
     """OpenMP threads for kernel and baseline alike; all cores by default."""
     again: bool = False

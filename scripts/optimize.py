@@ -47,7 +47,7 @@ class Args:
     seed: int = 0
     """Seed of the search's choices."""
     baseline: str = "eager"
-    """What speedups are against: eager or compile (torch.compile)."""
+    """What speedups are against: eager, compile (torch.compile) or max-autotune (its mode of that name)."""
     threads: int | None = None
     """CPU threads for kernels and reference alike; all cores by default."""
     out: Path = Path("runs")

@@ -44,7 +44,7 @@ _SPLIT: dict[str, tuple[int | None, int | None]] = {
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _SIGNALS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
-_SPECIAL = ("clone", "clone3", "prctl", "prlimit64", *_SIGNALS)
+_SPECIAL = ("clone", "clone3", "prctl", "prlimit64", "sched_setaffinity", *_SIGNALS)
 _SPAWN = ("fork", "vfork", "execve", "execveat")
 # Compilers need these. Where users do not differ, only its mode protects a shared input from being opened again.
 _CHMOD = ("chmod", "fchmod", "fchmodat", "fchmodat2")
@@ -52,7 +52,7 @@ _CHMOD = ("chmod", "fchmod", "fchmodat", "fchmodat2")
 _CLONE_THREAD = 0x00010000
 _CLONE_NAMESPACES = 0x7E020080  # NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | NEWTIME
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
-_SECCOMP_MODE_FILTER = 2
+_SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -95,6 +95,8 @@ def _program(may_spawn: bool) -> bytes:
         for name in _SIGNALS:
             when(name, _op(_LOAD, _ARG0), _op(_JEQ, os.getpid(), 1, 0), deny, allow)
     when("clone3", _op(_RET, _ERRNO | errno.ENOSYS))
+    # Nothing moves to another core, but OpenMP, which gives up if it can't place a thread, shall not notice.
+    when("sched_setaffinity", _op(_RET, _ERRNO))
     # The death of the waiter must reach this process, and no filter may be stacked on this one.
     when(
         "prctl",
@@ -118,8 +120,12 @@ class _Filter(ctypes.Structure):
 
 
 def install(may_spawn: bool) -> None:
-    """Filter this thread and all it starts, for ever. ``may_spawn``: compilers may be forked and executed."""
+    """Filter all threads and what they start, for ever. ``may_spawn``: compilers may be forked and executed."""
     code = _program(may_spawn)
     check(LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     filter_ = _Filter(len(code) // 8, code)
-    check(LIBC.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(filter_), 0, 0), "seccomp")
+    number, arguments = _number("seccomp"), (_SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC)
+    result = LIBC.syscall(number, *arguments, ctypes.byref(filter_))
+    if result > 0:
+        raise OSError(errno.ESRCH, f"seccomp: thread {result} could not be filtered")
+    check(result, "seccomp")

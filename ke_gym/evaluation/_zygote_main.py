@@ -23,10 +23,12 @@ from ke_gym.evaluation._libc import (
     prctl,
 )
 from ke_gym.evaluation.channel import Channel
-from ke_gym.evaluation.sandbox import Sandbox, enter, pin, seal, unshare
+from ke_gym.evaluation.sandbox import Sandbox, enter, seal, unshare
 
 # The first process of a namespace does not die of these by default, so they are made to end it.
 _INIT_IGNORES = (signal.SIGABRT, signal.SIGXCPU)
+
+CORES = os.sched_getaffinity(0)  # before OpenMP binds this thread to the first
 
 Entry = Callable[[Channel, dict[str, Any], list[int]], None]
 
@@ -187,8 +189,10 @@ def _work(
         os.dup2(fds[2], 2)
         channel_fd, passed = fds[0], fds[3:]
         _close_all_but({0, 1, 2, channel_fd, gate.fileno(), *passed})
-        if sandbox.kind != "compile":
-            pin(int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0)))
+        # OpenMP has bound this thread to the first core and will bind the rest of its team to the others: a
+        # candidate's further threads shall not gain further cores. Compilers may run on any.
+        if sandbox.kind == "compile":
+            os.sched_setaffinity(0, CORES)
         enter(sandbox, isolated)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: the change of user resets it
         if sandbox.kind != "trusted":
@@ -197,6 +201,8 @@ def _work(
         if isolated:
             for number in _INIT_IGNORES:
                 LIBC.signal(int(number), ctypes.cast(LIBC._exit, ctypes.c_void_p))
+        if sandbox.kind != "compile":
+            _start_team()
         seal(sandbox)
         gate.send(b"r")  # fails if the waiter died before its death could reach us
         gate.close()
@@ -209,6 +215,17 @@ def _work(
             sys.stderr.write(traceback.format_exc())
             sys.stderr.flush()
     os._exit(code & 0xFF)
+
+
+def _start_team() -> None:
+    """Start torch's OpenMP threads and the compilers', each on its core, which no sealed process could."""
+    import torch
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.zeros(threads << 16)
+    with contextlib.suppress(OSError):  # a system without libgomp has no kernels that need it
+        openmp = ctypes.CDLL("libgomp.so.1")
+        openmp.GOMP_parallel(openmp.omp_get_thread_num, None, threads, 0)
 
 
 def _close_all_but(keep: set[int]) -> None:

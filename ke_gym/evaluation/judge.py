@@ -19,6 +19,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation import mutants, work
 from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
 from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.shared import Layout, SharedBuffer
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
@@ -107,7 +108,7 @@ class Judge:
         chosen.state = list(state.values())
         self._store_state(chosen)
         self._store_inputs(chosen, chosen.arguments)
-        chosen.baseline = self._compile(chosen) if self.baseline == "compile" else chosen.reference
+        chosen.baseline = self._baseline(chosen)
         return {}
 
     def attach_output(self, arm: int, layout: dict[str, Any]) -> dict[str, Any]:
@@ -124,19 +125,13 @@ class Judge:
             buffer.close()
         return {}
 
-    def _compile(self, chosen: ShapeSet) -> Any:
-        if self.task.backward:
-            raise UserError("the compile baseline does not cover backward tasks; use --baseline eager")
-        compiled = torch.compile(chosen.reference.module)
-
-        def call(*arguments: Any) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return tuple(
-                    t for t in torch.utils._pytree.tree_leaves(compiled(*arguments)) if isinstance(t, Tensor)
-                )
-
-        call(*self._arguments(chosen))
-        return call
+    def _baseline(self, chosen: ShapeSet) -> Reference:
+        mode = COMPILE_MODES.get(self.baseline)
+        if mode is None:
+            return chosen.reference
+        compiled = chosen.reference.compiled(mode)
+        compiled(*self._arguments(chosen))
+        return compiled
 
     # -- inputs ----------------------------------------------------------------------------------------------
 
@@ -344,7 +339,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     _, blob = channel.recv(timeout=None)
     random.seed()  # not by the arguments: the zygote has read them, and every candidate is a copy of it
     keep_secret()
-    if args["baseline"] == "compile":
+    if args["baseline"] in COMPILE_MODES:
         torch._inductor.config.compile_threads = 1
         Path("/tmp").mkdir(exist_ok=True)
     try:

@@ -230,10 +230,3 @@ def compiler_paths() -> tuple[str, ...]:
     found = (shutil.which(name) for name in ("g++", "clang++"))
     real = (Path(p).resolve().parent.parent for p in found if p)
     return tuple(sorted({str(p) for p in real if not p.is_relative_to("/usr") and str(p) != "/"}))
-
-
-def pin(threads: int) -> None:
-    """Keep this process, and what it starts, to ``threads`` cores: extra threads shall not gain extra cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    if threads < len(cores):
-        os.sched_setaffinity(0, cores[:threads])

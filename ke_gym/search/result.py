@@ -34,6 +34,8 @@ class Result:
     evaluations: int
     valid: float
     seconds: float
+    seed_correct: bool
+    """Whether the search's first candidate was correct."""
     stopped: str
     floor_ms: float
     run_dir: Path
@@ -134,6 +136,7 @@ class Result:
         data = {
             "format": FORMAT,
             **self.to_dict(),
+            "seed_correct": self.seed_correct,
             "stopped": self.stopped,
             "verdict": self.verdict(),
             "floor_ms": self.floor_ms,

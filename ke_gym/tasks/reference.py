@@ -59,6 +59,7 @@ class Reference:
     ) -> None:
         self.module = module
         self.state = _state(module)
+        self._forward: Any = module
         self._path, self._arity, self._wide = path, arity, wide
         self._memory = _Memory(module)
 
@@ -81,11 +82,11 @@ class Reference:
     def _run(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         if self._arity is None:
             with torch.no_grad():
-                return _flat(self.module(*inputs))
+                return _flat(self._forward(*inputs))
         leaves = [_leaf(value) for value in inputs[: self._arity]]
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            outputs = _flat(self.module(*leaves))
+            outputs = _flat(self._forward(*leaves))
             gradients = torch.autograd.grad(
                 [output for output in outputs if output.requires_grad],
                 [leaf for leaf in leaves if _is_float(leaf)] + parameters,
@@ -101,6 +102,12 @@ class Reference:
             outputs = _flat(self.module(*[_leaf(value) for value in inputs]))
         self._memory.restore()
         return tuple(output.detach() for output in outputs if output.requires_grad)
+
+    def compiled(self, mode: str = "default") -> Reference:
+        """The same function of the same tensors through `torch.compile`; `mode` is one of its modes."""
+        twin = Reference(self.module, self._path, self._arity)
+        twin._forward = torch.compile(self.module, mode=mode, dynamic=False)
+        return twin
 
     def randomize(self, seed: int) -> None:
         """Give parameters and running statistics new values of their initial scale, in place.

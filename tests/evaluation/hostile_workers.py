@@ -161,6 +161,7 @@ ATTEMPTS: dict[str, Callable[[dict[str, Any], list[int]], Any]] = {
     "fill": lambda args, fds: _fill_tmp(),
     "environment": lambda args, fds: dict(os.environ),
     "descriptors": lambda args, fds: _descriptors(),
+    "move": lambda args, fds: _move(),
     "identity": lambda args, fds: [os.getuid(), os.getgid(), os.getgroups(), os.getpid()],
     "map writable": lambda args, fds: _map_writable(fds),
     "write input": lambda args, fds: os.write(fds[0], b"x"),
@@ -175,6 +176,12 @@ ATTEMPTS: dict[str, Callable[[dict[str, Any], list[int]], Any]] = {
 
 def _raise_errno() -> None:
     raise OSError(ctypes.get_errno(), "refused")
+
+
+def _move() -> list[int]:
+    """Where this thread may run after asking for every core."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0))
 
 
 def _descriptors() -> list[int]:

@@ -44,6 +44,21 @@ def test_a_run_worker_may_use_threads(zygote: Zygote) -> None:
     assert attempt(zygote, "thread") == ("ok", 1)
 
 
+def test_every_thread_of_a_team_has_a_core_of_its_own() -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    with Zygote(len(cores)) as own, own.spawn("hostile_workers:idle", {}) as worker:
+        threads = os.listdir(f"/proc/{worker.pid}/task")
+        places = [os.sched_getaffinity(int(thread)) for thread in threads]
+    assert all(len(place) == 1 for place in places)
+    assert set().union(*places) == set(cores)
+
+
+def test_no_thread_moves_to_another_core() -> None:
+    first = min(os.sched_getaffinity(0))
+    with Zygote(1) as own:
+        assert attempt(own, "move") == ("ok", [first])
+
+
 @pytest.mark.parametrize("kind", LOCKED)
 @pytest.mark.parametrize(
     "what",
@@ -110,6 +125,7 @@ def test_the_environment_holds_no_secret(zygote: Zygote, monkeypatch: pytest.Mon
                 assert b"hunter2" not in Path(f"/proc/{worker.pid}/environ").read_bytes()
     _, environment = attempt(zygote, "environment")
     allowed = {"PATH", "LANG", "HOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
+    allowed |= {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT"}
     assert {name for name in environment if not name.startswith("TORCH")} <= allowed | {"LC_CTYPE"}
 
 
@@ -239,7 +255,13 @@ for what in ("fork", "socket", "identity", "list"):
     print(status.recv(20)[0]["status"])
 """
     code = program.format(here=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, done.stderr
     level, *results = done.stdout.splitlines()
     assert results[:4] == ["fork EPERM None", "0", "socket EPERM None", "0"]

@@ -85,13 +85,16 @@ def test_a_recorded_search_keeps_the_exact_text_of_its_candidates(store: Store) 
     assert texts == [one.source, two.source]
 
 
+OLD = replace(SETTING, harness=1)  # as in the fixture
+
+
 def test_an_older_store_is_brought_forward_with_everything_in_it(tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     with sqlite3.connect(path) as db:
         db.executescript((FIXTURES / "store_v1.sql").read_text())
     for _ in range(2):
         with Store(path) as store:
-            kept = store.evaluation(SETTING, "c1")
+            kept = store.evaluation(OLD, "c1")
             assert kept is not None and kept.speedup == 1.5
             store.open_session("s", SETTING.task, {"seed": 1})
             assert store.session_settings("s") == {"seed": 1}
@@ -111,7 +114,7 @@ def test_a_migration_that_dies_half_way_leaves_the_old_store(
         with pytest.raises(UserError):
             Store(path)
     with Store(path) as store:
-        assert store.evaluation(SETTING, "c1") is not None
+        assert store.evaluation(OLD, "c1") is not None
         store.open_session("s", SETTING.task, {})
 
 

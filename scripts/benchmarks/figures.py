@@ -1,0 +1,62 @@
+"""Figures of a benchmark: printed when they are known, kept as JSON, and as one table at the end."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ke_gym.targets import cpu
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and the target it is held against."""
+
+    measure: str
+    value: str
+    target: str
+    reached: bool
+
+
+class Figures:
+    """All figures of one benchmark."""
+
+    def __init__(self, name: str, path: Path | None = None) -> None:
+        self.name, self.path = name, path
+        self.figures: list[Figure] = []
+
+    def add(self, figure: Figure) -> None:
+        self.figures.append(figure)
+        console.print(f"{figure.measure}: {figure.value} (target {figure.target})", highlight=False)
+        if self.path is not None:
+            self.path.write_text(json.dumps([asdict(f) for f in self.figures], indent=1))
+
+    def extend(self, figures: Iterable[Figure]) -> None:
+        for figure in figures:
+            self.add(figure)
+
+    def print(self) -> None:
+        table = Table("measure", "value", "target", "reached", title=self.name, title_justify="left")
+        for figure in self.figures:
+            table.add_row(figure.measure, figure.value, figure.target, "yes" if figure.reached else "NO")
+        console.print(table)
+        console.print(machine(), highlight=False)
+
+
+def machine() -> str:
+    """Date, processor and versions: what a figure means nothing without."""
+    facts = cpu.facts()
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {facts.model}, {facts.cores} cores, torch {torch.__version__},"
+        f" Python {platform.python_version()}"
+    )
