@@ -1,7 +1,8 @@
 """The search loop: a policy asks, a pool of threads evaluates, the session is told.
 
 Evaluations run side by side, but are told in the order they were asked: a slow one delays its followers a
-little, and in return a search repeats exactly however the machine schedules them.
+little, and in return a search repeats exactly however the machine schedules them. Where a proposer takes its
+time, its proposals are written side by side too, ahead of the evaluations and enough of them to keep these busy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,10 +20,10 @@ from numpy.typing import NDArray
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
-from ke_gym.proposers.base import Refusal
+from ke_gym.proposers.base import ANSWER_KINDS, ENDPOINT_KINDS, Proposal, ProposerLost, Refusal
 from ke_gym.search import reward
 from ke_gym.search.observation import Observation
-from ke_gym.search.session import Ask, Session, Situation
+from ke_gym.search.session import Ask, Request, Session, Situation
 from ke_gym.search.tree import Node
 from ke_gym.strategies import ACTIONS, FIX, STOP
 
@@ -63,6 +64,9 @@ class Watch:
     def asked(self, session: Session, ask: Ask) -> None:
         """``ask`` has been handed out for evaluation."""
 
+    def refused(self, session: Session, request: Request, refusal: Refusal) -> None:
+        """``request`` brought no candidate."""
+
     def told(self, session: Session, node: Node, improved: bool) -> None:
         """``node`` has been added to the tree; ``improved``: it is the new best."""
 
@@ -71,6 +75,14 @@ class Watch:
 
     def tick(self, session: Session) -> None:
         """Nothing has happened for a moment."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    request: Request
+    situation: Situation
+    action: int
+    future: Future[Proposal | Refusal]
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ def run(
 ) -> str:
     """Search until the budget is spent, the policy stops, or nothing is left to try; returns which.
 
+    A proposer that is lost on the way ends the search too, with its own words; at the very start it raises.
     ``KeyboardInterrupt`` ends the search with ``"interrupted"``: what was told stays, what was in flight is
     abandoned (and asked again if the session is resumed).
     """
@@ -94,6 +107,10 @@ def run(
         return loop.run()
     except KeyboardInterrupt:
         return "interrupted"
+    except ProposerLost as error:
+        if not len(session.tree):
+            raise
+        return str(error)
     finally:
         loop.abandon()
 
@@ -103,23 +120,40 @@ class _Loop:
         self, session: Session, policy: Chooser, evaluate: Evaluate, workers: int, watch: Watch
     ) -> None:
         self.session, self.policy, self.evaluate, self.watch = session, policy, evaluate, watch
+        self.writers = session.proposer.in_flight
         self.workers = workers
+        # Judged candidates are told in order, so some more have to be at hand for the workers to stay busy.
+        self.waiting = workers if self.writers == 1 else 2 * workers
+        self.drafts: deque[_Draft] = deque()
         self.flights: deque[_Flight] = deque()
         self.state: Any = None
         self.started = False
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
+        self.writing = ThreadPoolExecutor(self.writers, thread_name_prefix="propose")
 
     def run(self) -> str:
         while True:
-            while len(self.flights) < self.workers and self.session.stopped() is None:
+            while self.room() and self.session.stopped() is None:
                 if not self.launch():
                     break
-            if not self.flights:
+            if self.drafts and len(self.flights) < self.waiting:
+                self.take()
+            elif self.flights:
+                self.land(self.flights.popleft())
+            else:
                 return self.session.stopped() or "nothing left to try"
-            self.land(self.flights.popleft())
+
+    def room(self) -> bool:
+        """Whether one more proposal may be asked for."""
+        if self.writers == 1:
+            return not self.drafts and len(self.flights) < self.workers
+        if self.session.replaying and not self.session.proposer.ordered:
+            # What was asked may need anything that was told before.
+            return not self.drafts and not self.flights
+        return len(self.drafts) < self.writers
 
     def launch(self) -> bool:
-        """Ask for one more candidate; False if only a landing can bring new ones."""
+        """Ask for one more proposal; False if only a landing can bring new ones."""
         session = self.session
         situation = session.situation()
         legal = situation.mask.copy()
@@ -137,30 +171,74 @@ class _Loop:
         choice = int(np.asarray(action).reshape(-1)[0]) if situation.recorded is None else situation.recorded
         if not situation.mask[choice]:
             raise UserError(f"the policy chose {ACTIONS[choice].name}, which its action mask forbids")
-        ask = session.ask(choice)
-        if isinstance(ask, Refusal):
-            after = session.situation()
-            penalty = 0.0 if choice == STOP.id else reward.DUPLICATE_PENALTY
-            self.policy.update(
-                Transition(
-                    situation.observation,
-                    choice,
-                    penalty,
-                    after.observation,
-                    choice == STOP.id,
-                    situation.mask,
-                    {"refusal": ask.reason},
-                )
-            )
+        request = session.request(choice)
+        if isinstance(request, Refusal):
+            self.refused(situation, choice, request)
             return choice != STOP.id
-        self.watch.asked(session, ask)
-        if ask.known is not None:
-            future: Future[Evaluation] = Future()
-            future.set_result(ask.known)
-        else:
-            future = self.pool.submit(self.evaluate, ask.candidate, ask.rival_candidate)
-        self.flights.append(_Flight(ask, situation, choice, future))
+        self.write(request, situation, choice)
         return True
+
+    def write(self, request: Request, situation: Situation, action: int, first: bool = False) -> None:
+        """Have a proposal written; ``first``: it is taken before the others that are being written."""
+        future: Future[Proposal | Refusal]
+        if self.writers > 1:
+            future = self.writing.submit(self.session.propose, request)
+        else:
+            future = Future()
+            future.set_result(self.session.propose(request))
+        self.drafts.insert(0 if first else len(self.drafts), _Draft(request, situation, action, future))
+
+    def take(self) -> None:
+        """Take a finished proposal to its evaluation; while there is none, land what has been judged."""
+        ordered = self.session.proposer.ordered
+        while True:
+            ready = self.drafts[0] if ordered else next((d for d in self.drafts if d.future.done()), None)
+            if ready is not None and ready.future.done():
+                break
+            pending: list[Future[Any]] = [d.future for d in self.drafts]
+            if self.flights and not ordered:
+                if self.flights[0].future.done():
+                    self.land(self.flights.popleft())
+                    return
+                pending.append(self.flights[0].future)
+            wait(pending[:1] if ordered else pending, timeout=0.25, return_when=FIRST_COMPLETED)
+            self.watch.tick(self.session)
+        self.drafts.remove(ready)
+        try:
+            made = ready.future.result()
+        except BaseException:
+            self.session.withdraw(ready.request)
+            raise
+        ask = self.session.receive(ready.request, made)
+        if isinstance(ask, Request):
+            self.write(ask, ready.situation, ready.action, first=True)
+        elif isinstance(ask, Refusal):
+            self.watch.refused(self.session, ready.request, ask)
+            self.refused(ready.situation, ready.action, ask)
+        else:
+            self.watch.asked(self.session, ask)
+            future: Future[Evaluation] = Future()
+            if ask.known is not None:
+                future.set_result(ask.known)
+            else:
+                future = self.pool.submit(self.evaluate, ask.candidate, ask.rival_candidate)
+            self.flights.append(_Flight(ask, ready.situation, ready.action, future))
+
+    def refused(self, situation: Situation, action: int, refusal: Refusal) -> None:
+        """Tell the policy that its action brought no candidate."""
+        penalty = reward.DUPLICATE_PENALTY
+        if refusal.kind in ANSWER_KINDS:
+            penalty = reward.COMPILE_PENALTY
+        elif action == STOP.id or refusal.kind in (*ENDPOINT_KINDS, "dollars"):
+            penalty = 0.0
+        info = {"refusal": refusal.reason, "kind": refusal.kind}
+        after = self.session.situation()
+        self.policy.update(
+            Transition(
+                situation.observation, action, penalty, after.observation, action == STOP.id, situation.mask,
+                info,
+            )
+        )  # fmt: skip
 
     def land(self, flight: _Flight) -> None:
         """Wait for the oldest flight and tell the session and the policy."""
@@ -204,4 +282,7 @@ class _Loop:
         """Let go of what is in flight; evaluations that already run end when the evaluator is closed."""
         while self.flights:
             self.session.abandon(self.flights.popleft().ask)
+        while self.drafts:
+            self.session.withdraw(self.drafts.popleft().request)
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.writing.shutdown(wait=False, cancel_futures=True)

@@ -9,8 +9,10 @@ The caller owns the loop::
         if isinstance(ask, Ask):
             session.tell(ask, ask.known or evaluator.evaluate(ask.candidate, ask.rival_candidate))
 
-Several asks may be in flight. Everything is written to the store as it happens, so a session opened again
-under the same id continues: replayed asks take the recorded candidates and evaluations instead of new ones.
+Several asks may be in flight. Where writing a proposal takes its time, ``ask`` falls into three: ``request``
+picks the parent, ``propose`` writes (in any thread), ``receive`` makes it an ask. Everything is written to the
+store as it happens, so a session opened again under the same id continues: replayed asks take the recorded
+candidates and evaluations instead of new ones.
 Nothing here depends on the time of day; with the same seed and the same evaluations, a search repeats exactly
 as long as asks and tells come in the same order.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +31,16 @@ from ke_gym import strategies
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
-from ke_gym.proposers.base import Context, Proposer, Refusal, Trial
+from ke_gym.proposers.base import NOTHING, Context, EditMode, Kind, Proposal, Proposer, Refusal, Trial, Usage
 from ke_gym.search import observation, parents
 from ke_gym.search.budget import Budget, Spent
 from ke_gym.search.observation import Observation, Surroundings, Values
 from ke_gym.search.store import NodeRecord, Setting, Store
 from ke_gym.search.tree import Node, Tree
 from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES, Strategy
+
+TABU = 2
+"""Failed answers after which one strategy is given up on one parent."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,31 @@ class Ask:
     rival: Node | None
     known: Evaluation | None
     dollars: float = 0.0
+    usage: Usage = NOTHING
 
     @property
     def rival_candidate(self) -> Candidate | None:
         return self.rival.candidate if self.rival else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A proposal to be written: the ``number``-th request, by ``strategy`` from ``parent`` (None: the
+    reference).
+
+    ``recorded`` is what an earlier run of this session got; ``left`` more draws may follow a duplicate, and
+    ``dollars`` and ``usage`` are what those before cost.
+    """
+
+    number: int
+    parent: Node | None
+    strategy: Strategy
+    draw: int
+    context: Context
+    recorded: NodeRecord | None = None
+    left: int = 0
+    dollars: float = 0.0
+    usage: Usage = NOTHING
 
 
 @dataclass
@@ -78,6 +104,7 @@ class _Counts:
     """Asks of one strategy on one parent."""
 
     draws: int = 0
+    failures: int = 0
     exhausted: bool = False
     trials: dict[int, Candidate] = field(default_factory=dict)
 
@@ -110,10 +137,15 @@ class Session:
         self.stop_reason: str | None = None
         self.refusals = 0
         self.duplicates = 0
+        self.vain = 0
+        """Requests for which a model wrote something that never became a candidate."""
+        self.usage = NOTHING
         self._rule = parents.get(parent_rule)
         self._number = 0
+        self._requested = 0
         self._dollars = 0.0
         self._flying: dict[int, Ask] = {}
+        self._writing: dict[int, Request] = {}
         self._seen: set[str] = set()
         self._counts: dict[tuple[int | None, str], _Counts] = {}
         self._situation: Situation | None = None
@@ -136,29 +168,36 @@ class Session:
         self._recorded = {node.number: node for node in store.nodes(session_id)}
         self._seconds_before = store.session_seconds(session_id)
         self._started = time.monotonic()
+        proposer.fund(budget.dollars, sum(record.dollars for record in self._recorded.values()))
 
     # What has been spent, and whether to go on ------------------------------------------------------------
 
     @property
     def spent(self) -> Spent:
         seconds = self._seconds_before + time.monotonic() - self._started
-        return Spent(len(self.tree), seconds, self._dollars)
+        return Spent(len(self.tree) + self.vain, seconds, self._dollars)
 
     @property
     def recorded(self) -> int:
         """How many evaluations of an earlier run there are to replay."""
         return sum(1 for node in self._recorded.values() if node.evaluation is not None)
 
+    @property
+    def replaying(self) -> bool:
+        """Whether the next request has been answered by an earlier run."""
+        return self._number + len(self._writing) in self._recorded
+
     def stopped(self) -> str | None:
         """Why no more may be asked (``"evaluations"``, ``"seconds"``, ``"dollars"``, a policy's STOP), or
         None.
 
-        Evaluations in flight count as spent.
+        What is in flight, evaluations and requests alike, counts as spent.
         """
         if self.stop_reason:
             return self.stop_reason
         spent = self.spent
-        committed = Spent(spent.evaluations + len(self._flying), spent.seconds, spent.dollars)
+        flying = len(self._flying) + len(self._writing)
+        committed = Spent(spent.evaluations + flying, spent.seconds, spent.dollars)
         return self.budget.exhausted(committed)
 
     # The policy's side ------------------------------------------------------------------------------------
@@ -167,18 +206,20 @@ class Session:
         """The present parent, the legal actions on it, and the observation; stable until an ask or a tell."""
         if self._situation is None:
             flying: dict[int | None, int] = {}
-            for ask in self._flying.values():
-                key = ask.parent.number if ask.parent else None
+            for pending in [*self._flying.values(), *self._writing.values()]:
+                key = pending.parent.number if pending.parent else None
                 flying[key] = flying.get(key, 0) + 1
-            rng = np.random.default_rng((self.seed, self._number))
+            rng = np.random.default_rng((self.seed, self._requested))
             parent = self._rule(self.tree, flying, rng)
             mask = self.mask(parent)
             if parent is not None and not mask[: len(STRATEGIES)].any():
                 # Nothing applies to this parent any more: another one, or a fresh draft, still may.
                 parent, mask = self._alternative(parent, mask)
             seen = self._observe(parent)
-            record = self._recorded.get(self._number)
+            record = self._recorded.get(self._number + len(self._writing))
             recorded = strategies.get(record.strategy).id if record else None
+            if recorded is not None:
+                mask[recorded] = True
             self._situation = Situation(seen, mask, parent, recorded)
         return self._situation
 
@@ -223,18 +264,30 @@ class Session:
         broken = self.tree.broken(parent.number if parent else None)
         if broken is None or self._count(broken.number, FIX).exhausted:
             return None
-        repairing = any(a.parent is broken and a.strategy is FIX for a in self._flying.values())
+        pending = [*self._flying.values(), *self._writing.values()]
+        repairing = any(p.parent is broken and p.strategy is FIX for p in pending)
         return None if repairing else broken
 
     def _count(self, parent: int | None, strategy: Strategy) -> _Counts:
         return self._counts.setdefault((parent, strategy.name), _Counts())
 
-    def ask(self, action: int, parent: Node | None = None) -> Ask | Refusal:
+    def ask(self, action: int, parent: Node | None = None, edit: EditMode | None = None) -> Ask | Refusal:
         """The candidate that ``action`` makes from the situation's parent, or why there is none.
 
         ``parent`` overrules the parent rule. STOP and illegal actions are refused without cost; STOP ends the
         session. A refused strategy is masked on that parent from then on.
         """
+        step = self.request(action, parent, edit)
+        while isinstance(step, Request):
+            step = self.receive(step, self.propose(step))
+        return step
+
+    # Asking -----------------------------------------------------------------------------------------------
+
+    def request(
+        self, action: int, parent: Node | None = None, edit: EditMode | None = None
+    ) -> Request | Refusal:
+        """The first third of ``ask``: what is to be written, or why nothing is."""
         situation = self.situation()
         strategy = ACTIONS[int(action)]
         legal = situation.mask if parent is None else self.mask(parent)
@@ -249,106 +302,134 @@ class Session:
             origin = self._broken(origin)
         elif strategy is RESTART:
             origin = None
-        return self._replay(origin, strategy) or self._propose(origin, strategy)
-
-    # Asking -----------------------------------------------------------------------------------------------
-
-    def _propose(self, parent: Node | None, strategy: Strategy) -> Ask | Refusal:
-        count = self._count(parent.number if parent else None, strategy)
-        context = Context(self.seed, parent.evaluation if parent else None, self._siblings(count))
-        dollars, reason, duplicate = 0.0, "", False
-        for _ in range(self.proposer.draws):
-            draw = count.draws
-            count.draws += 1
-            made = self.proposer.propose(parent.candidate if parent else None, strategy, draw, context)
-            dollars += made.dollars
-            if isinstance(made, Refusal):
-                reason, duplicate = made.reason, False
-                break
-            if made.candidate.id not in self._seen:
-                return self._accept(parent, strategy, draw, made.candidate, dollars, count)
-            reason, duplicate = "it only repeats candidates already tried", True
-        self.duplicates += duplicate
-        return self._refuse(parent, strategy, count, reason, dollars)
-
-    def _siblings(self, count: _Counts) -> tuple[Trial, ...]:
-        told = {n: self.tree.nodes[n].evaluation for n in count.trials if n in self.tree.nodes}
-        return tuple(Trial(candidate, told.get(n)) for n, candidate in count.trials.items())
-
-    def _accept(
-        self,
-        parent: Node | None,
-        strategy: Strategy,
-        draw: int,
-        candidate: Candidate,
-        dollars: float,
-        count: _Counts,
-    ) -> Ask:
-        number = self._number
-        self._number += 1
-        self._dollars += dollars
-        self._seen.add(candidate.id)
-        count.trials[number] = candidate
-        record = NodeRecord(
-            number, parent.number if parent else None, strategy.name, draw, candidate, "", dollars, None
+        record = self._recorded.get(self._number + len(self._writing))
+        if record is not None and self.proposer.stochastic:
+            # Answers were taken in the order in which they were ready, which no rule repeats.
+            origin = self.tree.nodes[record.parent] if record.parent is not None else None
+        self._check(record, origin, strategy)
+        count = self._count(origin.number if origin else None, strategy)
+        context = self._context(origin, count, edit)
+        if record is not None:
+            count.draws = record.draw
+        request = Request(
+            self._requested, origin, strategy, count.draws, context, record, self.proposer.draws - 1
         )
-        self.store.asked(self.id, record)
-        known = self.store.evaluation(self.setting, candidate.id)
-        ask = Ask(number, parent, strategy, draw, candidate, self.tree.best, known, dollars)
-        self._flying[number] = ask
-        return ask
+        count.draws += 1
+        self._requested += 1
+        self._writing[request.number] = request
+        return request
 
-    def _refuse(
-        self, parent: Node | None, strategy: Strategy, count: _Counts, reason: str, dollars: float
-    ) -> Refusal:
-        count.exhausted = True
-        record = NodeRecord(
-            self._number,
-            parent.number if parent else None,
-            strategy.name,
-            count.draws - 1,
-            None,
-            reason,
-            dollars,
-            None,
-        )
-        self._number += 1
-        self._dollars += dollars
-        self.refusals += 1
-        self.store.asked(self.id, record)
-        return Refusal(reason, dollars)
-
-    def _replay(self, parent: Node | None, strategy: Strategy) -> Ask | Refusal | None:
-        """The recorded ask of this number, so that resuming neither proposes nor evaluates it again."""
-        record = self._recorded.get(self._number)
-        if record is None:
-            return None
+    def _check(self, record: NodeRecord | None, parent: Node | None, strategy: Strategy) -> None:
+        """``UserError`` unless an earlier run did here (if it came this far) what is done now."""
         number = parent.number if parent else None
-        if (record.parent, record.strategy) != (number, strategy.name):
+        if record is not None and (record.parent, record.strategy) != (number, strategy.name):
             raise UserError(
                 f"session {self.id} cannot continue: its step {record.number} was {record.strategy} on node"
                 f" {record.parent}, and is now {strategy.name} on node {number}; it was recorded by another"
                 " version of the program"
             )
-        count = self._count(number, strategy)
-        count.draws = record.draw + 1
-        if record.candidate is None:
-            count.exhausted = True
-            self._number += 1
-            self._dollars += record.dollars
-            self.refusals += 1
-            return Refusal(record.refusal, record.dollars)
-        candidate = record.candidate
-        self._number += 1
-        self._dollars += record.dollars
-        self._seen.add(candidate.id)
-        count.trials[record.number] = candidate
-        known = record.evaluation or self.store.evaluation(self.setting, candidate.id)
-        ask = Ask(
-            record.number, parent, strategy, record.draw, candidate, self.tree.best, known, record.dollars
+
+    def _context(self, parent: Node | None, count: _Counts, edit: EditMode | None) -> Context:
+        told = {n: self.tree.nodes[n].evaluation for n in count.trials if n in self.tree.nodes}
+        siblings = tuple(Trial(candidate, told.get(n)) for n, candidate in count.trials.items())
+        path = self.tree.path(parent)[:-1] if parent else []
+        children = self.tree.children(parent.number if parent else None)
+        ancestors, made, leaders = (
+            tuple(Trial(node.candidate, node.evaluation) for node in nodes)
+            for nodes in (path, children, self.tree.leaders)
         )
-        self._flying[ask.number] = ask
+        judged = parent.evaluation if parent else None
+        return Context(self.seed, judged, siblings, ancestors, made, leaders, self._requested, edit)
+
+    def propose(self, request: Request) -> Proposal | Refusal:
+        """The second third of ``ask``; touches nothing of the session, so it may run in another thread."""
+        record = request.recorded
+        if record is None:
+            parent = request.parent.candidate if request.parent else None
+            return self.proposer.propose(parent, request.strategy, request.draw, request.context)
+        if record.candidate is None:
+            kind: Kind = record.kind or "inapplicable"  # type: ignore[assignment]
+            return Refusal(record.refusal, record.dollars, kind, record.usage)
+        return Proposal(record.candidate, record.dollars, record.usage)
+
+    def receive(self, request: Request, made: Proposal | Refusal) -> Ask | Refusal | Request:
+        """The last third of ``ask``: the candidate to evaluate, why there is none, or (after a duplicate) the
+        next draw to be written."""
+        self._situation = None
+        count = self._count(request.parent.number if request.parent else None, request.strategy)
+        dollars, usage = request.dollars + made.dollars, request.usage.plus(made.usage)
+        if isinstance(made, Refusal):
+            return self._refuse(request, count, replace(made, dollars=dollars, usage=usage))
+        if request.recorded is None and made.candidate.id in self._seen:
+            if request.left:
+                again = replace(
+                    request, draw=count.draws, left=request.left - 1, dollars=dollars, usage=usage
+                )
+                count.draws += 1
+                self._writing[again.number] = again
+                return again
+            reason = "it only repeats candidates already tried"
+            return self._refuse(request, count, Refusal(reason, dollars, "duplicate", usage))
+        return self._accept(request, count, replace(made, dollars=dollars, usage=usage))
+
+    def withdraw(self, request: Request) -> None:
+        """Forget a request that will not be received (an interrupt)."""
+        self._situation = None
+        self._writing.pop(request.number, None)
+
+    def _settle(self, request: Request, made: Proposal | Refusal) -> int:
+        """Book what was spent; returns the number of the ask."""
+        del self._writing[request.number]
+        number = self._number
+        self._number += 1
+        self._dollars += made.dollars
+        self.usage = self.usage.plus(made.usage)
+        return number
+
+    def _accept(self, request: Request, count: _Counts, made: Proposal) -> Ask:
+        number, candidate, parent = self._settle(request, made), made.candidate, request.parent
+        self._seen.add(candidate.id)
+        count.trials[number] = candidate
+        known = None
+        if request.recorded is not None:
+            known = request.recorded.evaluation
+        else:
+            origin = parent.number if parent else None
+            record = NodeRecord(
+                number, origin, request.strategy.name, request.draw, candidate, "", made.dollars, None,
+                usage=made.usage,
+            )  # fmt: skip
+            self.store.asked(self.id, record)
+        known = known or self.store.evaluation(self.setting, candidate.id)
+        ask = Ask(
+            number, parent, request.strategy, request.draw, candidate, self.tree.best, known, made.dollars,
+            made.usage,
+        )  # fmt: skip
+        self._flying[number] = ask
         return ask
+
+    def _refuse(self, request: Request, count: _Counts, made: Refusal) -> Refusal:
+        number = self._settle(request, made)
+        self.refusals += 1
+        self.duplicates += made.kind == "duplicate"
+        if made.kind == "dollars":
+            if request.recorded is None:
+                self.stop_reason = "dollars"
+        elif made.attempt or (made.kind == "duplicate" and self.proposer.stochastic):
+            # Twice in vain is enough for one strategy on one parent; a draft is always worth another attempt.
+            self.vain += 1
+            count.failures += 1
+            count.exhausted = count.failures >= TABU and request.strategy is not RESTART
+        else:
+            count.exhausted = True
+        if request.recorded is None:
+            origin = request.parent.number if request.parent else None
+            record = NodeRecord(
+                number, origin, request.strategy.name, request.draw, None, made.reason, made.dollars, None,
+                made.kind, made.usage,
+            )  # fmt: skip
+            self.store.asked(self.id, record)
+        return made
 
     # Telling ----------------------------------------------------------------------------------------------
 
@@ -364,9 +445,12 @@ class Session:
             ask.candidate,
             evaluation,
             ask.dollars,
+            ask.usage,
         )
         self.store.told(self.id, ask.number, self.setting, evaluation, self.spent.seconds)
         self.tree.add(node, ask.rival)
+        before = ask.parent.speedup if ask.parent and ask.parent.correct else 1.0
+        self.proposer.learn(ask.candidate, evaluation, before)
         return node
 
     def abandon(self, ask: Ask) -> None:

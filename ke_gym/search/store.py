@@ -23,6 +23,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION, Evaluation
 from ke_gym.evaluation.record import home
+from ke_gym.proposers.base import NOTHING, Usage
 from ke_gym.tasks import Task
 
 # One script per schema version; a database at version v is brought forward by MIGRATIONS[v:].
@@ -59,6 +60,11 @@ MIGRATIONS = (
         PRIMARY KEY (session, number)
     ) WITHOUT ROWID;
     """,
+    # What a language model was asked: why it brought nothing (a proposer's ``Kind``), and its ``Usage`` as JSON.
+    """
+    ALTER TABLE nodes ADD COLUMN kind TEXT NOT NULL DEFAULT '';
+    ALTER TABLE nodes ADD COLUMN usage TEXT;
+    """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -87,6 +93,8 @@ class NodeRecord:
     refusal: str
     dollars: float
     evaluation: Evaluation | None
+    kind: str = ""
+    usage: Usage = NOTHING
 
 
 class Store:
@@ -232,21 +240,23 @@ class Store:
         """The session's asks in order."""
         rows = self._rows(
             "SELECT n.number, n.parent, n.strategy, n.draw, n.refusal, n.dollars, n.evaluation, n.source,"
-            " c.language, c.parent, c.proposer FROM nodes n LEFT JOIN candidates c ON c.id = n.candidate"
+            " n.kind, n.usage, c.language, c.parent, c.proposer FROM nodes n LEFT JOIN candidates c ON c.id = n.candidate"
             " WHERE n.session = ? ORDER BY n.number",
             session_id,
         )
         records = []
-        for number, parent, strategy, draw, refusal, dollars, data, source, *made in rows:
+        for number, parent, strategy, draw, refusal, dollars, data, source, kind, used, *made in rows:
             evaluation = Evaluation.from_json(data) if data else None
             candidate = None
             if source is not None:
                 # The exact text: candidates of one id may differ in comments, which can carry a schedule.
                 language, origin, proposer = made
                 candidate = Candidate(zlib.decompress(source).decode(), language, origin, strategy, proposer)
-            records.append(
-                NodeRecord(number, parent, strategy, draw, candidate, refusal, dollars, evaluation)
+            usage = Usage.from_dict(json.loads(used)) if used else NOTHING
+            record = NodeRecord(
+                number, parent, strategy, draw, candidate, refusal, dollars, evaluation, kind, usage
             )
+            records.append(record)
         return records
 
     def asked(self, session_id: str, node: NodeRecord) -> None:
@@ -256,11 +266,12 @@ class Store:
             if candidate is not None:
                 _insert_candidate(db, candidate)
             db.execute(
-                "INSERT OR IGNORE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+                "INSERT OR IGNORE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
                 (session_id, node.number, node.parent, node.strategy, node.draw,
                  candidate.id if candidate else None,
                  zlib.compress(candidate.source.encode()) if candidate else None,
-                 node.refusal, node.dollars),
+                 node.refusal, node.dollars, node.kind,
+                 json.dumps(node.usage.to_dict()) if node.usage.calls else None),
             )  # fmt: skip
 
     def told(

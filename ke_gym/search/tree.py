@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ke_gym.candidate import Candidate
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.proposers.base import NOTHING, Usage
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Node:
     candidate: Candidate
     evaluation: Evaluation
     dollars: float = 0.0
+    usage: Usage = NOTHING
 
     @property
     def correct(self) -> bool:
