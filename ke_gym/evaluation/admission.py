@@ -60,6 +60,7 @@ def _admit_plan(plan: Plan, given: Sequence[TensorSpec], wanted: Sequence[Tensor
     if len(plan.steps) > STEPS:
         raise BuildError("constraints", f"the plan has {len(plan.steps)} steps; {STEPS} are allowed")
     workspace = sum(step.spec.storage_bytes for step in plan.steps if isinstance(step, Alloc))
+    workspace += plan.scratch_bytes
     allowed = max(WORKSPACE, WORKSPACE_TIMES * sum(spec.storage_bytes for spec in (*given, *wanted)))
     if workspace > allowed:
         raise BuildError(

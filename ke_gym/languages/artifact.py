@@ -16,9 +16,9 @@ from torch import Tensor
 from ke_gym.languages.allow import refusal
 from ke_gym.languages.declarations import POINTEES
 from ke_gym.languages.launch import fits
-from ke_gym.languages.plan import DTYPES, Call, Launch, Plan, Ref, TensorSpec
+from ke_gym.languages.plan import DTYPES, Call, Launch, Plan, Ref, Scratch, TensorMap, TensorSpec
 
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 LIMIT_BYTES = 256 << 20
 _HEADER_BYTES = 32 << 20
 _MAGIC = b"KEGYM\0"
@@ -26,8 +26,10 @@ _MAGIC = b"KEGYM\0"
 
 @dataclass(frozen=True)
 class Artifact:
-    """``lane`` "plan": ``plans`` per shape set call ``binaries`` (shared libraries) and take ``constants``.
+    """``lane`` "plan": ``plans`` per shape set call ``binaries`` and take ``constants``.
 
+    Binaries are shared libraries for the CPU, where ``arch`` is "", or cubins for the GPUs that ``arch`` names
+    ("sm_90a"; ``report["kernels"]`` says what each kernel takes of one).
     ``lane`` "host": the module's Python could not be traced (``report["host_reason"]``); only ``source`` and
     the binaries are there. ``report`` is JSON-able: compilers, flags, warnings, vectorization.
     """
@@ -41,6 +43,7 @@ class Artifact:
     report: Mapping[str, Any] = field(default_factory=dict)
     general: bool = False
     """Whether the module claims shapes it was not traced for."""
+    arch: str = ""
 
     @cached_property
     def binary_id(self) -> str:
@@ -53,7 +56,7 @@ class Artifact:
             repr(sorted(names.values())),
         ]
         for shape_set, plan in sorted(self.plans.items()):
-            steps = (replace(s, binary=names[s.binary]) if isinstance(s, Launch) else s for s in plan.steps)
+            steps = (_renamed(s, names) if isinstance(s, Launch) else s for s in plan.steps)
             parts += [shape_set, replace(plan, steps=tuple(steps)).to_json()]
         parts += [f"{name} {_digest(span_bytes(tensor))}" for name, tensor in sorted(self.constants.items())]
         return _digest("\0".join(parts).encode())
@@ -70,6 +73,7 @@ class Artifact:
             "lane": self.lane,
             "source": self.source,
             "general": self.general,
+            "arch": self.arch,
             "binaries": [[name, len(binary)] for name, binary in self.binaries.items()],
             "plans": {name: plan.to_json() for name, plan in self.plans.items()},
             "constants": [
@@ -136,6 +140,7 @@ def _decode(header: dict[str, Any], data: bytes, position: int) -> Artifact:
         constants,
         report,
         header["general"],
+        _text(header["arch"]),
     )
 
 
@@ -149,12 +154,28 @@ def _check(plan: Plan, binaries: Mapping[str, bytes], constants: Mapping[str, Te
         if isinstance(step, Call) and (why := refusal(step.target)):
             raise ValueError(why)
         if isinstance(step, Launch):
-            if step.binary not in binaries:
-                raise ValueError(f"a plan launches from {step.binary!r}, which the artifact has not")
-            for ctype, value in zip(step.ctypes, step.args):
-                pointer = ctype.endswith("*") and ctype.removeprefix("const ").removesuffix("*") in POINTEES
-                if not (pointer if isinstance(value, Ref) else fits(ctype, value)):
-                    raise ValueError(f"kernel {step.kernel!r} cannot take {value!r} as {ctype}")
+            for launch in (step, *step.alternatives):
+                _check_launch(launch, binaries)
+
+
+def _check_launch(step: Launch, binaries: Mapping[str, bytes]) -> None:
+    if step.binary not in binaries:
+        raise ValueError(f"a plan launches from {step.binary!r}, which the artifact has not")
+    for ctype, value in zip(step.ctypes, step.args):
+        known = ctype.removeprefix("const ").removesuffix("*") in POINTEES
+        if isinstance(value, Ref):
+            right = ctype.endswith("*") and (known or step.geometry is not None)
+        elif step.geometry is not None and (value is None or isinstance(value, (Scratch, TensorMap))):
+            right = ctype == "CUtensorMap" if isinstance(value, TensorMap) else ctype.endswith("*")
+        else:
+            right = fits(ctype, value)
+        if not right:
+            raise ValueError(f"kernel {step.kernel!r} cannot take {value!r} as {ctype}")
+
+
+def _renamed(step: Launch, names: Mapping[str, str]) -> Launch:
+    others = tuple(_renamed(other, names) for other in step.alternatives)
+    return replace(step, binary=names[step.binary], alternatives=others)
 
 
 def _tensor(shape: Any, stride: Any, dtype: Any, blob: bytes) -> Tensor:

@@ -3,18 +3,31 @@
 A plan is the trace of ``forward`` on fake tensors: allocations, kernel launches, ATen calls and returns,
 for one shape set. It holds no code, so a trusted executor can run it. Values are numbered; ``inputs`` take
 the first numbers in order, every step defines further ones. (DESIGN section 4.)
+
+A plan for the CPU calls functions of shared libraries. A plan for a GPU (``device`` "cuda") launches kernels of
+device binaries (cubins): its launches carry a ``Geometry``, and what the executor promises is this.
+
+- Every tensor of the plan lies on one GPU, whichever the executor uses: device ordinals in the arguments of
+  ATen calls mean that one. Steps run in order on one stream.
+- Storages are aligned to 256 bytes, so a tensor is as aligned as its storage offset: Triton kernels are
+  specialized on that: memory that a caller brings must be aligned likewise.
+- Arguments are packed by ``ctypes``: a ``Ref`` is a device pointer, ``None`` a null pointer, ``Scratch`` a pointer
+  to memory of the launch's own, ``TensorMap`` a 128-byte ``CUtensorMap`` by value, the rest scalars.
+- A launch may carry ``alternatives``: launches of which any one does the same work (autotune configurations).
+  Executors run the launch itself; who races picks others with ``Plan.choose``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 DTYPES: dict[str, torch.dtype] = {
     str(d).removeprefix("torch."): d
@@ -57,8 +70,33 @@ class Ref:
     value: int
 
 
-# An argument is a Ref, a plain scalar (int, float, bool, str, None), a torch dtype/device/layout/memory
-# format, or a tuple of arguments.
+@dataclass(frozen=True)
+class Scratch:
+    """Uninitialised device memory of ``size`` bytes (aligned to 256) that lives for one launch."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """What ``cuTensorMapEncodeTiled`` makes a TMA descriptor from; dimensions outermost first, as in torch.
+
+    ``shape`` (elements), ``stride`` (elements, the last is 1) and ``dtype`` describe the tensor at ``value``,
+    ``box`` the tile that one copy moves. ``swizzle`` is 0, 32, 64 or 128 bytes; out of bounds reads give zeros,
+    with ``nan_fill`` NaN.
+    """
+
+    value: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    box: tuple[int, ...]
+    swizzle: int = 0
+    nan_fill: bool = False
+
+
+# An argument is a Ref, a Scratch, a TensorMap, a plain scalar (int, float, bool, str, None), a torch
+# dtype/device/layout/memory format, or a tuple of arguments.
 Arg = Any
 
 
@@ -84,17 +122,42 @@ class Alloc:
     spec: TensorSpec
 
 
+Dim3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a device kernel is launched.
+
+    ``grid`` in blocks, ``block`` in threads, ``cluster`` in blocks ((1, 1, 1): none), each along x, y, z;
+    ``shared`` bytes of dynamic shared memory per block. ``cooperative``: all blocks run at once.
+    ``programmatic``: may start before the kernel before it has ended (programmatic dependent launch).
+    """
+
+    grid: Dim3
+    block: Dim3
+    cluster: Dim3 = (1, 1, 1)
+    shared: int = 0
+    cooperative: bool = False
+    programmatic: bool = False
+
+
 @dataclass(frozen=True)
 class Launch:
     """Call kernel ``kernel`` of binary ``binary``; ``args`` are Refs (data pointers) and scalars, in order.
 
-    ``ctypes`` names each argument's C type, as declared (``"float*"``, ``"int64_t"``, ``"float"``).
+    ``ctypes`` names each argument's C type, as declared (``"float*"``, ``"int64_t"``, ``"float"``, for a GPU also
+    ``"void*"`` and ``"CUtensorMap"``). ``geometry`` is for kernels of a GPU. ``alternatives`` are other launches
+    that do the same, without alternatives of their own; ``label`` says what sets this one apart.
     """
 
     binary: str
     kernel: str
     args: tuple[Arg, ...]
     ctypes: tuple[str, ...]
+    geometry: Geometry | None = None
+    alternatives: tuple[Launch, ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +181,32 @@ class Plan:
     steps: tuple[Step, ...]
     returns: tuple[int, ...]
     return_specs: tuple[TensorSpec, ...]
+    device: Literal["cpu", "cuda"] = "cpu"
     version: int = PLAN_VERSION
+
+    @property
+    def choices(self) -> dict[int, int]:
+        """How many launches there are to choose from, by index of the step, where there is more than one."""
+        return {
+            index: 1 + len(step.alternatives)
+            for index, step in enumerate(self.steps)
+            if isinstance(step, Launch) and step.alternatives
+        }
+
+    def choose(self, picks: Mapping[int, int]) -> Plan:
+        """The plan without alternatives: at step ``i`` number ``picks[i]`` (from 0, the launch itself)."""
+        steps = list(self.steps)
+        for index, step in enumerate(steps):
+            if isinstance(step, Launch) and step.alternatives:
+                pick = (replace(step, alternatives=()), *step.alternatives)[picks.get(index, 0)]
+                steps[index] = pick
+        return replace(self, steps=tuple(steps))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The most that one launch takes as ``Scratch``."""
+        launches = [one for s in self.steps if isinstance(s, Launch) for one in (s, *s.alternatives)]
+        return max((sum(a.size for a in one.args if isinstance(a, Scratch)) for one in launches), default=0)
 
     def to_json(self) -> str:
         return json.dumps(_encode_plan(self), separators=(",", ":"), allow_nan=False)
@@ -141,6 +229,11 @@ _ENUMS = (torch.device, torch.layout, torch.memory_format)
 def _encode_arg(arg: Arg) -> Any:
     if isinstance(arg, Ref):
         return {"ref": arg.value}
+    if isinstance(arg, Scratch):
+        return {"scratch": arg.size}
+    if isinstance(arg, TensorMap):
+        spec = _encode_spec(TensorSpec(arg.shape, arg.stride, arg.dtype))
+        return {"map": [arg.value, spec, list(arg.box), arg.swizzle, arg.nan_fill]}
     if isinstance(arg, float) and not math.isfinite(arg):
         return {"float": repr(arg)}
     if arg is None or isinstance(arg, (bool, int, float, str)):
@@ -173,6 +266,10 @@ def _decode_arg(data: Any) -> Arg:
     ((kind, value),) = data.items()
     if kind == "ref":
         return Ref(_index(value))
+    if kind == "scratch":
+        return Scratch(_index(value))
+    if kind == "map":
+        return _decode_map(*value)
     if kind == "float":
         return float(value)
     if kind == "dtype":
@@ -182,6 +279,19 @@ def _decode_arg(data: Any) -> Arg:
     if kind == "enum":
         return _NAMED[value]
     raise ValueError(f"unknown argument kind {kind!r}")
+
+
+def _decode_map(value: Any, spec: Any, box: Any, swizzle: Any, nan_fill: Any) -> TensorMap:
+    tensor = _decode_spec(spec)
+    size = tuple(_index(n) for n in box)
+    rank = len(tensor.shape)
+    if not 1 <= rank <= 5 or len(size) != rank or any(not 1 <= n <= 256 for n in size):
+        raise ValueError(f"a TMA box of {list(size)} elements over {rank} dimensions; up to 256 over 1 to 5")
+    if tensor.stride[-1] != 1 or any(s * tensor.torch_dtype.itemsize % 16 for s in tensor.stride[:-1]):
+        raise ValueError("a TMA descriptor needs a last stride of 1 and others of whole 16 bytes")
+    if swizzle not in (0, 32, 64, 128) or type(nan_fill) is not bool:
+        raise ValueError(f"unknown TMA swizzle {swizzle!r}")
+    return TensorMap(_index(value), tensor.shape, tensor.stride, tensor.dtype, size, swizzle, nan_fill)
 
 
 def _index(value: Any) -> int:
@@ -205,13 +315,7 @@ def _encode_step(step: Step) -> dict[str, Any]:
     if isinstance(step, Alloc):
         return {"op": "alloc", "out": step.out, "spec": _encode_spec(step.spec)}
     if isinstance(step, Launch):
-        return {
-            "op": "launch",
-            "binary": step.binary,
-            "kernel": step.kernel,
-            "args": _encode_arg(step.args),
-            "ctypes": list(step.ctypes),
-        }
+        return _encode_launch(step)
     return {
         "op": "call",
         "target": step.target,
@@ -221,15 +325,68 @@ def _encode_step(step: Step) -> dict[str, Any]:
     }
 
 
+def _encode_launch(step: Launch) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "op": "launch",
+        "binary": step.binary,
+        "kernel": step.kernel,
+        "args": _encode_arg(step.args),
+        "ctypes": list(step.ctypes),
+    }
+    if step.geometry is not None:
+        data["geometry"] = asdict(step.geometry)
+    if step.alternatives:
+        data["alternatives"] = [_encode_launch(other) for other in step.alternatives]
+    if step.label:
+        data["label"] = step.label
+    return data
+
+
+def _decode_launch(data: dict[str, Any]) -> Launch:
+    args, types = _decode_arg(data["args"]), tuple(str(t) for t in data["ctypes"])
+    if len(args) != len(types):
+        raise ValueError(f"launch of {data['kernel']!r}: {len(args)} arguments, {len(types)} types")
+    geometry = _decode_geometry(data["geometry"]) if "geometry" in data else None
+    others = tuple(_decode_launch(other) for other in data.get("alternatives", ()))
+    if any(other.alternatives or (other.geometry is None) != (geometry is None) for other in others):
+        raise ValueError(f"launch of {data['kernel']!r}: alternatives of another kind")
+    label = str(data.get("label", ""))
+    return Launch(str(data["binary"]), str(data["kernel"]), args, types, geometry, others, label)
+
+
+GRID_LIMITS = ((1 << 31) - 1, 65535, 65535)
+BLOCK_LIMITS = (1024, 1024, 64)
+THREADS, CLUSTER_BLOCKS, SHARED_BYTES = 1024, 16, 1 << 18
+
+
+def _decode_geometry(data: dict[str, Any]) -> Geometry:
+    """Within what any CUDA device takes; what one device takes is checked when a kernel is built for it."""
+    grid, block, cluster = (_dim3(data[key]) for key in ("grid", "block", "cluster"))
+    flags = data["cooperative"], data["programmatic"]
+    if any(n > limit for n, limit in zip((*grid, *block), (*GRID_LIMITS, *BLOCK_LIMITS))):
+        raise ValueError(f"no device takes a grid of {grid} blocks of {block} threads")
+    if math.prod(block) > THREADS or math.prod(cluster) > CLUSTER_BLOCKS:
+        raise ValueError(f"no device takes {math.prod(block)} threads a block, {cluster} blocks a cluster")
+    if any(n % c for n, c in zip(grid, cluster)):
+        raise ValueError(f"a grid of {grid} blocks cannot be cut into clusters of {cluster}")
+    if _index(data["shared"]) > SHARED_BYTES or any(type(flag) is not bool for flag in flags):
+        raise ValueError(f"no device takes {data['shared']} bytes of shared memory per block")
+    return Geometry(grid, block, cluster, data["shared"], *flags)
+
+
+def _dim3(data: Any) -> Dim3:
+    x, y, z = data
+    if any(type(n) is not int or n < 1 for n in (x, y, z)):
+        raise ValueError(f"{data!r} are no sizes along x, y, z")
+    return x, y, z
+
+
 def _decode_step(data: dict[str, Any]) -> Step:
     op = data["op"]
     if op == "alloc":
         return Alloc(_index(data["out"]), _decode_spec(data["spec"]))
     if op == "launch":
-        args, types = _decode_arg(data["args"]), tuple(str(t) for t in data["ctypes"])
-        if len(args) != len(types):
-            raise ValueError(f"launch of {data['kernel']!r}: {len(args)} arguments, {len(types)} types")
-        return Launch(str(data["binary"]), str(data["kernel"]), args, types)
+        return _decode_launch(data)
     if op == "call":
         kwargs = {str(k): _decode_arg(v) for k, v in data["kwargs"].items()}
         outs = tuple(_index(o) for o in data["outs"])
@@ -240,6 +397,7 @@ def _decode_step(data: dict[str, Any]) -> Step:
 def _encode_plan(plan: Plan) -> dict[str, Any]:
     return {
         "version": plan.version,
+        "device": plan.device,
         "inputs": [[i.source, i.name, _encode_spec(i.spec)] for i in plan.inputs],
         "steps": [_encode_step(s) for s in plan.steps],
         "returns": list(plan.returns),
@@ -247,12 +405,29 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _refs(arg: Arg) -> list[int]:
-    if isinstance(arg, Ref):
+def refs(arg: Arg) -> list[int]:
+    """The values an argument, or a tuple of arguments, refers to."""
+    if isinstance(arg, (Ref, TensorMap)):
         return [arg.value]
     if isinstance(arg, tuple):
-        return [v for a in arg for v in _refs(a)]
+        return [v for a in arg for v in refs(a)]
     return []
+
+
+def uses(step: Step) -> list[int]:
+    """The values a step reads or writes, without those it makes."""
+    if isinstance(step, Alloc):
+        return []
+    if isinstance(step, Call):
+        return refs((*step.args, *step.kwargs.values()))
+    return refs((*step.args, *(other.args for other in step.alternatives)))
+
+
+def makes(step: Step) -> tuple[int, ...]:
+    """The values a step defines."""
+    if isinstance(step, Alloc):
+        return (step.out,)
+    return step.outs if isinstance(step, Call) else ()
 
 
 def _decode_plan(data: dict[str, Any]) -> Plan:
@@ -266,23 +441,20 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
     steps = tuple(_decode_step(s) for s in data["steps"])
     returns = tuple(_index(r) for r in data["returns"])
     defined = set(range(len(inputs)))
+    device = data["device"]
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}")
     for step in steps:
-        used: list[int] = []
-        made: tuple[int, ...] = ()
-        if isinstance(step, Alloc):
-            made = (step.out,)
-        elif isinstance(step, Launch):
-            used = _refs(step.args)
-        else:
-            used, made = _refs(step.args) + _refs(tuple(step.kwargs.values())), step.outs
-        if missing := set(used) - defined:
+        if missing := set(uses(step)) - defined:
             raise ValueError(f"step {step!r} uses undefined values {sorted(missing)}")
-        if again := set(made) & defined:
+        if again := set(makes(step)) & defined:
             raise ValueError(f"step {step!r} defines values {sorted(again)} again")
-        defined |= set(made)
+        if isinstance(step, Launch) and (step.geometry is None) != (device == "cpu"):
+            raise ValueError(f"launch of {step.kernel!r}: kernels of a GPU, and only they, have a geometry")
+        defined |= set(makes(step))
     if missing := set(returns) - defined:
         raise ValueError(f"the plan returns undefined values {sorted(missing)}")
     return_specs = tuple(_decode_spec(s) for s in data["return_specs"])
     if len(return_specs) != len(returns):
         raise ValueError("as many return_specs as returns are needed")
-    return Plan(tuple(inputs), steps, returns, return_specs)
+    return Plan(tuple(inputs), steps, returns, return_specs, device)

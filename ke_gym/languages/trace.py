@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,21 @@ from ke_gym.languages.artifact import span_bytes
 from ke_gym.languages.cpp import Unit
 from ke_gym.languages.declarations import Declaration
 from ke_gym.languages.errors import BuildError
-from ke_gym.languages.plan import DTYPES, Alloc, Arg, Call, Launch, Plan, PlanInput, Ref, Step, TensorSpec
+from ke_gym.languages.plan import (
+    DTYPES,
+    Alloc,
+    Arg,
+    Call,
+    Launch,
+    Plan,
+    PlanInput,
+    Ref,
+    Step,
+    TensorMap,
+    TensorSpec,
+    makes,
+    uses,
+)
 from ke_gym.languages.recording import recording
 
 CONSTANT_BYTES = 64 << 20
@@ -372,11 +386,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             returned.append(fake)
         returns = [self._numbers[id(fake)] for fake in returned]
         steps = self._live(set(returns))
-        used = {n for step in steps for n in _uses(step)} | set(returns)
+        used = {n for step in steps for n in uses(step)} | set(returns)
         inputs = [(n, i) for n, i in self._inputs if i.source == "input" or n in used]
         order = {n: i for i, (n, _) in enumerate(inputs)}
         for step in steps:
-            for n in _makes(step):
+            for n in makes(step):
                 order[n] = len(order)
         plan = Plan(
             tuple(i for _, i in inputs),
@@ -396,12 +410,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (
                 isinstance(step, Launch)
                 or index in self._drawing
-                or needed.intersection(_makes(step))
+                or needed.intersection(makes(step))
                 or read.intersection(self._effects.get(index, ()))
             ):
                 live.append(step)
-                needed.update(_uses(step))
-                read.update(self._memory[n] for n in _uses(step))
+                needed.update(uses(step))
+                read.update(self._memory[n] for n in uses(step))
         return live[::-1]
 
 
@@ -421,37 +435,18 @@ def _identical(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _leaves(arg: Arg) -> list[int]:
-    if isinstance(arg, Ref):
-        return [arg.value]
-    if isinstance(arg, tuple):
-        return [n for a in arg for n in _leaves(a)]
-    return []
-
-
-def _uses(step: Step) -> list[int]:
-    if isinstance(step, Alloc):
-        return []
-    if isinstance(step, Launch):
-        return _leaves(step.args)
-    return _leaves((*step.args, *step.kwargs.values()))
-
-
-def _makes(step: Step) -> tuple[int, ...]:
-    if isinstance(step, Alloc):
-        return (step.out,)
-    return step.outs if isinstance(step, Call) else ()
-
-
 def _renumbered(step: Step, order: Mapping[int, int]) -> Step:
     def arg(value: Arg) -> Arg:
         if isinstance(value, Ref):
             return Ref(order[value.value])
+        if isinstance(value, TensorMap):
+            return replace(value, value=order[value.value])
         return tuple(arg(v) for v in value) if isinstance(value, tuple) else value
 
     if isinstance(step, Alloc):
         return Alloc(order[step.out], step.spec)
     if isinstance(step, Launch):
-        return Launch(step.binary, step.kernel, arg(step.args), step.ctypes)
+        others = tuple(replace(other, args=arg(other.args)) for other in step.alternatives)
+        return replace(step, args=arg(step.args), alternatives=others)
     kwargs = {name: arg(value) for name, value in step.kwargs.items()}
     return Call(step.target, arg(step.args), kwargs, tuple(order[n] for n in step.outs))

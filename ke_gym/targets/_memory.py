@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ke_gym.languages.plan import Alloc, Call, Plan, Ref, Step, TensorSpec
+from ke_gym.languages.plan import Alloc, Call, Plan, Ref, TensorSpec, uses
 
 ALIGNMENT = 64
 
@@ -41,22 +41,6 @@ def resolve(target: str) -> Any:
         return getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
     except AttributeError:
         raise PlanError(f"this torch has no operator {target}") from None
-
-
-def refs(argument: Any) -> list[int]:
-    """The values an argument (or a tuple of them) refers to."""
-    if isinstance(argument, Ref):
-        return [argument.value]
-    if isinstance(argument, tuple):
-        return [v for a in argument for v in refs(a)]
-    return []
-
-
-def operands(step: Step) -> list[int]:
-    """The values a step reads or writes."""
-    if isinstance(step, Alloc):
-        return []
-    return refs((step.args, tuple(step.kwargs.values()) if isinstance(step, Call) else ()))
 
 
 def view(arena: torch.Tensor, spec: TensorSpec, offset: int) -> torch.Tensor:
@@ -131,7 +115,7 @@ def _lifetimes(plan: Plan) -> dict[int, tuple[TensorSpec, int, int]]:
             if returned.get(step.out) != step.spec:
                 live[step.out] = (step.spec, index, index)
             continue
-        for root in {roots[v] for v in operands(step)} & live.keys():
+        for root in {roots[v] for v in uses(step)} & live.keys():
             live[root] = (*live[root][:2], index)
     for root in {roots[r] for r in plan.returns} & live.keys():
         live[root] = (*live[root][:2], len(plan.steps))

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ke_gym.languages.declarations import SCALARS
-from ke_gym.languages.plan import Alloc, Arg, Call, Launch, Plan, PlanInput, Ref, TensorSpec
+from ke_gym.languages.plan import Alloc, Arg, Call, Launch, Plan, PlanInput, Ref, TensorSpec, refs, uses
 from ke_gym.targets._memory import (
     MemoryPlan,
     PlanError,
     alias_roots,
-    operands,
     plan_memory,
-    refs,
     resolve,
     view,
 )
@@ -65,7 +63,7 @@ class PlanRunner:
         self._roots = alias_roots(self.plan)
         # Kernels read inputs through pointers, which are easily replaced; ATen calls hold the tensors.
         calls = [step for step in self.plan.steps if isinstance(step, Call)]
-        self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in operands(step))
+        self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in uses(step))
         self._libraries = {name: load_library(data) for name, data in artifact.binaries.items()}
         self._values: dict[int, torch.Tensor] = {}
         self._cells: dict[int, ctypes.c_void_p] = {}
@@ -247,7 +245,7 @@ class PlanRunner:
         if len(step.outs) != 1:
             return False
         (value,) = step.outs
-        if self._roots[value] == value or any(v not in self._values for v in operands(step)):
+        if self._roots[value] == value or any(v not in self._values for v in uses(step)):
             return False
         overload = resolve(step.target)
         if any(a.alias_info is not None and a.alias_info.is_write for a in overload._schema.arguments):
@@ -264,7 +262,7 @@ class PlanRunner:
         overload = resolve(step.target)
         values, outs = self._values, step.outs
         cells = [self._cells.setdefault(out, ctypes.c_void_p()) for out in outs]
-        made = {v for v in operands(step) if v not in values}
+        made = {v for v in uses(step) if v not in values}
         slots = [(i, a.value) for i, a in enumerate(step.args) if isinstance(a, Ref) and a.value in made]
         nested = [i for i, a in enumerate(step.args) if isinstance(a, tuple) and made & set(refs(a))]
         named = [n for n, a in step.kwargs.items() if made & set(refs((a,)))]
@@ -339,7 +337,7 @@ def _last_uses(plan: Plan, roots: dict[int, int]) -> dict[int, int]:
     made = {out for step in plan.steps if isinstance(step, Call) for out in step.outs}
     last: dict[int, int] = {}
     for index, step in enumerate(plan.steps):
-        for value in (*operands(step), *(step.outs if isinstance(step, Call) else ())):
+        for value in (*uses(step), *(step.outs if isinstance(step, Call) else ())):
             last[value] = index
     # A kernel reads through a bare pointer, so what a view shows must outlive the view.
     for value, root in roots.items():

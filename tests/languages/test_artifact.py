@@ -101,7 +101,7 @@ def _step(**changes: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"lane": "other"}, "lane"),
         ({"general": 1}, "lane"),
         ({"binaries": [["cpp_1", 5]]}, "blobs"),
