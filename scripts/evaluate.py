@@ -103,7 +103,8 @@ def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
     shown.add_row(
         "trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}, {evaluation.threads} threads"
     )
-    shown.add_row("machine", record.sentence())
+    if evaluation.reference_ms is not None:
+        shown.add_row("machine", record.sentence(evaluation.reference_ms / 1e3))
     if known:
         shown.add_row("", "judged before on this machine; --again measures anew")
     return shown

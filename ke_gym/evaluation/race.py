@@ -23,9 +23,9 @@ class Rules:
     """When a race ends.
 
     A candidate leaves when its first timed call takes over ``hopeless`` times the rival's, or when the median
-    of three rounds does by ``slow`` times. Otherwise: when the e-process has decided and at least
-    ``min_rounds`` were run, when the whole interval lies below the margin, or after ``max_rounds`` or
-    ``max_seconds``.
+    of three rounds does by ``slow`` times. Otherwise, after ``min_rounds``: as "faster" when the e-process has
+    decided and the median clears the margin (whether the *interval* does is for `confirm` to say), as "no gain"
+    when the whole interval lies below the margin, or after ``max_rounds`` or ``max_seconds``.
     """
 
     min_rounds: int = 10
@@ -104,10 +104,9 @@ def _ended(result: Race, rules: Rules, margin: float, late: bool) -> str:
         return "slow"
     if test.decided and test.median < 0:
         return "slower"
-    low, high = test.interval
-    if n >= rules.min_rounds and test.decided and low > margin:
+    if n >= rules.min_rounds and test.decided and test.median > margin:
         return "faster"
-    if n >= rules.min_rounds and high < margin:
+    if n >= rules.min_rounds and test.interval[1] < margin:
         return "no gain"
     if n >= rules.max_rounds:
         return "rounds"

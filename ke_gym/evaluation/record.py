@@ -23,6 +23,7 @@ from ke_gym.targets.cpu import Peaks
 MIN_MARGIN = 0.01
 RECENT = 200
 FEW = 10
+ALIKE = 4.0  # calls up to this many times shorter or longer are as noisy
 UNKNOWN_FLOOR = 0.01
 CONFIRMATIONS = 5
 
@@ -37,11 +38,12 @@ def home() -> Path:
 
 @dataclass(frozen=True)
 class AARace:
-    """One race of equals: the median log-ratio it showed, its rounds, and whether it was called a gain."""
+    """One race of equals: seconds of a call, the median log-ratio it showed, and whether it was called a gain."""
 
     when: float
     task: str
     threads: int
+    seconds: float
     log_ratio: float
     rounds: int
     false_positive: bool
@@ -75,8 +77,10 @@ class MachineRecord:
         temporary.replace(path)
         return peaks
 
-    def add(self, task: str, threads: int, log_ratio: float, rounds: int, false_positive: bool) -> None:
-        race = AARace(time.time(), task, threads, log_ratio, rounds, false_positive)
+    def add(
+        self, task: str, threads: int, seconds: float, log_ratio: float, rounds: int, false_positive: bool
+    ) -> None:
+        race = AARace(time.time(), task, threads, seconds, log_ratio, rounds, false_positive)
         self._races.append(race)
         with (self.folder / "aa.jsonl").open("a") as file:
             file.write(json.dumps(asdict(race)) + "\n")
@@ -85,30 +89,32 @@ class MachineRecord:
     def races(self) -> list[AARace]:
         return self._races[-RECENT:]
 
-    @property
-    def floor(self) -> float:
-        """95th percentile of |log-ratio| between equals, for a mean over ``CONFIRMATIONS`` processes."""
-        recent = [abs(r.log_ratio) for r in self.races]
-        if len(recent) < FEW:
-            return UNKNOWN_FLOOR
-        return float(np.quantile(recent, 0.95)) / math.sqrt(CONFIRMATIONS)
+    def floor(self, seconds: float) -> float:
+        """95th percentile of |log-ratio| between equals, for a mean over ``CONFIRMATIONS`` processes.
 
-    @property
-    def margin(self) -> float:
-        """What a gain's interval must clear, as a log-ratio: max(1 %, 2 x the A/A floor)."""
-        return max(MIN_MARGIN, 2 * self.floor)
+        From races whose calls took about as many ``seconds``: ten microseconds of noise are much to a short
+        call and nothing to a long one.
+        """
+        alike = [r for r in self._races if seconds / ALIKE <= r.seconds <= seconds * ALIKE][-RECENT:]
+        if len(alike) < FEW:
+            return UNKNOWN_FLOOR
+        return float(np.quantile([abs(r.log_ratio) for r in alike], 0.95)) / math.sqrt(CONFIRMATIONS)
+
+    def margin(self, seconds: float) -> float:
+        """What a gain's interval must clear, as a log-ratio: max(1 %, 2 x the A/A floor of such calls)."""
+        return max(MIN_MARGIN, 2 * self.floor(seconds))
 
     @property
     def false_positives(self) -> tuple[int, int]:
         """(false positives, races) of the recent record."""
         return sum(r.false_positive for r in self.races), len(self.races)
 
-    def sentence(self) -> str:
-        """The record in words, for every report; says so when the machine can't be believed."""
+    def sentence(self, seconds: float) -> str:
+        """The record in words, for a report of such calls; says so when the machine can't be believed."""
         wrong, total = self.false_positives
         if total == 0:
             return "no A/A race on this machine yet"
-        text = f"{wrong} of {total} A/A races called a gain; noise floor {100 * self.floor:.2g} %"
+        text = f"{wrong} of {total} A/A races called a gain; noise floor {100 * self.floor(seconds):.2g} %"
         if total >= FEW and wrong > max(1, 0.03 * total):
             text += " — MORE than an honest machine should: treat small gains here as noise"
         return text
