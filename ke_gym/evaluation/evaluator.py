@@ -50,10 +50,10 @@ CASES = (
     ("special", False),
 )
 RACE = Rules()
-CONFIRM = Rules(min_rounds=7, max_rounds=7, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
+CONFIRM = Rules(min_rounds=12, max_rounds=12, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 # The first fresh process goes on for longer: a kernel that is honest only for its first calls shows itself.
 SOAK = replace(CONFIRM, min_rounds=40, max_rounds=40, max_seconds=6.0)
-AA = Rules(min_rounds=12, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
+AA = Rules(min_rounds=12, futile=24, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
 AA_EVERY = 10
 COVERAGE_ROUNDS = 12
 WARM_CALLS, WARM_SECONDS = 4, 0.05
