@@ -1,7 +1,8 @@
-"""What kernel modules import: ``kernels = lang.cpp(r'''extern "C" void rows(…) {…}''')``.
+"""What kernel modules import: ``kernels = lang.cpp(r'''extern "C" void rows(…) {…}''')``, ``lang.cuda(…)``.
 
 While a module's ``forward`` is traced, calling a kernel records a launch. Anywhere else (a notebook, a test)
-it compiles the source, keeps the binary in a private cache folder, and runs the kernel on real CPU tensors.
+it compiles the source, keeps the binary in a private cache folder, and runs the kernel on real CPU tensors;
+kernels for a GPU are only ever recorded.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ke_gym.languages import cpp as _cpp
+from ke_gym.languages import cuda as _cuda
 from ke_gym.languages import recording as _recording
 from ke_gym.languages.declarations import Declaration, parse
 from ke_gym.languages.launch import KernelError, Library, check
 
-__all__ = ["Kernel", "KernelError", "Kernels", "cpp"]
+__all__ = ["Kernel", "KernelError", "Kernels", "cpp", "cuda", "tensor_map"]
 
 
 class Kernel:
@@ -37,7 +40,11 @@ class Kernel:
                 recorder.reject("compile", str(error))
             raise
         if recorder is not None:
-            recorder.launch(self._kernels.unit, self.declaration, checked)
+            arguments = tuple(
+                _recording.Argument(p.name, p.ctype, value, p.writes)
+                for p, value in zip(self.declaration.parameters, checked)
+            )
+            recorder.launch([_recording.Request(self._kernels.unit, self.declaration.name, arguments)])
         else:
             with torch.no_grad():
                 self._kernels.library.call(self.declaration, checked)
@@ -85,3 +92,29 @@ def cpp(source: str, flags: str | list[str] = "", compiler: str = "g++") -> Kern
     unit = _cpp.Unit(source, _cpp.parse_flags(flags), compiler)
     _recording.register(unit)
     return Kernels(unit)
+
+
+def cuda(source: str, flags: str | list[str] = "", compiler: str = "") -> _cuda.CudaKernels:
+    """CUDA C++17 source → the ``extern "C" __global__`` kernels it defines: ``kernels.rows[grid, block](x, out)``.
+
+    ``kernels.rows.launched(grid, block, shared, cluster=…, cooperative=…, programmatic=…)`` gives launch
+    attributes. ``flags`` are about the code (``-D…``, ``-use_fast_math``, ``-maxrregcount=…``); any other raises
+    ``KernelError``. ``compiler`` is ``nvrtc`` or ``nvcc``; "" takes what is there, NVRTC first. Sources see CUDA's
+    device headers where those are installed, never torch's.
+    """
+    return _cuda.kernels(source, flags, compiler)
+
+
+def tensor_map(
+    tensor: Tensor,
+    box: tuple[int, ...],
+    swizzle: int = 0,
+    nan_fill: bool = False,
+    writes: bool = False,
+) -> _cuda.Tile:
+    """The TMA descriptor of a tensor, for a parameter ``const __grid_constant__ CUtensorMap map``.
+
+    ``box`` elements per dimension are copied at once, swizzled over 0, 32, 64 or 128 bytes. Elements outside
+    read as zeros, with ``nan_fill`` as NaN. ``writes``: the kernel stores through it.
+    """
+    return _cuda.tensor_map(tensor, box, swizzle, nan_fill, writes)

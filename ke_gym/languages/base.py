@@ -82,10 +82,16 @@ def digest(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """``target`` the artifact is for; ``seconds`` the compiler may take for one source."""
+    """``target`` the artifact is for; ``seconds`` the compiler may take for one source.
+
+    For a GPU: ``arch`` ("" takes the default one), and how many ``multiprocessors`` the device has, which
+    grids may depend on (0: as many as the largest product).
+    """
 
     target: str = "cpu"
     seconds: float = 60.0
+    arch: str = ""
+    multiprocessors: int = 0
 
 
 class Language(Protocol):
@@ -105,9 +111,11 @@ class Language(Protocol):
 @cache
 def languages() -> dict[str, Language]:
     """The languages at hand, by name: the built-in ones and those of installed plug-ins."""
+    from ke_gym.languages.cuda import Cuda
     from ke_gym.languages.module import Cpp
+    from ke_gym.languages.triton import Triton
 
-    found: dict[str, Language] = {"cpp": Cpp()}
+    found: dict[str, Language] = {"cpp": Cpp(), "triton": Triton(), "cuda": Cuda()}
     for entry in entry_points(group="ke_gym.languages"):
         found[entry.name] = cast(Language, entry.load()())
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ke_gym.languages.launch import KernelError
+from ke_gym.languages.recording import Built
 from ke_gym.languages.remarks import Remark, read_clang, read_gcc
 
 INCLUDE = Path(__file__).parent / "include"
@@ -70,6 +71,12 @@ class Unit:
         """What plans call the binary: a hash of the unit."""
         text = "\0".join((self.compiler, *self.flags, self.source))
         return f"cpp_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def build(self, seconds: float, arch: str) -> Built:
+        """See ``recording.Unit``; compiled for the processor of this machine."""
+        compiled = compile_unit(self, seconds)
+        remarks = tuple(remark.to_dict() for remark in compiled.remarks)
+        return Built(compiled.binary, compiled.warnings, remarks, settings(self))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ class KernelError(Exception):
     """A kernel called with arguments it does not take, or one that does not exist or compile."""
 
 
-def check(kernel: Declaration, args: Sequence[Any]) -> tuple[Any, ...]:
+def check(kernel: Declaration, args: Sequence[Any], device: str = "cpu") -> tuple[Any, ...]:
     """The arguments as the kernel takes them: tensors as they are, numbers as ``int``, ``float`` or ``bool``.
+
+    Tensors must lie on ``device``; for a GPU also those that a module made on the CPU when it was loaded.
 
     Raises ``KernelError`` naming the kernel, the argument's position (from 1) and its parameter.
     """
@@ -28,15 +30,17 @@ def check(kernel: Declaration, args: Sequence[Any]) -> tuple[Any, ...]:
         raise KernelError(
             f"kernel {kernel.name!r} takes {len(kernel.parameters)} arguments ({names}), got {len(args)}"
         )
-    return tuple(_argument(kernel, i, p, a) for i, (p, a) in enumerate(zip(kernel.parameters, args), 1))
+    return tuple(
+        _argument(kernel, i, p, a, device) for i, (p, a) in enumerate(zip(kernel.parameters, args), 1)
+    )
 
 
-def _argument(kernel: Declaration, position: int, parameter: Parameter, value: Any) -> Any:
+def _argument(kernel: Declaration, position: int, parameter: Parameter, value: Any, device: str) -> Any:
     where = f"kernel {kernel.name!r}, argument {position} ({parameter.name!r})"
     if parameter.problem:
         raise KernelError(f"{where}: {parameter.problem}")
     if parameter.pointer:
-        return _tensor(where, parameter, value)
+        return _tensor(where, parameter, value, device)
     if isinstance(value, torch.Tensor):
         raise KernelError(
             f"{where}: {parameter.ctype} expected, got a tensor; pass a number or declare a pointer"
@@ -50,11 +54,12 @@ def _argument(kernel: Declaration, position: int, parameter: Parameter, value: A
     return _integer(where, parameter, value)
 
 
-def _tensor(where: str, parameter: Parameter, value: Any) -> torch.Tensor:
+def _tensor(where: str, parameter: Parameter, value: Any, device: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise KernelError(f"{where}: a tensor expected for {parameter.ctype}, got {_kind(value)}")
-    if value.device.type != "cpu" or value.layout != torch.strided:
-        raise KernelError(f"{where}: a dense CPU tensor expected, got {value.layout} on {value.device}")
+    if value.device.type not in ("cpu", device) or value.layout != torch.strided:
+        place = "CPU" if device == "cpu" else "GPU"
+        raise KernelError(f"{where}: a dense {place} tensor expected, got {value.layout} on {value.device}")
     if value.dtype != parameter.pointee:
         raise KernelError(
             f"{where}: {parameter.ctype} takes {_name(parameter.pointee)}, got a {_name(value.dtype)} tensor"

@@ -1,4 +1,4 @@
-"""Kernel modules whose kernels are C++: run the Python on fake tensors, compile what it launches."""
+"""Kernel modules → artifacts: run the Python on fake tensors, compile what it launches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import linecache
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ke_gym.languages import cpp
+from ke_gym.errors import UserError
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildOptions, Signature, digest
+from ke_gym.languages.cubin import examine
+from ke_gym.languages.device import DEFAULT_ARCH, Arch, get_arch
 from ke_gym.languages.errors import BuildError
 from ke_gym.languages.launch import KernelError
 from ke_gym.languages.plan import Plan, TensorSpec
-from ke_gym.languages.recording import collecting
+from ke_gym.languages.recording import Unit, collecting
 from ke_gym.languages.trace import NotTraceable, Traced, trace
 
 FILE = "<kernel module>"
@@ -78,29 +82,36 @@ def bind(
     return function, tuple(p.name for p in rest if p.name in known), None
 
 
-class Cpp:
-    """The language ``cpp``: ``lang.cpp`` sources and ATen calls, for the CPU."""
+class ModuleLanguage:
+    """A language of kernel modules: their Python is traced for ``device``, their kernels compiled."""
 
-    name = "cpp"
-    targets = ("cpu",)
+    name: str
+    targets: tuple[str, ...]
+    device: Literal["cpu", "cuda"]
+
+    def environment(self, arch: Arch) -> AbstractContextManager[None]:
+        """What surrounds a module's Python, so that kernels it launches are recorded for ``arch``."""
+        return nullcontext()
 
     def build(self, source: str, signature: Signature, options: BuildOptions) -> Artifact:
         """See ``ke_gym.languages.base.build``."""
-        with collecting() as units:
+        arch = _arch(options) if self.device == "cuda" else None
+        around = self.environment(arch) if arch is not None else nullcontext()
+        with collecting() as units, around:
             try:
                 module = load(source)
                 public = [name for name in signature.shape_sets if name not in signature.hidden]
-                traces = {name: _trace(module, signature, name) for name in public}
+                traces = {name: _trace(module, signature, name, self.device) for name in public}
             except BuildError:
                 raise
             except NotTraceable as reason:
-                return _host(module, source, list(units.values()), str(reason), options)
+                return self._host(module, source, list(units.values()), str(reason), options)
             except (Exception, SystemExit) as error:
                 raise BuildError("compile", _blame(error)) from error
-        for name, traced in traces.items():
-            _compare(traced.plan, signature.outputs[name], name)
-        if general := _general(module):
-            traces.update(_trace_hidden(module, signature))
+            for name, traced in traces.items():
+                _compare(traced.plan, signature.outputs[name], name)
+            if general := _general(module):
+                traces.update(_trace_hidden(module, signature, self.device))
         launched = {unit.name: unit for traced in traces.values() for unit in traced.units}
         binaries, report = _compiled(list(launched.values()), options)
         constants: dict[str, Tensor] = {}
@@ -108,22 +119,60 @@ class Cpp:
             constants.update(traced.constants)
         report["warnings"] += [w for traced in traces.values() for w in traced.warnings]
         plans = {name: traced.plan for name, traced in traces.items()}
-        return Artifact("cpp", "plan", source, binaries, plans, constants, report, general)
+        if arch is not None:
+            report["kernels"] = _examined(plans, binaries, arch)
+        name = arch.name if arch is not None else ""
+        return Artifact(self.name, "plan", source, binaries, plans, constants, report, general, name)
+
+    def _host(
+        self, module: ModuleType, source: str, units: Sequence[Unit], reason: str, options: BuildOptions
+    ) -> Artifact:
+        """The artifact of a module whose Python has to run with its kernels."""
+        binaries, report = _compiled(units, options)
+        report["host_reason"] = reason
+        return Artifact(self.name, "host", source, binaries, report=report, general=_general(module))
 
 
-def _trace(module: ModuleType, signature: Signature, shape_set: str) -> Traced:
+class Cpp(ModuleLanguage):
+    """The language ``cpp``: ``lang.cpp`` sources and ATen calls, for the CPU."""
+
+    name = "cpp"
+    targets = ("cpu",)
+    device = "cpu"
+
+
+def _arch(options: BuildOptions) -> Arch:
+    try:
+        arch = get_arch(options.arch)
+    except UserError as error:
+        raise BuildError("constraints", str(error)) from error
+    return replace(arch, multiprocessors=options.multiprocessors or arch.multiprocessors)
+
+
+def _examined(plans: Mapping[str, Plan], binaries: Mapping[str, bytes], arch: Arch) -> list[dict[str, Any]]:
+    try:
+        return examine(plans, binaries, arch)
+    except ValueError as error:
+        raise BuildError("constraints", str(error)) from error
+
+
+def _trace(
+    module: ModuleType, signature: Signature, shape_set: str, device: Literal["cpu", "cuda"]
+) -> Traced:
     inputs, state = signature.inputs[shape_set], signature.state[shape_set]
     function, names, model = bind(
         module, len(inputs), state, signature.init_inputs[shape_set], signature.seed
     )
     held = _bindings(model, state, signature.digests[shape_set]) if model is not None else []
-    return trace(function, inputs, {name: state[name] for name in names}, held)
+    return trace(function, inputs, {name: state[name] for name in names}, held, device)
 
 
-def _trace_hidden(module: ModuleType, signature: Signature) -> dict[str, Traced]:
+def _trace_hidden(
+    module: ModuleType, signature: Signature, device: Literal["cpu", "cuda"]
+) -> dict[str, Traced]:
     """The hidden shape sets of a module that claims to be general; a failure must not say what they are."""
     try:
-        traces = {name: _trace(module, signature, name) for name in signature.hidden}
+        traces = {name: _trace(module, signature, name, device) for name in signature.hidden}
         for name, traced in traces.items():
             _compare(traced.plan, signature.outputs[name], name)
     except Exception as error:
@@ -166,28 +215,19 @@ def _compare(plan: Plan, expected: tuple[TensorSpec, ...], shape_set: str) -> No
             )
 
 
-def _compiled(units: Sequence[cpp.Unit], options: BuildOptions) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _compiled(units: Sequence[Unit], options: BuildOptions) -> tuple[dict[str, bytes], dict[str, Any]]:
     binaries: dict[str, bytes] = {}
     report: dict[str, Any] = {"warnings": [], "vectorization": [], "units": []}
     for unit in units:
         try:
-            compiled = cpp.compile_unit(unit, options.seconds)
+            built = unit.build(options.seconds, options.arch or DEFAULT_ARCH)
         except KernelError as error:
             raise BuildError("compile", str(error)) from error
-        binaries[unit.name] = compiled.binary
-        report["warnings"] += compiled.warnings
-        report["vectorization"] += [remark.to_dict() for remark in compiled.remarks]
-        report["units"].append({"name": unit.name, **cpp.settings(unit)})
+        binaries[unit.name] = built.binary
+        report["warnings"] += built.warnings
+        report["vectorization"] += built.remarks
+        report["units"].append({"name": unit.name, **built.settings})
     return binaries, report
-
-
-def _host(
-    module: ModuleType, source: str, units: Sequence[cpp.Unit], reason: str, options: BuildOptions
-) -> Artifact:
-    """The artifact of a module whose Python has to run with its kernels."""
-    binaries, report = _compiled(units, options)
-    report["host_reason"] = reason
-    return Artifact("cpp", "host", source, binaries, report=report, general=_general(module))
 
 
 def _general(module: ModuleType) -> bool:

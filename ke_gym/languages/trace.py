@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch._dynamo.config  # fake tensors import it on first use, which takes a second: better done here
@@ -23,8 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ke_gym.languages.allow import refusal
 from ke_gym.languages.artifact import span_bytes
-from ke_gym.languages.cpp import Unit
-from ke_gym.languages.declarations import Declaration
 from ke_gym.languages.errors import BuildError
 from ke_gym.languages.plan import (
     DTYPES,
@@ -41,7 +39,7 @@ from ke_gym.languages.plan import (
     makes,
     uses,
 )
-from ke_gym.languages.recording import recording
+from ke_gym.languages.recording import Request, Tile, Unit, recording
 
 CONSTANT_BYTES = 64 << 20
 """How much a module may carry in tensors it made when it was loaded."""
@@ -74,6 +72,9 @@ _DATA_DEPENDENT = (
 _FAKE_ACCESS = ("data pointer of", ".numpy() is not supported", ".tolist() is not supported", "no storage")
 
 
+_NAMES = {"cpu": "a CPU", "cuda": "a GPU (give device=x.device)"}
+
+
 class NotTraceable(Exception):
     """The module's Python depends on the contents of tensors; the message says where."""
 
@@ -93,14 +94,15 @@ def trace(
     inputs: Sequence[TensorSpec | Any],
     state: Mapping[str, TensorSpec],
     bound: Sequence[tuple[str, Tensor]] = (),
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Traced:
-    """Run ``function(*inputs, **state)`` on fake tensors.
+    """Run ``function(*inputs, **state)`` on fake tensors of ``device`` (which need not be there).
 
     ``inputs`` are specs, or plain values passed as they are. ``bound`` says which real tensors that the
     module holds stand for entries of the reference's state. Raises ``BuildError`` for what a plan must not
     do, and ``NotTraceable`` if the Python depends on data.
     """
-    recorder = _Recorder([(name, tensor) for name, tensor in bound])
+    recorder = _Recorder([(name, tensor) for name, tensor in bound], device)
     with recorder.fakes:
         arguments = [recorder.task_input(i) if isinstance(i, TensorSpec) else i for i in inputs]
         given = {name: recorder.state_input(name, spec) for name, spec in state.items()}
@@ -117,8 +119,9 @@ def trace(
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers tensors in the order they appear; ``finish`` renumbers them so that inputs come first."""
 
-    def __init__(self, bound: list[tuple[str, Tensor]]) -> None:
+    def __init__(self, bound: list[tuple[str, Tensor]], device: Literal["cpu", "cuda"]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
         self.fakes = FakeTensorMode()
         self._bound = {id(tensor): name for name, tensor in bound}
         self._numbers: dict[int, int] = {}
@@ -157,7 +160,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fake(self, spec: TensorSpec) -> FakeTensor:
         with _disable_current_modes(), self.fakes:
-            fake: Any = torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
+            fake: Any = torch.empty_strided(
+                spec.shape, spec.stride, dtype=spec.torch_dtype, device=self._device
+            )
         return cast(FakeTensor, fake)
 
     def _adopt(self, fake: FakeTensor, source: PlanInput, origin: str) -> None:
@@ -265,26 +270,35 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- recording -------------------------------------------------------------------------------------------
 
-    def launch(self, unit: Unit, kernel: Declaration, args: tuple[Any, ...]) -> None:
+    def launch(self, requests: Sequence[Request]) -> None:
         """Record a launch; arguments are checked already."""
-        recorded: list[Arg] = []
+        launches: list[Launch] = []
         written: list[tuple[FakeTensor, str]] = []
-        for position, (parameter, value) in enumerate(zip(kernel.parameters, args), 1):
-            if not parameter.pointer:
-                recorded.append(value)
-                continue
-            fake = self._known(value)
-            where = f"kernel {kernel.name!r}, argument {position} ({parameter.name!r}),"
-            if parameter.writes:
-                written.append((fake, where))
-            elif _storage(fake) in self._empty:
-                self._warnings.append(f"{where} is read before anything wrote it")
-            recorded.append(Ref(self._numbers[id(fake)]))
+        for request in requests:
+            recorded: list[Arg] = []
+            for position, argument in enumerate(request.arguments, 1):
+                tensor = argument.value.tensor if isinstance(argument.value, Tile) else argument.value
+                if not isinstance(tensor, Tensor):
+                    recorded.append(argument.value)
+                    continue
+                fake = self._known(tensor)
+                where = f"kernel {request.kernel!r}, argument {position} ({argument.name!r}),"
+                if argument.writes:
+                    written.append((fake, where))
+                elif _storage(fake) in self._empty:
+                    self._warnings.append(f"{where} is read before anything wrote it")
+                number = self._numbers[id(fake)]
+                tile = argument.value
+                recorded.append(tile.map(number) if isinstance(tile, Tile) else Ref(number))
+            self._units[request.unit.name] = request.unit
+            ctypes = tuple(argument.ctype for argument in request.arguments)
+            geometry, label = request.geometry, request.label
+            launches.append(
+                Launch(request.unit.name, request.kernel, tuple(recorded), ctypes, geometry, label=label)
+            )
         for fake, where in written:
             self._writes(fake, where)
-        self._units[unit.name] = unit
-        ctypes = tuple(parameter.ctype for parameter in kernel.parameters)
-        self._steps.append(Launch(unit.name, kernel.name, tuple(recorded), ctypes))
+        self._steps.append(replace(launches[0], alternatives=tuple(launches[1:])))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -323,9 +337,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(self, func: Any, target: str, args: Any, kwargs: Any, result: Any, writes: set[int]) -> None:
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in tensors:
-            if tensor.device.type != "cpu":
+            if tensor.device.type != self._device:
                 raise self.rejection(
-                    "constraints", f"{target} gives a tensor on {tensor.device}; the target is a CPU"
+                    "constraints",
+                    f"{target} gives a tensor on {tensor.device}; the target is {_NAMES[self._device]}",
                 )
             if tensor.layout != torch.strided:
                 raise self.rejection(
@@ -397,6 +412,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tuple(_renumbered(step, order) for step in steps),
             tuple(order[n] for n in returns),
             tuple(TensorSpec.of(fake) for fake in returned),
+            self._device,
         )
         constants = {i.name: self._constants[i.name] for _, i in inputs if i.source == "constant"}
         return Traced(plan, constants, tuple(self._units.values()), tuple(dict.fromkeys(self._warnings)))
