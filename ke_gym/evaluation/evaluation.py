@@ -65,6 +65,9 @@ class Evaluation:
     rival is the incumbent it raced (the baseline itself if there was none). ``improved`` says that the gain's
     interval, from fresh processes and new seeds, cleared the machine's margin. ``trust`` is ``"plan"``, or
     ``"host"`` for a module whose Python ran. Times and speedups are None where none was measured.
+
+    ``times_ms`` and ``reference_times_ms`` are what every round took, in pairs; ``races`` says how many rounds
+    belong to each of the races they come from. ``rival`` is the id of the incumbent it raced ("": none).
     """
 
     task: str
@@ -90,6 +93,9 @@ class Evaluation:
     profile: Profile = field(default_factory=Profile)
     shapes: dict[str, float] = field(default_factory=dict)
     times_ms: tuple[float, ...] = ()
+    reference_times_ms: tuple[float, ...] = ()
+    races: tuple[int, ...] = ()
+    rival: str = ""
     binary: str = ""
     threads: int = 1
     machine: str = ""
@@ -126,7 +132,8 @@ class Evaluation:
         data["cost"] = Cost(**data["cost"])
         for key in ("speedup_ci", "gain_ci"):
             data[key] = tuple(data[key]) if data[key] else None
-        data["times_ms"] = tuple(data["times_ms"])
+        for key in ("times_ms", "reference_times_ms", "races"):
+            data[key] = tuple(data.get(key, ()))
         return cls(**data)
 
 

@@ -221,7 +221,8 @@ class Evaluator:
         except BuildError as error:
             spent = time.perf_counter() - start
             return base.replace(outcome=error.outcome, log=error.log, cost=Cost(compile_s=spent))
-        base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
+        raced = incumbent.id if incumbent is not None and rival is not None else ""
+        base = base.replace(trust=artifact.lane, binary=artifact.binary_id, rival=raced)
         with self._cores.all():
             compiled = time.perf_counter()
             cost = Cost(compile_s=self._build_s.pop(candidate.id, 0.0))
@@ -441,6 +442,8 @@ class Evaluator:
             time_ms=1e3 * float(np.median(times)),
             reference_ms=1e3 * float(np.median(reference)),
             times_ms=tuple(round(1e3 * t, 6) for t in times),
+            reference_times_ms=tuple(round(1e3 * t, 6) for t in reference),
+            races=tuple(r.rounds for r in sets[self.contract]),
             speedup=math.exp(speedup),
             speedup_ci=_factors(speedup_ci),
             gain=math.exp(gain),

@@ -305,7 +305,7 @@ def code_features(source: str, language: str, root_source: str | None = None) ->
             *(float(re.search(pattern, text) is not None) for pattern in _FLAGS.values()),
             math.log2(1 + max(tiles, default=0)) / 16,
             max(stages, default=0) / 5,
-            _distance(lines, _lines(_uncommented(root_source, language))) if root_source is not None else 0.0,
+            distance(lines, code_lines(root_source, language)) if root_source is not None else 0.0,
         ]
     )
 
@@ -335,7 +335,12 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _distance(lines: list[str], root: list[str]) -> float:
+def code_lines(source: str, language: str) -> list[str]:
+    """The lines that hold code, stripped."""
+    return _lines(_uncommented(source, language))
+
+
+def distance(lines: list[str], root: list[str]) -> float:
     """The share of lines that are not common to both texts, whatever their order (Dice distance)."""
     common = (Counter(lines) & Counter(root)).total()
     return 1.0 - 2.0 * common / max(len(lines) + len(root), 1)

@@ -157,7 +157,9 @@ class Session:
             "harness": setting.harness,
             **(settings or {}),
         }
-        store.open_session(session_id, setting.task, mine)
+        # What it was searched among is kept as well: a recorded search can then be replayed on any machine.
+        seen = {"task": self.surroundings.task.tolist(), "hardware": self.surroundings.hardware.tolist()}
+        store.open_session(session_id, setting.task, mine | {"surroundings": seen})
         recorded = store.session_settings(session_id) or {}
         for key in sorted(mine.keys() & recorded.keys()):
             if recorded[key] != mine[key]:

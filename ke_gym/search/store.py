@@ -227,6 +227,13 @@ class Store:
                 (session_id, task_id, json.dumps(settings, sort_keys=True), time.time()),
             )
 
+    def sessions(self) -> list[tuple[str, str, str, str]]:
+        """(session, task id, task name, family) of every search, the oldest first."""
+        rows = self._rows(
+            "SELECT s.id, t.id, t.name, t.family FROM sessions s JOIN tasks t ON t.id = s.task ORDER BY s.created"
+        )
+        return [(session, task, name, family) for session, task, name, family in rows]
+
     def session_settings(self, session_id: str) -> dict[str, Any] | None:
         rows = self._rows("SELECT settings FROM sessions WHERE id = ?", session_id)
         return dict(json.loads(rows[0][0])) if rows else None

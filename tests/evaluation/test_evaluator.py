@@ -29,6 +29,7 @@ def test_an_honest_kernel_is_correct_and_measured(evaluator: Evaluator) -> None:
     assert evaluation.error is not None and evaluation.error.rel_l2 < 1e-5
     assert evaluation.profile.bytes > 0
     assert evaluation.rounds >= 1 and len(evaluation.times_ms) >= 1
+    assert sum(evaluation.races) == len(evaluation.times_ms) == len(evaluation.reference_times_ms)
     assert Evaluation.from_json(evaluation.to_json()) == evaluation
 
 

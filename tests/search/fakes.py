@@ -64,7 +64,8 @@ def judge(candidate: Candidate, rival: Candidate | None = None) -> Evaluation:
     if digest[0] < 50:
         outcome = ("compile", "correctness", "runtime", "timeout")[digest[1] % 4]
         return evaluation(candidate, None, outcome)
-    return evaluation(candidate, fitness(candidate), rival=fitness(rival) if rival else 1.0)
+    judged = evaluation(candidate, fitness(candidate), rival=fitness(rival) if rival else 1.0)
+    return judged.replace(rival=rival.id) if rival else judged
 
 
 def fitness(candidate: Candidate) -> float:
