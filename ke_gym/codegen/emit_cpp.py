@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from ke_gym.codegen import contraction as templates
 from ke_gym.codegen.contract import Contraction, Store
 from ke_gym.codegen.expr import (
+    BYTES,
     Const,
     Expr,
     Index,
@@ -31,7 +32,7 @@ from ke_gym.codegen.expr import (
     walk,
 )
 from ke_gym.codegen.graph import Buffer
-from ke_gym.codegen.nest import Item, Local, Loop, Nest, Stage, Target
+from ke_gym.codegen.nest import ROW_BYTES, Item, Local, Loop, Nest, Stage, Target
 
 TYPES = {
     "f32": "float", "f64": "double", "bf16": "ke::bf16", "f16": "ke::half", "bool": "bool", "u8": "uint8_t",
@@ -100,10 +101,6 @@ PREFETCHED = 256  # elements of a row fetched ahead of use
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
-    "max": "#pragma omp declare reduction(max_nan : float, double, int8_t, int16_t, int32_t, int64_t, uint8_t : "
-    "omp_out = ke::max(omp_out, omp_in)) initializer(omp_priv = omp_orig)\n",
-    "min": "#pragma omp declare reduction(min_nan : float, double, int8_t, int16_t, int32_t, int64_t, uint8_t : "
-    "omp_out = ke::min(omp_out, omp_in)) initializer(omp_priv = omp_orig)\n",
     "search": """\
 // How many of the ascending row[0..SIZE) are below value (or at most, if RIGHT): branchless binary search
 // that probes where torch does, so that NaN among the boundaries or as value gives what torch gives.
@@ -189,6 +186,20 @@ def accumulate(op: str, target: str, value: str) -> str:
     return f"{target} = {combine(op, target, value)};"
 
 
+def notes_nan(op: str | None, dtype: str) -> bool:
+    """Whether a reduction in a register keeps NaN in a flag of its own: the extreme itself is one instruction."""
+    return op in ("max", "min") and is_float(dtype)
+
+
+def accumulate_extreme(op: str, target: str, flag: str, value: str) -> str:
+    """Takes ``value`` into the running extreme ``target`` and notes in ``flag`` if it is NaN."""
+    return f"ke::take_{op}({target}, {flag}, {value});"
+
+
+def extreme(flag: str, value: str, dtype: str) -> str:
+    return f"{flag} ? {literal(math.nan, dtype)} : {value}"
+
+
 # ------------------------------------------------------------------------------------------ expressions
 
 
@@ -248,7 +259,10 @@ class Text:
         if isinstance(expr, Const):
             return literal(expr.value, expr.dtype)
         if isinstance(expr, Load):
-            return f"{expr.buffer}[{self.index(expr.index[0])}]" if expr.index else expr.buffer
+            if not expr.index:
+                return expr.buffer
+            element = f"{expr.buffer}[{self.index(expr.index[0])}]"
+            return f"ke::flag({element})" if expr.dtype == "bool" else element
         if isinstance(expr, Position):
             return f"({TYPES[expr.dtype]})({self.index(expr.index)})"
         if isinstance(expr, InRange):
@@ -367,6 +381,8 @@ class Text:
             named = uses.get(node, 0) > 1 or node in chosen
             if node in safe and named and isinstance(node, (Op, Load, Search)) and node not in self.names:
                 if isinstance(node, Load) and not node.index:
+                    continue
+                if all(isinstance(n, (Op, Const)) for n in walk(node)):
                     continue
                 text = self._print(node)
                 name = f"v{self.count}"
@@ -602,6 +618,8 @@ class Printer:
                 else [f"{item.node.name}_acc"]
             )
             self.line(f"{kind} " + ", ".join(f"{n} = {start}" for n in names) + ";")
+            if notes_nan(item.op, acc_dtype(item)):
+                self.line(f"int{8 * BYTES[acc_dtype(item)]}_t {item.node.name}_nan = 0;")
         if innermost:
             self._innermost(stage, starts, streams, parallel)
         else:
@@ -698,11 +716,10 @@ class Printer:
             names = [f"{item.node.name}_acc{u}" for u in streams]
             by_op.setdefault(item.op or "sum", []).extend(names)
         for op, names in by_op.items():
-            symbol = _COMBINE[op]
-            if symbol in ("max", "min"):
-                self.used.add(symbol)
-                symbol += "_nan"
-            clauses.append(f"reduction({symbol} : {', '.join(names)})")
+            clauses.append(f"reduction({_COMBINE[op]} : {', '.join(names)})")
+        flags = [f"{item.node.name}_nan" for item in reducing if notes_nan(item.op, acc_dtype(item))]
+        if flags:
+            clauses.append(f"reduction(| : {', '.join(flags)})")
         lanes = self.nest.group.simd
         if lanes:
             clauses.append(f"simdlen({lanes})")
@@ -726,7 +743,12 @@ class Printer:
             value = text.expr(expr)
             target = item.target
             if item.op and starts[id(item)] is not None:
-                self.line(accumulate(item.op, f"{item.node.name}_acc{stream}", _bare(value)))
+                accumulator = f"{item.node.name}_acc{stream}"
+                if notes_nan(item.op, acc_dtype(item)):
+                    flag = f"{item.node.name}_nan"
+                    self.line(accumulate_extreme(item.op, accumulator, flag, _bare(value)))
+                else:
+                    self.line(accumulate(item.op, accumulator, _bare(value)))
             elif item.op:
                 place = self._place(target, text, shift)
                 self._update(item.op, place, target, value)
@@ -763,6 +785,8 @@ class Printer:
                 for a, b in zip(names[::2], names[1::2])
             ] + (names[-1:] if len(names) % 2 else [])
         value = _bare(names[0])
+        if notes_nan(op, acc_dtype(item)):
+            value = extreme(f"{item.node.name}_nan", value, acc_dtype(item))
         target = item.target
         text = Text(self.used)
         if target.kind == "scalar":
@@ -781,6 +805,9 @@ class Printer:
         assert item.scan is not None and item.op is not None
         loops = stage.loops
         depth = next(k for k, loop in enumerate(loops) if loop.var is item.scan)
+        if self._in_vectors(item, loops, depth):
+            self._scan_in_vectors(item, loops)
+            return
         kind = "double" if item.expr.dtype == "f32" else TYPES[item.expr.dtype]
         start = identity(item.op, "f64" if kind == "double" else item.expr.dtype)
         deeper = loops[depth + 1 :]
@@ -809,6 +836,46 @@ class Printer:
         self.line(f"{target} = ({TYPES[item.target.dtype]}){carry};")
         for _ in loops:
             self.close()
+
+    def _in_vectors(self, item: Item, loops: tuple[Loop, ...], depth: int) -> bool:
+        """Whether a scan is a sum of floats along memory, for which there is ``ke::prefix_sum``."""
+        along = item.target.index.coefficient(loops[depth].var) == 1
+        floats = item.target.dtype == item.expr.dtype == "f32"
+        fits = isinstance(item.expr, Load) or 4 * loops[depth].var.size <= ROW_BYTES
+        whole = depth == len(loops) - 1 and loops[depth].limit is None
+        return item.op == "sum" and floats and along and fits and whole
+
+    def _scan_in_vectors(self, item: Item, loops: tuple[Loop, ...]) -> None:
+        """Sum what is in memory as it is; anything else is computed into a row first."""
+        var = loops[-1].var
+        for loop in loops[:-1]:
+            self.open(self._for(loop))
+        first = Rewriter({var: linear(0, [])})
+        steps = [n.index[0].coefficient(var) for n in walk(item.expr) if isinstance(n, Load) and n.index]
+        flipped = steps.count(-1) > steps.count(1)  # then read forwards: compilers do not flip every load
+        turn = Rewriter({var: of(var) * -1 + (var.size - 1)} if flipped else {})
+        value = turn.expr(item.expr)
+        text = Text(self.used, self.sizes)
+        if isinstance(value, Load) and value.index and value.index[0].coefficient(var) == 1:
+            row = _offset(value.buffer, text.index(first.index(value.index[0])))
+        else:
+            row = f"{item.node.name}_values"
+            self.line(f"alignas(64) float {row}[{var.size}];")
+            self.line("#pragma omp simd")
+            self.open(self._for(loops[-1]))
+            for line in text.bind([value]):
+                self.line(line)
+            self.line(f"{row}[{var.name}] = {_bare(text.expr(value))};")
+            self.close()
+        self.used.add("ke/scan.h")
+        sums = _offset(item.target.name, Text(self.used).index(first.index(item.target.index)))
+        self.line(f"ke::prefix_sum{'<true>' if flipped else ''}({sums}, {row}, {var.size});")
+        for _ in loops[:-1]:
+            self.close()
+
+
+def _offset(pointer: str, index: str) -> str:
+    return pointer if index == "0" else f"{pointer} + {index}"
 
 
 def extent(buffer: Buffer) -> int:
@@ -964,20 +1031,25 @@ def _row_reduction(store: Store, used: set[str]) -> list[str]:
     op, kind = store.op or "sum", store.expr.dtype
     printer = Text(used)
     lines = printer.bind([store.expr])
-    symbol = _COMBINE[op]
-    if symbol in ("max", "min"):
-        used.add(symbol)
-        symbol += "_nan"
     place = f"{store.buffer}[{printer.index(store.index)}]"
-    found = f"{store.buffer}_strip"
+    found, flag = f"{store.buffer}_strip", f"{store.buffer}_nan"
     at = ["  const int64_t at = col + j;"] if _mentions(store.expr, "at") else []
+    value = _bare(printer.expr(store.expr))
+    head = [f"{TYPES[kind]} {found} = {identity(op, kind)};"]
+    clauses = f"reduction({_COMBINE[op]} : {found})"
+    body, tail = [accumulate(op, found, value)], []
+    if notes_nan(op, kind):
+        head.append(f"int{8 * BYTES[kind]}_t {flag} = 0;")
+        clauses += f" reduction(| : {flag})"
+        body = [accumulate_extreme(op, found, flag, value)]
+        tail = [f"{found} = {extreme(flag, found, kind)};"]
     return [
-        f"{TYPES[kind]} {found} = {identity(op, kind)};",
-        f"#pragma omp simd reduction({symbol} : {found})",
+        *head,
+        f"#pragma omp simd {clauses}",
         "for (int64_t j = 0; j < count; ++j) {",
         *at,
-        *(f"  {line}" for line in lines),
-        f"  {accumulate(op, found, _bare(printer.expr(store.expr)))}",
+        *(f"  {line}" for line in (*lines, *body)),
         "}",
+        *tail,
         f"{place} = col == 0 ? {found} : {combine(op, place, found)};",
     ]

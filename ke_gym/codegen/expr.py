@@ -137,6 +137,8 @@ class Index(Interned):
         low, high = bounds(rest)
         if low >= 0 and high < divisor:
             return whole
+        if (parts := rest._digits(divisor)) is not None:
+            return whole + parts[0] // (divisor // parts[2])
         if not rest.terms:
             return whole + rest.const // divisor
         if len(rest.terms) == 1 and rest.const == 0 and rest.terms[0][1] == 1:
@@ -152,6 +154,9 @@ class Index(Interned):
         low, high = bounds(rest)
         if low >= 0 and high < divisor:
             return rest
+        if (parts := rest._digits(divisor)) is not None:
+            upper, lower, unit = parts
+            return upper % (divisor // unit) * unit + lower
         if not rest.terms:
             return constant(rest.const % divisor)
         if len(rest.terms) == 1 and rest.const == 0 and rest.terms[0][1] == 1:
@@ -165,6 +170,17 @@ class Index(Interned):
         whole = [(a, c // divisor) for a, c in self.terms if c % divisor == 0]
         rest = [(a, c) for a, c in self.terms if c % divisor]
         return linear(self.const // divisor, whole), linear(self.const % divisor, rest)
+
+    def _digits(self, divisor: int) -> tuple[Index, Index, int] | None:
+        """``(upper, lower, unit)`` with ``self == unit * upper + lower``, ``0 <= lower < unit``, ``unit | divisor``."""
+        for unit in sorted({abs(c) for _, c in self.terms}, reverse=True):
+            if unit == 1 or divisor % unit:
+                continue
+            upper, lower = self._split(unit)
+            low, high = bounds(lower)
+            if low >= 0 and high < unit:
+                return upper, lower, unit
+        return None
 
     def coefficient(self, var: Var) -> int:
         return next((c for a, c in self.terms if a is var), 0)

@@ -8,12 +8,30 @@ from dataclasses import replace
 from ke_gym.codegen import contract
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Op, walk
+from ke_gym.codegen.expr import Op, Search, is_float, walk
 from ke_gym.codegen.graph import Extern, Graph, Node
 from ke_gym.codegen.nest import COSTLY, Builder, Nest
 from ke_gym.codegen.schedule import Group, Plan
 
 MAX_NODES = 64
+DISCONTINUOUS = frozenset(
+    (
+        "floor",
+        "ceil",
+        "trunc",
+        "round",
+        "sign",
+        "floordiv",
+        "remainder",
+        "fmod",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+    )
+)
 
 
 def visible_in(graph: Graph, group: Sequence[str], groups: Iterable[Sequence[str]]) -> frozenset[str]:
@@ -125,6 +143,23 @@ def expensive(node: Node) -> bool:
     return any(isinstance(n, Op) and n.name in COSTLY for n in walk(node.expr))
 
 
+def continuous(graph: Graph) -> bool:
+    """Whether no step turns a difference in rounding into another integer or another choice."""
+    found = graph.memo.get("continuous")
+    if found is None:
+        values = [n for s in graph.steps.values() if isinstance(s, Node) for n in walk(s.expr)]
+        found = not any(
+            isinstance(n, Search)
+            or (isinstance(n, Op) and n.name in DISCONTINUOUS)
+            or (
+                isinstance(n, Op) and n.name == "cast" and is_float(n.args[0].dtype) and not is_float(n.dtype)
+            )
+            for n in values
+        )
+        graph.memo["continuous"] = found
+    return bool(found)
+
+
 def unfused(graph: Graph) -> Plan:
     """Each node in a nest of its own."""
     return Plan(tuple(Group((n,)) for n, s in graph.steps.items() if isinstance(s, Node)))
@@ -220,7 +255,10 @@ def tuned_alone(graph: Graph, group: Group) -> Group:
 
 def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     nest = cached_nest(graph, group, visible)
-    if not isinstance(nest, Nest) or not nest.outer:
+    if not isinstance(nest, Nest):
+        return group
+    group = replace(group, reciprocal=continuous(graph))
+    if not nest.outer:
         return group
     inside = set(group.nodes)
     staged = []
@@ -234,7 +272,8 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
             or node.numel <= 1
         ):
             continue
-        if len([u for u in graph.users[name] if u in inside]) > 1:
+        users = [graph.steps[u] for u in graph.users[name] if u in inside]
+        if len(users) > 1 or any(isinstance(u, Node) and u.numel > node.numel for u in users):
             staged.append(name)
     for k in range(len(staged), 0, -1):
         attempt = replace(group, staged=tuple(staged[:k]))

@@ -189,7 +189,10 @@ class Builder:
             self._bind_pointwise()
         for name in self.kept:
             self._check(name)
-        return self._nest()
+        nest = self._nest()
+        if len(self.nodes) > 1 and reducing and nest.parallel and not nest.outer:
+            raise Illegal("together they would run on one thread")
+        return nest
 
     def _bind_pointwise(self) -> None:
         """All nodes run over one domain: that of the first of highest rank; the others are reindexed."""
@@ -677,8 +680,10 @@ def multiplied(expr: Expr, loops: frozenset[Var]) -> Expr:
         if node not in memo:
             if isinstance(node, Op):
                 args = tuple(visit(a) for a in node.args)
-                if node.name == "div" and node.dtype in ("f32", "f64") and not _moves(args[1], loops):
-                    inverse = Op("div", (Const(1.0, node.dtype), args[1]), node.dtype)
+                one = Const(1.0, node.dtype)
+                divides = node.name == "div" and node.dtype in ("f32", "f64") and args[0] is not one
+                if divides and not _moves(args[1], loops):
+                    inverse = Op("div", (one, args[1]), node.dtype)
                     memo[node] = Op("mul", (args[0], inverse), node.dtype)
                 else:
                     memo[node] = Op(node.name, args, node.dtype)

@@ -265,7 +265,7 @@ def elu(low: Lowering, a: Any, alpha: float = 1.0, scale: float = 1.0, input_sca
 def softplus(low: Lowering, a: Any, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     def formula(x: Expr) -> Expr:
         scaled = x if beta == 1 else op("mul", x, const(x, beta))
-        soft = op("log1p", op("exp", op("min", scaled, const(x, threshold))))
+        soft = op("log1p", op("exp", scaled))
         soft = soft if beta == 1 else op("div", soft, const(x, beta))
         return op("where", Op("gt", (scaled, const(x, threshold)), "bool"), x, soft)
 

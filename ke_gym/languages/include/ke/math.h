@@ -25,9 +25,9 @@ KE_INLINE uint64_t bits(double x) { return __builtin_bit_cast(uint64_t, x); }
 KE_INLINE float from_bits(uint32_t u) { return __builtin_bit_cast(float, u); }
 KE_INLINE double from_bits(uint64_t u) { return __builtin_bit_cast(double, u); }
 
-// 2^n for n in [-126, 127], in double [-1022, 1023].
-KE_INLINE float exp2i(int32_t n) { return from_bits((uint32_t)(n + 127) << 23); }
-KE_INLINE double exp2i(int64_t n) { return from_bits((uint64_t)(n + 1023) << 52); }
+// 2^n for n in [-126, 127], in double [-1022, 1023]; only the low 9 (12) bits of n count.
+KE_INLINE float exp2i(int32_t n) { return from_bits(((uint32_t)n + 127u) << 23); }
+KE_INLINE double exp2i(int64_t n) { return from_bits(((uint64_t)n + 1023u) << 52); }
 
 KE_INLINE float abs(float x) { return __builtin_fabsf(x); }
 KE_INLINE double abs(double x) { return __builtin_fabs(x); }
@@ -36,9 +36,30 @@ KE_INLINE double copysign(double x, double sign) { return __builtin_copysign(x, 
 
 // As torch.maximum and torch.minimum: NaN if either is NaN.
 template <typename T>
-KE_INLINE T max(T a, T b) { return a > b || a != a ? a : b; }
+KE_INLINE T max(T a, T b) {
+  T larger = a > b ? a : b;
+  return a != a ? a : larger;
+}
 template <typename T>
-KE_INLINE T min(T a, T b) { return a < b || a != a ? a : b; }
+KE_INLINE T min(T a, T b) {
+  T smaller = a < b ? a : b;
+  return a != a ? a : smaller;
+}
+
+// A bool in memory as 0 or 1: GCC vectorizes the load of a byte, but not that of a bool.
+KE_INLINE uint8_t flag(const bool& stored) { return __builtin_bit_cast(uint8_t, stored); }
+
+// Take a value into a running extreme, and note it if it is NaN: so a reduction is one instruction and a mask.
+template <typename T, typename Flag>
+KE_INLINE void take_max(T& extreme, Flag& nan, T value) {
+  extreme = value > extreme ? value : extreme;
+  nan |= value != value;
+}
+template <typename T, typename Flag>
+KE_INLINE void take_min(T& extreme, Flag& nan, T value) {
+  extreme = value < extreme ? value : extreme;
+  nan |= value != value;
+}
 
 KE_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 KE_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
@@ -88,43 +109,61 @@ KE_INLINE exp_parts_d exp_reduce(double x) {
   return {n, r - n * 1.90821492927058770002e-10};
 }
 
+// 2^n for n = rint(e) as it lies in the low bits of e + 1.5 * 2^23 (in double 2^52), in two factors: the product
+// may be subnormal. No conversion to an integer: that of NaN or of a large value is undefined.
+KE_INLINE float scaled(float y, float n) {
+  int32_t low = (int32_t)bits(n + 12582912.0f), half = low >> 1;
+  return y * exp2i(half) * exp2i(low - half);
+}
+
+KE_INLINE double scaled(double y, double n) {
+  int64_t low = (int64_t)bits(n + 6755399441055744.0), half = low >> 1;
+  return y * exp2i(half) * exp2i(low - half);
+}
+
+// Out of range the scale is nonsense, replaced at the end: a clamp at the start is torn apart by GCC's jump
+// threading, these selects become masks.
 KE_INLINE float exp(float x) {
-  x = x > 89.0f ? 89.0f : x;  // infinite from 88.73 on
-  x = x < -104.0f ? -104.0f : x;  // zero
   exp_parts_f e = exp_reduce(x);
-  int32_t n = (int32_t)e.n, half = n >> 1;
-  float y = 1.0f + (e.r + exp_tail(e.r));
-  return y * exp2i(half) * exp2i(n - half);  // two factors: the result may be subnormal
+  float y = scaled(1.0f + (e.r + exp_tail(e.r)), e.n);
+  y = x < -104.0f ? 0.0f : y;
+  return x > 88.72283f ? inf : y;
 }
 
 KE_INLINE double exp(double x) {
-  x = x > 710.0 ? 710.0 : x;
-  x = x < -746.0 ? -746.0 : x;
   exp_parts_d e = exp_reduce(x);
-  // Adding 1.5 * 2^52 puts the integer n into the low bits: a conversion that every instruction set has.
-  double shifted = e.n + 6755399441055744.0;
-  int64_t n = (int64_t)bits(shifted) - 0x4338000000000000, half = n >> 1;
-  double y = 1.0 + (e.r + exp_tail(e.r));
-  return y * exp2i(half) * exp2i(n - half);
+  double y = scaled(1.0 + (e.r + exp_tail(e.r)), e.n);
+  y = x < -746.0 ? 0.0 : y;
+  return x > 709.782712893384 ? (double)inf : y;
+}
+
+// e^x - 1 where 2^n is a normal number: for x in [-87, 88], in double [-708, 709].
+KE_INLINE float expm1_normal(float x) {
+  exp_parts_f e = exp_reduce(x);
+  float scale = exp2i((int32_t)bits(e.n + 12582912.0f) - 1);  // half of 2^n, which overflows before e^x does
+  float y = scale * (e.r + exp_tail(e.r)) + (scale - 0.5f);
+  return y + y;
+}
+
+KE_INLINE double expm1_normal(double x) {
+  exp_parts_d e = exp_reduce(x);
+  double scale = exp2i((int64_t)bits(e.n + 6755399441055744.0) - 1);
+  double y = scale * (e.r + exp_tail(e.r)) + (scale - 0.5);
+  return y + y;
 }
 
 KE_INLINE float expm1(float x) {
-  float c = x > 89.0f ? 89.0f : x;
-  c = c < -20.0f ? -20.0f : c;
-  exp_parts_f e = exp_reduce(c);
-  float scale = exp2i((int32_t)e.n - 1);  // half of 2^n, which overflows before e^x does
-  float y = scale * (e.r + exp_tail(e.r)) + (scale - 0.5f);
-  return x == 0.0f ? x : y + y;
+  float y = expm1_normal(x);
+  y = x < -20.0f ? -1.0f : y;
+  y = x > 88.72283f ? inf : y;
+  return x == 0.0f ? x : y;
 }
 
 KE_INLINE double expm1(double x) {
-  double c = x > 710.0 ? 710.0 : x;
-  c = c < -40.0 ? -40.0 : c;
-  exp_parts_d e = exp_reduce(c);
-  double shifted = e.n + 6755399441055744.0;
-  double scale = exp2i((int64_t)bits(shifted) - 0x4338000000000001);
-  double y = scale * (e.r + exp_tail(e.r)) + (scale - 0.5);
-  return x == 0.0 ? x : y + y;
+  double y = expm1_normal(x);
+  y = x < -40.0 ? -1.0 : y;
+  y = x > 709.782712893384 ? (double)inf : y;
+  return x == 0.0 ? x : y;
 }
 
 // --- log ----------------------------------------------------------------------------------------------------
@@ -195,14 +234,29 @@ KE_INLINE float log10(float x) { return (float)(log((double)x) * 0.4342944819032
 // (e^2|x| - 1) / (e^2|x| + 1)
 KE_INLINE float tanh(float x) {
   float a = abs(x);
-  float t = expm1(a > 10.0f ? 20.0f : a + a);
-  return copysign(t / (t + 2.0f), x);
+  float t = expm1_normal(a + a);
+  float y = a > 10.0f ? 1.0f : t / (t + 2.0f);
+  return copysign(y, x);
 }
 
 KE_INLINE double tanh(double x) {
   double a = abs(x);
-  double t = expm1(a > 20.0 ? 40.0 : a + a);
-  return copysign(t / (t + 2.0), x);
+  double t = expm1_normal(a + a);
+  double y = a > 20.0 ? 1.0 : t / (t + 2.0);
+  return copysign(y, x);
+}
+
+// 2^x where it is a normal number, for x in [-126, 127].
+KE_INLINE float exp2_normal(float x) {
+  float n = __builtin_rintf(x), r = x - n;
+  float p = 1.535338e-4f;
+  p = p * r + 1.3398881e-3f;
+  p = p * r + 9.618437e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.931472e-1f;
+  p = p * r + 1.0f;
+  return p * exp2i((int32_t)bits(n + 12582912.0f));
 }
 
 KE_INLINE float erf(float x) {
@@ -214,16 +268,29 @@ KE_INLINE float erf(float x) {
   p = p * z + 1.12836875e-1f;
   p = p * z - 3.76126319e-1f;
   p = p * z + 1.28379166e-1f;
-  float t = a > 4.0f ? 4.0f : a;  // beyond: 1 - exp(Q(|x|)), which is 1 from 3.92 on
-  float q = -2.10950511e-5f;
-  q = q * t + 4.34462621e-4f;
-  q = q * t - 4.17106319e-3f;
-  q = q * t + 2.51194276e-2f;
-  q = q * t - 1.08280092e-1f;
-  q = q * t - 6.33346915e-1f;
-  q = q * t - 1.12951493f;
-  q = q * t + 1.7468445e-4f;
-  return a > 0.93f ? copysign(1.0f - exp(q), x) : p * x + x;
+  float q = 2.844764e-4f;  // beyond: 1 - 2^Q(|x|), which is 1 from 3.92 on
+  q = q * a - 4.4083423e-3f;
+  q = q * a + 3.213917e-2f;
+  q = q * a - 1.5009445e-1f;
+  q = q * a - 9.1908264e-1f;
+  q = q * a - 1.6269989f;
+  q = q * a - 2.5602744e-4f;
+  float tail = a > 4.0f ? 0.0f : exp2_normal(q);
+  return a > 0.93f ? copysign(1.0f - tail, x) : p * x + x;
+}
+
+// The normal distribution's Phi(-a) = erfc(a / sqrt(2)) / 2 for a >= 0, to 5e-8: 2^Q(a), below 6e-9 from 5.7 on.
+KE_INLINE float normal_tail(float a) {
+  float q = -2.7721592e-6f;
+  q = q * a + 3.8622085e-5f;
+  q = q * a - 1.8255408e-4f;
+  q = q * a - 1.4585396e-4f;
+  q = q * a + 7.0754495e-3f;
+  q = q * a - 5.2505013e-2f;
+  q = q * a - 4.592049e-1f;
+  q = q * a - 1.1511058f;
+  q = q * a - 1.0f;
+  return a > 5.7f ? 0.0f : exp2_normal(q);
 }
 
 KE_INLINE double erf(double x) { return __builtin_erf(x); }
@@ -281,13 +348,19 @@ template <typename T>
 KE_INLINE T sigmoid(T x) { return T(1) / (T(1) + exp(-x)); }
 template <typename T>
 KE_INLINE T silu(T x) { return x / (T(1) + exp(-x)); }
-template <typename T>
-KE_INLINE T gelu(T x) { return T(0.5) * x * (T(1) + erf(x * T(0.70710678118654752))); }
+KE_INLINE float gelu(float x) {
+  float tail = normal_tail(abs(x));
+  return x * (x > 0.0f ? 1.0f - tail : tail);
+}
+KE_INLINE double gelu(double x) { return 0.5 * x * (1.0 + erf(x * 0.70710678118654752)); }
 template <typename T>
 KE_INLINE T gelu_tanh(T x) {
   return T(0.5) * x * (T(1) + tanh(T(0.79788456080286536) * (x + T(0.044715) * x * x * x)));
 }
 template <typename T>
-KE_INLINE T softplus(T x) { return x > T(20) ? x : log1p(exp(x > T(20) ? T(20) : x)); }
+KE_INLINE T softplus(T x) {
+  T y = log1p(exp(x));
+  return x > T(20) ? x : y;
+}
 
 }  // namespace ke
