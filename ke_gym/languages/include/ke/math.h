@@ -219,8 +219,9 @@ KE_INLINE double log(double x) {
 template <typename T>
 KE_INLINE T log1p_of(T x) {
   T u = T(1) + x;
-  T value = log(u) + (x - (u - T(1))) / u;
-  return u > T(0) && u < T(inf) ? (x == T(0) ? x : value) : log(u);
+  T lost = (x - (u - T(1))) / u;  // NaN where u is zero or not finite
+  T value = log(u) + (lost == lost ? lost : T(0));
+  return x == T(0) ? x : value;
 }
 KE_INLINE float log1p(float x) { return log1p_of(x); }
 KE_INLINE double log1p(double x) { return log1p_of(x); }
