@@ -97,7 +97,7 @@ _COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "mi
 _LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63) + 1, "u8": 0, "bool": 0}
 _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u8": 255, "bool": 1}
 
-PREFETCHED = 256  # elements of a row fetched ahead of use
+FETCHED = 512  # elements of a later row asked for at once
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
@@ -442,6 +442,7 @@ class Printer:
         self.sizes.update((r.name, r.size) for r in nest.rows)
         self.lines: list[str] = []
         self.depth = 1
+        self.fetched: list[str] = []
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text if text else "")
@@ -533,36 +534,37 @@ class Printer:
             self.close()
 
     def _iteration(self) -> None:
-        self._prefetch()
         for row in self.nest.rows:
             self.line(f"alignas(64) {TYPES[row.dtype]} {row.name}[{row.size}];")
-        for stage in self.nest.stages:
+        ahead = self._ahead()
+        fetching = next((k for k, s in enumerate(self.nest.stages) if k and self._fetches(s)), None)
+        if fetching is None:
+            for pointer in ahead:
+                self.line(f"ke::prefetch({pointer}, {FETCHED});")
+        for k, stage in enumerate(self.nest.stages):
+            self.fetched = ahead if k == fetching else []
             self._stage(stage, parallel=False)
 
-    def _prefetch(self) -> None:
-        """Ask for what a later outer iteration reads first."""
+    def _ahead(self) -> list[str]:
+        """Where a later outer iteration reads first. Beyond the end of a tensor a fetch does nothing."""
         ahead, nest = self.nest.group.prefetch, self.nest
         if not ahead or not nest.outer or nest.outer[-1].var.size <= ahead or not nest.stages[0].loops:
-            return
-        var, inner = nest.outer[-1].var, nest.stages[0].loops
+            return []
+        stage = collapsed(nest.stages[0])
+        var, inner = nest.outer[-1].var, stage.loops
         later = Rewriter({var: of(var) + ahead, **{loop.var: linear(0, []) for loop in inner}})
-        lines = []
-        for load in dict.fromkeys(
-            n for i in nest.stages[0].items for n in walk(i.expr) if isinstance(n, Load)
-        ):
-            if not load.index or load.index[0].coefficient(inner[-1].var) != 1:
-                continue
-            if any(n is var for n in walk(load.index[0])):
-                place = Text(self.used).index(later.index(load.index[0]))
-                count = min(inner[-1].var.size, PREFETCHED)
-                lines.append(
-                    f"for (int64_t k = 0; k < {count}; k += 16) __builtin_prefetch(&{load.buffer}[{place} + k]);"
-                )
-        if lines:
-            self.open(f"if ({var.name} < {var.size - ahead})")
-            for line in lines:
-                self.line(line)
-            self.close()
+        found = []
+        for load in dict.fromkeys(n for i in stage.items for n in walk(i.expr) if isinstance(n, Load)):
+            if load.index and load.index[0].coefficient(inner[-1].var) == 1:
+                if any(n is var for n in walk(load.index[0])):
+                    found.append(_offset(load.buffer, Text(self.used).index(later.index(load.index[0]))))
+        return found
+
+    def _fetches(self, stage: Stage) -> bool:
+        """Whether a stage works on a row already in the cache, so that it can fetch a later one piece by piece."""
+        loops = collapsed(stage).loops
+        plain = all(item.scan is None for item in stage.items)
+        return plain and len(loops) == 1 and loops[0].limit is None and loops[0].var.size >= 2 * FETCHED
 
     # ---------------------------------------------------------------------------------------- stages
 
@@ -680,7 +682,8 @@ class Printer:
         reducing = [item for item in stage.items if item.op and starts[id(item)] is not None]
         if not reducing or last.limit is not None:
             return 1
-        streams = self.nest.group.accumulators
+        stores = any(item.target.kind != "scalar" for item in stage.items if item not in reducing)
+        streams = 1 if stores or self.fetched else self.nest.group.accumulators
         while streams > 1 and last.var.size < streams * 32:
             streams //= 2
         return max(streams, 1)
@@ -691,6 +694,9 @@ class Printer:
         length = loop.var.size
         part = length // streams // 16 * 16 if streams > 1 else length
         names = [str(u) for u in range(streams)] if streams > 1 else [""]
+        if self.fetched:
+            self._fetching(stage, loop, reducing, starts)
+            return
         self._simd(reducing, names, parallel and len(stage.loops) == 1)
         if streams == 1:
             self.open(self._for(loop))
@@ -708,6 +714,22 @@ class Printer:
             self.open(f"for (int64_t {name} = {part * streams}; {name} < {length}; ++{name})")
             self._statements(stage, stage.items, Rewriter(), "0", starts)
             self.close()
+
+    def _fetching(
+        self, stage: Stage, loop: Loop, reducing: list[Item], starts: dict[int, int | None]
+    ) -> None:
+        """The loop in pieces, before each of which as much of a later row is asked for."""
+        name, length = loop.var.name, loop.var.size
+        end = f"part + {FETCHED}"
+        end = end if length % FETCHED == 0 else f"std::min<int64_t>({end}, {length})"
+        self.open(f"for (int64_t part = 0; part < {length}; part += {FETCHED})")
+        for pointer in self.fetched:
+            self.line(f"ke::prefetch({pointer} + part, {FETCHED});")
+        self._simd(reducing, [""], False)
+        self.open(f"for (int64_t {name} = part; {name} < {end}; ++{name})")
+        self._statements(stage, stage.items, Rewriter(), "", starts)
+        self.close()
+        self.close()
 
     def _simd(self, reducing: list[Item], streams: list[str], parallel: bool) -> None:
         clauses = []

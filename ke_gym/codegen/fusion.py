@@ -260,6 +260,8 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     group = replace(group, reciprocal=continuous(graph))
     if not nest.outer:
         return group
+    if len(nest.stages) > 1:
+        group = replace(group, prefetch=1)
     inside = set(group.nodes)
     staged = []
     for name in group.nodes:
