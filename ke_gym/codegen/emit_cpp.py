@@ -555,9 +555,10 @@ class Printer:
         later = Rewriter({var: of(var) + ahead, **{loop.var: linear(0, []) for loop in inner}})
         found = []
         for load in dict.fromkeys(n for i in stage.items for n in walk(i.expr) if isinstance(n, Load)):
-            if load.index and load.index[0].coefficient(inner[-1].var) == 1:
-                if any(n is var for n in walk(load.index[0])):
-                    found.append(_offset(load.buffer, Text(self.used).index(later.index(load.index[0]))))
+            if not load.index or load.index[0].coefficient(inner[-1].var) != 1:
+                continue
+            if any(n is var for n in walk(load.index[0])):
+                found.append(_offset(load.buffer, Text(self.used).index(later.index(load.index[0]))))
         return found
 
     def _fetches(self, stage: Stage) -> bool:
