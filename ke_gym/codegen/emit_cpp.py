@@ -343,8 +343,12 @@ class Text:
             return f"std::{name}({bare})"
         raise AssertionError(f"no spelling of {name}")
 
-    def bind(self, roots: Sequence[Expr]) -> list[str]:
-        """Declarations for subexpressions that several places use and that are safe to compute always."""
+    def bind(self, roots: Sequence[Expr], called: Mapping[Expr, str] | None = None) -> list[str]:
+        """Declarations for subexpressions that several places use and that are safe to compute always.
+
+        ``called``: the names of those that have one.
+        """
+        called = called or {}
         uses: dict[Interned, int] = {}
         safe: set[Interned] = set()
         seen: set[Interned] = set()
@@ -385,8 +389,8 @@ class Text:
                 if all(isinstance(n, (Op, Const)) for n in walk(node)):
                     continue
                 text = self._print(node)
-                name = f"v{self.count}"
-                self.count += 1
+                name = called.get(node) or f"v{self.count}"  # type: ignore[call-overload]
+                self.count += node not in called
                 kind = TYPES[node.dtype]
                 lines.append(f"const {kind} {name} = {text};")
                 self.names[node] = name
@@ -760,11 +764,18 @@ class Printer:
         text = Text(self.used, self.sizes)
         text.count = int(stream or 0) * 100
         exprs = [shift.expr(item.expr) for item in items]
-        for line in text.bind(exprs):
+        called = {
+            expr: item.target.name
+            for item, expr in zip(items, exprs)
+            if item.op is None and item.target.kind == "scalar" and item.target.dtype == expr.dtype
+        }
+        for line in text.bind(exprs, called):
             self.line(line)
         for item, expr in zip(items, exprs):
             value = text.expr(expr)
             target = item.target
+            if value == target.name:
+                continue
             if item.op and starts[id(item)] is not None:
                 accumulator = f"{item.node.name}_acc{stream}"
                 if notes_nan(item.op, acc_dtype(item)):

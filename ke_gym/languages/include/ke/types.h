@@ -19,8 +19,7 @@ struct bf16 {
   inline __attribute__((always_inline)) bf16(float x) {
     uint32_t u = __builtin_bit_cast(uint32_t, x);
     uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    uint32_t quiet = (u >> 16) | 0x40u;
-    bits = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+    bits = (uint16_t)(x != x ? 0x7fc0u : rounded);
   }
   inline __attribute__((always_inline)) operator float() const {
     return __builtin_bit_cast(float, (uint32_t)bits << 16);
