@@ -780,7 +780,7 @@ def outer_choices(graph: Graph, node: Node, expr: Expr) -> list[tuple[tuple[int,
     parallel = math.prod(-(-loops[k].size // t) for k, t in rows)
     first = [tuple(rows)] if rows else []
     if unit in kept and parallel < 16:
-        return [*columns, *first]
+        return [*columns, *first] or [()]
     small = node.numel * math.prod(r.size for r in node.rvars) < SERIAL
     if not rows or parallel < 2:
         return [*columns, *first, *([()] if small or node.scan is not None or not columns else [])]

@@ -40,19 +40,21 @@ def generated(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     task = Task.from_module(Applied(function), inputs)
     program = Program.from_task(task)
     artifact = build(program.emit(program.seeds()[0]), Signature.of(task))
-    (output,) = PlanRunner(artifact, "cpu", list(inputs), task.reference("cpu").state).run()
+    shapes = task.contract()
+    (output,) = PlanRunner(artifact, shapes, list(inputs), task.reference(shapes).state).run()
     return output
 
 
 def same(function: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-5) -> None:
-    want = function(*inputs)
+    """The reference is computed in double: torch's own float kernels lose some infinities (gelu)."""
+    exact = function(*(x.double() if x.is_floating_point() else x for x in inputs))
     got = generated(function, *inputs)
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(got, exact.to(got.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def hard_rows(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows with each edge at the start, in the last vector and at the very end; one row of minus infinity."""
-    edges = [v for v in EDGES if not 3e38 > abs(v) > 3e4]
+    edges = [v for v in EDGES if not INF > abs(v) > 3e4]
     x = torch.randn(3 * len(edges) + 2, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     for k, value in enumerate(edges):
         for place, column in enumerate((0, columns - 3, columns - 1)):
@@ -71,11 +73,10 @@ def test_extremes_and_softmax_propagate_what_is_not_finite(columns: int) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     x = hard_rows(131, dtype)
-    got = generated(lambda x: F.gelu(x), x)
-    torch.testing.assert_close(got, F.gelu(x.float()).to(dtype), rtol=0, atol=1e-5, equal_nan=True)
-    same(lambda x: torch.softmax(x, -1), x, tolerance=4 * torch.finfo(dtype).eps)
+    same(lambda x: F.gelu(x * 0.7 + 0.3), x, tolerance=torch.finfo(dtype).eps)
+    same(lambda x: torch.softmax(x, -1), x, tolerance=torch.finfo(dtype).eps)
 
 
 def test_activations_at_their_edges() -> None:
