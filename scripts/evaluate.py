@@ -63,7 +63,13 @@ def main(args: Args) -> None:
     console = Console(stderr=args.json)
     with Store() as store, console.status(f"judging {args.kernel} on {task.name}"):
         facts = cpu.facts()
-        setting = Setting(task.id, args.target, facts.fingerprint, args.baseline, args.threads or facts.cores)
+        setting = Setting(
+            task.id,
+            args.target,
+            facts.fingerprint,
+            args.baseline,
+            facts.cores if args.threads is None else args.threads,
+        )
         known = None if args.again else store.evaluation(setting, candidate.id)
         evaluation = known or judge(args, task, candidate)
         store.add_task(task)

@@ -165,9 +165,9 @@ class Evaluator:
         self.target = target
         self.baseline = baseline
         self.facts = cpu.facts()
-        self.threads = threads or self.facts.cores
+        self.threads = self.facts.cores if threads is None else threads
         if not 1 <= self.threads <= self.facts.cores:
-            raise UserError(f"--threads {threads}: this machine has {self.facts.cores} cores")
+            raise UserError(f"--threads {threads}: choose 1 to {self.facts.cores}, the cores of this machine")
         self.folder = folder or home()
         self.record = MachineRecord(self.facts.fingerprint, self.folder)
         self._build_timeout = build_timeout

@@ -1,0 +1,123 @@
+"""scripts/evaluate.py: what it prints, what it keeps, how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "task", "target", "language", "candidate", "outcome", "trust", "log", "error", "time_ms", "reference_ms",
+    "speedup", "speedup_ci", "baseline", "kernel_coverage", "limiter", "cost",
+}  # fmt: skip
+
+TASK = """
+import torch
+import torch.nn as nn
+
+
+class Model(nn.Module):
+    def forward(self, x):
+        return torch.relu(x * x + 1.0) - x
+
+
+def get_inputs():
+    return [torch.randn(256, 1024)]
+
+
+def get_init_inputs():
+    return []
+"""
+
+KERNEL = """
+import torch
+from ke_gym import lang
+
+kernels = lang.cpp(r'''
+#include <cstdint>
+extern "C" void chain(const float* x, float* out, int64_t n) {
+  #pragma omp parallel for simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = x[i] * x[i] + 1;
+    out[i] = (y > 0 ? y : 0) - x[i];
+  }
+}
+''')
+
+
+def forward(x):
+    out = torch.empty_like(x)
+    kernels.chain(x, out, x.numel())
+    return out
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "chain.py").write_text(TASK)
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    return tmp_path
+
+
+def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments],
+        env=os.environ | {"KE_GYM_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_verdict_is_printed_and_not_paid_for_twice(folder: Path) -> None:
+    first = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json")
+    assert first.returncode == 0, first.stderr
+    verdict = json.loads(first.stdout)
+    assert set(verdict) == KEYS
+    assert (verdict["outcome"], verdict["trust"], verdict["baseline"]) == ("correct", "plan", "eager")
+    assert set(verdict["error"]) == {"max_abs", "rel_l2", "ratio"}
+    assert set(verdict["cost"]) == {"compile_s", "check_s", "race_s"}
+    again = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json")
+    assert json.loads(again.stdout) == verdict, "the very numbers: nothing was measured"
+    shown = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py")
+    assert "chain: correct" in shown.stdout and "judged before on this machine" in shown.stdout
+
+
+def test_a_speedup_over_torch_compile_says_so(folder: Path) -> None:
+    done = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--baseline", "compile", "--json")
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert (verdict["outcome"], verdict["baseline"]) == ("correct", "compile")
+    assert verdict["reference_ms"] > 0 and verdict["speedup"] > 0
+
+
+def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
+    (folder / "kernel.py").write_text(KERNEL.replace("x[i] + 1", "x[i] + 2"))
+    done = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json")
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert (verdict["outcome"], verdict["speedup"]) == ("correctness", None)
+    assert "element" in verdict["log"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "sofmax", "--kernel", "kernel.py"], ["sofmax", "softmax"]),
+        (["--task", "broken.py", "--kernel", "kernel.py"], ["broken.py:3", "syntax"]),
+        (["--task", "chain.py", "--kernel", "nowhere.py"], ["nowhere.py"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--threads", "4096"], ["--threads 4096", "cores"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--threads", "0"], ["--threads 0"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    folder: Path, arguments: list[str], words: list[str]
+) -> None:
+    (folder / "broken.py").write_text("import torch\n\nclass Model(:\n    pass\n")
+    done = evaluate(folder, *arguments)
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
