@@ -97,7 +97,9 @@ _COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "mi
 _LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63) + 1, "u8": 0, "bool": 0}
 _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u8": 255, "bool": 1}
 
-FETCHED = 512  # elements of a later row asked for at once
+# In elements: what is asked for at once, how far ahead, the rows short enough to fetch the next one instead, the
+# rows too short to fetch anything, and the tensors small enough to stay in the cache.
+FETCHED, DISTANCE, FAR, NEAR, CACHED = 512, 1024, 4096, 64, 1 << 16
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
@@ -466,7 +468,13 @@ class Printer:
                 for stage in nest.stages:
                     share = math.prod(loop.var.size for loop in stage.loops)
                     whole = sum(math.prod(loop.var.size for loop in s.loops) for s in nest.stages)
-                    self._stage(stage, parallel=nest.work * share // max(whole, 1) >= 2 * nest.group.grain)
+                    parallel = nest.work * share // max(whole, 1) >= 2 * nest.group.grain
+                    loops = collapsed(stage).loops
+                    self.fetched = []
+                    if parallel and loops and loops[-1].limit is None:
+                        around = loops[-2].var if len(loops) > 1 else None
+                        self.fetched = self._ahead(collapsed(stage), around, loops[-1].var.size)
+                    self._stage(stage, parallel)
             else:
                 self._iteration()
             return self.lines
@@ -540,36 +548,46 @@ class Printer:
     def _iteration(self) -> None:
         for row in self.nest.rows:
             self.line(f"alignas(64) {TYPES[row.dtype]} {row.name}[{row.size}];")
-        ahead = self._ahead()
-        fetching = next((k for k, s in enumerate(self.nest.stages) if k and self._fetches(s)), None)
-        if fetching is None:
-            for pointer in ahead:
-                self.line(f"ke::prefetch({pointer}, {FETCHED});")
-        for k, stage in enumerate(self.nest.stages):
-            self.fetched = ahead if k == fetching else []
+        stages = [collapsed(stage) for stage in self.nest.stages]
+        # What a later iteration reads first is fetched while this one works on what is in the cache already.
+        able = [k for k, stage in enumerate(stages) if self._fetches(stage)]
+        fetching = next((k for k in able if k), 0 if able else None)
+        for k, stage in enumerate(stages):
+            self.fetched = []
+            if k == fetching and self.nest.outer:
+                length = stages[0].loops[-1].var.size if stages[0].loops else 0
+                self.fetched = self._ahead(stages[0], self.nest.outer[-1].var, length)
             self._stage(stage, parallel=False)
 
-    def _ahead(self) -> list[str]:
-        """Where a later outer iteration reads first. Beyond the end of a tensor a fetch does nothing."""
-        ahead, nest = self.nest.group.prefetch, self.nest
-        if not ahead or not nest.outer or nest.outer[-1].var.size <= ahead or not nest.stages[0].loops:
-            return []
-        stage = collapsed(nest.stages[0])
-        var, inner = nest.outer[-1].var, stage.loops
-        later = Rewriter({var: of(var) + ahead, **{loop.var: linear(0, []) for loop in inner}})
-        found = []
-        for load in dict.fromkeys(n for i in stage.items for n in walk(i.expr) if isinstance(n, Load)):
-            if not load.index or load.index[0].coefficient(inner[-1].var) != 1:
-                continue
-            if any(n is var for n in walk(load.index[0])):
-                found.append(_offset(load.buffer, Text(self.used).index(later.index(load.index[0]))))
-        return found
-
     def _fetches(self, stage: Stage) -> bool:
-        """Whether a stage works on a row already in the cache, so that it can fetch a later one piece by piece."""
-        loops = collapsed(stage).loops
+        """Whether a stage is one loop, in the course of which something can be fetched."""
         plain = all(item.scan is None for item in stage.items)
-        return plain and len(loops) == 1 and loops[0].limit is None and loops[0].var.size >= 2 * FETCHED
+        return plain and len(stage.loops) == 1 and stage.loops[0].limit is None
+
+    def _ahead(self, stage: Stage, var: Var | None, length: int) -> list[str]:
+        """Where ``stage`` reads so much later: iterations of the loop around it, or elements along its own.
+
+        Beyond the end of a tensor a fetch does nothing.
+        """
+        ahead = self.nest.group.prefetch
+        if not ahead or length < NEAR:
+            return []
+        inner = stage.loops[-1].var
+        start = {loop.var: linear(0, []) for loop in stage.loops if var is None or loop.var is inner}
+        if var is not None and length <= FAR:
+            if var.size <= ahead:
+                return []
+            start[var] = of(var) + ahead * max(1, DISTANCE // length)
+        else:
+            start[inner] = linear(ahead * DISTANCE, [])
+        later = Rewriter(start)
+        found = {}
+        for load in (n for i in stage.items for n in walk(i.expr) if isinstance(n, Load) and n.index):
+            place = load.index[0]
+            streams = place.coefficient(inner) == 1 and (var is None or any(n is var for n in walk(place)))
+            if streams and self.sizes.get(load.buffer, 0) >= CACHED:
+                found[_offset(load.buffer, Text(self.used).index(later.index(place)))] = None
+        return list(found)
 
     # ---------------------------------------------------------------------------------------- stages
 
@@ -700,7 +718,7 @@ class Printer:
         part = length // streams // 16 * 16 if streams > 1 else length
         names = [str(u) for u in range(streams)] if streams > 1 else [""]
         if self.fetched:
-            self._fetching(stage, loop, reducing, starts)
+            self._fetching(stage, loop, reducing, starts, parallel and len(stage.loops) == 1)
             return
         self._simd(reducing, names, parallel and len(stage.loops) == 1)
         if streams == 1:
@@ -721,12 +739,27 @@ class Printer:
             self.close()
 
     def _fetching(
-        self, stage: Stage, loop: Loop, reducing: list[Item], starts: dict[int, int | None]
+        self,
+        stage: Stage,
+        loop: Loop,
+        reducing: list[Item],
+        starts: dict[int, int | None],
+        parallel: bool,
     ) -> None:
-        """The loop in pieces, before each of which as much of a later row is asked for."""
+        """The loop in pieces, before each of which as much of what comes later is asked for."""
         name, length = loop.var.name, loop.var.size
+        if length < 2 * FETCHED:
+            for pointer in self.fetched:
+                self.line(f"ke::prefetch({pointer}, {length});")
+            self._simd(reducing, [""], False)
+            self.open(self._for(loop))
+            self._statements(stage, stage.items, Rewriter(), "", starts)
+            self.close()
+            return
         end = f"part + {FETCHED}"
         end = end if length % FETCHED == 0 else f"std::min<int64_t>({end}, {length})"
+        if parallel:
+            self.line("#pragma omp parallel for schedule(static)")
         self.open(f"for (int64_t part = 0; part < {length}; part += {FETCHED})")
         for pointer in self.fetched:
             self.line(f"ke::prefetch({pointer} + part, {FETCHED});")

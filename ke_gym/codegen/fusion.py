@@ -257,11 +257,9 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     nest = cached_nest(graph, group, visible)
     if not isinstance(nest, Nest):
         return group
-    group = replace(group, reciprocal=continuous(graph))
+    group = replace(group, reciprocal=continuous(graph), prefetch=1)
     if not nest.outer:
         return group
-    if len(nest.stages) > 1:
-        group = replace(group, prefetch=1)
     inside = set(group.nodes)
     staged = []
     for name in group.nodes:

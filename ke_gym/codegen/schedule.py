@@ -22,7 +22,8 @@ class Group:
     staged: pointwise nodes kept in a buffer per outer iteration instead of being recomputed by each user.
     accumulators: independent partial results of each innermost reduction.
     grain: least scalar operations worth a thread.
-    prefetch: how many outer iterations ahead inputs are fetched; 0 leaves it to the hardware.
+    prefetch: how far ahead inputs are fetched, in outer iterations or thousands of elements, whichever is
+        more; 0 leaves it to the hardware.
     peel: split loops where an index test changes, so that their bodies have no tests.
     order: innermost loop by position among a stage's loops, counted from the innermost of the natural order.
     dynamic: hand outer iterations to threads in small pieces rather than one equal share each.

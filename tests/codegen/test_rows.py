@@ -126,6 +126,20 @@ def test_a_mean_over_rows_does_not_make_the_rows_serial() -> None:
     same(F.cross_entropy, x, labels)
 
 
+@pytest.mark.parametrize("shape", [(130, 1601), (1100, 200), (3, 65_537)])
+def test_large_tensors_are_fetched_ahead(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    functions = (
+        lambda x: torch.softmax(x, -1),
+        lambda x: F.silu(x),
+        lambda x: x.sum(-1),
+        lambda x: x.t() * 2.0,
+    )
+    for function in functions:
+        same(function, x, tolerance=1e-4)
+    assert all("ke::prefetch(x + " in source_of(f, x) for f in functions[:3])
+
+
 def test_division_by_a_constant_stays_a_division_where_rounding_decides() -> None:
     x = torch.arange(0.0, 41 * 64).reshape(64, 41)
     assert "/ 41.0f" in source_of(lambda x: torch.floor(x / 41), x).replace("(1.0f / 41.0f)", "")
