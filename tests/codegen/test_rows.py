@@ -137,7 +137,7 @@ def test_large_tensors_are_fetched_ahead(shape: tuple[int, int]) -> None:
     )
     for function in functions:
         same(function, x, tolerance=1e-4)
-    assert all("ke::prefetch(x + " in source_of(f, x) for f in functions[:3])
+    assert all("ke::prefetch(" in source_of(f, x) for f in functions[:3])
 
 
 def test_division_by_a_constant_stays_a_division_where_rounding_decides() -> None:
