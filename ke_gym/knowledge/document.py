@@ -13,8 +13,9 @@
     ## Sources
     - https://…
 
-All five fields are required and take one value, a list, or ``any``; ``keywords`` is optional. The first heading
-is the title. What stands under "Sources" is for people and is not shown to a proposer.
+All five fields are required and take one value, a list, or ``any``. ``keywords`` are optional, and so is ``device``:
+words of which one must occur in the device's name (``device: [h100, h200]``). The first heading is the title. What
+stands under "Sources" is for people and is not shown to a proposer.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ PHASES = ("draft", "improve", "fix", "tune")
 # Targets and languages come by plug-in too, so there any name is good; a misspelt strategy never is.
 _CLOSED = {"strategy": tuple(s.name for s in ACTIONS), "limiter": LIMITERS, "phase": PHASES}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*|FIX|RESTART|STOP")
-_KEYS = (*FIELDS, "keywords")
+_FREE = ("device", "keywords")
+_KEYS = (*FIELDS, *_FREE)
 _CHARACTERS_PER_TOKEN = 3.5
 _MOST_BYTES = 64 << 10
 
@@ -75,6 +77,7 @@ class Document:
     strategy: tuple[str, ...]
     limiter: tuple[str, ...]
     phase: tuple[str, ...]
+    device: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     origin: str = ""
@@ -110,8 +113,7 @@ def parse(text: str, id: str, origin: str = "") -> Document:
     if hidden:
         line = text[: hidden.start()].count("\n") + 1
         raise UserError(f"{where}, line {line}: text that a reader does not see; remove it")
-    keywords = values.pop("keywords", ())
-    return Document(id, title, body, **values, keywords=keywords, sources=sources, origin=origin)
+    return Document(id, title, body, **values, sources=sources, origin=origin)
 
 
 def _front_matter(lines: list[str], where: str) -> dict[str, tuple[str, ...]]:
@@ -131,7 +133,7 @@ def _front_matter(lines: list[str], where: str) -> dict[str, tuple[str, ...]]:
         values[key] = tuple(word.strip().strip("'\"") for word in listed.split(",") if word.strip())
         if not values[key]:
             raise UserError(f"{where}, line {number}: {key!r} is empty; write 'any' if it does not matter")
-        if key != "keywords":
+        if key not in _FREE:
             _check_names(values[key], key, f"{where}, line {number}")
     for key in FIELDS:
         if key not in values:

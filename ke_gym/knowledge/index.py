@@ -18,9 +18,7 @@ from typing import Protocol
 from ke_gym.knowledge.document import ANY, FIELDS, Document
 from ke_gym.strategies import CONTROLS
 
-# Of a match in the title, the keywords and the body.
-_WEIGHTS = (4.0, 6.0, 1.0)
-# A field that names what the situation has, in units of the best BM25 score of the query.
+# A field that names what the situation has, in units of the most relevant document's score.
 _BONUS = {"target": 0.1, "language": 0.15, "strategy": 0.35, "limiter": 0.2, "phase": 0.15}
 _MOST_TERMS = 48
 _RERANKED = 20
@@ -37,12 +35,19 @@ _COMMON = frozenset(
 )
 
 
+# What every task file says, so that it tells nothing about one; searched for only when there is nothing else.
+_TASK_FILE = frozenset(
+    _WORD.findall("get init inputs shapes ragged cpu gpu size randn rand randint model module")
+)
+
+
 @dataclass(frozen=True)
 class Situation:
     """What a proposer is about to do. Empty strings mean "not known" and filter nothing.
 
     ``limiter`` is the parent's, as the profile names it; ``phase`` is one of ``draft``, ``improve``, ``fix``,
     ``tune``; ``text`` is whatever describes the problem in words or code: the reference, operators, a log.
+    ``device`` is the name of the machine ("NVIDIA H200", "AMD EPYC 9575F"): documents on others are left out.
     """
 
     target: str = ""
@@ -51,6 +56,7 @@ class Situation:
     limiter: str = ""
     phase: str = ""
     text: str = ""
+    device: str = ""
 
 
 class Reranker(Protocol):
@@ -69,7 +75,16 @@ def applies(document: Document, situation: Situation) -> bool:
         names = document.front_matter(field)
         if wanted not in names and ANY not in names:
             return False
-    return True
+    named = situation.device.lower()
+    return not (named and document.device) or any(word.lower() in named for word in document.device)
+
+
+def _specificity(document: Document, situation: Situation) -> float:
+    """The bonus for the fields in which the document names what the situation has."""
+    wanted = {field: getattr(situation, field) for field in FIELDS}
+    if wanted["strategy"] in _CONTROL_NAMES:
+        del wanted["strategy"]
+    return sum(_BONUS[f] for f, value in wanted.items() if value in document.front_matter(f))
 
 
 def terms(text: str) -> list[str]:
@@ -79,7 +94,8 @@ def terms(text: str) -> list[str]:
         for word in {found, *found.split("_")}:
             if len(word) > 2 and word not in _COMMON:
                 counts[word] = counts.get(word, 0) + 1
-    return sorted(counts, key=lambda word: -counts[word])[:_MOST_TERMS]
+    telling = [word for word in counts if word not in _TASK_FILE] or list(counts)
+    return sorted(telling, key=lambda word: -counts[word])[:_MOST_TERMS]
 
 
 class Index:
@@ -103,27 +119,32 @@ class Index:
 
     def search(self, situation: Situation) -> list[tuple[Document, float]]:
         """The documents that apply, best first, with their scores."""
-        matched = self._bm25(" ".join((situation.text, situation.strategy.replace("_", " "))))
-        best = max(matched.values(), default=1.0)
+        relevance = self._relevance(situation.text)
         scored = []
         for number, document in enumerate(self.documents):
             if applies(document, situation):
-                named = sum(b for f, b in _BONUS.items() if getattr(situation, f) in document.front_matter(f))
-                scored.append((document, matched.get(number, 0.0) / best + named))
+                scored.append((document, relevance.get(number, 0.0) + _specificity(document, situation)))
         # Ties go by id, so that the same situation always gets the same documents.
         scored.sort(key=lambda pair: (-pair[1], pair[0].id))
         return self._reranked(situation, scored)
 
-    def _bm25(self, text: str) -> dict[int, float]:
+    def _relevance(self, text: str) -> dict[int, float]:
+        """BM25 of what a document is about plus half that of what it mentions, each relative to the best."""
         wanted = terms(text)
         if not wanted:
             return {}
-        query = " OR ".join(f'"{word}"' for word in wanted)
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT rowid, -bm25(pages, ?, ?, ?) FROM pages WHERE pages MATCH ?", (*_WEIGHTS, query)
-            ).fetchall()
-        return dict(rows)
+        words = " OR ".join(f'"{word}"' for word in wanted)
+        scores: dict[int, float] = {}
+        for columns, weight in (("title keywords", 1.0), ("body", 0.5)):
+            with self._lock:
+                rows = self._db.execute(
+                    "SELECT rowid, -bm25(pages, 1, 1.5, 1) FROM pages WHERE pages MATCH ?",
+                    (f"{{{columns}}} : ({words})",),
+                ).fetchall()
+            best = max((score for _, score in rows), default=1.0)
+            for number, score in rows:
+                scores[number] = scores.get(number, 0.0) + weight * score / best
+        return scores
 
     def _reranked(
         self, situation: Situation, scored: list[tuple[Document, float]]

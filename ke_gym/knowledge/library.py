@@ -15,6 +15,7 @@ from ke_gym.knowledge.index import Index, Reranker, Situation
 BUILT_IN = Path(__file__).parent
 ENTRY_POINTS = "ke_gym.knowledge"
 INDEX = "index.md"
+_RELEVANT = 0.4
 
 
 class Knowledge:
@@ -67,12 +68,14 @@ class Knowledge:
     def retrieve(self, situation: Situation, limit: int, budget_tokens: int) -> list[Document]:
         """The best documents for the situation: at most ``limit``, together at most ``budget_tokens``.
 
-        A document is taken whole or not at all; one that no longer fits gives way to the next.
+        A document is taken whole or not at all; one that no longer fits gives way to the next. What is far less
+        relevant than the best is left out: a prompt is better short than padded.
         """
+        found = self.search(situation)
         chosen: list[Document] = []
         left = budget_tokens
-        for document, _ in self.search(situation):
-            if len(chosen) == limit:
+        for document, score in found:
+            if len(chosen) == limit or score < _RELEVANT * found[0][1]:
                 break
             if document.tokens <= left:
                 chosen.append(document)
