@@ -1,0 +1,312 @@
+"""An OpenAI-compatible endpoint, asked through the official client: many calls in flight from plain threads.
+
+The client lives on an event loop in a thread of its own; ``complete`` may be called from any other. Rate limits,
+server errors and broken connections are retried by the client with growing pauses (it heeds ``Retry-After``),
+other refusals never. What goes wrong is a typed ``Failure``; what can't get better raises ``ProposerLost``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import difflib
+import json
+import os
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ke_gym.errors import UserError
+from ke_gym.proposers import prices
+from ke_gym.proposers.base import Kind, ProposerLost
+from ke_gym.proposers.cassette import Cassette
+from ke_gym.proposers.llm import LLM
+
+PATIENCE = 8
+"""Calls in a row that the endpoint may fail before it is given up."""
+REDACTED = "[key]"
+_REMEMBERED = 300  # characters of an error message
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer: its text, why it ended (``stop``, ``length``, ``content_filter``, …), the words of a refusal,
+    and tokens (``counted`` False: the endpoint named none, they are estimates)."""
+
+    text: str
+    finish: str
+    declined: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """No answer, and why."""
+
+    kind: Kind
+    reason: str
+
+
+def read(response: str, request: dict[str, Any]) -> Completion | Failure:
+    """The completion in a response's bytes; servers leave out what they please."""
+    try:
+        data = json.loads(response)
+        choice = data["choices"][0]
+        message = choice["message"]
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        text, declined = str(content or ""), str(message.get("refusal") or "")
+        finish = str(choice.get("finish_reason") or "stop")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return Failure("malformed", f"the response is no chat completion ({type(error).__name__}: {error})")
+    used = data.get("usage")
+    counts = [
+        used.get(name) if isinstance(used, dict) else None for name in ("prompt_tokens", "completion_tokens")
+    ]
+    counted = all(type(count) is int and count >= 0 for count in counts)
+    if not counted:
+        counts = [prices.tokens("".join(m["content"] for m in request["messages"])), prices.tokens(text)]
+    model = str(data.get("model") or request["model"])
+    return Completion(text, finish, declined, model, int(counts[0] or 0), int(counts[1] or 0), counted)
+
+
+class Endpoint:
+    """The endpoint of ``settings`` (or of ``OPENAI_BASE_URL``); raises ``UserError`` where there is no key, or
+    the client is not installed."""
+
+    def __init__(self, settings: LLM) -> None:
+        self.settings = settings
+        self.url = settings.base_url or os.environ.get("OPENAI_BASE_URL", "") or "https://api.openai.com/v1"
+        self._key = os.environ.get("OPENAI_API_KEY", "")
+        self._failed = 0
+        self._answered = False
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[concurrent.futures.Future[Any]] = set()
+        self._closed = False
+        self.cassette: Cassette | None = None
+        if settings.replay:
+            self.cassette = Cassette(settings.replay, replay=True)
+            return
+        self._open()
+        if settings.record:
+            self.cassette = Cassette(settings.record, replay=False, redact=self.redact)
+
+    def _open(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            raise UserError(
+                f"OPENAI_BASE_URL is {self.shown!r}, which is no http address; give one like"
+                " http://localhost:8000/v1"
+            )
+        if not self._key and not prices.local(self.url):
+            raise UserError(
+                "the proposer openai needs a key: set OPENAI_API_KEY (and OPENAI_BASE_URL for another endpoint than"
+                " api.openai.com), or use --proposer rewriter, which needs neither"
+            )
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError(
+                "the proposer openai needs the openai package: pip install 'ke-gym[llm]'"
+            ) from error
+        self._openai = openai
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._thread.start()
+        # Servers on one's own machine often want no key, but the client does.
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key or "none",
+            base_url=self.url,
+            timeout=self.settings.timeout,
+            max_retries=self.settings.retries,
+        )
+
+    @property
+    def shown(self) -> str:
+        """The address without what may be secret in it."""
+        parts = urlsplit(self.url)
+        host = parts.hostname or ""
+        with contextlib.suppress(ValueError):
+            host += f":{parts.port}" if parts.port else ""
+        return self.redact(parts._replace(netloc=host, query="", fragment="").geturl())
+
+    def redact(self, text: str) -> str:
+        """``text`` without the key, in case an endpoint echoes it."""
+        return text.replace(self._key, REDACTED) if len(self._key) >= 6 else text
+
+    # Calls ------------------------------------------------------------------------------------------------
+
+    def greet(self) -> None:
+        """Find out whether the endpoint is there and takes the key; ``UserError`` if not."""
+        if self._client is None:
+            return
+        openai = self._openai
+        try:
+            self._run(self._models())
+        except openai.AuthenticationError as error:
+            raise self._lost(error) from None
+        except openai.APIConnectionError as error:
+            raise UserError(self._unreachable(error)) from None
+        except (openai.OpenAIError, ValueError, TypeError):
+            pass  # not every server lists its models
+
+    async def _models(self) -> list[str]:
+        page = await self._client.with_options(
+            max_retries=1, timeout=min(self.settings.timeout, 20.0)
+        ).models.list()
+        return [model.id for model in page.data]
+
+    def complete(self, step: str, request: dict[str, Any]) -> tuple[Completion | Failure, str]:
+        """Ask, and wait; returns the answer and the response as it came ("" where there was none).
+
+        Raises ``ProposerLost`` for what no further call can mend, ``concurrent.futures.CancelledError`` after
+        ``close``.
+        """
+        body = json.dumps(request, ensure_ascii=False, sort_keys=True)
+        if self._client is None:
+            assert self.cassette is not None
+            try:
+                response = self.cassette.answer(step, body)
+            except UserError as error:
+                raise ProposerLost(str(error)) from error
+            return read(response, request), response
+        result = self._run(self._ask(request))
+        if isinstance(result, Failure):
+            self._count(result)
+            return result, ""
+        response = self.redact(result)
+        completion = read(response, request)
+        if isinstance(completion, Failure):
+            self._count(completion)
+            return completion, response
+        self._failed, self._answered = 0, True
+        if self.cassette is not None:
+            self.cassette.keep(step, body, response)
+        return completion, response
+
+    def _count(self, failure: Failure) -> None:
+        """Give an endpoint up that fails again and again."""
+        with self._lock:
+            self._failed += 1
+            if self._failed >= PATIENCE:
+                raise ProposerLost(
+                    f"the endpoint {self.shown} failed {self._failed} times in a row, the last time because"
+                    f" {failure.reason}"
+                )
+
+    async def _ask(self, request: dict[str, Any]) -> str | Failure:
+        openai = self._openai
+        try:
+            # However the attempts end, their sum does: a server can also drip.
+            async with asyncio.timeout(2 * self.settings.timeout + 60):
+                raw = await self._client.chat.completions.with_raw_response.create(**request)
+                return str(raw.text)
+        except (openai.APITimeoutError, TimeoutError):
+            return Failure("timeout", f"no answer came within {self.settings.timeout:g} s")
+        except openai.APIConnectionError as error:
+            if not self._answered:
+                raise ProposerLost(self._unreachable(error)) from None
+            return Failure("unavailable", f"the connection broke ({self._cause(error)})")
+        except openai.RateLimitError as error:
+            if getattr(error, "code", None) == "insufficient_quota":
+                raise self._lost(error) from None
+            return Failure("rate_limited", "the rate limit held through all retries")
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise await self._explained(error, request) from None
+        except openai.APIStatusError as error:
+            return await self._status(error, request)
+        except (openai.OpenAIError, ValueError) as error:
+            return Failure("malformed", f"the response cannot be read ({self._cause(error)})")
+
+    async def _status(self, error: Any, request: dict[str, Any]) -> str | Failure:
+        said = self._said(error)
+        if error.status_code >= 500:
+            return Failure("unavailable", f"the server answered {error.status_code}: {said}")
+        # Newer models refuse settings that older servers need.
+        if "max_completion_tokens" in said and "max_tokens" in request:
+            changed = {k: v for k, v in request.items() if k != "max_tokens"}
+            return await self._ask({**changed, "max_completion_tokens": request["max_tokens"]})
+        if "temperature" in said and "temperature" in request:
+            return await self._ask({k: v for k, v in request.items() if k != "temperature"})
+        return Failure("rejected", f"the server answered {error.status_code}: {said}")
+
+    async def _explained(self, error: Any, request: dict[str, Any]) -> ProposerLost:
+        """What a 401, 403 or 404 means to the user."""
+        if error.status_code != 404:
+            return self._lost(error)
+        try:
+            known = await self._models()
+        except (self._openai.OpenAIError, ValueError, TypeError):
+            known = []
+        if not known:
+            return ProposerLost(
+                f"{self.shown} knows no model {request['model']!r}, or is no OpenAI-compatible address (it answered"
+                f" 404: {self._said(error)}); check --model and OPENAI_BASE_URL"
+            )
+        near = difflib.get_close_matches(request["model"], known, n=3, cutoff=0.0)
+        return ProposerLost(f"{self.shown} knows no model {request['model']!r}; it offers {', '.join(near)}")
+
+    def _lost(self, error: Any) -> ProposerLost:
+        said = self._said(error)
+        if error.status_code in (401, 403):
+            hint = "check OPENAI_API_KEY" if self._key else "set OPENAI_API_KEY"
+            return ProposerLost(f"{self.shown} refused the key ({error.status_code}: {said}); {hint}")
+        return ProposerLost(f"{self.shown} gives no more answers ({error.status_code}: {said})")
+
+    def _unreachable(self, error: Exception) -> str:
+        return (
+            f"the endpoint {self.shown} cannot be reached ({self._cause(error)}); check OPENAI_BASE_URL and that the"
+            " server runs, or use --proposer rewriter, which needs none"
+        )
+
+    def _said(self, error: Any) -> str:
+        body = getattr(error, "body", None)
+        said = body.get("message") if isinstance(body, dict) else None
+        return self.redact(" ".join(str(said or error.message).split())[:_REMEMBERED])
+
+    def _cause(self, error: BaseException) -> str:
+        cause = error.__cause__ or error
+        return self.redact((str(cause) or type(cause).__name__)[:_REMEMBERED])
+
+    # The loop in the other thread -------------------------------------------------------------------------
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            if self._closed or self._loop is None:
+                work.close()
+                raise concurrent.futures.CancelledError
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._tasks.add(future)
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                self._tasks.discard(future)
+
+    def close(self) -> None:
+        """Cancel what is in flight and let the connections go; harmless when repeated."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            pending = list(self._tasks)
+        for future in pending:
+            future.cancel()
+        if self._loop is None:
+            return
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        if not self._thread.is_alive():
+            self._loop.close()

@@ -1,0 +1,121 @@
+"""What tokens cost, and a purse that is never overdrawn."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ke_gym.errors import UserError
+
+CHARACTERS_PER_TOKEN = 3.5
+"""Of code and technical English; a little on the low side, so that estimates err upwards."""
+_TABLE = Path(__file__).with_name("prices.json")
+# What providers append to a model's name without changing its price.
+_SUFFIX = re.compile(r"^(-\d{4}-\d{2}-\d{2}|-\d{8}|-\d{3,4}|-latest|@\w+|:\w+)$")
+
+
+def tokens(text: str) -> int:
+    """About how many tokens a text has."""
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars per token of prompt and answer."""
+
+    prompt: float
+    answer: float
+
+    def of(self, prompt_tokens: float, answer_tokens: float) -> float:
+        return self.prompt * prompt_tokens + self.answer * answer_tokens
+
+
+FREE = Price(0.0, 0.0)
+
+
+def load(path: str | Path = "") -> dict[str, Price]:
+    """The built-in table, overruled by the file at ``path``; ``UserError`` names what is wrong with it."""
+    table = _read(_TABLE)
+    if path:
+        table.update(_read(Path(path)))
+    return table
+
+
+def _read(path: Path) -> dict[str, Price]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"the price table {path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f'the price table {path} is no JSON object of the form {{"model": [in, out]}}')
+    table = {}
+    for model, price in data.items():
+        if model == "about":
+            continue
+        numbers = isinstance(price, list) and len(price) == 2
+        if not numbers or not all(type(p) in (int, float) and 0 <= p < math.inf for p in price):
+            raise UserError(
+                f"the price table {path} gives {model!r} {price!r} instead of two numbers: dollars per million"
+                " tokens of prompt and answer"
+            )
+        table[model] = Price(price[0] / 1e6, price[1] / 1e6)
+    return table
+
+
+def find(table: dict[str, Price], model: str, base_url: str) -> Price | None:
+    """The price of a model: by its name, without a provider's prefix or a version's suffix; free on this
+    machine's own network; else None, which means unknown."""
+    for name in (model, model.rpartition("/")[2]):
+        if name in table:
+            return table[name]
+        known = [stem for stem in table if name.startswith(stem) and _SUFFIX.match(name[len(stem) :])]
+        if known:
+            return table[max(known, key=len)]
+    return FREE if local(base_url) else None
+
+
+def local(url: str) -> bool:
+    """Whether the host is this machine or on a private network."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith((".local", ".localhost", ".internal")):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_private
+
+
+class Purse:
+    """A limit in dollars that holds with many calls in flight: each is paid in advance at its worst price."""
+
+    def __init__(self) -> None:
+        self.limit: float | None = None
+        self.spent = 0.0
+        self._reserved = 0.0
+        self._lock = threading.Lock()
+
+    def fund(self, limit: float | None, spent: float) -> None:
+        """A new session's money."""
+        with self._lock:
+            self.limit, self.spent, self._reserved = limit, spent, 0.0
+
+    def reserve(self, most: float) -> bool:
+        """Set ``most`` dollars aside; False, and nothing happens, if that is more than there is."""
+        with self._lock:
+            if self.limit is not None and self.spent + self._reserved + most > self.limit:
+                return False
+            self._reserved += most
+            return True
+
+    def settle(self, reserved: float, paid: float) -> None:
+        """A call is over: it cost ``paid``."""
+        with self._lock:
+            self._reserved -= reserved
+            self.spent += paid
