@@ -75,8 +75,10 @@ class EvaluationPool:
             setting = Setting(
                 task.id, self.target, evaluator.facts.fingerprint, self.baseline, evaluator.threads
             )
-            named = isinstance(self.proposer, str)
-            proposer = proposers.make(self.proposer, task) if named else self.proposer(task)  # type: ignore[arg-type, operator]
+            if isinstance(self.proposer, str):
+                proposer = proposers.make(self.proposer, task, evaluator=evaluator)
+            else:
+                proposer = self.proposer(task)
             self._cases[task.id] = Case(task, setting, Surroundings.of(evaluator), proposer)
             self.store.add_task(task)
         return self._cases[task.id]

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
+from ke_gym.proposers import LLM, Proposer
 from ke_gym.report import write_report
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
@@ -54,6 +56,7 @@ class RunSettings:
     seed: int
     threads: int | None
     workers: int
+    llm: dict[str, Any] | None = None
 
 
 def optimize(
@@ -70,6 +73,7 @@ def optimize(
     seed: int = 0,
     threads: int | None = None,
     workers: int = 2,
+    llm: LLM | None = None,
     out: str | Path = "runs",
     resume: str | Path | None = None,
     watch: Watch | None = None,
@@ -83,10 +87,11 @@ def optimize(
         target: the device to optimize for.
         baseline: ``"eager"`` or ``"compile"``: what speedups are against.
         policy: a name from ``ke_gym.policies`` or a saved policy's file.
-        proposer: a name from ``ke_gym.proposers``.
+        proposer: a name from ``ke_gym.proposers``, or several, as "rewriter,openai".
         seed: of the search's choices; equal seeds repeat a search.
         threads: CPU threads of every kernel and of the reference; all cores by default.
         workers: candidates in flight at once.
+        llm: how models are asked, for the proposer ``openai``.
         out: the folder in which the run's own folder is made.
         resume: a run's folder: continue that search with what it recorded.
         watch: hooks for progress.
@@ -99,12 +104,14 @@ def optimize(
     if resume is not None:
         run_dir, settings = read_run(resume)
         loaded = _recorded_task(loaded, run_dir, settings)
+        proposers.check(settings.proposer, LLM.from_dict(settings.llm) if settings.llm else None)
     else:
+        proposers.check(proposer, llm or LLM())
         run_dir = new_run_dir(out, loaded.name)
         spec = loaded.name if loaded.payload else loaded.path
         settings = RunSettings(
             RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
-            threads, workers,
+            threads, workers, llm.to_dict() if llm and "openai" in proposer else None,
         )  # fmt: skip
         if loaded.payload:
             (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())
@@ -157,10 +164,10 @@ def _search(
     from ke_gym import policies
 
     policy = policies.make(settings.policy, settings.seed)
-    proposer = proposers.make(settings.proposer, task)
     with (
         Store(settings.store or None) as store,
         Evaluator(task, settings.target, settings.baseline, settings.threads) as evaluator,
+        closing(_proposer(task, settings, evaluator, run_dir)) as proposer,
     ):
         setting = Setting(
             task.id, settings.target, evaluator.facts.fingerprint, settings.baseline, evaluator.threads
@@ -189,6 +196,13 @@ def _search(
         result.write()
         write_report(result, session, evaluator)
     return result
+
+
+def _proposer(task: Task, settings: RunSettings, evaluator: Evaluator, run_dir: Path) -> Proposer:
+    llm = LLM.from_dict(settings.llm) if settings.llm else None
+    return proposers.make(
+        settings.proposer, task, evaluator=evaluator, llm=llm, transcripts=run_dir / "transcripts"
+    )
 
 
 def remembering(

@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.console import Console
 from ke_gym import policies, proposers, tasks
 from ke_gym.errors import UserError
 from ke_gym.job import check_out, optimize, read_run
+from ke_gym.proposers.llm import LLM, Memory, models
 from ke_gym.report.live import LiveView, PlainView
 from ke_gym.report.table import summary
 from ke_gym.search.budget import Budget
@@ -39,7 +40,30 @@ class Args:
     policy: str = "epsilon_greedy"
     """Which search policy chooses the transformations: a name, or the file of a saved one."""
     proposer: str = "rewriter"
-    """What writes the candidates."""
+    """What writes the candidates: rewriter, openai (a language model), or both: rewriter,openai."""
+    model: str = ""
+    """For openai: the model, or several, as "small,large", of which a bandit chooses. The endpoint and its key are
+    taken from OPENAI_BASE_URL and OPENAI_API_KEY."""
+    max_dollars: float | None = None
+    """For openai: what the search may cost, never more."""
+    prices: str = ""
+    """For openai: a JSON file of prices, {"model": [dollars per million prompt tokens, per million answer tokens]}."""
+    edit_mode: Literal["auto", "edit", "rewrite"] = "auto"
+    """For openai: answers as edits of the parent or as whole modules."""
+    memory: Memory = "auto"
+    """For openai: what prompts tell of the search so far."""
+    in_flight: int = 8
+    """For openai: how many answers are waited for at once."""
+    max_tokens: int = 16_000
+    """For openai: the most tokens of one answer, thoughts included."""
+    timeout: float = 300.0
+    """For openai: seconds one call may take."""
+    knowledge: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """For openai: a folder of your own documents, which overlay the built-in ones. May be given several times."""
+    record: str = ""
+    """For openai: keep the conversation in this file, a cassette."""
+    replay: str = ""
+    """For openai: answer from this cassette instead of asking anyone."""
     budget: int = 60
     """Evaluations per task, failures included."""
     seconds: float | None = None
@@ -59,9 +83,21 @@ class Args:
 
 
 def main(args: Args) -> int:
-    Budget(args.budget, args.seconds)
+    limits = Budget(args.budget, args.seconds, args.max_dollars)
     policies.make(args.policy)
     proposers.check(args.proposer)
+    llm = LLM(
+        models=models(args.model),
+        edit_mode=args.edit_mode,
+        memory=args.memory,
+        max_tokens=args.max_tokens,
+        timeout=args.timeout,
+        in_flight=args.in_flight,
+        prices=args.prices,
+        knowledge=args.knowledge,
+        record=args.record,
+        replay=args.replay,
+    )
     specs = args.tasks
     if args.resume is not None:
         _, recorded = read_run(args.resume)
@@ -71,6 +107,10 @@ def main(args: Args) -> int:
     chosen = [task for spec in specs for task in tasks.resolve(spec)]
     if args.resume is not None and len(chosen) != 1:
         raise UserError(f"--resume continues one run, but {len(chosen)} tasks were named")
+    if (args.record or args.replay) and len(chosen) != 1:
+        raise UserError(
+            f"a cassette holds the conversation of one search, but {len(chosen)} tasks were named"
+        )
     if args.resume is None:
         check_out(args.out)
 
@@ -84,14 +124,16 @@ def main(args: Args) -> int:
         with view:
             result = optimize(
                 task,
-                budget=args.budget,
-                seconds=args.seconds,
+                budget=limits.evaluations,
+                seconds=limits.seconds,
+                dollars=limits.dollars,
                 target=args.target,
                 baseline=args.baseline,
                 policy=args.policy,
                 proposer=args.proposer,
                 seed=args.seed,
                 threads=args.threads,
+                llm=llm,
                 out=args.out,
                 resume=args.resume,
                 watch=view,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ class Context:
     ``siblings`` are the parent's children by the same strategy, in the order they were asked for;
     ``ancestors`` lead from a draft to the parent, which is left out; ``children`` are all that was made from
     the parent and judged; ``leaders`` were the verified best one after the other. ``number`` counts the
-    requests of the session; ``edit`` asks for one form of answer.
+    requests of the session; ``edit`` asks for one form of answer, ``model`` for what ``assign`` chose.
     """
 
     seed: int = 0
@@ -55,6 +55,7 @@ class Context:
     leaders: tuple[Trial, ...] = ()
     number: int = 0
     edit: EditMode | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class Proposer(ABC):
     """
 
     name: str
-    draws: ClassVar[int] = 1
+    draws: int = 1
     """How many draws a session may ask for in a row, when the earlier ones were duplicates."""
-    stochastic: ClassVar[bool] = False
+    stochastic: bool = False
     """Whether asking again may bring something else, so that a duplicate or a failure rules nothing out."""
 
     @abstractmethod
@@ -159,8 +160,12 @@ class Proposer(ABC):
     def fund(self, dollars: float | None, spent: float) -> None:  # noqa: B027
         """A session starts: it may spend ``dollars`` in all (None: any sum), and has spent ``spent`` before."""
 
-    def learn(self, candidate: Candidate, evaluation: Evaluation, parent_speedup: float) -> None:  # noqa: B027
-        """One of its candidates was judged; ``parent_speedup`` is 1 for a draft."""
+    def assign(self) -> str:
+        """Which model the next request goes to ("": it makes no difference); asked in the search's thread."""
+        return ""
+
+    def learn(self, gain: float, dollars: float, usage: Usage) -> None:  # noqa: B027
+        """What became of a request: the log-speedup over the parent, 0 for a failure."""
 
     def close(self) -> None:  # noqa: B027
         """Give up what is being written, and everything held; harmless when repeated."""

@@ -21,12 +21,14 @@ FORMAT = 1
 class Cassette:
     """A recording at ``path``; replayed from if ``replay``, else written. Thread-safe.
 
-    ``diverged`` counts the replayed answers that were given to another request than the recorded one.
+    ``diverged`` counts the replayed answers that were given to another request than the recorded one; ``model``
+    is whom the first request of a replayed cassette went to.
     """
 
     def __init__(self, path: str | Path, replay: bool, redact: Callable[[str], str] = str) -> None:
         self.path, self.replay, self.redact = Path(path), replay, redact
         self.diverged = 0
+        self.model = ""
         self._lock = threading.Lock()
         self._by_request: dict[str, list[tuple[str, str]]] = {}
         self._by_step: dict[str, list[tuple[str, str]]] = {}
@@ -43,6 +45,7 @@ class Cassette:
             for line in lines:
                 entry = json.loads(line)
                 pair = (entry["request"], entry["response"])
+                self.model = self.model or json.loads(entry["request"])["model"]
                 self._by_request.setdefault(entry["request"], []).append(pair)
                 self._by_step.setdefault(entry["step"], []).append(pair)
         except OSError as error:

@@ -136,6 +136,8 @@ class _Loop:
             while self.room() and self.session.stopped() is None:
                 if not self.launch():
                     break
+            if self.late():
+                self.drop()
             if self.drafts and len(self.flights) < self.waiting:
                 self.take()
             elif self.flights:
@@ -150,7 +152,20 @@ class _Loop:
         if self.session.replaying and not self.session.proposer.ordered:
             # What was asked may need anything that was told before.
             return not self.drafts and not self.flights
-        return len(self.drafts) < self.writers
+        # Whoever writes before anything is judged writes drafts only: the more is known, the more are written.
+        return len(self.drafts) < min(self.writers, 2 * self.workers + len(self.session.tree))
+
+    def late(self) -> bool:
+        """Whether the time is over: what is still being written would come after it."""
+        limit = self.session.budget.seconds
+        return limit is not None and self.session.spent.seconds >= limit
+
+    def drop(self) -> None:
+        """Let go of what is being written."""
+        if self.drafts and self.writers > 1:
+            self.session.proposer.close()
+        while self.drafts:
+            self.session.withdraw(self.drafts.popleft().request)
 
     def launch(self) -> bool:
         """Ask for one more proposal; False if only a landing can bring new ones."""
@@ -282,7 +297,6 @@ class _Loop:
         """Let go of what is in flight; evaluations that already run end when the evaluator is closed."""
         while self.flights:
             self.session.abandon(self.flights.popleft().ask)
-        while self.drafts:
-            self.session.withdraw(self.drafts.popleft().request)
+        self.drop()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.writing.shutdown(wait=False, cancel_futures=True)

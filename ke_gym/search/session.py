@@ -20,6 +20,7 @@ as long as asks and tells come in the same order.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -341,7 +342,8 @@ class Session:
             for nodes in (path, children, self.tree.leaders)
         )
         judged = parent.evaluation if parent else None
-        return Context(self.seed, judged, siblings, ancestors, made, leaders, self._requested, edit)
+        model = self.proposer.assign()
+        return Context(self.seed, judged, siblings, ancestors, made, leaders, self._requested, edit, model)
 
     def propose(self, request: Request) -> Proposal | Refusal:
         """The second third of ``ask``; touches nothing of the session, so it may run in another thread."""
@@ -414,6 +416,8 @@ class Session:
         number = self._settle(request, made)
         self.refusals += 1
         self.duplicates += made.kind == "duplicate"
+        if made.attempt:
+            self.proposer.learn(0.0, made.dollars, made.usage)
         if made.kind == "dollars":
             if request.recorded is None:
                 self.stop_reason = "dollars"
@@ -452,7 +456,8 @@ class Session:
         self.store.told(self.id, ask.number, self.setting, evaluation, self.spent.seconds)
         self.tree.add(node, ask.rival)
         before = ask.parent.speedup if ask.parent and ask.parent.correct else 1.0
-        self.proposer.learn(ask.candidate, evaluation, before)
+        gain = max(math.log(node.speedup / before), 0.0) if node.speedup else 0.0
+        self.proposer.learn(gain, ask.dollars, ask.usage)
         return node
 
     def abandon(self, ask: Ask) -> None:

@@ -1,0 +1,285 @@
+"""The proposer behind any OpenAI-compatible endpoint: a prompt in, a kernel module out.
+
+One operator for every transformation (the argument of Toledo et al. that KernelEvolve follows: the operator is the
+bottleneck, not the search). The prompt says what is known: task, machine, language, the parent with its judgement,
+the search so far, notes from the knowledge base, and the strategy that the policy chose. The answer is checked
+before it costs an evaluation; what can be mended, the model is asked once to mend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.knowledge import Document, Knowledge, Situation
+from ke_gym.proposers import answers, prefilter, prices, prompt, transcript
+from ke_gym.proposers.answers import Flaw
+from ke_gym.proposers.base import Context, EditMode, Kind, Proposal, Proposer, Refusal, Usage
+from ke_gym.proposers.brief import Brief
+from ke_gym.proposers.endpoint import Completion, Endpoint, Failure
+from ke_gym.proposers.llm import LLM, writable
+from ke_gym.proposers.prices import Price, Purse
+from ke_gym.proposers.prompt import Prompt
+from ke_gym.proposers.schedules import without
+from ke_gym.proposers.tiers import Tiers
+from ke_gym.strategies import FIX, STRATEGIES, Strategy, get
+
+MENDABLE: tuple[Kind, ...] = ("edit", "syntax", "contract")
+"""Flaws that a model can mend when it is told of them; all others end the proposal."""
+_EXPECTED_ANSWER = 3000  # tokens, as long as no answer has come
+_SURE = 1.2  # token estimates are multiplied by this before money depends on them
+# Strategies that change most of a module: an edit would quote all of it.
+_WHOLESALE = ("algorithm_swap", "fission", "matrix_unit")
+
+
+def check(settings: LLM) -> None:
+    """``UserError`` unless the settings name a model, a key, an endpoint that answers, and readable files."""
+    prices.load(settings.prices)
+    Knowledge(settings.knowledge)
+    if settings.record:
+        writable(settings.record)
+    endpoint = Endpoint(replace(settings, record=""))
+    try:
+        named(settings, endpoint)
+        endpoint.greet()
+    finally:
+        endpoint.close()
+
+
+def named(settings: LLM, endpoint: Endpoint) -> tuple[str, ...]:
+    """The models to ask: those of the settings, or the recorded one."""
+    recorded = endpoint.cassette.model if endpoint.cassette and settings.replay else ""
+    names = settings.models or ((recorded,) if recorded else ())
+    if not names:
+        raise UserError(
+            "the proposer openai needs a model: name one with --model, for example --model gpt-5-mini"
+        )
+    return names
+
+
+class OpenAI(Proposer):
+    """Candidates for one task from a language model.
+
+    ``brief`` is what prompts say of task and machine; conversations are kept in ``transcripts`` if it is given.
+    Raises ``UserError`` for settings that can't work.
+    """
+
+    name = "openai"
+    stochastic = True
+
+    def __init__(
+        self,
+        brief: Brief,
+        language: str = "cpp",
+        settings: LLM | None = None,
+        transcripts: Path | None = None,
+    ) -> None:
+        self.brief, self.language = brief, language
+        self.settings = settings or LLM()
+        prompt.contract(language)
+        self.endpoint = Endpoint(self.settings)
+        self.models = named(self.settings, self.endpoint)
+        self.transcripts = transcripts
+        self.purse = Purse()
+        table = prices.load(self.settings.prices)
+        self.prices = {model: prices.find(table, model, self.endpoint.url) for model in self.models}
+        self.tiers = Tiers(self.models)
+        for model, price in self.prices.items():
+            if price is not None:
+                self.tiers.expect(model, price.of(5000, _EXPECTED_ANSWER))
+        self.knowledge = Knowledge(self.settings.knowledge) if self.settings.use_knowledge else None
+
+    @property
+    def in_flight(self) -> int:
+        return self.settings.in_flight
+
+    @property
+    def ordered(self) -> bool:
+        return self.endpoint.cassette is not None
+
+    def mask(self, parent: Candidate) -> NDArray[np.bool_]:
+        """All, but lower precision only where the task permits it: a model would take it anywhere."""
+        mask = np.ones(len(STRATEGIES), dtype=np.bool_)
+        task = self.brief.task
+        mask[get("precision_math").id] = task.tolerance is not None or task.precision != "strict"
+        return mask
+
+    def fund(self, dollars: float | None, spent: float) -> None:
+        if dollars is not None and not self.settings.replay:
+            for model, price in self.prices.items():
+                if price is None:
+                    raise UserError(
+                        f"--max-dollars needs a price for {model!r}, which is not in the table: give one with"
+                        f' --prices FILE, as {{"{model}": [dollars per million prompt tokens, per million answer'
+                        " tokens]}"
+                    )
+                least = price.of(0, self.settings.max_tokens)
+                if least > dollars - spent:
+                    raise UserError(
+                        f"one answer of {model} may cost ${least:.4f} ({self.settings.max_tokens} tokens), more than"
+                        f" the ${max(dollars - spent, 0):.4f} that are left; raise --max-dollars or lower --max-tokens"
+                    )
+        self.purse.fund(dollars, spent)
+
+    def assign(self) -> str:
+        return self.tiers.choose()
+
+    def learn(self, gain: float, dollars: float, usage: Usage) -> None:
+        self.tiers.learn(usage.model, gain, dollars)
+
+    def close(self) -> None:
+        self.endpoint.close()
+
+    # One proposal -----------------------------------------------------------------------------------------
+
+    def propose(
+        self, parent: Candidate | None, strategy: Strategy, draw: int, context: Context
+    ) -> Proposal | Refusal:
+        asked = prompt.build(
+            self.brief,
+            self.language,
+            parent,
+            strategy,
+            context,
+            edit=context.edit or self.edit_mode(parent, strategy),
+            memory=self.settings.memory,
+            documents=self.documents(strategy, context),
+        )
+        talk = _Conversation(self, context.model or self.models[0], f"{context.number:04d}-{draw}", asked)
+        made = talk.candidate(parent, strategy)
+        if self.transcripts is not None:
+            outcome = (
+                f"refused, {made.kind}: {made.reason}" if isinstance(made, Refusal) else made.candidate.id
+            )
+            facts = {
+                "step": context.number,
+                "strategy": strategy.name,
+                "parent": parent.id if parent else "none",
+                "answer": asked.edit,
+                "outcome": outcome,
+            }
+            transcript.write(
+                self.transcripts, talk.step, facts, asked, talk.messages, made.usage, made.dollars
+            )
+        return made
+
+    def edit_mode(self, parent: Candidate | None, strategy: Strategy) -> EditMode:
+        """Edits where most of the parent will stay."""
+        if parent is None:
+            return "rewrite"
+        if self.settings.edit_mode != "auto":
+            return self.settings.edit_mode
+        return "rewrite" if strategy.name in _WHOLESALE else "edit"
+
+    def documents(self, strategy: Strategy, context: Context) -> Sequence[Document]:
+        """What the knowledge base has for this situation."""
+        if self.knowledge is None:
+            return ()
+        judged = context.evaluation
+        phase = {"FIX": "fix", "RESTART": "draft", "param_tune": "tune"}.get(strategy.name, "improve")
+        log = judged.log[:2000] if judged and strategy is FIX else ""
+        task = self.brief.task
+        text = f"{task.name} {task.family} {task.description}\n{self.brief.source}\n{log}"
+        situation = Situation(
+            self.brief.target, self.language, strategy.name, judged.limiter if judged else "", phase, text
+        )
+        room = prompt.BUDGETS["knowledge"] - 100
+        found = self.knowledge.retrieve(situation, prompt.KNOWLEDGE_DOCUMENTS + 1, room)
+        # What the contract says already.
+        known = f"languages/{self.language}/kernel-module"
+        return [document for document in found if document.id != known][: prompt.KNOWLEDGE_DOCUMENTS]
+
+
+class _Conversation:
+    """One prompt, its answer, and the one more exchange that may mend it."""
+
+    def __init__(self, proposer: OpenAI, model: str, step: str, asked: Prompt) -> None:
+        self.proposer, self.model, self.step, self.asked = proposer, model, step, asked
+        self.messages: list[dict[str, str]] = asked.messages
+        self.usage = Usage(model, documents=asked.documents)
+        self.dollars = 0.0
+
+    def candidate(self, parent: Candidate | None, strategy: Strategy) -> Proposal | Refusal:
+        """Ask, read, and if need be ask once to mend it."""
+        for attempt in ("", "-repair"):
+            completion = self._ask(self.step + attempt)
+            if isinstance(completion, Refusal):
+                return completion
+            made = self._read(completion, parent)
+            if isinstance(made, str):
+                origin = parent.id if parent else None
+                kernel = Candidate(made, self.proposer.language, origin, strategy.name, self.proposer.name)
+                return Proposal(kernel, self.dollars, self.usage)
+            if made.kind not in MENDABLE or attempt:
+                break
+            self.messages.append({"role": "user", "content": prompt.repair(self.asked, made.reason)})
+        return Refusal(made.reason, self.dollars, made.kind, self.usage)
+
+    def _ask(self, step: str) -> Completion | Refusal:
+        settings = self.proposer.settings
+        request: dict[str, Any] = {
+            "model": self.model, "messages": list(self.messages), "max_tokens": settings.max_tokens
+        }  # fmt: skip
+        if settings.temperature is not None:
+            request["temperature"] = settings.temperature
+        price = self.proposer.prices[self.model] or prices.FREE
+        worst = self._worst(price)
+        if not self.proposer.purse.reserve(worst):
+            return self._refusal("dollars", "the dollars that are left do not pay for another answer")
+        start, paid = time.monotonic(), 0.0
+        try:
+            completion, _ = self.proposer.endpoint.complete(step, request)
+            if isinstance(completion, Completion):
+                paid = price.of(completion.prompt_tokens, completion.completion_tokens)
+            elif completion.kind == "timeout":
+                paid = worst  # whoever waits no longer may be charged nevertheless
+        finally:
+            self.proposer.purse.settle(worst, paid)
+        self.dollars += paid
+        seconds = time.monotonic() - start
+        if isinstance(completion, Failure):
+            self.usage = self.usage.plus(Usage(self.model, 1, seconds=seconds))
+            return self._refusal(completion.kind, completion.reason)
+        counted = Usage(self.model, 1, completion.prompt_tokens, completion.completion_tokens, seconds)
+        self.usage = self.usage.plus(counted)
+        self.messages.append({"role": "assistant", "content": completion.text or completion.declined})
+        return completion
+
+    def _worst(self, price: Price) -> float:
+        """The most that the next call may cost."""
+        sent = sum(prices.tokens(message["content"]) for message in self.messages)
+        return price.of(_SURE * sent, self.proposer.settings.max_tokens)
+
+    def _refusal(self, kind: Kind, reason: str) -> Refusal:
+        return Refusal(reason, self.dollars, kind, self.usage)
+
+    def _read(self, completion: Completion, parent: Candidate | None) -> str | Flaw:
+        """The module that the answer makes, or its flaw."""
+        if completion.declined or completion.finish == "content_filter":
+            return Flaw(
+                "declined", f"the model declined: {completion.declined[:200] or 'its answer was withheld'}"
+            )
+        answer = answers.parse(completion.text)
+        cut = completion.finish == "length"
+        if cut and (isinstance(answer, Flaw) or answer.edits):
+            return Flaw("truncated", f"the answer was cut off after {completion.completion_tokens} tokens")
+        if isinstance(answer, Flaw):
+            return answer
+        source: str | Flaw = answer.source
+        if answer.edits:
+            if parent is None:
+                return Flaw("edit", "there is no source to edit; answer with a whole module")
+            source = answers.apply(answer.edits, without(parent.source))
+        if isinstance(source, Flaw):
+            return source
+        names = [argument.name for argument in self.proposer.brief.state]
+        flaw = prefilter.check(source, self.proposer.language, len(self.proposer.brief.inputs), names)
+        return flaw or source.strip("\n") + "\n"

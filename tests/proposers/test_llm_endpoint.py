@@ -1,0 +1,211 @@
+"""The real client over real HTTP, against the served rewriter with every fault it can have."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ke_gym.errors import UserError
+from ke_gym.proposers import openai, prompt
+from ke_gym.proposers.base import Context, ProposerLost
+from ke_gym.proposers.endpoint import Completion, Endpoint, Failure, read
+from ke_gym.proposers.llm import LLM
+from ke_gym.strategies import RESTART
+from ke_gym.testing.rewriter_endpoint import FAULTS, MODEL, RewriterEndpoint
+from tests.proposers.llm import KEY, brief
+
+QUICK = LLM(models=(MODEL,), timeout=5.0, retries=3)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Endpoint]]:
+    made: list[Endpoint] = []
+    yield made
+    for endpoint in made:
+        endpoint.close()
+
+
+def connect(opened: list[Endpoint], server: RewriterEndpoint, **settings: Any) -> Endpoint:
+    endpoint = Endpoint(LLM(**{**QUICK.to_dict(), "base_url": server.url, **settings}))
+    opened.append(endpoint)
+    return endpoint
+
+
+def request(model: str = MODEL) -> dict[str, Any]:
+    asked = prompt.build(brief(), "cpp", None, RESTART, Context(), edit="rewrite", memory="auto")
+    return {"model": model, "messages": asked.messages, "max_tokens": 1000}
+
+
+def test_a_completion_comes_back_with_its_tokens(opened: list[Endpoint]) -> None:
+    with RewriterEndpoint(key=KEY) as server:
+        endpoint = connect(opened, server)
+        endpoint.greet()
+        completion, response = endpoint.complete("0", request())
+    assert isinstance(completion, Completion) and completion.counted
+    assert "def forward(x)" in completion.text and completion.finish == "stop"
+    assert completion.prompt_tokens > 1000 and completion.completion_tokens > 100
+    assert json.loads(response)["choices"][0]["message"]["content"] == completion.text
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "half"])
+def test_what_passes_is_retried(fault: str, opened: list[Endpoint]) -> None:
+    with RewriterEndpoint(faults={fault: 0.5}) as server:
+        endpoint = connect(opened, server, retries=6)
+        got = [endpoint.complete(str(i), {**request(), "seed": i})[0] for i in range(4)]
+        assert all(isinstance(completion, Completion) for completion in got)
+        assert server.injected[fault] == server.calls - 4 > 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("429", "rate_limited"), ("500", "unavailable"), ("malformed", "malformed")]
+)
+def test_what_does_not_pass_is_a_typed_failure(fault: str, kind: str, opened: list[Endpoint]) -> None:
+    with RewriterEndpoint(faults={fault: 1.0}) as server:
+        endpoint = connect(opened, server, retries=1)
+        failure, _ = endpoint.complete("0", request())
+        assert isinstance(failure, Failure) and failure.kind == kind
+        assert server.calls == (1 if fault == "malformed" else 2)
+
+
+def test_a_stalled_call_times_out(opened: list[Endpoint]) -> None:
+    with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
+        failure, _ = connect(opened, server, timeout=0.2, retries=0).complete("0", request())
+    assert isinstance(failure, Failure) and failure.kind == "timeout"
+
+
+def test_an_endpoint_that_only_fails_is_given_up(opened: list[Endpoint]) -> None:
+    with RewriterEndpoint(faults={"500": 1.0}) as server:
+        endpoint = connect(opened, server, retries=0)
+        with pytest.raises(ProposerLost, match="8 times in a row"):
+            for step in range(20):
+                endpoint.complete(str(step), request())
+
+
+def test_a_refused_key_is_said_once_and_not_repeated_anywhere(
+    opened: list[Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RewriterEndpoint(key="another") as server:
+        endpoint = connect(opened, server)
+        for call in (endpoint.greet, lambda: endpoint.complete("0", request())):
+            with pytest.raises(UserError, match="refused the key") as caught:
+                call()
+            assert "OPENAI_API_KEY" in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_an_unknown_model_is_named_with_what_there_is(opened: list[Endpoint]) -> None:
+    with (
+        RewriterEndpoint() as server,
+        pytest.raises(ProposerLost, match="no model 'gpt-0'.* offers rewriter"),
+    ):
+        connect(opened, server).complete("0", request("gpt-0"))
+
+
+def test_an_endpoint_that_is_not_there_is_said_to_be_unreachable() -> None:
+    with RewriterEndpoint() as server:
+        gone = server.url
+    with pytest.raises(UserError, match=r"cannot be reached.*--proposer rewriter"):
+        openai.check(LLM(models=(MODEL,), base_url=gone, retries=0))
+
+
+def test_bad_settings_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RewriterEndpoint() as server, pytest.raises(UserError, match="--model"):
+        openai.check(LLM(base_url=server.url))
+    with pytest.raises(UserError, match="no http address"):
+        openai.check(LLM(models=("m",), base_url="localhost:80"))
+    with pytest.raises(UserError, match="cannot be read"):
+        openai.check(LLM(models=("m",), replay="/nowhere.jsonl"))
+    for bad in ({"in_flight": 0}, {"memory": "all"}, {"edit_mode": "x"}, {"record": "a", "replay": "b"}):
+        with pytest.raises(UserError):
+            LLM(**bad)  # type: ignore[arg-type]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(UserError, match=r"OPENAI_API_KEY.*rewriter, which needs neither"):
+        openai.check(LLM(models=("m",)))
+
+
+def test_closing_cancels_what_is_in_flight(opened: list[Endpoint]) -> None:
+    with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
+        endpoint = connect(opened, server, timeout=60)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(endpoint.complete, str(i), request()) for i in range(4)]
+            while server.calls < 4:
+                time.sleep(0.01)
+            threading.Thread(target=endpoint.close).start()
+            for future in waiting:
+                with pytest.raises(concurrent.futures.CancelledError):
+                    future.result(timeout=20)
+        with pytest.raises(concurrent.futures.CancelledError):
+            endpoint.complete("0", request())
+
+
+def test_servers_may_leave_out_what_they_please() -> None:
+    asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 35}]}
+    whole = read(
+        '{"choices": [{"message": {"content": [{"type": "text", "text": "ab"}, {"type": "x"}]}}]}', asked
+    )
+    assert isinstance(whole, Completion) and whole.text == "ab" and not whole.counted
+    assert whole.prompt_tokens == 10 and whole.completion_tokens == 1 and whole.finish == "stop"
+    refused = read(
+        '{"choices": [{"message": {"content": null, "refusal": "no"}, "finish_reason": "stop"}]}', asked
+    )
+    assert isinstance(refused, Completion) and refused.declined == "no" and refused.text == ""
+    for text in (
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"choices": []}',
+        '{"choices": [{}]}',
+        '{"choices": [{"message": "hi"}]}',
+    ):
+        failure = read(text, asked)
+        assert isinstance(failure, Failure) and failure.kind == "malformed"
+
+
+def test_a_cassette_answers_byte_for_byte(tmp_path: Path, opened: list[Endpoint]) -> None:
+    tape = str(tmp_path / "talk.jsonl")
+    with RewriterEndpoint() as server:
+        recorder = connect(opened, server, record=tape)
+        first = [recorder.complete(str(i), {**request(), "seed": i}) for i in range(3)]
+    assert KEY not in Path(tape).read_text()
+    player = Endpoint(LLM(replay=tape))
+    assert openai.named(LLM(replay=tape), player) == (MODEL,)
+    again = [player.complete(str(i), {**request(), "seed": i}) for i in (2, 0, 1)]
+    assert [again[1], again[2], again[0]] == first
+    assert player.cassette is not None and player.cassette.diverged == 0
+    with pytest.raises(ProposerLost, match="no answer for step 0"):
+        player.complete("0", request())
+    other = Endpoint(LLM(replay=tape))
+    assert other.complete("1", request()) == first[1]  # another prompt: what was said at this step
+    assert other.cassette is not None and other.cassette.diverged == 1
+
+
+def test_a_cassette_is_not_overwritten_and_must_be_one(tmp_path: Path) -> None:
+    tape = tmp_path / "talk.jsonl"
+    tape.write_text('{"cassette": 99}\n')
+    with pytest.raises(UserError, match="another version"):
+        Endpoint(LLM(replay=str(tape)))
+    with RewriterEndpoint() as server, pytest.raises(UserError, match="exists already"):
+        openai.check(LLM(models=(MODEL,), base_url=server.url, record=str(tape)))
+    tape.write_text("hello\n")
+    with pytest.raises(UserError, match="no cassette"):
+        Endpoint(LLM(replay=str(tape)))
+
+
+def test_faults_are_checked() -> None:
+    assert len(set(FAULTS)) == len(FAULTS)
+    for faults in ({"fire": 0.1}, {"429": 1.5}, {"429": 0.6, "500": 0.6}):
+        with pytest.raises(UserError):
+            RewriterEndpoint(faults=faults)

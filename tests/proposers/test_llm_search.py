@@ -1,0 +1,305 @@
+"""Whole searches through the real client over real HTTP; only the judge is a fake, so that they take seconds."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ke_gym import policies
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.proposers.base import ANSWER_KINDS, ENDPOINT_KINDS, Context, Proposal, Proposer, Refusal
+from ke_gym.proposers.llm import LLM
+from ke_gym.proposers.mixed import Mixed
+from ke_gym.proposers.openai import OpenAI
+from ke_gym.proposers.rewriter import Rewriter
+from ke_gym.search.budget import Budget
+from ke_gym.search.run import Watch, run
+from ke_gym.search.session import Ask, Session
+from ke_gym.search.store import Store
+from ke_gym.search.tree import Node
+from ke_gym.strategies import RESTART, get
+from ke_gym.testing.rewriter_endpoint import ANSWER_FAULTS, MODEL, RewriterEndpoint
+from tests.proposers.llm import KEY, brief
+from tests.search.fakes import SETTING, Judge
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store.db")
+
+
+def proposer(server: RewriterEndpoint | None, transcripts: Path | None = None, **settings: Any) -> OpenAI:
+    chosen = {"models": (MODEL,), "timeout": 20.0, "in_flight": 4, "base_url": server.url if server else ""}
+    return OpenAI(brief(), "cpp", LLM(**{**chosen, **settings}), transcripts)
+
+
+def search(
+    store: Store,
+    made: Proposer,
+    budget: Budget,
+    name: str = "s",
+    watch: Watch | None = None,
+    judge: Any = None,
+) -> tuple[Session, str]:
+    policy = policies.make("epsilon_greedy", 3)
+    session = Session(store, name, SETTING, made, budget=budget, parent_rule=policy.parent_rule)
+    return session, run(session, policy, judge or Judge(), watch=watch)
+
+
+class Refusals(Watch):
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def refused(self, session: Session, request: Any, refusal: Refusal) -> None:
+        self.kinds.append(refusal.kind)
+
+
+def test_a_search_over_http_with_every_fault_comes_to_its_end(store: Store, tmp_path: Path) -> None:
+    faults = {"429": 0.05, "500": 0.05, "half": 0.05, "malformed": 0.05, "stall": 0.03}
+    faults |= dict.fromkeys(ANSWER_FAULTS, 0.05)
+    watch = Refusals()
+    with RewriterEndpoint(key=KEY, faults=faults, stall=60, seed=1) as server:
+        made = proposer(server, tmp_path / "talks", timeout=1.0)
+        session, stopped = search(store, made, Budget(60), watch=watch)
+        made.close()
+        assert server.calls > 60 and len(server.injected) == len(faults)
+    assert stopped == "evaluations"
+    assert len(session.tree) + session.vain == 60 and session.tree.best is not None
+    assert (
+        {"truncated", "prose", "empty", "declined"}
+        <= set(watch.kinds)
+        <= {*ANSWER_KINDS, *ENDPOINT_KINDS, "duplicate"}
+    )
+    # What was recorded is what happened, and what it took.
+    records = store.nodes("s")
+    assert [r.kind for r in records if r.candidate is None] == [k for k in watch.kinds]
+    assert all(r.usage.model == MODEL and r.usage.calls for r in records)
+    assert session.usage.prompt_tokens == sum(r.usage.prompt_tokens for r in records) > 60_000
+    talks = sorted((tmp_path / "talks").glob("*.md"))
+    assert len(talks) == len(records)
+    assert any("This answer cannot be used" in talk.read_text() for talk in talks)
+
+
+def test_the_key_is_nowhere_but_in_the_environment(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Echo(RewriterEndpoint):
+        """A server that shows the key wherever it can."""
+
+        def complete(self, request: dict[str, Any], fault: str = "") -> dict[str, Any]:
+            data = super().complete(request, fault)
+            message = data["choices"][0]["message"]
+            message["content"] = message["content"].replace("Applied", f"Your key is {KEY}. Applied")
+            return data
+
+    monkeypatch.setenv("OPENAI_LOG", "debug")
+    with Echo(key=KEY, faults={"prose": 0.2}) as server:
+        made = proposer(server, tmp_path / "talks", record=str(tmp_path / "talk.jsonl"))
+        session, _ = search(store, made, Budget(8))
+        made.close()
+    store.close()
+    assert len(session.tree) > 0
+    seen = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"store.db", "talk.jsonl"} <= {path.name for path in seen} and len(seen) > 8
+    for path in seen:
+        assert KEY.encode() not in path.read_bytes(), path
+    assert any("[key]" in path.read_text() for path in seen if path.suffix == ".md")
+    out, err = capfd.readouterr()
+    assert KEY not in out + err
+    assert KEY not in repr(vars(made)) and KEY not in repr(made.settings)
+
+
+def test_a_budget_in_dollars_is_never_exceeded(store: Store, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.json"
+    prices.write_text(f'{{"{MODEL}": [2.0, 8.0]}}')
+    with RewriterEndpoint() as server:
+        made = proposer(server, prices=str(prices), max_tokens=4000, in_flight=8)
+        session, stopped = search(store, made, Budget(500, dollars=0.35))
+        assert stopped == "dollars"
+        assert 0.2 < session.spent.dollars <= 0.35
+        assert session.spent.dollars == pytest.approx(made.purse.spent)
+        assert session.spent.dollars == pytest.approx(sum(r.dollars for r in store.nodes("s")))
+        # A larger budget continues where the smaller one ended.
+        more, stopped = search(store, made, Budget(500, dollars=0.5))
+        assert stopped == "dollars" and session.spent.dollars < more.spent.dollars <= 0.5
+        assert len(more.tree) > len(session.tree)
+        with pytest.raises(UserError, match=r"may cost \$0\.0320"):
+            search(store, made, Budget(dollars=0.01), name="poor")
+        made.close()
+
+
+def test_dollars_need_a_price(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = OpenAI(brief(), "cpp", LLM(models=("unheard-of",), base_url="https://api.example.com/v1"))
+    with pytest.raises(UserError, match="--prices FILE"):
+        search(store, made, Budget(dollars=1.0))
+    made.close()
+
+
+def test_a_recorded_search_repeats_without_the_endpoint(tmp_path: Path) -> None:
+    tape = str(tmp_path / "talk.jsonl")
+
+    def trace(session: Session) -> list[tuple[int | None, str, str]]:
+        return [(node.parent, node.strategy, node.candidate.id) for node in session.tree]
+
+    with Store(tmp_path / "a.db") as store, RewriterEndpoint(faults={"prose": 0.1}) as server:
+        made = proposer(server, record=tape)
+        recorded = trace(search(store, made, Budget(20), judge=Judge(0.003))[0])
+        made.close()
+    with Store(tmp_path / "b.db") as store:
+        made = proposer(None, replay=tape)
+        repeated = trace(search(store, made, Budget(20), judge=Judge(0.01))[0])
+        assert made.endpoint.cassette is not None and made.endpoint.cassette.diverged == 0
+    assert repeated == recorded
+
+
+class StopAfter(Watch):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def told(self, session: Session, node: Node, improved: bool) -> None:
+        self.count -= 1
+        if self.count == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_search_goes_on_without_asking_again(store: Store) -> None:
+    with RewriterEndpoint(faults={"prose": 0.1}, seed=2) as server:
+        made = proposer(server)
+        part, stopped = search(store, made, Budget(30), watch=StopAfter(12))
+        assert stopped == "interrupted" and len(part.tree) == 12
+        calls, known = server.calls, [node.candidate.id for node in part.tree]
+        made = proposer(server)
+        whole, stopped = search(store, made, Budget(30))
+        made.close()
+        assert stopped == "evaluations" and len(whole.tree) + whole.vain == 30
+        assert {node.candidate.id for node in whole.tree} >= set(known)
+        recorded = len([r for r in store.nodes("s")])
+        assert server.calls - calls <= 2 * (recorded - 12)
+
+
+def test_rewriter_and_model_share_a_search(store: Store) -> None:
+    with RewriterEndpoint() as server:
+        mixed = Mixed([Rewriter(brief().task), proposer(server)])
+        assert mixed.name == "rewriter,openai" and mixed.stochastic and mixed.in_flight == 4
+        session, _ = search(store, mixed, Budget(40))
+        mixed.close()
+    by = {node.number: node.candidate.proposer for node in session.tree}
+    assert set(by.values()) == {"rewriter", "openai"} and by[0] == "rewriter"
+    crossed = {(by[n.parent], by[n.number]) for n in session.tree if n.parent is not None}
+    assert {("rewriter", "openai"), ("openai", "rewriter")} <= crossed
+
+
+def test_a_lost_endpoint_ends_the_search_with_what_it_has(store: Store) -> None:
+    server = RewriterEndpoint()
+    made = proposer(server, retries=0, in_flight=2)
+    down = threading.Event()
+
+    class Unplug(Watch):
+        def told(self, session: Session, node: Node, improved: bool) -> None:
+            if len(session.tree) == 6:
+                server.faults = {"500": 1.0}
+                down.set()
+
+    with server:
+        session, stopped = search(store, made, Budget(100), watch=Unplug())
+    made.close()
+    assert down.is_set() and "times in a row" in stopped and len(session.tree) >= 6
+
+
+def test_several_models_are_asked_and_learned_from(store: Store) -> None:
+    names = (MODEL, MODEL + "-large")
+    with RewriterEndpoint(models=names) as server:
+        made = proposer(server, models=names)
+        session, _ = search(store, made, Budget(16))
+        made.close()
+    asked = {record.usage.model for record in store.nodes("s")}
+    assert asked == set(names) and len(session.tree) > 0
+
+
+# One proposal at a time -----------------------------------------------------------------------------------
+
+
+def answer(
+    text: str, parent: Candidate | None = None, strategy: str = "vectorize"
+) -> tuple[Any, list[dict[str, Any]]]:
+    """What the proposer makes of an answer (the same one, if it asks again), and the requests it sent."""
+
+    class Fixed(RewriterEndpoint):
+        def complete(self, request: dict[str, Any], fault: str = "") -> dict[str, Any]:
+            data = super().complete(request, fault)
+            data["choices"][0]["message"]["content"] = text
+            return data
+
+    with Fixed() as server:
+        made = proposer(server)
+        chosen = RESTART if parent is None else get(strategy)
+        got = made.propose(parent, chosen, 0, Context())
+        made.close()
+        return got, server.requests
+
+
+KERNEL = "import torch\n\n\ndef forward(x):\n    return torch.softmax(x, dim=-1)\n"
+
+
+def test_flaws_that_can_be_mended_are_asked_about_once() -> None:
+    got, requests = answer("```python\nimport os\ndef forward(x): return x\n```")
+    assert isinstance(got, Refusal) and got.kind == "contract" and got.usage.calls == 2
+    told = requests[1]["messages"]
+    assert [m["role"] for m in told] == ["system", "user", "assistant", "user"]
+    assert "may not import 'os'" in told[-1]["content"]
+    got, requests = answer("<<<<<<< SEARCH\nnowhere\n=======\nx\n>>>>>>> REPLACE", Candidate(KERNEL))
+    assert isinstance(got, Refusal) and got.kind == "edit" and len(requests) == 2
+    got, requests = answer("I would rather not write code.")
+    assert isinstance(got, Refusal) and got.kind == "prose" and len(requests) == 1 and got.attempt
+
+
+def test_edits_make_the_child_of_what_was_shown() -> None:
+    text = "<<<<<<< SEARCH\n    return torch.softmax(x, dim=-1)\n=======\n    return x.softmax(-1)\n>>>>>>> REPLACE"
+    parent = Candidate(KERNEL)
+    got, requests = answer(text, parent)
+    assert isinstance(got, Proposal)
+    assert got.candidate.source == KERNEL.replace("torch.softmax(x, dim=-1)", "x.softmax(-1)")
+    assert (got.candidate.parent, got.candidate.strategy, got.candidate.proposer) == (
+        parent.id,
+        "vectorize",
+        "openai",
+    )
+    assert (
+        "SEARCH" in requests[0]["messages"][0]["content"]
+        and KERNEL.strip() in requests[0]["messages"][1]["content"]
+    )
+
+
+def test_lower_precision_is_masked_where_the_task_forbids_it() -> None:
+    made = OpenAI(brief(), "cpp", LLM(models=("m",), base_url="http://localhost:1/v1"))
+    mask = made.mask(Candidate(KERNEL))
+    made.close()
+    assert not mask[get("precision_math").id] and np.count_nonzero(mask) == 21
+
+
+def test_an_evaluation_that_is_known_is_not_made_again(store: Store) -> None:
+    """Two searches that find the same kernel share its evaluation."""
+    with RewriterEndpoint() as server:
+        made, judge = proposer(server), Judge()
+        session = Session(store, "one", SETTING, made, budget=Budget(5))
+        ask = session.ask(RESTART.id)
+        assert isinstance(ask, Ask) and ask.usage.calls == 1
+        session.tell(ask, judge(ask.candidate, None))
+        made.close()
+    with RewriterEndpoint() as server:
+        made = proposer(server)
+        other = Session(store, "two", SETTING, made, budget=Budget(5))
+        again = other.ask(RESTART.id)
+        made.close()
+    assert isinstance(again, Ask) and isinstance(again.known, Evaluation)
