@@ -279,6 +279,8 @@ def _result(
         floor_ms=1e3 * floor_s,
         run_dir=run_dir,
         reference=reference,
+        usage=session.usage,
+        dollars=session.spent.dollars,
     )
 
 

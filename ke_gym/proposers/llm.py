@@ -56,7 +56,8 @@ class LLM:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LLM:
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**given)
 
 
 def models(text: str) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ class Mixed(Proposer):
     def __init__(self, members: Sequence[Proposer]) -> None:
         self.members = tuple(members)
         self.name = ",".join(member.name for member in members)
-        self.draws = max(member.draws for member in members)  # type: ignore[misc]
-        self.stochastic = any(member.stochastic for member in members)  # type: ignore[misc]
+        self.draws = max(member.draws for member in members)
+        self.stochastic = any(member.stochastic for member in members)
         self._alone = threading.RLock()
 
     @property

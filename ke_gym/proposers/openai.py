@@ -209,19 +209,19 @@ class _Conversation:
 
     def candidate(self, parent: Candidate | None, strategy: Strategy) -> Proposal | Refusal:
         """Ask, read, and if need be ask once to mend it."""
-        for attempt in ("", "-repair"):
-            completion = self._ask(self.step + attempt)
-            if isinstance(completion, Refusal):
-                return completion
-            made = self._read(completion, parent)
-            if isinstance(made, str):
-                origin = parent.id if parent else None
-                kernel = Candidate(made, self.proposer.language, origin, strategy.name, self.proposer.name)
-                return Proposal(kernel, self.dollars, self.usage)
-            if made.kind not in MENDABLE or attempt:
-                break
+        completion = self._ask(self.step)
+        made = completion if isinstance(completion, Refusal) else self._read(completion, parent)
+        if isinstance(made, Flaw) and made.kind in MENDABLE:
             self.messages.append({"role": "user", "content": prompt.repair(self.asked, made.reason)})
-        return Refusal(made.reason, self.dollars, made.kind, self.usage)
+            completion = self._ask(f"{self.step}-repair")
+            made = completion if isinstance(completion, Refusal) else self._read(completion, parent)
+        if isinstance(made, Refusal):
+            return made
+        if isinstance(made, Flaw):
+            return self._refusal(made.kind, made.reason)
+        origin = parent.id if parent else None
+        kernel = Candidate(made, self.proposer.language, origin, strategy.name, self.proposer.name)
+        return Proposal(kernel, self.dollars, self.usage)
 
     def _ask(self, step: str) -> Completion | Refusal:
         settings = self.proposer.settings

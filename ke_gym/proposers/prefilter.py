@@ -58,23 +58,20 @@ def check(source: str, language: str, inputs: int, state: Sequence[str]) -> Flaw
 def _imports(tree: ast.Module, language: str) -> Flaw | None:
     allowed = MODULES | LANGUAGE_MODULES.get(language, set())
     for node in ast.walk(tree):
-        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = ["" if node.level else node.module or ""]
+            names = ["." if node.level else node.module or ""]
+        else:
+            continue
         for name in names:
             if name.partition(".")[0] not in allowed:
-                return Flaw(
-                    "contract",
-                    f"line {node.lineno}: a kernel module may not import {name or 'relatively'!r}; it may import"
-                    f" {', '.join(sorted(allowed - {'__future__'}))}",
-                )
-            if name.startswith("ke_gym") and not re.fullmatch(r"ke_gym(\.lang)?", name):
-                return Flaw(
-                    "contract",
-                    f"line {node.lineno}: of ke_gym a kernel module may import lang only, not {name}",
-                )
+                known = ", ".join(sorted(allowed - {"__future__"}))
+                reason = f"a kernel module may not import {name!r}; it may import {known}"
+                return Flaw("contract", f"line {node.lineno}: {reason}")
+            if name.startswith("ke_gym") and name not in ("ke_gym", "ke_gym.lang"):
+                reason = f"of ke_gym a kernel module may import lang only, not {name}"
+                return Flaw("contract", f"line {node.lineno}: {reason}")
     return None
 
 

@@ -14,8 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ke_gym.proposers.base import Refusal
 from ke_gym.search.run import Watch
-from ke_gym.search.session import Ask, Session
+from ke_gym.search.session import Ask, Request, Session
 from ke_gym.search.tree import Node
 
 
@@ -60,6 +61,14 @@ def clock(seconds: float | None) -> str:
     return "-" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def cost(session: Session) -> str:
+    """What models have cost, where any was asked."""
+    used = session.usage
+    if not used.calls:
+        return ""
+    return f" | {used.prompt_tokens + used.completion_tokens:,} tokens, ${session.spent.dollars:.4f}"
+
+
 class PlainView(Watch):
     """One line per evaluation, for logs and pipes."""
 
@@ -74,6 +83,13 @@ class PlainView(Watch):
     ) -> None:
         return None
 
+    def refused(self, session: Session, request: Request, refusal: Refusal) -> None:
+        if refusal.attempt:
+            what = f"no candidate, {refusal.kind}: {refusal.reason}"
+            self.console.print(
+                f"{self.title} {request.strategy.name}: {what}", highlight=False, soft_wrap=True
+            )
+
     def told(self, session: Session, node: Node, improved: bool) -> None:
         self.pace.told()
         limit = session.budget.evaluations
@@ -82,7 +98,7 @@ class PlainView(Watch):
         mark = " *" if improved else ""
         self.console.print(
             f"{self.title} {count} {node.strategy}: {what}{mark} | best {describe_best(session)} |"
-            f" {self.pace.per_minute:.0f}/min | {clock(self.pace.seconds_left(session))} left",
+            f" {self.pace.per_minute:.0f}/min | {clock(self.pace.seconds_left(session))} left{cost(session)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -115,6 +131,11 @@ class LiveView(Watch):
         parent = f" on #{ask.parent.number}" if ask.parent else ""
         self._trying[ask.number] = f"#{ask.number} {ask.strategy.name}{parent}"
 
+    def refused(self, session: Session, request: Request, refusal: Refusal) -> None:
+        self._session = session
+        if refusal.attempt:
+            self._recent.append((request.strategy.name, f"no candidate, {refusal.kind}", False))
+
     def told(self, session: Session, node: Node, improved: bool) -> None:
         self._session = session
         self._trying.pop(node.number, None)
@@ -136,7 +157,7 @@ class LiveView(Watch):
         facts.add_row(
             "pace",
             f"{self.pace.per_minute:.0f} evaluations/min, {clock(spent.seconds)} spent,"
-            f" {clock(self.pace.seconds_left(session))} left",
+            f" {clock(self.pace.seconds_left(session))} left{cost(session)}",
         )
         recent = Table.grid(padding=(0, 2))
         for name, what, improved in self._recent:

@@ -19,6 +19,7 @@ from ke_gym import strategies
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.proposers.schedules import without
 from ke_gym.report import svg, words
+from ke_gym.report.models import asked
 from ke_gym.search.result import Result
 from ke_gym.search.session import Session
 from ke_gym.search.tree import Node, Tree
@@ -75,6 +76,7 @@ def _context(result: Result, session: Session, evaluator: Evaluator) -> dict[str
         "reference_source": _highlighted(result.task.source),
         "steps": list(_steps(tree)),
         "tallies": _tallies(tree),
+        "asked": asked(session),
         "session": session,
         "facts": evaluator.facts,
         "peaks": evaluator.peaks,

@@ -12,6 +12,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.deploy import Kernel
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.languages.artifact import Artifact
+from ke_gym.proposers.base import NOTHING, Usage
 from ke_gym.tasks import Reference, Task
 
 FORMAT = 1
@@ -41,6 +42,9 @@ class Result:
     run_dir: Path
     reference: Reference
     """Parameters are read from here, and unproven inputs run here: the user's own module if there is one."""
+    usage: Usage = NOTHING
+    """What models were asked in all; nothing where none was."""
+    dollars: float = 0.0
 
     @property
     def speedup(self) -> float:
@@ -140,6 +144,8 @@ class Result:
             "stopped": self.stopped,
             "verdict": self.verdict(),
             "floor_ms": self.floor_ms,
+            "dollars": self.dollars,
+            "usage": self.usage.to_dict(),
             "evaluation": json.loads(self.evaluation.to_json()) if self.evaluation else None,
         }
         (self.run_dir / "result.json").write_text(json.dumps(data, indent=1))

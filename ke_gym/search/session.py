@@ -209,8 +209,8 @@ class Session:
         """The present parent, the legal actions on it, and the observation; stable until an ask or a tell."""
         if self._situation is None:
             flying: dict[int | None, int] = {}
-            for pending in [*self._flying.values(), *self._writing.values()]:
-                key = pending.parent.number if pending.parent else None
+            for parent, _ in self._pending():
+                key = parent.number if parent else None
                 flying[key] = flying.get(key, 0) + 1
             rng = np.random.default_rng((self.seed, self._requested))
             parent = self._rule(self.tree, flying, rng)
@@ -267,9 +267,13 @@ class Session:
         broken = self.tree.broken(parent.number if parent else None)
         if broken is None or self._count(broken.number, FIX).exhausted:
             return None
-        pending = [*self._flying.values(), *self._writing.values()]
-        repairing = any(p.parent is broken and p.strategy is FIX for p in pending)
+        repairing = any(parent is broken and strategy is FIX for parent, strategy in self._pending())
         return None if repairing else broken
+
+    def _pending(self) -> list[tuple[Node | None, Strategy]]:
+        """From what, and by which strategy, the candidates in flight and those being written are made."""
+        flying = [(ask.parent, ask.strategy) for ask in self._flying.values()]
+        return flying + [(request.parent, request.strategy) for request in self._writing.values()]
 
     def _count(self, parent: int | None, strategy: Strategy) -> _Counts:
         return self._counts.setdefault((parent, strategy.name), _Counts())
@@ -280,7 +284,7 @@ class Session:
         ``parent`` overrules the parent rule. STOP and illegal actions are refused without cost; STOP ends the
         session. A refused strategy is masked on that parent from then on.
         """
-        step = self.request(action, parent, edit)
+        step: Ask | Refusal | Request = self.request(action, parent, edit)
         while isinstance(step, Request):
             step = self.receive(step, self.propose(step))
         return step

@@ -7,6 +7,7 @@ answers with edits or a module.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -223,41 +224,38 @@ class RewriterEndpoint:
                     return False
                 return True
 
-            def _send(self, status: int, data: Any, headers: Mapping[str, str] | None = None) -> None:
+            def _send(
+                self, status: int, data: Any, headers: Mapping[str, str] | None = None, cut: bool = False
+            ) -> None:
                 raw = data if isinstance(data, bytes) else json.dumps(data).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(raw)))
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(raw)
+                with contextlib.suppress(ConnectionError):  # a client that waits no longer
+                    self.end_headers()
+                    self.wfile.write(raw[: len(raw) // 2] if cut else raw)
+                if cut:
+                    self.close_connection = True
 
         return Handler
 
     def _serve(self, handler: Any, request: dict[str, Any], fault: str) -> None:
         if fault == "429":
-            return handler._send(429, _error("slow down"), {"Retry-After-Ms": "20"})
-        if fault == "500":
-            return handler._send(500, _error("something broke"), {"Retry-After-Ms": "20"})
-        if fault == "stall":
+            handler._send(429, _error("slow down"), {"Retry-After-Ms": "20"})
+        elif fault == "500":
+            handler._send(500, _error("something broke"), {"Retry-After-Ms": "20"})
+        elif fault == "stall":
             self._stopping.wait(self.stall)
             handler.close_connection = True
-            return None
-        started = time.monotonic()
-        response = json.dumps(self.complete(request, fault)).encode()
-        self._stopping.wait(max(0.0, self.latency - (time.monotonic() - started)))
-        if fault == "malformed":
-            return handler._send(200, response[:-40] + b"}}}")
-        if fault == "half":
-            handler.send_response(200)
-            handler.send_header("Content-Type", "application/json")
-            handler.send_header("Content-Length", str(len(response)))
-            handler.end_headers()
-            handler.wfile.write(response[: len(response) // 2])
-            handler.close_connection = True
-            return None
-        return handler._send(200, response)
+        else:
+            started = time.monotonic()
+            response = json.dumps(self.complete(request, fault)).encode()
+            self._stopping.wait(max(0.0, self.latency - (time.monotonic() - started)))
+            if fault == "malformed":
+                response = response[:-40] + b"}}}"
+            handler._send(200, response, cut=fault == "half")
 
     def complete(self, request: dict[str, Any], fault: str = "") -> dict[str, Any]:
         """The chat completion for a request."""

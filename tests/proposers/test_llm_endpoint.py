@@ -107,7 +107,7 @@ def test_a_refused_key_is_said_once_and_not_repeated_anywhere(
 def test_an_unknown_model_is_named_with_what_there_is(opened: list[Endpoint]) -> None:
     with (
         RewriterEndpoint() as server,
-        pytest.raises(ProposerLost, match="no model 'gpt-0'.* offers rewriter"),
+        pytest.raises(ProposerLost, match=r"no model 'gpt-0'.* offers rewriter"),
     ):
         connect(opened, server).complete("0", request("gpt-0"))
 

@@ -83,7 +83,7 @@ def test_a_search_over_http_with_every_fault_comes_to_its_end(store: Store, tmp_
     )
     # What was recorded is what happened, and what it took.
     records = store.nodes("s")
-    assert [r.kind for r in records if r.candidate is None] == [k for k in watch.kinds]
+    assert [r.kind for r in records if r.candidate is None] == watch.kinds
     assert all(r.usage.model == MODEL and r.usage.calls for r in records)
     assert session.usage.prompt_tokens == sum(r.usage.prompt_tokens for r in records) > 60_000
     talks = sorted((tmp_path / "talks").glob("*.md"))
@@ -184,7 +184,7 @@ def test_an_interrupted_search_goes_on_without_asking_again(store: Store) -> Non
         made.close()
         assert stopped == "evaluations" and len(whole.tree) + whole.vain == 30
         assert {node.candidate.id for node in whole.tree} >= set(known)
-        recorded = len([r for r in store.nodes("s")])
+        recorded = len(store.nodes("s"))
         assert server.calls - calls <= 2 * (recorded - 12)
 
 
