@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ke_gym import syntax
 from ke_gym.errors import UserError
 
 _SUFFIXES = {".py": "cpp"}
@@ -59,7 +60,7 @@ def normalize(source: str) -> str:
     try:
         if _READS_ITSELF.search(source):
             raise ValueError("its comments and lines may matter")
-        tree = _Plain().visit(ast.parse(source))
+        tree = _Plain().visit(syntax.parse(source))
         return ast.unparse(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "\n".join(line.rstrip() for line in source.strip().splitlines() if line.strip())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ke_gym import syntax
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cpu
@@ -113,7 +114,7 @@ def describe(value: Any) -> str:
 def input_names(source: str) -> tuple[str, ...]:
     """The parameters of ``Model.forward`` (of the last class that has a ``forward``), as the reference names them."""
     try:
-        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        classes = [node for node in syntax.parse(source).body if isinstance(node, ast.ClassDef)]
     except SyntaxError:
         return ()
     classes.sort(key=lambda node: node.name == "Model")
@@ -127,7 +128,7 @@ def input_names(source: str) -> tuple[str, ...]:
 def published(source: str) -> str:
     """A task file's text without the assignments that are kept back."""
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except SyntaxError:
         return source
     lines = source.splitlines()

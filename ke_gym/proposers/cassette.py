@@ -11,11 +11,21 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ke_gym.errors import UserError
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One recorded request and its response."""
+
+    step: str
+    request: str
+    response: str
 
 
 class Cassette:
@@ -30,8 +40,7 @@ class Cassette:
         self.diverged = 0
         self.model = ""
         self._lock = threading.Lock()
-        self._by_request: dict[str, list[tuple[str, str]]] = {}
-        self._by_step: dict[str, list[tuple[str, str]]] = {}
+        self._left: list[Exchange] = []
         if replay:
             self._load()
         else:
@@ -39,40 +48,36 @@ class Cassette:
 
     def _load(self) -> None:
         try:
-            first, *lines = self.path.read_text().splitlines()
+            first, *lines = self.path.read_text().rstrip("\n").split("\n")
             if json.loads(first).get("cassette") != FORMAT:
                 raise UserError(f"{self.path} is a cassette of another version; record it anew")
             for line in lines:
                 entry = json.loads(line)
-                pair = (entry["request"], entry["response"])
-                self.model = self.model or json.loads(entry["request"])["model"]
-                self._by_request.setdefault(entry["request"], []).append(pair)
-                self._by_step.setdefault(entry["step"], []).append(pair)
+                self._left.append(Exchange(entry["step"], entry["request"], entry["response"]))
+            if self._left:
+                self.model = json.loads(self._left[0].request)["model"]
         except OSError as error:
             raise UserError(f"the cassette {self.path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path} is no cassette: {error}") from error
 
     def answer(self, step: str, request: str) -> str:
-        """The recorded response; ``UserError`` where there is none."""
+        """The recorded response; ``UserError`` where there is none. Each recording answers once."""
+
+        def fit(exchange: Exchange) -> int:
+            # Equal requests are common (drafts asked for side by side), so the step counts too.
+            return 2 * (exchange.request == request) + (exchange.step == step)
+
         with self._lock:
-            pairs = self._by_request.get(request)
-            if not pairs:
-                pairs = self._by_step.get(step)
-                if not pairs:
-                    raise UserError(
-                        f"the cassette {self.path} has no answer for step {step}: the search goes on beyond what"
-                        " was recorded; give it the budget it was recorded with"
-                    )
-                self.diverged += 1
-            pair = pairs[0]
-            # Each recording answers once; equal requests were answered one after the other.
-            self._by_request[pair[0]].remove(pair)
-            for recorded in self._by_step.values():
-                if pair in recorded:
-                    recorded.remove(pair)
-                    break
-            return pair[1]
+            best = max(self._left, key=fit, default=None)
+            if best is None or fit(best) == 0:
+                raise UserError(
+                    f"the cassette {self.path} has no answer for step {step}: the search goes on beyond what was"
+                    " recorded; give it the budget it was recorded with"
+                )
+            self._left.remove(best)
+            self.diverged += best.request != request
+            return best.response
 
     def keep(self, step: str, request: str, response: str) -> None:
         """Record one exchange."""

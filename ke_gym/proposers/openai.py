@@ -136,6 +136,7 @@ class OpenAI(Proposer):
         self.tiers.learn(usage.model, gain, dollars)
 
     def close(self) -> None:
+        self.purse.close()
         self.endpoint.close()
 
     # One proposal -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Sequence
 
+from ke_gym import syntax
 from ke_gym.proposers.answers import Flaw
 
 MODULES = {
@@ -42,7 +43,7 @@ def check(source: str, language: str, inputs: int, state: Sequence[str]) -> Flaw
     """What is wrong with the module, or None. ``inputs`` counts the task's inputs, ``state`` names the entries
     that ``forward`` may take by name."""
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except (SyntaxError, ValueError, RecursionError) as error:
         where = (
             f" (line {error.lineno}: {(error.text or '').strip()[:80]!r})"

@@ -99,23 +99,36 @@ class Purse:
         self.limit: float | None = None
         self.spent = 0.0
         self._reserved = 0.0
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._closed = False
 
     def fund(self, limit: float | None, spent: float) -> None:
         """A new session's money."""
-        with self._lock:
+        with self._changed:
             self.limit, self.spent, self._reserved = limit, spent, 0.0
 
     def reserve(self, most: float) -> bool:
-        """Set ``most`` dollars aside; False, and nothing happens, if that is more than there is."""
-        with self._lock:
-            if self.limit is not None and self.spent + self._reserved + most > self.limit:
-                return False
+        """Set ``most`` dollars aside; False, and nothing happens, if there is less.
+
+        Where only the calls in flight stand in the way, it waits for them: most cost less than their worst.
+        """
+        with self._changed:
+            while self.limit is not None and self.spent + self._reserved + most > self.limit:
+                if self.spent + most > self.limit or self._reserved <= 1e-12 or self._closed:
+                    return False
+                self._changed.wait()
             self._reserved += most
             return True
 
     def settle(self, reserved: float, paid: float) -> None:
         """A call is over: it cost ``paid``."""
-        with self._lock:
+        with self._changed:
             self._reserved -= reserved
             self.spent += paid
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let go whoever waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -16,9 +16,11 @@ from typing import Any
 
 import jinja2
 
+from ke_gym import syntax
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import profile
+from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.knowledge import Document
 from ke_gym.proposers.base import Context, EditMode, Trial
 from ke_gym.proposers.brief import PRECISION, Argument, Brief, size_text
@@ -37,6 +39,7 @@ BUDGETS = {
 KNOWLEDGE_DOCUMENTS = 3
 _TRIED = 12  # earlier attempts that are listed
 _NAMED = 12  # entries of the state that are listed
+_STEPS = 8  # steps of a plan whose times are told
 _CONTRAST = 500  # tokens of each kernel shown for comparison
 
 
@@ -172,7 +175,7 @@ def build(
             render(
                 "parent", "parent.jinja", f"candidate {parent.id} and its evaluation",
                 source=without(parent.source).strip(), failed=judged is not None and not judged.correct,
-                feedback=profile.feedback(judged) if judged else "not judged yet",
+                feedback=profile.feedback(judged) if judged else "not judged yet", steps=_steps(judged),
             )
         )  # fmt: skip
     parts.append(
@@ -182,6 +185,15 @@ def build(
         )
     )  # fmt: skip
     return Prompt(tuple(parts), edit, tuple(d.id for d in documents))
+
+
+def _steps(judged: Evaluation | None) -> str:
+    """Where the time of a module with several steps goes, the longest first."""
+    steps = judged.profile.steps if judged else ()
+    if len(steps) < 2:
+        return ""
+    longest = sorted(steps, key=lambda step: -step[1])[:_STEPS]
+    return ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in longest)
 
 
 def repair(prompt: Prompt, reason: str) -> str:
@@ -232,10 +244,16 @@ def _memory(parent: Candidate | None, context: Context, memory: Memory) -> Part 
         tried = [line(trial) for trial in (*context.children, *flying)][-_TRIED:]
     if memory == "contrast" or (memory == "auto" and parent is None):
         pair = _pair(parent, context)
-    if not (path or tried or pair):
+    best = ""
+    if memory == "auto" and parent is not None and context.leaders:
+        leader = context.leaders[-1]
+        best = line(leader) if leader.candidate.id != parent.id else ""
+    if not (path or tried or pair or best):
         return None
     origin = f"memory {memory}: {len(path)} on the path, {len(tried)} tried, {len(pair)} compared"
-    return render("memory", "memory.jinja", origin, path=path, tried=tried, pair=pair, draft=parent is None)
+    return render(
+        "memory", "memory.jinja", origin, path=path, tried=tried, pair=pair, best=best, draft=parent is None
+    )
 
 
 def _pair(parent: Candidate | None, context: Context) -> list[Shown]:
@@ -271,7 +289,7 @@ def line(trial: Trial) -> str:
 def docstring(source: str) -> str:
     """The first line of a module's docstring, at most 160 characters."""
     try:
-        text = ast.get_docstring(ast.parse(source)) or ""
+        text = ast.get_docstring(syntax.parse(source)) or ""
     except (SyntaxError, ValueError, RecursionError):
         return ""
     return text.strip().partition("\n")[0][:160]

@@ -84,6 +84,13 @@ def test_a_prompt_holds_everything_that_is_known_and_says_where_it_is_from() -> 
     assert asked.messages == [{"role": "system", "content": asked.system}, {"role": "user", "content": user}]
 
 
+def test_the_times_of_several_steps_are_told() -> None:
+    evaluation = judged(PARENT).replace(profile=Profile(steps=(("pack", 1e-4), ("multiply", 2e-3))))
+    assert (
+        "time per step: multiply 2.000 ms, pack 0.100 ms" in made(context=Context(evaluation=evaluation)).user
+    )
+
+
 def test_secrets_of_the_judge_are_not_in_it() -> None:
     for name in ("softmax", "softmax_fp16", "embedding_bag", "layer_norm_backward"):
         task = Task.load(name)
@@ -135,6 +142,7 @@ def test_the_memory_that_was_chosen_is_told_and_no_other() -> None:
         text = made(context=context, memory=memory).user
         assert {name for name, mark in marks.items() if mark in text} == wanted, memory
     assert "vectorize: being judged" in made(context=context).user
+    assert "The best kernel so far is another one: fuse: 1.90x" in made(context=context).user
     draft = made(None, RESTART, Context(leaders=leaders, children=leaders), edit="rewrite").user
     assert "each from scratch" in draft and "X = 'quick one'" in draft and "X = 'slow one'" in draft
 
