@@ -82,6 +82,7 @@ def _context(result: Result, session: Session, evaluator: Evaluator) -> dict[str
         "peaks": evaluator.peaks,
         "work": evaluator.judge.shapes[evaluator.contract].work,
         "record": evaluator.record,
+        "call_s": (result.best_ms or result.floor_ms) / 1e3,
         "sandbox": evaluator.sandbox,
         "threads": evaluator.threads,
         "torch_version": torch.__version__,
