@@ -100,6 +100,7 @@ _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u
 # In elements: what is asked for at once, how far ahead, the rows short enough to fetch the next one instead, the
 # rows too short to fetch anything, and the tensors small enough to stay in the cache.
 FETCHED, DISTANCE, FAR, NEAR, CACHED = 512, 1024, 4096, 64, 1 << 16
+STREAMED = 1 << 23  # bytes of a result that leaves past the caches
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
@@ -449,6 +450,8 @@ class Printer:
         self.lines: list[str] = []
         self.depth = 1
         self.fetched: list[str] = []
+        self.streamed: dict[str, str] = {}
+        self.offset = ""
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text if text else "")
@@ -717,8 +720,10 @@ class Printer:
         length = loop.var.size
         part = length // streams // 16 * 16 if streams > 1 else length
         names = [str(u) for u in range(streams)] if streams > 1 else [""]
-        if self.fetched:
-            self._fetching(stage, loop, reducing, starts, parallel and len(stage.loops) == 1)
+        self.streamed = self._streamed(stage)
+        if self.fetched or self.streamed:
+            self._in_pieces(stage, loop, reducing, starts, parallel and len(stage.loops) == 1)
+            self.streamed = {}
             return
         self._simd(reducing, names, parallel and len(stage.loops) == 1)
         if streams == 1:
@@ -738,7 +743,25 @@ class Printer:
             self._statements(stage, stage.items, Rewriter(), "0", starts)
             self.close()
 
-    def _fetching(
+    def _streamed(self, stage: Stage) -> dict[str, str]:
+        """Large results stored along the innermost loop and read nowhere in the nest: name -> its first element."""
+        loop = stage.loops[-1]
+        if loop.limit is not None or loop.var.size < NEAR:
+            return {}
+        read = {
+            n.buffer for s in self.nest.stages for i in s.items for n in walk(i.expr) if isinstance(n, Load)
+        }
+        start = Rewriter({loop.var: linear(0, [])})
+        found = {}
+        for item in stage.items:
+            name, index = item.target.name, item.target.index
+            large = self.sizes.get(name, 0) * BYTES[item.target.dtype] >= STREAMED
+            stored = item.op is None and item.target.kind == "global" and index.coefficient(loop.var) == 1
+            if stored and large and name not in read:
+                found[name] = _offset(name, Text(self.used).index(start.index(index)))
+        return found
+
+    def _in_pieces(
         self,
         stage: Stage,
         loop: Loop,
@@ -746,28 +769,32 @@ class Printer:
         starts: dict[int, int | None],
         parallel: bool,
     ) -> None:
-        """The loop in pieces, before each of which as much of what comes later is asked for."""
+        """The loop in pieces: what comes later is asked for before each, large results leave after it."""
+        self.used.add("ke/memory.h")
         name, length = loop.var.name, loop.var.size
-        if length < 2 * FETCHED:
-            for pointer in self.fetched:
-                self.line(f"ke::prefetch({pointer}, {length});")
-            self._simd(reducing, [""], False)
-            self.open(self._for(loop))
-            self._statements(stage, stage.items, Rewriter(), "", starts)
-            self.close()
-            return
-        end = f"part + {FETCHED}"
-        end = end if length % FETCHED == 0 else f"std::min<int64_t>({end}, {length})"
+        short = length < 2 * FETCHED
+        piece, at = (length, "") if short else (FETCHED, " + part")
+        count = str(piece) if length % piece == 0 else f"std::min<int64_t>({FETCHED}, {length} - part)"
         if parallel:
             self.line("#pragma omp parallel for schedule(static)")
-        self.open(f"for (int64_t part = 0; part < {length}; part += {FETCHED})")
+        if not short:
+            self.open(f"for (int64_t part = 0; part < {length}; part += {FETCHED})")
         for pointer in self.fetched:
-            self.line(f"ke::prefetch({pointer} + part, {FETCHED});")
+            self.line(f"ke::prefetch({pointer}{at}, {piece});")
+        for item in stage.items:
+            if item.target.name in self.streamed:
+                kind = TYPES[item.target.dtype]
+                self.line(f"alignas(64) {kind} {item.target.name}_part[{piece}];")
         self._simd(reducing, [""], False)
-        self.open(f"for (int64_t {name} = part; {name} < {end}; ++{name})")
+        end = "" if short else f"part + {FETCHED}" if length % FETCHED == 0 else f"part + {count}"
+        self.open(self._for(loop) if short else f"for (int64_t {name} = part; {name} < {end}; ++{name})")
+        self.offset = name if short else f"{name} - part"
         self._statements(stage, stage.items, Rewriter(), "", starts)
         self.close()
-        self.close()
+        for target, first in self.streamed.items():
+            self.line(f"ke::stream_out({first}{at}, {target}_part, {count});")
+        if not short:
+            self.close()
 
     def _simd(self, reducing: list[Item], streams: list[str], parallel: bool) -> None:
         clauses = []
@@ -837,6 +864,8 @@ class Printer:
             )
 
     def _place(self, target: Target, text: Text, shift: Rewriter) -> str:
+        if target.name in self.streamed:
+            return f"{target.name}_part[{self.offset}]"
         suffix = "_part" if target.kind == "private" else ""
         return f"{target.name}{suffix}[{text.index(shift.index(target.index))}]"
 

@@ -140,6 +140,14 @@ def test_large_tensors_are_fetched_ahead(shape: tuple[int, int]) -> None:
     assert all("ke::prefetch(" in source_of(f, x) for f in functions[:3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_leave_past_the_caches(dtype: torch.dtype) -> None:
+    x = torch.randn(2100, 2003, generator=torch.Generator().manual_seed(5)).to(dtype)  # rows of any alignment
+    for function in (lambda x: torch.softmax(x, -1), lambda x: F.relu(x[:, 1:])):
+        same(function, x, tolerance=torch.finfo(dtype).eps)
+        assert "ke::stream_out(" in source_of(function, x)
+
+
 def test_division_by_a_constant_stays_a_division_where_rounding_decides() -> None:
     x = torch.arange(0.0, 41 * 64).reshape(64, 41)
     assert "/ 41.0f" in source_of(lambda x: torch.floor(x / 41), x).replace("(1.0f / 41.0f)", "")

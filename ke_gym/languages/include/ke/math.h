@@ -46,12 +46,6 @@ KE_INLINE T min(T a, T b) {
   return a != a ? a : smaller;
 }
 
-// Ask for `count` elements from `start` on, which may lie beyond the end.
-template <typename T>
-KE_INLINE void prefetch(const T* start, int64_t count) {
-  for (int64_t k = 0; k < count; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(start + k);
-}
-
 // A bool in memory as 0 or 1: GCC vectorizes the load of a byte, but not that of a bool.
 KE_INLINE uint8_t flag(const bool& stored) { return __builtin_bit_cast(uint8_t, stored); }
 
