@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -116,7 +117,12 @@ def optimize(
         if loaded.payload:
             (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())
     module = task if isinstance(task, nn.Module) else None
-    return _search(loaded, module, settings, limits, run_dir, watch or Watch())
+    try:
+        return _search(loaded, module, settings, limits, run_dir, watch or Watch())
+    except UserError:
+        if not (run_dir / RUN_FILE).exists():  # refused before it began
+            shutil.rmtree(run_dir)
+        raise
 
 
 def _task(task: Task | nn.Module | str | Path, example_inputs: Any) -> Task:
@@ -222,7 +228,7 @@ def remembering(
         twin = store.evaluation_of_binary(setting, binary)
         if twin is None:
             return evaluator.evaluate(candidate, rival)
-        return twin.replace(candidate=candidate.id, gain=None, gain_ci=None, improved=False)
+        return twin.alone().replace(candidate=candidate.id)
 
     return evaluate
 

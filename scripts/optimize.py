@@ -4,8 +4,8 @@
     python scripts/optimize.py my_problem.py --budget 100 --baseline compile
     python scripts/optimize.py suite --seconds 120 --out results
 
-Exit code 0 when every search reached a verdict, 2 for bad input (one sentence says what), 130 after Ctrl-C
-(what was found until then is reported and kept).
+Exit code 0 when every search reached a verdict, 2 for bad input (one sentence says what; of several tasks, the
+others are still optimized), 130 after Ctrl-C (what was found until then is reported and kept).
 """
 
 from __future__ import annotations
@@ -118,26 +118,35 @@ def main(args: Args) -> int:
     if not console.is_terminal:
         console.width = 120
     results: list[Result] = []
+    refused = 0
     for number, task in enumerate(chosen, 1):
         title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
         view = LiveView(console, title) if console.is_terminal else PlainView(console, title)
-        with view:
-            result = optimize(
-                task,
-                budget=limits.evaluations,
-                seconds=limits.seconds,
-                dollars=limits.dollars,
-                target=args.target,
-                baseline=args.baseline,
-                policy=args.policy,
-                proposer=args.proposer,
-                seed=args.seed,
-                threads=args.threads,
-                llm=llm,
-                out=args.out,
-                resume=args.resume,
-                watch=view,
-            )
+        try:
+            with view:
+                result = optimize(
+                    task,
+                    budget=limits.evaluations,
+                    seconds=limits.seconds,
+                    dollars=limits.dollars,
+                    target=args.target,
+                    baseline=args.baseline,
+                    policy=args.policy,
+                    proposer=args.proposer,
+                    seed=args.seed,
+                    threads=args.threads,
+                    llm=llm,
+                    out=args.out,
+                    resume=args.resume,
+                    watch=view,
+                )
+        except UserError as error:
+            # One task that is refused costs the others nothing.
+            if len(chosen) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            refused += 1
+            continue
         results.append(result)
         console.print(result.verdict(), highlight=False, soft_wrap=True)
         if result.stopped == "interrupted":
@@ -145,11 +154,13 @@ def main(args: Args) -> int:
 
     if args.json:
         print(json.dumps([result.to_dict() for result in results], indent=1))
-    else:
+    elif results:
         console.print(summary(results))
         for result in results:
             console.print(f"report: {result.report()}", highlight=False, soft_wrap=True)
-    return 130 if results[-1].stopped == "interrupted" else 0
+    if results and results[-1].stopped == "interrupted":
+        return 130
+    return 2 if refused else 0
 
 
 if __name__ == "__main__":

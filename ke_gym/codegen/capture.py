@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import io
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +85,6 @@ EXTRA = (
     aten.replication_pad2d,
     aten.upsample_nearest1d,
     aten.upsample_nearest2d,
-    aten.roll,
     aten.select_backward,
     aten.slice_backward,
     aten.diagonal_backward,
@@ -120,29 +125,64 @@ class Captured:
     arguments: tuple[str, ...]
 
 
+INSTEAD = (
+    "a kernel written by hand can still be judged: scripts/evaluate.py --task TASK --kernel FILE runs one whose "
+    "Python cannot be traced in the host lane"
+)
+
+
 def capture(task: Task, shape_set: str) -> Captured:
-    """Raises ``CodegenError`` naming the operation and source line that cannot be captured."""
+    """Raises ``CodegenError`` naming the operation and source line that cannot be captured, and what to do."""
     reference = task.reference(shape_set)
     inputs = task.inputs(shape_set, seed=0)
     try:
-        if task.backward:
-            return _joint(reference, inputs)
-        return _exported(reference, inputs)
-    except CodegenError:
-        raise
+        with _quiet():
+            captured = _joint(reference, inputs) if task.backward else _exported(reference, inputs)
+    except CodegenError as error:
+        raise CodegenError(f"{task.name}: {error}; {INSTEAD}") from error
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = _user_frame(error)
+        where = _user_frame(traceback.extract_tb(error.__traceback__))
         raise CodegenError(
-            f"{task.name}: torch.export refused the model{where}: {reason.strip()}; "
-            "write the kernel by hand or let an LLM proposer do it (the host lane runs what cannot be traced)"
+            f"{task.name}: torch.export refused the model{where}: {reason.strip()}; {INSTEAD}"
         ) from error
+    for node in captured.graph.nodes:
+        if _depends_on_data(node.meta.get("val")):
+            where = _user_frame(_frames(node.meta.get("stack_trace") or ""))
+            raise CodegenError(
+                f"{task.name}: torch.export gives the model{where} a size that depends on the data ({node.name}), "
+                f"and kernels are generated for fixed sizes; {INSTEAD}"
+            )
+    return captured
 
 
-def _user_frame(error: BaseException) -> str:
-    import traceback
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """``torch.export`` warns of its own internals, and prints what it then raises: neither is for the user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
-    frames = traceback.extract_tb(error.__traceback__)
+
+def _depends_on_data(value: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(value)
+    sizes = [n for leaf in leaves for n in (leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,))]
+    return any(isinstance(n, (torch.SymInt, torch.SymFloat, torch.SymBool)) for n in sizes)
+
+
+def _frames(stack_trace: str) -> list[traceback.FrameSummary]:
+    """A node's recorded stack, which is text."""
+    found = re.findall(r'File "(.+?)", line (\d+), in (\S+)', stack_trace)
+    return [traceback.FrameSummary(file, int(line), name) for file, line, name in found]
+
+
+def _user_frame(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line that is the user's own, as " at FILE:LINE"."""
     own = [f for f in frames if "/torch/" not in f.filename and "ke_gym" not in f.filename]
     return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
 

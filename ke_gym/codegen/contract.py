@@ -240,11 +240,7 @@ class Builder:
                     if load.index != indices[load.buffer]:
                         raise Illegal(f"{load.buffer} is read elsewhere")
                     return values[load.buffer]
-                stride = self.graph.buffers[load.buffer].stride
-                flat = constant(0)
-                for i, s in zip(load.index, stride):
-                    flat = flat + i * s
-                return Load(load.buffer, (flat,), load.dtype)
+                return Load(load.buffer, (self._flat(load.buffer, load.index),), load.dtype)
 
             value = Rewriter(binding, read).expr(node.expr)
             self._vectorizable(value)
@@ -259,13 +255,24 @@ class Builder:
         return stores
 
     def _store(self, name: str, index: tuple[Index, ...], expr: Expr, op: str | None) -> Store:
+        flat = self._flat(name, index)
+        if op is None:
+            self._vectorizable_index(flat)
+        return Store(name, self.graph.buffers[name].dtype, flat, expr, op)
+
+    def _flat(self, name: str, index: tuple[Index, ...]) -> Index:
+        """The position in memory. The product's own place is one run, into however many dimensions it unravels."""
         buffer = self.graph.buffers[name]
+        if buffer.shape == self.product.shape and buffer.stride == _contiguous(buffer.shape):
+            p = self.problem
+            if isinstance(p, templates.ConvProblem) and tuple(index) == self._place():
+                size = math.prod(p.out_size)
+                channel = variable("batch", p.batch) * p.out_channels + variable("channel", p.out_channels)
+                return channel * size + variable("at", size)
         flat = constant(0)
         for i, s in zip(index, buffer.stride):
             flat = flat + i * s
-        if op is None:
-            self._vectorizable_index(flat)
-        return Store(name, buffer.dtype, flat, expr, op)
+        return flat
 
     def _solve(
         self, node: Node, place: tuple[Index, ...], indices: dict[str, tuple[Index, ...]]
@@ -341,10 +348,7 @@ class Builder:
         return value
 
     def _flat_load(self, load: Load) -> Expr:
-        flat = constant(0)
-        for i, s in zip(load.index, self.graph.buffers[load.buffer].stride):
-            flat = flat + i * s
-        return Load(load.buffer, (flat,), load.dtype)
+        return Load(load.buffer, (self._flat(load.buffer, load.index),), load.dtype)
 
     def _reads(
         self, stores: list[Store], prologue: Expr | None, operands: tuple[View, View]

@@ -101,6 +101,8 @@ _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u
 # rows too short to fetch anything, and the tensors small enough to stay in the cache.
 FETCHED, DISTANCE, FAR, NEAR, CACHED = 512, 1024, 4096, 64, 1 << 16
 STREAMED = 1 << 23  # bytes of a result that leaves past the caches
+STREAM_BYTES = 1 << 20  # least result that a schedule may send there
+CHUNK = 4096  # elements it sends there at a time
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
@@ -310,6 +312,8 @@ class Text:
             if expr.dtype in ("i8", "i16", "u8") and name in ("add", "sub", "mul", "shl"):
                 return f"({kind})({args[0]} {_INFIX[name]} {args[1]})"
             return f"({args[0]} {_INFIX[name]} {args[1]})"
+        if name == "fmod" and not is_float(expr.dtype):
+            return f"({kind})({args[0]} % {args[1]})"
         if name == "neg":
             return f"({kind})(-{args[0]})" if expr.dtype in ("i8", "i16", "u8") else f"(-{args[0]})"
         if name == "not":
@@ -430,6 +434,20 @@ def _simple(text: str) -> bool:
     return text.isidentifier() or (
         text.endswith("]") and text.count("[") == 1 and " " not in text.split("[")[0]
     )
+
+
+def streamable(nest: Nest, stage: Stage) -> bool:
+    """Whether a stage's one result is large, written in memory order, and not read again by this nest."""
+    if len(stage.items) != 1 or not stage.loops or stage.loops[-1].limit is not None:
+        return False
+    (item,) = stage.items
+    target, var = item.target, stage.loops[-1].var
+    read = {n.buffer for s in nest.stages for i in s.items for n in walk(i.expr) if isinstance(n, Load)}
+    return (
+        target.kind == "global" and item.op is None and item.scan is None and target.name not in read
+        and target.index.coefficient(var) == 1 and var.size * BYTES[target.dtype] >= 1024
+        and item.node.numel * BYTES[target.dtype] >= STREAM_BYTES
+    )  # fmt: skip
 
 
 def store_text(text: str, dtype: str, value_dtype: str) -> str:
@@ -716,6 +734,9 @@ class Printer:
 
     def _innermost(self, stage: Stage, starts: dict[int, int | None], streams: int, parallel: bool) -> None:
         loop = stage.loops[-1]
+        if self.nest.group.stream and streamable(self.nest, stage):
+            self._stream_out(stage, parallel and len(stage.loops) == 1)
+            return
         reducing = [item for item in stage.items if item.op and starts[id(item)] is not None]
         length = loop.var.size
         part = length // streams // 16 * 16 if streams > 1 else length
@@ -795,6 +816,30 @@ class Printer:
             self.line(f"ke::stream_out({first}{at}, {target}_part, {count});")
         if not short:
             self.close()
+
+    def _stream_out(self, stage: Stage, parallel: bool) -> None:
+        """Results go into a small buffer, and from there to memory past the caches."""
+        (item,) = stage.items
+        loop, target = stage.loops[-1], item.target
+        name, size, line = loop.var.name, loop.var.size, f"{target.name}_line"
+        chunk = min(CHUNK, size)
+        self.used.add("ke/streaming.h")
+        if parallel:
+            self.line("#pragma omp parallel for schedule(static)")
+        self.open(f"for (int64_t first = 0; first < {size}; first += {chunk})")
+        self.line(f"alignas(64) {TYPES[target.dtype]} {line}[{chunk}];")
+        self.line(f"const int64_t end = std::min<int64_t>(first + {chunk}, {size});")
+        self._simd([], [""], False)
+        self.open(f"for (int64_t {name} = first; {name} < end; ++{name})")
+        text = Text(self.used, self.sizes)
+        for declared in text.bind([item.expr]):
+            self.line(declared)
+        value = store_text(_bare(text.expr(item.expr)), target.dtype, item.expr.dtype)
+        self.line(f"{line}[{name} - first] = {value};")
+        self.close()
+        start = Rewriter({loop.var: of(Var("first", size))}).index(target.index)
+        self.line(f"ke::write_past_caches({target.name} + {Text(self.used).index(start)}, {line}, end - first);")
+        self.close()
 
     def _simd(self, reducing: list[Item], streams: list[str], parallel: bool) -> None:
         clauses = []
@@ -907,7 +952,7 @@ class Printer:
         kind = "double" if item.expr.dtype == "f32" else TYPES[item.expr.dtype]
         start = identity(item.op, "f64" if kind == "double" else item.expr.dtype)
         deeper = loops[depth + 1 :]
-        carry, size = "carry", 1
+        carry, size = f"{item.node.name}_carry", 1
         place = linear(0, [])
         for loop in reversed(deeper):
             place = place + of(loop.var) * size
@@ -915,11 +960,11 @@ class Printer:
         for loop in loops[:depth]:
             self.open(self._for(loop))
         if deeper:
-            self.line(f"alignas(64) {kind} carry[{size}];")
-            self.line(f"for (int64_t c = 0; c < {size}; ++c) carry[c] = {start};")
-            carry = f"carry[{Text(self.used).index(place)}]"
+            self.line(f"alignas(64) {kind} {carry}[{size}];")
+            self.line(f"for (int64_t c = 0; c < {size}; ++c) {carry}[c] = {start};")
+            carry = f"{carry}[{Text(self.used).index(place)}]"
         else:
-            self.line(f"{kind} carry = {start};")
+            self.line(f"{kind} {carry} = {start};")
         for k, loop in enumerate(loops[depth:]):
             if deeper and k == len(deeper):
                 self.line("#pragma omp simd")

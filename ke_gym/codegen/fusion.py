@@ -72,13 +72,26 @@ def nests(graph: Graph, plan: Plan) -> list[Nest | Contraction]:
     return [cached_nest(graph, g, visible_in(graph, g.nodes, groups)) for g in plan.groups]
 
 
+def plain(group: Group) -> Group:
+    """``group`` without what only says how its nest is printed and run: one nest serves all such settings."""
+    usual = Group(())
+    return replace(
+        group, accumulators=usual.accumulators, grain=usual.grain, prefetch=usual.prefetch,
+        dynamic=usual.dynamic, simd=usual.simd, stream=usual.stream,
+    )  # fmt: skip
+
+
 def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest | Contraction:
     key = ("nest", group, visible)
-    found = graph.memo.get(key)
+    found: Nest | Contraction | Illegal | None = graph.memo.get(key)
     if found is None:
         try:
-            contracted = contract.contraction_of(graph, group) is not None
-            found = (contract.Builder if contracted else Builder)(graph, group, visible).build()
+            if group != plain(group):
+                nest = cached_nest(graph, plain(group), visible)
+                found = replace(nest, group=replace(group, anchor=nest.group.anchor, outer=nest.group.outer))
+            else:
+                contracted = contract.contraction_of(graph, group) is not None
+                found = (contract.Builder if contracted else Builder)(graph, group, visible).build()
         except Illegal as reason:
             found = reason
         graph.memo[key] = found

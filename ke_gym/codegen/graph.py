@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from ke_gym.codegen.expr import Expr, Index, Load, Var, loads
@@ -62,7 +63,7 @@ class Node:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(buffers_read(self.expr)))
 
@@ -87,7 +88,7 @@ class Extern:
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[Buffer, ...]
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         found: dict[str, None] = {}
 

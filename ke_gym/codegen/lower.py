@@ -516,7 +516,15 @@ def literal(value: float | int | bool, dtype: str) -> Expr:
 
 
 def lower(captured: Captured, precision: Precision = "strict") -> Graph:
-    from ke_gym.codegen import ops_contract, ops_index, ops_pointwise, ops_reduce, ops_views, ops_window  # noqa: F401
+    from ke_gym.codegen import (  # noqa: F401
+        ops_contract,
+        ops_index,
+        ops_pointwise,
+        ops_reduce,
+        ops_scatter,
+        ops_views,
+        ops_window,
+    )
 
     graph = Lowering(captured).run()
     graph.precision = precision

@@ -157,6 +157,26 @@ def flip(low: Lowering, a: Tensor, dims: Sequence[int]) -> Tensor:
     )
 
 
+@rule("roll.default")
+def roll(low: Lowering, a: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
+    if not dims:
+        flat = reshape(a, (math.prod(a.shape),))
+        return reshape(roll(low, flat, shifts, (0,)), a.shape)
+    turned: dict[int, int] = {}
+    for shift, d in zip(shifts, dims):
+        turned[d % len(a.shape)] = turned.get(d % len(a.shape), 0) + shift
+
+    def at(index: tuple[Index, ...]) -> Expr:
+        return a.at(
+            tuple(
+                (x + -turned.get(d, 0) % n) % n if n > 1 else x
+                for d, (x, n) in enumerate(zip(index, a.shape))
+            )
+        )
+
+    return Tensor(a.shape, a.dtype, at)
+
+
 @rule("diagonal.default", "diagonal_copy.default")
 def diagonal(low: Lowering, a: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
     dim1, dim2 = dim1 % len(a.shape), dim2 % len(a.shape)

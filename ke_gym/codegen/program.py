@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
 from ke_gym.codegen import fusion, module
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
@@ -36,11 +34,6 @@ class Program:
                 graphs.append(lower(capture(task, shape_set), task.precision))
             except Illegal as reason:
                 raise CodegenError(f"{task.name}: {reason}; no kernel can be generated") from reason
-            except GuardOnDataDependentSymNode as reason:
-                first = str(reason).splitlines()[0]
-                raise CodegenError(
-                    f"{task.name}: a shape depends on the data ({first}); no kernel can be generated"
-                ) from reason
         return cls(task.name, tuple(graphs))
 
     def seeds(self) -> list[Schedule]:

@@ -7,127 +7,72 @@ from there until one is legal. A strategy without a legal variant is not applica
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ke_gym.codegen import contract, fusion
+from ke_gym.codegen.contraction import GemmProblem
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.graph import Extern, Graph, Node
-from ke_gym.codegen.nest import Nest, outer_choices
+from ke_gym.codegen.expr import Op, constant, walk
+from ke_gym.codegen.graph import Extern, Graph, Node, loads_of
+from ke_gym.codegen.knobs import knobs, with_knobs
+from ke_gym.codegen.legality import changes
+from ke_gym.codegen.nest import COSTLY, Nest, outer_choices
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
+from ke_gym.codegen.variants import (
+    ACCUMULATORS,
+    GRAINS,
+    LANES,
+    PREFETCH,
+    TILES,
+    Variants,
+    by_contraction,
+    by_field,
+    divides,
+    either,
+    groups,
+    has_outer,
+    loop_nests,
+    nest_of,
+    reducing,
+    tests_indices,
+    with_group,
+    with_knob,
+    writes_streams,
+)  # fmt: skip
 
-Variants = Callable[[Program, Schedule], Iterator[Schedule]]
-
-TILES = (1, 16, 64, 128, 256, 1024)
-ACCUMULATORS = (1, 2, 4, 8)
-GRAINS = (2048, 16384, 131072)
-LANES = (0, 8, 16, 32)
-PREFETCH = (0, 1, 4, 16)
+SQUARES = (16, 32, 64)
+EXACT = frozenset(("sqrt", "div"))  # costly, but single instructions
 MAX_TRIES = 64
 
 
 def apply(program: Program, schedule: Schedule, strategy: str, draw: int = 0) -> Schedule | None:
     """The ``draw``-th legal variant of ``schedule`` under ``strategy``; None if it is not applicable.
 
-    Deterministic. Raises ``KeyError`` for a strategy that has no rewrite (see ``STRATEGIES``).
+    ``schedule`` must be legal. Deterministic. Raises ``KeyError`` for a strategy that has no rewrite (see
+    ``STRATEGIES``).
     """
-    seen = {schedule}
-    variants = []
-    for variant in REWRITES[strategy](program, schedule):
-        if variant not in seen:
-            seen.add(variant)
-            variants.append(variant)
-    for k in range(min(len(variants), MAX_TRIES)):
-        variant = variants[(draw + k) % len(variants)]
-        if program.legal(variant) and program.emit(variant) != program.emit(schedule):
+    source = _distinct(REWRITES[strategy](program, schedule), schedule)
+    found: list[Schedule] = []
+    for position in range(draw, draw + MAX_TRIES):
+        found.extend(itertools.islice(source, max(position + 1 - len(found), 0)))
+        if position - draw >= len(found):
+            return None
+        variant = found[position % len(found)]
+        if changes(program, schedule, variant):
             return variant
     return None
 
 
-# ---------------------------------------------------------------------------------------------- helpers
-
-
-def groups(schedule: Schedule) -> Iterator[tuple[int, int, Group]]:
-    for p, plan in enumerate(schedule.plans):
-        for g, group in enumerate(plan.groups):
-            yield p, g, group
-
-
-def with_group(schedule: Schedule, p: int, g: int, *new: Group) -> Schedule:
-    """``schedule`` with group ``g`` of plan ``p`` replaced, and the same change where other plans have the group."""
-    old = schedule.plans[p].groups[g]
-    plans = []
-    for k, plan in enumerate(schedule.plans):
-        if k == p or old in plan.groups:
-            at = g if k == p else plan.groups.index(old)
-            plans.append(Plan((*plan.groups[:at], *new, *plan.groups[at + 1 :])))
-        else:
-            plans.append(plan)
-    return replace(schedule, plans=tuple(plans))
-
-
-def nest_of(program: Program, schedule: Schedule, p: int, g: int) -> Nest | contract.Contraction:
-    graph, plan = program.graphs[p], schedule.plans[p]
-    visible = fusion.visible_in(graph, plan.groups[g].nodes, [x.nodes for x in plan.groups])
-    return fusion.cached_nest(graph, plan.groups[g], visible)
-
-
-def loop_nests(program: Program, schedule: Schedule) -> Iterator[tuple[int, int, Group, Nest]]:
-    for p, g, group in groups(schedule):
-        nest = nest_of(program, schedule, p, g)
-        if isinstance(nest, Nest):
-            yield p, g, group, nest
-
-
-def contractions(
-    program: Program, schedule: Schedule
-) -> Iterator[tuple[int, int, Group, dict[str, list[Any]]]]:
-    """Groups with a product, each with the legal values of its knobs."""
-    for p, g, group in groups(schedule):
-        nest = nest_of(program, schedule, p, g)
-        if isinstance(nest, contract.Contraction):
-            yield p, g, group, nest.knobs()
-
-
-def with_knob(group: Group, knob: str, value: Any) -> Group:
-    kept = [(k, v) for k, v in group.contraction if k != knob]
-    return replace(group, contraction=tuple(sorted((*kept, (knob, value)))))
-
-
-def by_field(field: str, values: tuple[Any, ...], kind: Callable[[Nest], bool] = lambda n: True) -> Variants:
-    """Variants that set one field of one nest's group."""
-
-    def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-        for p, g, group, nest in loop_nests(program, schedule):
-            if kind(nest):
-                for value in values:
-                    if value != getattr(group, field):
-                        yield with_group(schedule, p, g, replace(group, **{field: value}))
-
-    return variants
-
-
-def by_contraction(*names: str) -> Variants:
-    """Variants that set one knob of one product."""
-
-    def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-        for p, g, group, choices in contractions(program, schedule):
-            for name in names:
-                for value in choices.get(name, []):
-                    yield with_group(schedule, p, g, with_knob(group, name, value))
-
-    return variants
-
-
-def either(*parts: Variants) -> Variants:
-    def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-        for part in parts:
-            yield from part(program, schedule)
-
-    return variants
+def _distinct(variants: Iterator[Schedule], schedule: Schedule) -> Iterator[Schedule]:
+    seen = {schedule}
+    for variant in variants:
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
 
 
 # ------------------------------------------------------------------------------------------- strategies
@@ -260,10 +205,12 @@ def reanchor(program: Program, schedule: Schedule) -> Iterator[Schedule]:
             step = graph.steps[name]
             if isinstance(step, Node) and not step.pointwise:
                 choices = outer_choices(graph, step, step.expr)
-                loops = len(step.vars) + len(step.rvars)
+                # Partial results can only be combined after the loops: nobody inside may wait for them.
+                awaited = any(user in group.nodes for user in graph.users[name])
+                loops = len(step.vars) + (0 if awaited else len(step.rvars))
                 singles = [((k, t),) for k in range(loops) for t in (1, 64, 1024)]
                 for outer in dict.fromkeys([*choices, *singles]):
-                    if (name, outer) != (group.anchor, group.outer):
+                    if all(k < loops for k, _ in outer) and (name, outer) != (group.anchor, group.outer):
                         yield with_group(schedule, p, g, replace(group, anchor=name, outer=outer))
 
 
@@ -286,6 +233,94 @@ def flags(*options: str) -> Variants:
     return variants
 
 
+# Reassociation and reciprocals leave NaN and infinities alone, but not the compensated steps of the vector
+# math functions: they are for arithmetic only.
+REASSOCIATE = ("-fassociative-math", "-fno-signed-zeros")
+RECIPROCAL = ("-freciprocal-math",)
+
+
+def relaxed(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Let the compiler add in another order, or multiply by reciprocals; or no longer."""
+    nests = [nest for *_, nest in loop_nests(program, schedule)]
+    called = {
+        n.name
+        for nest in nests
+        for s in nest.stages
+        for i in s.items
+        for n in walk(i.expr)
+        if isinstance(n, Op)
+    }
+    for option, useful in (
+        (REASSOCIATE, any(map(reducing, nests)) and not called & (COSTLY - EXACT)),
+        (RECIPROCAL, "div" in called),
+    ):
+        without = tuple(f for f in schedule.flags if f not in option)
+        if without != schedule.flags:
+            yield replace(schedule, flags=without)
+        elif useful:
+            yield replace(schedule, flags=(*schedule.flags, *option))
+
+
+def blocked(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Where a nest reads along one dimension and writes along another: walk small squares, so that every cache
+    line is used while it is there; or make the loop that the reads run along the innermost."""
+    for p, g, group, nest in loop_nests(program, schedule):
+        crossing = across(program.graphs[p], nest)
+        if crossing is None:
+            continue
+        name, rows, columns = crossing
+        for size in SQUARES:
+            for outer in (((rows, size), (columns, size)), ((columns, size), (rows, size))):
+                if (name, outer) != (group.anchor, group.outer):
+                    yield with_group(schedule, p, g, replace(group, anchor=name, outer=outer))
+        for order in (0, 1, 2):
+            if order != group.order:
+                yield with_group(schedule, p, g, replace(group, order=order))
+
+
+def across(graph: Graph, nest: Nest) -> tuple[str, int, int] | None:
+    """A stored node, the position of the loop along which its largest read is contiguous, and its own last loop."""
+    for stage in nest.stages:
+        for item in stage.items:
+            node = item.node
+            own = [k for k, v in enumerate(node.vars) if v.size != 1]
+            if not node.pointwise or item.target.kind != "global" or len(own) < 2:
+                continue
+            for load in sorted(loads_of(node), key=lambda load: -graph.buffers[load.buffer].numel):
+                stride = graph.buffers[load.buffer].stride
+                if 2 * graph.buffers[load.buffer].numel < node.numel:
+                    break
+                flat = sum((i * s for i, s in zip(load.index, stride)), constant(0))
+                unit = [k for k in own if flat.coefficient(node.vars[k]) == 1]
+                if unit and unit[0] != own[-1]:
+                    return node.name, unit[0], own[-1]
+    return None
+
+
+def fitting(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Tiles that divide what they cut, so that no loop has a remainder."""
+    for p, g, _, nest in loop_nests(program, schedule):
+        group = nest.group
+        step = program.graphs[p].steps.get(group.anchor)
+        if not isinstance(step, Node):
+            continue
+        loops = (*step.vars, *step.rvars)
+        for k, (position, tile) in enumerate(group.outer):
+            size = loops[position].size
+            if tile > 1 and size % tile:
+                exact = [t for t in range(max(tile // 4, 2), min(4 * tile, size - 1) + 1) if size % t == 0]
+                for other in sorted(exact, key=lambda t: abs(math.log(t / tile)))[:4]:
+                    outer = (*group.outer[:k], (position, other), *group.outer[k + 1 :])
+                    yield with_group(schedule, p, g, replace(group, outer=outer))
+    for p, g, group in groups(schedule):
+        product = nest_of(program, schedule, p, g)
+        if isinstance(product, contract.Contraction) and isinstance(product.problem, GemmProblem):
+            m, n = product.problem.m, product.problem.n
+            for rows, columns in product.knobs()["tile"]:
+                if (rows, columns) != product.choices.tile and m % rows == 0 and n % columns == 0:
+                    yield with_group(schedule, p, g, with_knob(group, "tile", (rows, columns)))
+
+
 def merge_launches(program: Program, schedule: Schedule) -> Iterator[Schedule]:
     yield replace(schedule, merged=not schedule.merged)
 
@@ -302,110 +337,34 @@ def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
             continue
 
 
-def reducing(nest: Nest) -> bool:
-    return any(item.op for stage in nest.stages for item in stage.items)
-
-
-def has_outer(nest: Nest) -> bool:
-    return bool(nest.outer)
-
-
 REWRITES: dict[str, Variants] = {
     "tile_block": either(by_contraction("tile", "kc", "mc", "nc"), tile_outer),
     "stage_local": stage,
+    "layout_coalesce": blocked,
     "vectorize": either(by_field("simd", LANES), widths),
     "loop_order": by_field("order", (0, 1, 2), lambda n: any(len(s.loops) > 1 for s in n.stages)),
     "traversal_swizzle": swap_outer,
+    "cache_hint": by_field("stream", (True, False), writes_streams),
     "prefetch_pipeline": by_field("prefetch", PREFETCH, has_outer),
     "fuse": fuse,
     "fission": fission,
     "recompute": either(unstage, duplicate),
     "unroll_ilp": either(by_field("accumulators", ACCUMULATORS, reducing), flags("-funroll-loops")),
     "matrix_unit": by_contraction("matrix_unit"),
-    "algebra_hoist": by_field("reciprocal", (True, False)),
+    "precision_math": relaxed,
+    "algebra_hoist": by_field("reciprocal", (True, False), divides),
     "algorithm_swap": by_contraction("form"),
-    "predicate_peel": by_field("peel", (True, False)),
+    "predicate_peel": by_field("peel", (True, False), tests_indices),
     "work_partition": either(
         by_field("grain", GRAINS), by_field("dynamic", (True, False)), by_contraction("parallel")
     ),
     "split_reduce": reanchor,
     "sync_launch": merge_launches,
+    "specialize": fitting,
     "param_tune": shuffle_knobs,
 }
 
 STRATEGIES: tuple[str, ...] = tuple(REWRITES)
 
 
-# ------------------------------------------------------------------------------------------------ knobs
-
-
-def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
-    """What ``param_tune`` may set: knob name -> values, the present one among them."""
-    found: dict[str, list[Any]] = {
-        "vector_width": [512, 256, 128],
-        "unroll_loops": [False, True],
-        "merged": [False, True],
-    }
-    for p, g, group, nest in loop_nests(program, schedule):
-        at = f"{p}.{g}"
-        found[f"{at}.grain"] = _with(GRAINS, group.grain)
-        found[f"{at}.simd"] = _with(LANES, group.simd)
-        if reducing(nest):
-            found[f"{at}.accumulators"] = _with(ACCUMULATORS, group.accumulators)
-        if nest.outer:
-            found[f"{at}.dynamic"] = [False, True]
-            found[f"{at}.prefetch"] = _with(PREFETCH, group.prefetch)
-            for k, (_, tile) in enumerate(nest.group.outer):
-                found[f"{at}.tile{k}"] = _with(TILES, tile)
-    for p, g, _, choices in contractions(program, schedule):
-        for name, values in choices.items():
-            if len(values) > 1:
-                found[f"{p}.{g}.{name}"] = list(values)
-    return found
-
-
-def _with(values: tuple[Any, ...], present: Any) -> list[Any]:
-    return sorted({*values, present})
-
-
-def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> Schedule:
-    """``schedule`` with these knobs set. Raises ``Illegal`` if the combination cannot be built."""
-    result = schedule
-    others = [
-        f for f in schedule.flags if not f.startswith("-mprefer-vector-width") and f != "-funroll-loops"
-    ]
-    width = values.get("vector_width", next((f for f in schedule.flags if f.startswith("-mprefer")), None))
-    unroll = values.get("unroll_loops", "-funroll-loops" in schedule.flags)
-    chosen = [
-        *others,
-        *([f"-mprefer-vector-width={width}"] if isinstance(width, int) else [width] if width else []),
-    ]
-    result = replace(result, flags=(*chosen, *(["-funroll-loops"] if unroll else [])))
-    result = replace(result, merged=values.get("merged", result.merged))
-    settings: dict[tuple[int, int], dict[str, Any]] = {}
-    for name, value in values.items():
-        if name.count(".") == 2:
-            plan_number, group_number, field = name.split(".")
-            settings.setdefault((int(plan_number), int(group_number)), {})[field] = value
-    for (p, g), fields in settings.items():
-        nest = nest_of(program, schedule, p, g)
-        group = schedule.plans[p].groups[g]
-        for field, value in fields.items():
-            if isinstance(nest, contract.Contraction):
-                group = with_knob(group, field, value)
-            elif field.startswith("tile"):
-                group = replace(group, anchor=nest.group.anchor, outer=group.outer or nest.group.outer)
-                k = int(field[4:])
-                outer = (*group.outer[:k], (group.outer[k][0], value), *group.outer[k + 1 :])
-                group = replace(group, outer=outer)
-            else:
-                group = replace(group, **{field: value})
-        plan = result.plans[p]
-        changed = Plan((*plan.groups[:g], group, *plan.groups[g + 1 :]))
-        result = replace(result, plans=(*result.plans[:p], changed, *result.plans[p + 1 :]))
-    if not program.legal(result):
-        raise Illegal("these knobs do not go together")
-    return result
-
-
-__all__ = ["REWRITES", "STRATEGIES", "Graph", "apply", "knobs", "with_knobs"]
+__all__ = ["REWRITES", "STRATEGIES", "apply", "knobs", "nest_of", "with_knobs"]

@@ -29,6 +29,7 @@ class Group:
     dynamic: hand outer iterations to threads in small pieces rather than one equal share each.
     reciprocal: divide by what a loop does not change once, and multiply by that.
     simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
+    stream: write large results past the caches, where they are written in memory order.
     contraction: knobs of the group's matrix product or convolution that differ from the heuristic ones.
     """
 
@@ -44,6 +45,7 @@ class Group:
     dynamic: bool = False
     reciprocal: bool = False
     simd: int = 0
+    stream: bool = False
     contraction: tuple[tuple[str, Any], ...] = ()
 
 

@@ -74,6 +74,7 @@ class Expected:
 
     reference: the eager result at the task's dtype; oracle: the fp64 result (or, for integer outputs, the
     fp64 computation's integers); reduction_length: about how many inputs one output element depends on.
+    scale: what errors are measured against where the oracle is smaller; 0 for the oracle itself.
     """
 
     reference: Tensor
@@ -81,6 +82,7 @@ class Expected:
     precision: str = "strict"
     tolerance: float | None = None
     reduction_length: float = 1.0
+    scale: float = 0.0
 
     def __post_init__(self) -> None:
         self.floating = self.reference.is_floating_point()
@@ -92,8 +94,8 @@ class Expected:
             self.mask = finite
         y = self.oracle if self.mask is None else self.oracle[self.mask]
         self.count = max(1, y.numel())
-        self.rms = float(torch.linalg.vector_norm(y)) / math.sqrt(self.count)
-        self.top = float(y.abs().max()) if y.numel() else 0.0
+        self.rms = max(float(torch.linalg.vector_norm(y)) / math.sqrt(self.count), self.scale)
+        self.top = max(float(y.abs().max()) if y.numel() else 0.0, self.scale)
         self.least = floor(self.reference.dtype, self.precision, self.tolerance, self.reduction_length)
         self.base = self.errors(self.reference)
 
@@ -111,9 +113,8 @@ class Expected:
         stride = max(1, d.numel() >> 16)  # quantiles of a sample: a sort would cost more than the kernel
         some, magnitude = d[::stride], y[::stride].abs()
         tail = _quantile(some / (magnitude + (self.rms + tiny)), TAIL)
-        return Errors(
-            max_abs, max_abs / (self.top + tiny), l2, tail, _quantile(some / (magnitude + tiny), 0.5)
-        )
+        typical = _quantile(some / (magnitude + (self.scale + tiny)), 0.5)
+        return Errors(max_abs, max_abs / (self.top + tiny), l2, tail, typical)
 
 
 def _quantile(values: Tensor, q: float) -> float:

@@ -115,6 +115,10 @@ class Evaluation:
     def replace(self, **changes: Any) -> Evaluation:
         return replace(self, **changes)
 
+    def alone(self) -> Evaluation:
+        """What it says of the candidate itself: no gain over a rival that another search raced it against."""
+        return replace(self, gain=None, gain_ci=None, improved=False)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

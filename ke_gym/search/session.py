@@ -62,7 +62,8 @@ class Situation:
 class Ask:
     """A candidate to be evaluated against ``rival`` (None: the baseline alone).
 
-    ``known`` is its evaluation if the store has one: tell that instead of evaluating again.
+    ``known`` is its evaluation if the store has one: tell that instead of evaluating again. It is compared by
+    its speedup over the baseline: what it gained over the rival of its own time says nothing here.
     """
 
     number: int
@@ -408,7 +409,7 @@ class Session:
                 usage=made.usage,
             )  # fmt: skip
             self.store.asked(self.id, record)
-        known = known or self.store.evaluation(self.setting, candidate.id)
+        known = known or self._known(candidate)
         ask = Ask(
             number, parent, request.strategy, request.draw, candidate, self.tree.best, known, made.dollars,
             made.usage,
@@ -440,6 +441,12 @@ class Session:
             )  # fmt: skip
             self.store.asked(self.id, record)
         return made
+
+    def _known(self, candidate: Candidate) -> Evaluation | None:
+        """The store's evaluation, which was made against another search's rival: only its speedup over the
+        baseline, with its interval, means the same here."""
+        known = self.store.evaluation(self.setting, candidate.id)
+        return known.alone() if known else None
 
     # Telling ----------------------------------------------------------------------------------------------
 

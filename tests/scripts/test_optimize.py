@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def get_inputs():
 def get_init_inputs():
     return []
 """
+BODY = "return torch.relu(x * x + 1.0) - x"
 
 
 def command(home: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
@@ -94,34 +96,81 @@ def test_kill_9_then_resume_continues_the_search(tmp_path: Path, task: Path) -> 
     assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "name at least one task"),
-        (["sofmax"], "softmax"),
-        (["softmax", "--policy", "epsilon_gredy"], "epsilon_greedy"),
-        (["softmax", "--proposer", "rewritr"], "rewriter"),
-        (["softmax", "--budget", "0"], "buys nothing"),
-        (["softmax", "--out", "/proc/none"], "cannot be written"),
-        (["softmax", "--resume", "."], "not a run's folder"),
-        (["softmax", "--baseline", "sand"], "baseline"),
-        (["softmax", "--threads", "100000"], "cores"),
-        (["softmax", "--target", "abacus"], "abacus"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
-    done = optimize(tmp_path, *arguments)
+BAD_INPUT = {
+    "no task": ([], "name at least one task"),
+    "unknown task": (["sofmax"], "softmax"),
+    "unknown policy": (["softmax", "--policy", "epsilon_gredy"], "epsilon_greedy"),
+    "unknown proposer": (["softmax", "--proposer", "rewritr"], "rewriter"),
+    "unknown baseline": (["softmax", "--baseline", "sand"], "baseline"),
+    "unknown target": (["softmax", "--target", "abacus"], "abacus"),
+    "budget of 0": (["softmax", "--budget", "0"], "buys nothing"),
+    "too many threads": (["softmax", "--threads", "100000"], "cores"),
+    "output not writable": (["softmax", "--out", "/proc/none"], "cannot be written"),
+    "resume of no run": (["softmax", "--resume", "."], "not a run's folder"),
+    "resume of another version": (["--resume", "old"], "was recorded by another version (format 99"),
+    "a shape that depends on data": (["shapes.py"], "torch.export gives the model at "),
+    "a branch that depends on data": (["branch.py"], "torch.export refused the model at "),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Every case in a folder with an old run, and tasks that cannot be captured; two processes at a time."""
+    home = tmp_path_factory.mktemp("refused")
+    (home / "old").mkdir()
+    (home / "old" / "run.json").write_text('{"format": 99}')
+    (home / "shapes.py").write_text(TASK.replace(BODY, "return x * x[x > 0].numel()"))
+    (home / "branch.py").write_text(TASK.replace(BODY, "return x if x.sum() > 0 else -x"))
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda case: optimize(home, *case[0]), BAD_INPUT.values())
+    found = dict(zip(BAD_INPUT, done, strict=True))
+    assert not list(home.glob("runs/*"))  # nothing was begun
+    return found
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    refusals: dict[str, subprocess.CompletedProcess[str]], case: str
+) -> None:
+    done, (_, words) = refusals[case], BAD_INPUT[case]
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert words in line
-    assert not list(tmp_path.glob("runs/*/result.json"))
+    (line,) = done.stderr.splitlines()  # and no warning of anything below
+    assert line.startswith("error: ") and words in line
+    assert done.stdout == ""
 
 
-def test_what_torch_export_refuses_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "dynamic.py"
-    path.write_text(TASK.replace("return torch.relu(x * x + 1.0) - x", "return x * x[x > 0].numel()"))
-    done = optimize(tmp_path, str(path), "--budget", "2")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "dynamic" in done.stderr
+def test_a_refused_module_is_named_with_its_line_and_the_way_out(
+    refusals: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    for case, file in (
+        ("a shape that depends on data", "shapes.py:8"),
+        ("a branch that depends on data", "branch.py:8"),
+    ):
+        assert file in refusals[case].stderr and "host lane" in refusals[case].stderr
+
+
+def test_the_host_lane_does_what_the_refusal_says(tmp_path: Path) -> None:
+    task, kernel = tmp_path / "count.py", tmp_path / "kernel.py"
+    task.write_text(TASK.replace(BODY, "return x * x[x > 0].numel()"))
+    kernel.write_text("def forward(x):\n    return x * int((x > 0).sum().item())\n")
+    line = [
+        sys.executable,
+        str(ROOT / "scripts" / "evaluate.py"),
+        "--task",
+        str(task),
+        "--kernel",
+        str(kernel),
+        "--json",
+    ]
+    _, env = command(tmp_path)
+    done = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    verdict = json.loads(done.stdout)
+    assert (verdict["outcome"], verdict["trust"]) == ("correct", "host")
+
+
+def test_one_refused_task_of_several_costs_the_others_nothing(tmp_path: Path, task: Path) -> None:
+    (tmp_path / "aaa.py").write_text(TASK.replace(BODY, "return x if x.sum() > 0 else -x"))
+    done = optimize(tmp_path, "aaa.py", str(task), "--budget", "1", "--json")
+    assert done.returncode == 2
+    assert [result["task"] for result in json.loads(done.stdout)] == ["chain"]
+    assert "error: aaa: torch.export refused" in done.stderr

@@ -15,7 +15,7 @@ from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node
 from ke_gym.strategies import FIX, RESTART, STOP, get
-from tests.search.fakes import SETTING, FakeProposer, Judge, judge
+from tests.search.fakes import SETTING, FakeProposer, Judge, evaluation, judge
 
 
 def session(store: Store, name: str = "s", budget: int = 40, seed: int = 0, rule: str = "best") -> Session:
@@ -143,8 +143,26 @@ def test_an_evaluation_is_not_paid_for_again_by_another_search(store: Store) -> 
     made, judged = policies.make("masked_random", seed=3), Judge()
     again = session(store, name="other", budget=30)
     run(again, made, judged)
-    assert trace(again) == trace(first)
-    assert judged.judged == []
+    known = {node.candidate.id for node in first.tree}
+    assert not known & set(judged.judged)
+    assert len(judged.judged) < len(again.tree) == 30
+
+
+def test_what_another_search_gained_over_its_rival_is_not_believed(store: Store) -> None:
+    first = session(store)
+    drafts = [first.ask(RESTART.id) for _ in range(3)]
+    told = [ask.candidate for ask in drafts if isinstance(ask, Ask)]
+    for candidate, speedup in zip(told[1:], (0.7, 3.0)):
+        store.add_evaluation(SETTING, evaluation(candidate, speedup, rival=0.5))
+
+    again = session(store, name="other")
+    leader, slower, faster = (again.ask(RESTART.id) for _ in range(3))
+    assert isinstance(leader, Ask) and isinstance(slower, Ask) and isinstance(faster, Ask)
+    again.tell(leader, evaluation(leader.candidate, 2.0))
+    for ask, leads in ((slower, False), (faster, True)):
+        assert ask.known is not None
+        assert (ask.known.gain, ask.known.gain_ci, ask.known.improved) == (None, None, False)
+        assert (again.tell(ask, ask.known) is again.tree.best) is leads
 
 
 def test_an_outdated_rival_is_the_best_at_the_time_of_asking(store: Store) -> None:
