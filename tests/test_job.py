@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,36 @@ def test_the_run_folder_holds_kernel_artifact_result_and_report(result: ke_gym.R
 def test_the_report_is_one_page_that_needs_no_network(result: ke_gym.Result) -> None:
     page = result.report().read_text()
     assert not re.search(r"(src|href)\s*=|<script|@import|url\(", page)
-    for part in ("Speedup so far", "Search tree", "The winning kernel module", "How far to believe this"):
-        assert part in page
-    assert page.count("<svg") == 3
+    parts = (
+        "Why it is faster", "Speedup so far", "Search tree", "Where it stands on this machine",
+        "From the reference to the winner", "The winning kernel module", "Where the time goes", "What was tried",
+        "How far to believe this",
+    )  # fmt: skip
+    for part in parts:
+        assert f"<h2>{part}</h2>" in page
+    assert page.count("<svg") == 3  # progress, tree, roofline
+    assert "of the bandwidth measured at this size" in page  # why, from the profile
+
+
+def test_when_nothing_is_faster_it_says_how_close_to_the_floor_the_reference_is(
+    result: ke_gym.Result, module: Chain
+) -> None:
+    assert result.evaluation is not None
+    slower = result.evaluation.replace(
+        speedup=0.9, speedup_ci=(0.85, 0.95), reference_ms=0.5, time_ms=0.5 / 0.9
+    )
+    none = replace(result, evaluation=slower, floor_ms=0.4)
+    assert not none.faster and none.speedup_ci == (0.85, 0.95)
+    assert "nothing beats the reference (eager)" in none.verdict() and "0.90x [0.85, 0.95]" in none.verdict()
+    assert (
+        "floor for the task's bytes and FLOPs is 0.400 ms: it is at 80 % of what is possible"
+        in none.verdict()
+    )
+    x = torch.randn(512, 256)
+    with torch.no_grad():
+        assert torch.equal(none.kernel(x), module(x))  # the reference itself
+    failed = replace(result, evaluation=None, best=None, artifact=None)
+    assert "none of 3 candidates was correct; the reference stays" in failed.verdict()
 
 
 def test_bad_input_is_refused_in_one_sentence(result: ke_gym.Result, tmp_path: Path) -> None:

@@ -143,6 +143,10 @@ RESERVED = frozenset(
         "log",
         "std",
         "ke",
+        "floordiv",
+        "remainder",
+        "power",
+        "search",
     ]
 )
 

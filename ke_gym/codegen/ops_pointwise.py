@@ -122,8 +122,16 @@ register("copysign.Tensor copysign.Scalar", _binary("copysign"), 2)
 register("bitwise_and.Tensor bitwise_and.Scalar", _binary("bitand"), 2)
 register("bitwise_or.Tensor bitwise_or.Scalar", _binary("bitor"), 2)
 register("bitwise_xor.Tensor bitwise_xor.Scalar", _binary("bitxor"), 2)
-register("bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar", _binary("shl"), 2)
-register("bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar", _binary("shr"), 2)
+register(
+    "bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar __lshift__.Tensor __lshift__.Scalar",
+    _binary("shl"),
+    2,
+)
+register(
+    "bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar __rshift__.Tensor __rshift__.Scalar",
+    _binary("shr"),
+    2,
+)
 register("lerp.Scalar", lambda a, b, w: op("add", a, op("mul", w, op("sub", b, a))), 3)
 
 for _name in ["eq", "ne", "lt", "le", "gt", "ge"]:

@@ -15,8 +15,8 @@ from dataclasses import replace
 from ke_gym.codegen import contract, fusion
 from ke_gym.codegen.contraction import GemmProblem
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Op, constant, walk
-from ke_gym.codegen.graph import Extern, Graph, Node, loads_of
+from ke_gym.codegen.expr import Load, Op, walk
+from ke_gym.codegen.graph import Extern, Node, contiguous_stride
 from ke_gym.codegen.knobs import knobs, with_knobs
 from ke_gym.codegen.legality import changes
 from ke_gym.codegen.nest import COSTLY, Nest, outer_choices
@@ -265,7 +265,7 @@ def blocked(program: Program, schedule: Schedule) -> Iterator[Schedule]:
     """Where a nest reads along one dimension and writes along another: walk small squares, so that every cache
     line is used while it is there; or make the loop that the reads run along the innermost."""
     for p, g, group, nest in loop_nests(program, schedule):
-        crossing = across(program.graphs[p], nest)
+        crossing = across(nest)
         if crossing is None:
             continue
         name, rows, columns = crossing
@@ -278,22 +278,21 @@ def blocked(program: Program, schedule: Schedule) -> Iterator[Schedule]:
                 yield with_group(schedule, p, g, replace(group, order=order))
 
 
-def across(graph: Graph, nest: Nest) -> tuple[str, int, int] | None:
-    """A stored node, the position of the loop along which its largest read is contiguous, and its own last loop."""
+def across(nest: Nest) -> tuple[str, int, int] | None:
+    """A stored node, the position of its loop along which a large read is contiguous, and that of its own last."""
     for stage in nest.stages:
         for item in stage.items:
-            node = item.node
+            node, written = item.node, item.target.index
             own = [k for k, v in enumerate(node.vars) if v.size != 1]
             if not node.pointwise or item.target.kind != "global" or len(own) < 2:
                 continue
-            for load in sorted(loads_of(node), key=lambda load: -graph.buffers[load.buffer].numel):
-                stride = graph.buffers[load.buffer].stride
-                if 2 * graph.buffers[load.buffer].numel < node.numel:
-                    break
-                flat = sum((i * s for i, s in zip(load.index, stride)), constant(0))
-                unit = [k for k in own if flat.coefficient(node.vars[k]) == 1]
-                if unit and unit[0] != own[-1]:
-                    return node.name, unit[0], own[-1]
+            stride = contiguous_stride(node.shape)
+            place = {stride[k]: k for k in own}
+            for load in [n for n in walk(item.expr) if isinstance(n, Load) and n.index]:
+                for loop in stage.loops:
+                    step = written.coefficient(loop.var)
+                    if load.index[0].coefficient(loop.var) == 1 and step > 1 and step in place:
+                        return node.name, place[step], own[-1]
     return None
 
 

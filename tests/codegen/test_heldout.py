@@ -5,6 +5,7 @@ The real evaluation, from the compile sandbox to the secret cases, without the r
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,12 @@ PROBLEMS = sorted((Path(__file__).parent / "heldout").glob("*.py"))
 
 
 class Check(Evaluator):
-    """An evaluator that decides after the checks."""
+    """An evaluator that decides after the checks, whose secret cases are the same every time."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, threads=2)
+        rng = random.Random(1)
+        self.cases, self._touch_seed = evaluator.draw_cases(rng), rng.getrandbits(60)
 
     def _race(self, base: Evaluation, *args: Any) -> Evaluation:
         return base
@@ -54,6 +60,6 @@ def test_an_unseen_problem_gets_a_correct_first_candidate(path: Path) -> None:
     task = Task.from_file(path)
     program = Program.from_task(task)
     source = program.emit(program.seeds()[0])
-    with Check(task, threads=2) as judge:
+    with Check(task) as judge:
         verdict = judge.evaluate(Candidate(source))
     assert (verdict.outcome, verdict.trust) == ("correct", "plan"), f"{verdict.log}\n{source}"

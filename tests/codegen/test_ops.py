@@ -140,7 +140,7 @@ def gathers(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
 
 def scatters(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return (
-        torch.zeros_like(x).scatter_add(1, index, x), x.scatter_add(0, index, 2 * x), x.index_add(0, index[0], x[:7]),
+        torch.zeros_like(x).scatter_add(1, index, x), x.scatter_add(0, index, 2 * x), x.index_add(0, index[:, 0], x),
     )  # fmt: skip
 
 
