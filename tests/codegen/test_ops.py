@@ -236,7 +236,7 @@ def test_the_family_is_generated_as_loops(name: str) -> None:
     covered = {node for plan in schedule.plans for group in plan.groups for node in group.nodes}
     steps = program.graphs[0].steps
     assert [s.target for n, s in steps.items() if isinstance(s, Extern) and n not in covered] == []
-    source = program.emit(replace(schedule, flags=("-O1",)))  # what is computed, quickly
+    source = program.emit(replace(schedule, flags=("-O0",)))  # what is computed, quickly
     assert "torch.ops." not in source
     assert not wrong(task, source), source
 

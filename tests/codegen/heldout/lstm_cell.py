@@ -15,7 +15,7 @@ class Model(nn.Module):
 
 
 def get_inputs():
-    return [torch.randn(4, 5, 9), torch.randn(4, 16), torch.randn(4, 16)]
+    return [torch.randn(4, 2, 9), torch.randn(4, 16), torch.randn(4, 16)]
 
 
 def get_init_inputs():
