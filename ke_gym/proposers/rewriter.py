@@ -56,7 +56,7 @@ class Rewriter(Proposer):
             return self._draft(draw, context.seed)
         if parent is None:
             return Refusal(f"{strategy.name} needs a kernel to start from")
-        schedule = recover(parent.source)
+        schedule = self._schedule(parent.source)
         if strategy is FIX:
             return self._repair(parent, schedule, draw)
         if strategy.name == "param_tune":
@@ -72,6 +72,11 @@ class Rewriter(Proposer):
             return Refusal(f"{strategy.name} does not apply to this schedule")
         return self._printed(parent, strategy, changed)
 
+    def _schedule(self, source: str) -> Schedule | None:
+        """What the text carries, unless it is of another task, or of a version that knew other nests."""
+        schedule = recover(source)
+        return schedule if schedule is not None and self.program.legal(schedule) else None
+
     def _rewritten(self, schedule: Schedule, strategy: Strategy, draw: int) -> Schedule | None:
         if strategy.name not in rewrites.STRATEGIES:
             return None
@@ -80,7 +85,7 @@ class Rewriter(Proposer):
     def mask(self, parent: Candidate) -> NDArray[np.bool_]:
         key = hashlib.sha256(parent.source.encode()).hexdigest()
         if key not in self._masks:
-            schedule = recover(parent.source)
+            schedule = self._schedule(parent.source)
             applies = self._on_text(parent) if schedule is None else self._on_schedule(schedule)
             self._masks[key] = np.array([applies(strategy) for strategy in STRATEGIES])
             if len(self._masks) > _MASKS_KEPT:
@@ -138,7 +143,7 @@ class Rewriter(Proposer):
             return Refusal("this kernel exposes no knob")
         tried = []
         for trial in context.siblings:
-            _, setting = self._knobs(trial.candidate.source, recover(trial.candidate.source))
+            _, setting = self._knobs(trial.candidate.source, self._schedule(trial.candidate.source))
             judged = trial.evaluation
             gain = judged.log_speedup - base if judged is not None and judged.correct else None
             tried.append((setting, gain, judged is not None))

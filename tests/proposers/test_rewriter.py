@@ -6,6 +6,8 @@ import pytest
 
 from ke_gym import proposers, strategies
 from ke_gym.candidate import Candidate
+from ke_gym.codegen import Group, Schedule
+from ke_gym.codegen.schedule import Plan
 from ke_gym.errors import UserError
 from ke_gym.proposers import Context, Proposal, Refusal, Trial
 from ke_gym.proposers.rewriter import Rewriter, present, simpler
@@ -149,6 +151,12 @@ def test_foreign_source_is_rewritten_as_text(rewriter: Rewriter) -> None:
     assert tuned.id != foreign.id
     fixed = made(rewriter.propose(foreign, FIX, 0, Context()))
     assert "flags" not in fixed.source
+
+
+def test_a_schedule_that_does_not_fit_the_task_is_not_believed(rewriter: Rewriter, draft: Candidate) -> None:
+    other = attach("x = 1", Schedule((Plan((Group(("nothing",)),)),)))
+    assert recover(other) is not None
+    assert not rewriter.mask(Candidate(other)).any()
 
 
 def test_a_strategy_without_a_parent_is_refused(rewriter: Rewriter) -> None:
