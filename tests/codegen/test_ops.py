@@ -216,10 +216,6 @@ FAMILIES = {
         lambda x, w: (F.conv3d(x, w, padding=1).relu(), F.conv3d(x, w, stride=(1, 2, 1))),
         lambda: [torch.randn(1, 3, 6, 8, 7), torch.randn(4, 3, 3, 3, 3)],
     ),
-    "attention": Family(
-        lambda q, k, v: (torch.softmax(q @ k.mT * 0.3, -1) @ v, F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-        lambda: [torch.randn(2, 3, 16, 8) for _ in range(3)],
-    ),
 }  # fmt: skip
 
 
