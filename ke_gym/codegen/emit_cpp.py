@@ -594,7 +594,8 @@ class Printer:
         if not ahead or length < NEAR:
             return []
         inner = stage.loops[-1].var
-        start = {loop.var: linear(0, []) for loop in stage.loops if var is None or loop.var is inner}
+        around = any(loop.var is var for loop in stage.loops)  # else none of the stage's loops is open yet
+        start = {loop.var: linear(0, []) for loop in stage.loops if not around or loop.var is inner}
         if var is not None and length <= FAR:
             if var.size <= ahead:
                 return []
