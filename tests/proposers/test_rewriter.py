@@ -131,7 +131,7 @@ def test_tuning_never_repeats_a_setting_and_learns_from_its_siblings(
 
 
 def test_repairs_simplify_and_run_out(rewriter: Rewriter, draft: Candidate) -> None:
-    broken = made(rewriter.propose(draft, strategies.get("prefetch_pipeline"), 0, Context()))
+    broken = made(rewriter.propose(draft, strategies.get("vectorize"), 0, Context()))
     schedule = recover(broken.source)
     assert schedule is not None and list(simpler(schedule))
     assert made(rewriter.propose(broken, FIX, 0, Context())).id != broken.id
