@@ -446,7 +446,7 @@ def streamable(nest: Nest, stage: Stage) -> bool:
     return (
         target.kind == "global" and item.op is None and item.scan is None and target.name not in read
         and target.index.coefficient(var) == 1 and var.size * BYTES[target.dtype] >= 1024
-        and item.node.numel * BYTES[target.dtype] >= STREAM_BYTES
+        and STREAM_BYTES <= item.node.numel * BYTES[target.dtype] < STREAMED  # larger ones always leave so
     )  # fmt: skip
 
 
@@ -839,7 +839,9 @@ class Printer:
         self.line(f"{line}[{name} - first] = {value};")
         self.close()
         start = Rewriter({loop.var: of(Var("first", size))}).index(target.index)
-        self.line(f"ke::write_past_caches({target.name} + {Text(self.used).index(start)}, {line}, end - first);")
+        self.line(
+            f"ke::write_past_caches({target.name} + {Text(self.used).index(start)}, {line}, end - first);"
+        )
         self.close()
 
     def _simd(self, reducing: list[Item], streams: list[str], parallel: bool) -> None:
