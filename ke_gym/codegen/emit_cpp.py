@@ -396,7 +396,7 @@ class Text:
                 if all(isinstance(n, (Op, Const)) for n in walk(node)):
                     continue
                 text = self._print(node)
-                name = called.get(node) or f"v{self.count}"  # type: ignore[call-overload]
+                name = called.get(node) or f"v{self.count}"
                 self.count += node not in called
                 kind = TYPES[node.dtype]
                 lines.append(f"const {kind} {name} = {text};")
@@ -603,7 +603,7 @@ class Printer:
         else:
             start[inner] = linear(ahead * DISTANCE, [])
         later = Rewriter(start)
-        found = {}
+        found: dict[str, None] = {}
         for load in (n for i in stage.items for n in walk(i.expr) if isinstance(n, Load) and n.index):
             place = load.index[0]
             streams = place.coefficient(inner) == 1 and (var is None or any(n is var for n in walk(place)))
@@ -774,7 +774,7 @@ class Printer:
             n.buffer for s in self.nest.stages for i in s.items for n in walk(i.expr) if isinstance(n, Load)
         }
         start = Rewriter({loop.var: linear(0, [])})
-        found = {}
+        found: dict[str, str] = {}
         for item in stage.items:
             name, index = item.target.name, item.target.index
             large = self.sizes.get(name, 0) * BYTES[item.target.dtype] >= STREAMED
