@@ -105,14 +105,16 @@ def optimize(
     if resume is not None:
         run_dir, settings = read_run(resume)
         loaded = _recorded_task(loaded, run_dir, settings)
-        proposers.check(settings.proposer, LLM.from_dict(settings.llm) if settings.llm else None)
+        if settings.llm is not None:  # a recording is of one run only
+            settings = replace(settings, llm={**settings.llm, "record": ""})
+            proposers.check(settings.proposer, LLM.from_dict(settings.llm))
     else:
         proposers.check(proposer, llm or LLM())
         run_dir = new_run_dir(out, loaded.name)
         spec = loaded.name if loaded.payload else loaded.path
         settings = RunSettings(
             RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
-            threads, workers, llm.to_dict() if llm and "openai" in proposer else None,
+            threads, workers, llm.to_dict() if llm and "openai" in proposers.members(proposer) else None,
         )  # fmt: skip
         if loaded.payload:
             (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())

@@ -41,12 +41,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: a module's whole ``source``, or ``edits`` (one of them is empty), and the
-    ``remark`` around it."""
+    """What a model wrote: a module's whole ``source``, or ``edits``; one of them is empty."""
 
     source: str = ""
     edits: tuple[Edit, ...] = ()
-    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,12 @@ def parse(text: str) -> Answer | Flaw:
         edits = tuple(Edit(block["old"], block["new"]) for block in blocks)
         if any(not edit.old.strip() for edit in edits):
             return Flaw("edit", "the SEARCH part of a block is empty; quote the lines to be replaced")
-        return Answer(edits=edits, remark=_remark(text, blocks[0].start()))
+        return Answer(edits=edits)
     if _MARK.search(text):
         return Flaw("edit", "a SEARCH/REPLACE block is not complete")
     modules = [m for m in _FENCE.finditer(text) if m["tag"].lower() in PYTHON and _MODULE.search(m["body"])]
     if modules:
-        last = modules[-1]  # a model that corrects itself does so further down
-        return Answer(textwrap.dedent(last["body"]), remark=_remark(text, last.start()))
+        return Answer(textwrap.dedent(modules[-1]["body"]))  # who corrects himself does so further down
     if _MODULE.search(text) and "```" not in text:
         return Answer(textwrap.dedent(text))
     other = sorted({m["tag"] for m in _FENCE.finditer(text)} - {*PYTHON})
@@ -89,12 +86,6 @@ def parse(text: str) -> Answer | Flaw:
     if any(True for _ in _FENCE.finditer(text)):
         return Flaw("prose", "no code block of the answer defines forward(...) or class ModelNew")
     return Flaw("prose", "the answer holds no code")
-
-
-def _remark(text: str, end: int) -> str:
-    """What was said before the code, on one line."""
-    said = re.sub(r"^(`{3,}|~{3,}).*$", "", text[:end], flags=re.MULTILINE)
-    return " ".join(said.split())[:400]
 
 
 def apply(edits: tuple[Edit, ...], source: str) -> str | Flaw:

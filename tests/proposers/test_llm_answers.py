@@ -65,7 +65,7 @@ def test_what_is_no_answer_has_a_kind(text: str, kind: str) -> None:
 def test_edits_are_applied_one_after_the_other() -> None:
     text = f"Two changes.\n\n```\n{block('import torch', 'import math')}\n\n{block('import math', 'import torch, math')}\n```"
     found = parse(text)
-    assert isinstance(found, Answer) and found.remark == "Two changes." and len(found.edits) == 2
+    assert isinstance(found, Answer) and not found.source and len(found.edits) == 2
     assert apply(found.edits, MODULE) == MODULE.replace("import torch\n", "import torch, math\n")
 
 

@@ -1,0 +1,69 @@
+"""Conversations that a person answered from the prompts alone, kept as cassettes.
+
+Replayed through the real path (prompts, cassette, parser, edits, checks), they make the kernels they made when
+they were recorded; the kernels compute what their tasks' references compute.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ke_gym.languages.module import load
+from ke_gym.proposers.llm import LLM
+from ke_gym.proposers.openai import OpenAI
+from ke_gym.search.budget import Budget
+from ke_gym.search.session import Ask, Session
+from ke_gym.search.store import Store
+from ke_gym.search.tree import Node
+from ke_gym.strategies import get
+from tests.proposers.llm import brief
+from tests.search.fakes import SETTING, evaluation
+
+CASSETTES = Path(__file__).parent / "cassettes"
+ON_CPU = sorted(path.stem for path in CASSETTES.glob("*.jsonl") if not path.stem.endswith("_triton"))
+
+
+def strategies(name: str) -> list[str]:
+    """What each recorded prompt asked for."""
+    lines = (CASSETTES / f"{name}.jsonl").read_text().rstrip("\n").split("\n")[1:]
+    prompts = [json.loads(json.loads(text)["request"])["messages"][1]["content"] for text in lines]
+    found = [re.search(r"^# What to do now: (\w+)$", prompt, re.MULTILINE) for prompt in prompts]
+    return [match[1] for match in found if match]
+
+
+def replayed(name: str, tmp_path: Path) -> list[Node]:
+    """The nodes of a search that takes the recorded actions, each on the kernel before."""
+    task = name.removesuffix("_triton")
+    language = "triton" if name.endswith("_triton") else "cpp"
+    made = OpenAI(brief(task), language, LLM(replay=str(CASSETTES / f"{name}.jsonl"), in_flight=1))
+    with Store(tmp_path / "store.db") as store:
+        session = Session(store, name, SETTING, made, budget=Budget(50))
+        nodes: list[Node] = []
+        for action in strategies(name):
+            ask = session.ask(get(action).id, nodes[-1] if nodes else None)
+            assert isinstance(ask, Ask), ask
+            nodes.append(session.tell(ask, evaluation(ask.candidate, 1.0 + len(nodes))))
+    made.close()
+    return nodes
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_kernels_answered_by_hand_are_right(name: str, tmp_path: Path) -> None:
+    nodes = replayed(name, tmp_path)
+    assert len(nodes) == len(strategies(name)) >= 1
+    torch.manual_seed(0)
+    task = brief(name).task
+    shape_set = task.contract("cpu")
+    reference, inputs = task.reference(shape_set), task.inputs(shape_set, seed=1)
+    expected = reference(*inputs)
+    for node in nodes[-1:]:
+        forward = load(node.candidate.source).forward
+        names = forward.__code__.co_varnames[len(inputs) : forward.__code__.co_argcount]
+        got = forward(*inputs, **{n: reference.state[n] for n in names})
+        for have, want in zip([got] if isinstance(got, torch.Tensor) else got, expected):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
