@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from ke_gym.languages import nvrtc
 from ke_gym.languages.base import BuildOptions, Signature, build
 from ke_gym.languages.module import load
 from ke_gym.proposers import prefilter, prompt
@@ -64,11 +62,7 @@ def test_the_example_in_cpp_computes_what_it_says(task: Task) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("language", ["triton", "cuda"])
-def test_examples_for_gpus_compile(language: str, task: Task) -> None:
-    if language == "triton" and find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    if language == "cuda" and not nvrtc.tools():
-        pytest.skip("no CUDA compiler is installed")
-    artifact = build(example(language), Signature.of(task), language, BuildOptions(target="cuda"))
-    assert artifact.language == language and artifact.binaries
+def test_the_example_in_triton_compiles(task: Task) -> None:
+    pytest.importorskip("triton")
+    artifact = build(example("triton"), Signature.of(task), "triton", BuildOptions(target="cuda"))
+    assert artifact.language == "triton" and artifact.binaries
