@@ -105,9 +105,10 @@ def optimize(
     if resume is not None:
         run_dir, settings = read_run(resume)
         loaded = _recorded_task(loaded, run_dir, settings)
-        if settings.llm is not None:  # a recording is of one run only
-            settings = replace(settings, llm={**settings.llm, "record": ""})
-            proposers.check(settings.proposer, LLM.from_dict(settings.llm))
+        if settings.llm is not None:
+            again = replace(LLM.from_dict(settings.llm), record="")  # a recording is of one run only
+            proposers.check(settings.proposer, again)
+            settings = replace(settings, llm=again.to_dict())
     else:
         proposers.check(proposer, llm or LLM())
         run_dir = new_run_dir(out, loaded.name)
