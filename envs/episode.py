@@ -113,7 +113,8 @@ class Episode:
             if plain == STOP.id:
                 return self._step(0.0, "stop")
             self.check(ask.reason)
-            return self._step(reward.DUPLICATE_PENALTY, "refused", reason=ask.reason, dollars=ask.dollars)
+            outcome = ask.kind if ask.attempt else "refused"
+            return self._step(reward.refusal(ask.kind), outcome, reason=ask.reason, dollars=ask.dollars)
         self._asked = ask
         if ask.known is None:
             return ask

@@ -76,15 +76,17 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
     ``best`` (default): the clipped log-gain of a verified new best, which sums to the final log-speedup.
     ``parent``: the clipped log-gain over the parent. ``milestone``: -1 wrong, 1 correct, 2 beyond 5 % faster,
     3 and a new best. The first two charge 0.05 for what does not compile, 0.10 for what fails otherwise and
-    0.05 for what is refused or illegal. A lost evaluation is worth 0.
+    0.05 for what is refused or illegal, a model's unusable answer included. A lost evaluation and an endpoint
+    that failed are worth 0.
 
     ## Episode End
     Terminated by STOP; truncated after ``horizon`` steps.
 
     ## Information
     ``action_mask`` (int8), ``task``, ``outcome`` (of the evaluation, or ``illegal``, ``refused``, ``stop``,
-    ``lost``), ``candidate`` (id), ``source``, ``speedup`` and ``speedup_ci`` over the baseline (0 where nothing
-    was measured), ``best_speedup``, ``cost_s``, ``dollars``, ``evaluations``, ``reason``.
+    ``lost``, or why a model's answer was no candidate: ``truncated``, ``prose``, …), ``candidate`` (id),
+    ``source``, ``speedup`` and ``speedup_ci`` over the baseline (0 where nothing was measured),
+    ``best_speedup``, ``cost_s``, ``dollars``, ``evaluations``, ``reason``.
 
     ## Arguments
     - ``tasks``: a task, a suite or family name, a file, or a list of them, sampled anew every episode;

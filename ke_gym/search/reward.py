@@ -10,6 +10,7 @@ import math
 from typing import Literal
 
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.proposers import base as proposers
 
 Kind = Literal["best", "parent", "milestone"]
 KINDS: tuple[Kind, ...] = ("best", "parent", "milestone")
@@ -25,6 +26,14 @@ MILESTONE = 1.05
 def failure(evaluation: Evaluation) -> float:
     """The penalty of an evaluation that is not correct."""
     return COMPILE_PENALTY if evaluation.outcome in ("compile", "constraints") else FAILURE_PENALTY
+
+
+def refusal(kind: proposers.Kind) -> float:
+    """What an action is worth that brought no candidate: a model's unusable answer is as bad as a candidate that
+    does not compile; an endpoint's failure is nobody's fault."""
+    if kind in proposers.ANSWER_KINDS:
+        return COMPILE_PENALTY
+    return 0.0 if kind in proposers.ENDPOINT_KINDS or kind == "dollars" else DUPLICATE_PENALTY
 
 
 def parent_gain(evaluation: Evaluation, parent_speedup: float, repair: bool = False) -> float:

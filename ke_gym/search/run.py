@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
-from ke_gym.proposers.base import ANSWER_KINDS, ENDPOINT_KINDS, Proposal, ProposerLost, Refusal
+from ke_gym.proposers.base import Proposal, ProposerLost, Refusal
 from ke_gym.search import reward
 from ke_gym.search.observation import Observation
 from ke_gym.search.session import Ask, Request, Session, Situation
@@ -241,11 +241,7 @@ class _Loop:
 
     def refused(self, situation: Situation, action: int, refusal: Refusal) -> None:
         """Tell the policy that its action brought no candidate."""
-        penalty = reward.DUPLICATE_PENALTY
-        if refusal.kind in ANSWER_KINDS:
-            penalty = reward.COMPILE_PENALTY
-        elif action == STOP.id or refusal.kind in (*ENDPOINT_KINDS, "dollars"):
-            penalty = 0.0
+        penalty = 0.0 if action == STOP.id else reward.refusal(refusal.kind)
         info = {"refusal": refusal.reason, "kind": refusal.kind}
         after = self.session.situation()
         self.policy.update(
