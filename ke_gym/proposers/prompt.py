@@ -167,7 +167,8 @@ def build(
     if documents:
         names = ", ".join(d.id for d in documents)
         parts.append(render("knowledge", "knowledge.jinja", names, documents=documents))
-    if (told := _memory(parent, context, memory)) is not None:
+    told = _memory(parent, context, memory)
+    if told is not None:
         parts.append(told)
     if parent is not None:
         judged = context.evaluation
@@ -178,10 +179,12 @@ def build(
                 feedback=profile.feedback(judged) if judged else "not judged yet", steps=_steps(judged),
             )
         )  # fmt: skip
+    first = draft and told is None
+    paragraph = "Write a first kernel for the reference." if first else strategy.prompt(language)
     parts.append(
         render(
             "strategy", "strategy.jinja", f"strategy {strategy.name}",
-            strategy=strategy, paragraph=strategy.prompt(language), draft=draft,
+            strategy=strategy, paragraph=paragraph, draft=draft, language=language,
         )
     )  # fmt: skip
     return Prompt(tuple(parts), edit, tuple(d.id for d in documents))

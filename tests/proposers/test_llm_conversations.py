@@ -16,6 +16,7 @@ import torch
 from ke_gym.languages.module import load
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.openai import OpenAI
+from ke_gym.proposers.prompt import docstring
 from ke_gym.search.budget import Budget
 from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Store
@@ -67,3 +68,9 @@ def test_kernels_answered_by_hand_are_right(name: str, tmp_path: Path) -> None:
         got = forward(*inputs, **{n: reference.state[n] for n in names})
         for have, want in zip([got] if isinstance(got, torch.Tensor) else got, expected):
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_in_triton_was_answered_by_hand_too(tmp_path: Path) -> None:
+    (node,) = replayed("matmul_bias_gelu_triton", tmp_path)
+    assert node.candidate.language == "triton" and "@triton.jit" in node.candidate.source
+    assert docstring(node.candidate.source).startswith("Grouped 128x128 tiles")

@@ -144,7 +144,9 @@ def test_the_memory_that_was_chosen_is_told_and_no_other() -> None:
     assert "vectorize: being judged" in made(context=context).user
     assert "The best kernel so far is another one: fuse: 1.90x" in made(context=context).user
     draft = made(None, RESTART, Context(leaders=leaders, children=leaders), edit="rewrite").user
-    assert "each from scratch" in draft and "X = 'quick one'" in draft and "X = 'slow one'" in draft
+    assert "each from scratch" in draft and "different approach" in draft
+    assert "first kernel" in made(None, RESTART, Context(), edit="rewrite").user
+    assert "X = 'quick one'" in draft and "X = 'slow one'" in draft
 
 
 def test_one_line_says_what_an_attempt_was() -> None:
