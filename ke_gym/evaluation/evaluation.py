@@ -54,6 +54,7 @@ class Profile:
     vectorized: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
     steps: tuple[tuple[str, float], ...] = ()
+    resources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class Evaluation:
         data["error"] = Errors(**data["error"]) if data["error"] else None
         profile = data["profile"]
         profile["vectorized"], profile["missed"] = tuple(profile["vectorized"]), tuple(profile["missed"])
+        profile["resources"] = tuple(profile.get("resources", ()))
         profile["steps"] = tuple((name, seconds) for name, seconds in profile["steps"])
         data["profile"] = Profile(**profile)
         data["cost"] = Cost(**data["cost"])

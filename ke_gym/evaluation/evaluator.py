@@ -158,7 +158,7 @@ class Evaluator:
         call_timeout: float | None = None,
     ) -> None:
         if target != "cpu":
-            raise UserError(f"target {target!r} is unknown; this machine offers cpu")
+            raise UserError(f"this evaluator is for the target cpu, not {target!r}; see open_evaluator")
         if baseline not in BASELINES:
             raise UserError(f"baseline {baseline!r} is unknown; choose {', '.join(BASELINES)}")
         self.task = task
@@ -266,9 +266,7 @@ class Evaluator:
                 return known
         with self._cores.one():
             start = time.perf_counter()
-            artifact = self.builder.build(
-                candidate.source, self.judge.signature, candidate.language, timeout=self._build_timeout
-            )
+            artifact = self._compile(candidate)
             spent = time.perf_counter() - start
         wanted = {
             name: ((*shape.inputs, *shape.state.values()), shape.outputs)
@@ -282,6 +280,11 @@ class Evaluator:
             while len(self._artifacts) > KEPT_ARTIFACTS:
                 self._artifacts.popitem(last=False)
         return artifact
+
+    def _compile(self, candidate: Candidate) -> Artifact:
+        return self.builder.build(
+            candidate.source, self.judge.signature, candidate.language, timeout=self._build_timeout
+        )
 
     def artifact(self, candidate_id: str) -> Artifact | None:
         """The artifact of a recently built candidate."""

@@ -64,6 +64,16 @@ _HINTS = {
 }
 
 
+_GPU_HINTS = {
+    "latency": "The whole call takes microseconds: only less work before the first load and after the last can help.",
+    "launches": "Several kernels of microseconds each: fuse them, or let fewer do the work.",
+    "compute": "Arithmetic is near its peak: only fewer or cheaper operations can help.",
+    "dram": "Device memory is near its peak: only moving fewer bytes can help (fuse, one pass, smaller types).",
+    "l2": "The data fits into L2 and moves near its peak: reuse it from registers or shared memory.",
+    "instructions": "Far from both peaks: look at vector width, loads in flight, occupancy, spills, bank conflicts.",
+}
+
+
 def feedback(evaluation: Evaluation) -> str:
     """What a proposer is told of an evaluation: at most 40 lines; never seeds, tolerances or hidden shapes."""
     lines = [f"outcome: {evaluation.outcome}"]
@@ -88,7 +98,9 @@ def feedback(evaluation: Evaluation) -> str:
             lines.append(
                 f"own kernels: {100 * evaluation.kernel_coverage:.0f} % of the time, the rest is ATen"
             )
+        lines += [resource[:160] for resource in shown.resources[:4]]
         if shown.missed and evaluation.limiter in ("instructions", "l2"):
             lines += [f"not vectorized, {remark[:160]}" for remark in shown.missed[:4]]
-        lines.append("hint: " + _HINTS[evaluation.limiter])
+        hints = _HINTS if evaluation.target == "cpu" else _GPU_HINTS
+        lines.append("hint: " + hints[evaluation.limiter])
     return "\n".join(lines[:FEEDBACK_LINES])

@@ -69,6 +69,7 @@ def race(
     rules: Rules,
     margin: float,
     candidate: str = "candidate",
+    usable: Callable[[], bool] = lambda: True,
 ) -> Race:
     """Run one race.
 
@@ -80,6 +81,7 @@ def race(
         rng: decides the order within each round.
         rules: when to stop.
         margin: log-ratio a gain must clear.
+        usable: whether the round just run counts; asked once per round (a throttled GPU's does not).
     """
     result = Race({name: [] for name in contestants})
     order = list(contestants)
@@ -92,6 +94,8 @@ def race(
         if result.suspects:
             result.ended = "suspect"
             break
+        if not usable():
+            continue
         for name, seconds in round_seconds.items():
             result.seconds[name].append(seconds)
         result.test.add(math.log(round_seconds[rival] / round_seconds[candidate]))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -151,12 +151,13 @@ class SpawnError(RuntimeError):
 class Zygote:
     """The process that workers are forked from. Starts at once, and again if it should die.
 
-    ``threads``: OpenMP threads of every worker. Safe to use from several threads. A context manager;
-    closing it ends every worker it made.
+    ``threads``: OpenMP threads of every worker; ``environment``: what else they have. Safe to use from several
+    threads. A context manager; closing it ends every worker it made.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, environment: Mapping[str, str] | None = None) -> None:
         self.threads = threads
+        self._environment = dict(environment or {})
         self._lock = threading.Lock()
         self._closed = False
         self._ready: dict[str, Any] | None = None
@@ -233,7 +234,7 @@ class Zygote:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "ke_gym.evaluation.zygote", str(theirs.fileno())],
-                env=worker_environment(self.threads),
+                env=worker_environment(self.threads) | self._environment,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

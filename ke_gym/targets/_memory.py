@@ -46,12 +46,14 @@ def resolve(target: str) -> Any:
 def view(arena: torch.Tensor, spec: TensorSpec, offset: int) -> torch.Tensor:
     """The tensor ``spec`` at byte ``offset`` of a uint8 arena."""
     if spec.storage_bytes == 0:
-        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=arena.device)
     flat = arena[offset : offset + spec.storage_bytes].view(spec.torch_dtype)
     return flat.as_strided(spec.shape, spec.stride)
 
 
-def plan_memory(plan: Plan, *, reuse: bool = True, red_zone: int = 0) -> MemoryPlan:
+def plan_memory(
+    plan: Plan, *, reuse: bool = True, red_zone: int = 0, alignment: int = ALIGNMENT
+) -> MemoryPlan:
     """Place the intermediates of ``plan``, first fit by liveness.
 
     ``reuse=False`` gives each its own bytes and ``red_zone`` bytes before it and after the last: what a
@@ -67,12 +69,12 @@ def plan_memory(plan: Plan, *, reuse: bool = True, red_zone: int = 0) -> MemoryP
         offset = red_zone
         for other, size, begin, until in sorted(placed):
             if (not reuse or (begin <= last and first <= until)) and other < offset + length + red_zone:
-                offset = max(offset, _align(other + size + red_zone))
-        offset = _align(offset)
+                offset = max(offset, _align(other + size + red_zone, alignment))
+        offset = _align(offset, alignment)
         placed.append((offset, length, first, last))
         offsets[value], lengths[value] = offset, length
         end = max(end, offset + length + red_zone)
-    return MemoryPlan(offsets, lengths, _align(end))
+    return MemoryPlan(offsets, lengths, _align(end, alignment))
 
 
 def alias_roots(plan: Plan) -> dict[int, int]:
@@ -122,5 +124,5 @@ def _lifetimes(plan: Plan) -> dict[int, tuple[TensorSpec, int, int]]:
     return live
 
 
-def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+def _align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -55,16 +55,16 @@ class PlanRunner:
         memory: MemoryPlan | None = None,
     ) -> None:
         self.plan: Plan = artifact.plans[shape_set]
-        self._constants = artifact.constants
+        self._constants = {name: self._resident(tensor) for name, tensor in artifact.constants.items()}
         self._state = dict(state)
         self._outputs = None if outputs is None else list(outputs)
         self._memory = memory or plan_memory(self.plan)
-        self._arena = arena if arena is not None else torch.empty(self._memory.size, dtype=torch.uint8)
+        self._arena = arena if arena is not None else self._bytes(self._memory.size)
         self._roots = alias_roots(self.plan)
         # Kernels read inputs through pointers, which are easily replaced; ATen calls hold the tensors.
         calls = [step for step in self.plan.steps if isinstance(step, Call)]
         self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in uses(step))
-        self._libraries = {name: load_library(data) for name, data in artifact.binaries.items()}
+        self._libraries = {name: self._load(data) for name, data in artifact.binaries.items()}
         self._values: dict[int, torch.Tensor] = {}
         self._cells: dict[int, ctypes.c_void_p] = {}
         self._steps: list[tuple[str, Closure]] = []
@@ -121,6 +121,27 @@ class PlanRunner:
         """The kernel or ATen overload of every step, in order."""
         return [name for name, _ in self._steps]
 
+    @property
+    def device(self) -> torch.device:
+        """Where all the plan's tensors lie."""
+        return torch.device("cpu")
+
+    def _load(self, binary: bytes) -> Any:
+        """What ``_launch`` finds kernels in."""
+        return load_library(binary)
+
+    def _bytes(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _resident(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on this device, laid out as it is."""
+        if tensor.device == self.device:
+            return tensor
+        return self._empty(TensorSpec.of(tensor)).copy_(tensor)
+
+    def _empty(self, spec: TensorSpec) -> torch.Tensor:
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=self.device)
+
     def _given(self, entry: PlanInput, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         try:
             if entry.source == "input":
@@ -162,7 +183,7 @@ class PlanRunner:
 
     def _renew_outputs(self) -> None:
         for value, spec in self._fresh:
-            self._define(value, torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype))
+            self._define(value, self._empty(spec))
 
     def _collect(self) -> tuple[torch.Tensor, ...]:
         results: list[torch.Tensor] = []
@@ -181,8 +202,7 @@ class PlanRunner:
             elif self._is_own(value, tensor) and self.plan.returns.index(value) == position:
                 results.append(tensor)
             else:
-                copy = torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype)
-                results.append(copy.copy_(tensor))
+                results.append(self._empty(spec).copy_(tensor))
         return tuple(results)
 
     def _is_own(self, value: int, tensor: torch.Tensor) -> bool:
@@ -294,7 +314,7 @@ class PlanRunner:
             return self._values[argument.value]
         if isinstance(argument, tuple):
             return tuple(self._concrete(a) for a in argument)
-        return argument
+        return self.device if isinstance(argument, torch.device) else argument
 
     def _concrete_kwargs(self, step: Call) -> dict[str, Any]:
         return {name: self._concrete(value) for name, value in step.kwargs.items()}

@@ -205,6 +205,62 @@ class Drawing(TorchFunctionMode):
         return target.copy_(drawn)
 
 
+class DeviceDrawing(Drawing):
+    """The same on another device, where generating values costs no more than moving them.
+
+    Values come from the device's counter-based generator: a function of the seed alone, with no pool in device
+    memory that a kernel could read or change. Fake tensors keep what they have: nothing.
+    """
+
+    def __init__(self, seed: int, distribution: str, device: str) -> None:
+        super().__init__(seed, distribution)
+        self._place = torch.device(device)
+        self._generator = torch.Generator(device).manual_seed(self.random.getrandbits(63))
+
+    def normal(self, values: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return values.normal_(generator=self._generator)
+
+    def uniform(self, values: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            values.uniform_(generator=self._generator)
+            return values.mul_(2.0**24).floor_().div_(2.0**24).clamp_(max=_ONE_BELOW_ONE)
+
+    def fill(self, target: Tensor, how: Callable[[Drawing, Tensor], Any]) -> Tensor:
+        if target.device.type == "meta":
+            return target
+        if (
+            target.dtype == torch.float32
+            and target.device.type == self._place.type
+            and target.is_contiguous()
+        ):
+            how(self, target)
+        else:
+            scratch = torch.empty(target.shape, dtype=torch.float32, device=self._place)
+            how(self, scratch)
+            target.copy_(scratch)
+        return target
+
+    def like_randint(self, target: Tensor, low: int, high: int) -> Tensor:
+        if target.device.type == "meta":
+            return target
+        with torch._C.DisableTorchFunction():
+            if target.device.type == self._place.type:
+                return target.random_(low, high, generator=self._generator)
+            drawn = torch.empty(target.shape, dtype=torch.int64, device=self._place)
+            return target.copy_(drawn.random_(low, high, generator=self._generator))
+
+
+class Undrawn(Drawing):
+    """Leaves every tensor as it was allocated: for fake tensors, of which only the shape is asked."""
+
+    def fill(self, target: Tensor, how: Callable[[Drawing, Tensor], Any]) -> Tensor:
+        return target
+
+    def like_randint(self, target: Tensor, low: int, high: int) -> Tensor:
+        return target
+
+
 def _randint(draw: Drawing, *args: Any, **options: Any) -> Tensor:
     low, high, size = _bounds(args, options)
     options.setdefault("dtype", torch.int64)
@@ -264,7 +320,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def drawing(seed: int, distribution: str = "task") -> Iterator[Drawing]:
-    """Everything random inside is a function of (seed, distribution); pooled where torch allows it."""
-    with seeded(seed), Drawing(seed, distribution) as draw:
-        yield draw
+def drawing(seed: int, distribution: str = "task", device: str = "cpu") -> Iterator[Drawing]:
+    """Everything random inside is a function of (seed, distribution); pooled where torch allows it.
+
+    On another ``device`` tensors are made there by default. ``"fake"`` is for use under a ``FakeTensorMode``.
+    """
+    if device == "cpu":
+        with seeded(seed), Drawing(seed, distribution) as draw:
+            yield draw
+    elif device == "fake":
+        with Undrawn(seed, distribution) as draw:
+            yield draw
+    else:
+        with seeded(seed), torch.device(device), DeviceDrawing(seed, distribution, device) as draw:
+            yield draw

@@ -11,6 +11,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -114,10 +115,14 @@ class Reference:
 
         Constants (zero biases, unit scales) become random too, so that a candidate cannot skip them.
         """
-        with torch.no_grad(), drawing(seed):
+        with torch.no_grad(), drawing(seed, device=self._device):
             for tensor, scale in self._scales:
                 tensor.copy_(scale.draw(tensor))
         self._memory = _Memory(self.module)
+
+    @cached_property
+    def _device(self) -> str:
+        return next((str(t.device) for t in self.state.values()), "cpu")
 
     @cached_property
     def _scales(self) -> list[tuple[Tensor, _Scale]]:
@@ -193,7 +198,8 @@ class _Held:
     def restore(self) -> None:
         if self.written is None:  # batch norm writes its statistics without raising their version
             with _disable_current_modes():  # a tracer must not see this
-                self.written = not (self.tensor.is_meta or torch.equal(self.tensor, self.kept))
+                empty = self.tensor.is_meta or isinstance(self.tensor, FakeTensor)
+                self.written = not (empty or torch.equal(self.tensor, self.kept))
         if self.written or self.tensor._version != self.version:
             with torch.no_grad():
                 self.tensor.copy_(self.kept)
@@ -254,7 +260,7 @@ class _Scale:
         return _Scale(mean, spread or 0.2 * (abs(mean) or 1.0), bool((values > 0).all()))
 
     def draw(self, like: Tensor) -> Tensor:
-        values = torch.randn(like.shape, dtype=torch.float32, device="cpu")
+        values = torch.randn(like.shape, dtype=torch.float32, device=like.device)
         if self.positive:
             return values.mul_(self.spread / self.mean).exp_().mul_(self.mean)
         return values.mul_(self.spread).add_(self.mean)

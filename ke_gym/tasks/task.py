@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ke_gym.errors import UserError
 from ke_gym.tasks import live
-from ke_gym.tasks.inputs import Drawing, drawing, seeded
+from ke_gym.tasks.inputs import drawing, seeded
 from ke_gym.tasks.reference import Reference
 from ke_gym.tasks.source import blame, execute, line_of, nearest
 
@@ -124,18 +125,22 @@ class Task:
         """Shape sets tried on kernels that claim to be general: those whose names start with "ragged"."""
         return tuple(name for name in self.shapes if _is_hidden(name))
 
-    def reference(self, shape_set: str = DEFAULT, seed: int = 0) -> Reference:
-        """The reference, built under `seed` as KernelBench does; a live module keeps its own parameters."""
+    def reference(self, shape_set: str = DEFAULT, seed: int = 0, device: str = "cpu") -> Reference:
+        """The reference, built under `seed` as KernelBench does; a live module keeps its own parameters.
+
+        On another `device` the parameters are drawn there, and have other values than on the CPU.
+        """
         if self.payload:
-            module = live.unpack(self.payload)[0]
+            module = live.unpack(self.payload)[0].to("cpu" if device == "fake" else device)
         else:
             program = self._program(shape_set)
             initial = self.init_inputs(shape_set, seed)
-            with seeded(seed), blame(self.path, "building Model"):
+            place = contextlib.nullcontext() if device in ("cpu", "fake") else torch.device(device)
+            with seeded(seed), place, blame(self.path, "building Model"):
                 module = program.Model(*initial)
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.path}: Model is not a torch.nn.Module; derive it from nn.Module")
-        return Reference(module, self.path, self._arity(shape_set) if self.backward else None)
+        return Reference(module, self.path, self._arity(shape_set, device) if self.backward else None)
 
     def init_inputs(self, shape_set: str = DEFAULT, seed: int = 0) -> list[Any]:
         """What `Model` is built with: `get_init_inputs()` under `seed`, or nothing."""
@@ -145,19 +150,25 @@ class Task:
         with seeded(seed), blame(self.path, "get_init_inputs"):
             return list(make())
 
-    def inputs(self, shape_set: str = DEFAULT, seed: int = 0, distribution: str = "task") -> list[Any]:
-        """Fresh inputs, a function of (shape set, seed, distribution): tensors, and plain values as they are.
+    def inputs(
+        self, shape_set: str = DEFAULT, seed: int = 0, distribution: str = "task", device: str = "cpu"
+    ) -> list[Any]:
+        """Fresh inputs, a function of (shape set, seed, distribution, kind of device): tensors, and plain values.
 
         `distribution` is one of `inputs.DISTRIBUTIONS`. With `backward`, the grad_outputs come last, normal.
         """
-        gradients = self._grad_outputs(shape_set) if self.backward else []
-        with drawing(seed, distribution) as draw, blame(self.path, "get_inputs"):
-            drawn = self._draw(shape_set)
-            return drawn + [draw.fill(torch.empty(g.shape, dtype=g.dtype), Drawing.normal) for g in gradients]
+        gradients = self._grad_outputs(shape_set, device) if self.backward else []
+        with drawing(seed, distribution, device) as draw, blame(self.path, "get_inputs"):
+            drawn = self._draw(shape_set, device)
+            fresh = (torch.empty(g.shape, dtype=g.dtype) for g in gradients)
+            return drawn + [draw.fill(gradient, lambda d, values: d.normal(values)) for gradient in fresh]
 
-    def _draw(self, shape_set: str) -> list[Any]:
+    def _draw(self, shape_set: str, device: str = "cpu") -> list[Any]:
         if self.payload:
-            return live.draw(self._recipe)
+            drawn = live.draw(self._recipe)
+            if device in ("cpu", "fake"):
+                return drawn
+            return [value.to(device) if isinstance(value, Tensor) else value for value in drawn]
         drawn = self._program(shape_set).get_inputs()
         return [drawn] if isinstance(drawn, Tensor) else list(drawn)
 
@@ -185,16 +196,16 @@ class Task:
     def _gradients(self) -> dict[str, list[Tensor]]:
         return {}
 
-    def _arity(self, shape_set: str) -> int:
-        with drawing(0), blame(self.path, "get_inputs"):
-            return len(self._draw(shape_set))
+    def _arity(self, shape_set: str, device: str) -> int:
+        with drawing(0, device=device), blame(self.path, "get_inputs"):
+            return len(self._draw(shape_set, device))
 
-    def _grad_outputs(self, shape_set: str) -> list[Tensor]:
+    def _grad_outputs(self, shape_set: str, device: str = "cpu") -> list[Tensor]:
         """Meta tensors like the differentiable outputs, found by one forward pass per shape set."""
         if shape_set not in self._gradients:
-            with drawing(0), blame(self.path, "get_inputs"):
-                drawn = self._draw(shape_set)
-            outputs = self.reference(shape_set).differentiable(*drawn)
+            with drawing(0, device=device), blame(self.path, "get_inputs"):
+                drawn = self._draw(shape_set, device)
+            outputs = self.reference(shape_set, device=device).differentiable(*drawn)
             self._gradients[shape_set] = [torch.empty_like(output, device="meta") for output in outputs]
         return self._gradients[shape_set]
 

@@ -1,0 +1,219 @@
+"""The parent's side of a GPU's judge."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ke_gym.errors import UserError
+from ke_gym.evaluation.arms import ArmDied
+from ke_gym.evaluation.race import Race, Rules
+from ke_gym.evaluation.stats import SignTest
+from ke_gym.evaluation.work import Work
+from ke_gym.evaluation.zygote import Worker, Zygote
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets.cuda import Facts
+from ke_gym.tasks.task import Task
+
+START_SECONDS = 120.0
+REQUEST_SECONDS = 600.0
+NO_DEVICE = (
+    "no NVIDIA GPU can be used here ({why}); compile here with scripts/evaluate.py --bundle FILE --compile-only "
+    "and race the file on a machine that has one with --run-bundle FILE"
+)
+
+
+class OutOfDeviceMemory(UserError):
+    """A task does not fit on the device."""
+
+
+@dataclass(frozen=True)
+class GpuShape:
+    """One shape set as the parent knows it: specs and work."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    state: dict[str, TensorSpec]
+    outputs: tuple[TensorSpec, ...]
+    work: Work
+
+
+class GpuClient:
+    """A judge process for one task on one GPU, which it holds alone among all of this machine's processes.
+
+    Raises ``UserError`` where there is no GPU, ``OutOfDeviceMemory`` where the task does not fit. Requests raise
+    ``ArmDied`` for what a candidate did; when the process died of it, ``alive`` is False from then on.
+    """
+
+    def __init__(
+        self,
+        zygote: Zygote,
+        task: Task,
+        shape_sets: list[str],
+        baseline: str,
+        device: int,
+        patience: float = 5.0,
+    ) -> None:
+        self.task = task
+        self.alive = True
+        self.device = device
+        self.patience = patience
+        self.worker: Worker = zygote.spawn(
+            "ke_gym.evaluation.gpu_judge:serve",
+            {"baseline": baseline, "device": device, "cores": sorted(os.sched_getaffinity(0))},
+        )
+        try:
+            self.worker.channel.send({}, task.to_bytes())
+            self._answer("start", START_SECONDS)
+            described, self.signature = self._ask("describe", shape_sets=shape_sets)
+        except BaseException:
+            self.close()
+            raise
+        self.facts = Facts(**described["facts"])
+        self.shapes = {name: _shape(name, shape) for name, shape in described["shapes"].items()}
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, Any]:
+        """The device's peaks, as ``cuda.Peaks.from_dict`` takes them."""
+        return self._ask("measure")[0]
+
+    def load(self, artifact: Artifact, shape_set: str) -> int:
+        """Load an artifact's kernels; the number they go by."""
+        return int(self._ask("load", artifact.to_bytes(), shape_set=shape_set)[0]["arm"])
+
+    def unload(self, arm: int) -> None:
+        self._ask("unload", arm=arm)
+
+    def tune(self, arm: int, shape_set: str) -> dict[int, int]:
+        """Choose among the alternatives of the arm's launches by time; step → pick."""
+        answer = self._ask("tune", arm=arm, patience=self.seconds(shape_set))[0]
+        return {int(step): int(pick) for step, pick in answer["picks"].items()}
+
+    def check(
+        self, arm: int, shape_set: str, cases: list[tuple[int, str, int]], touch_seed: int, touched: bool
+    ) -> dict[str, Any]:
+        """Errors over all cases, or ``reason`` and where it went wrong."""
+        patience = self.seconds(shape_set)
+        return self._ask(
+            "check", arm=arm, cases=cases, touch_seed=touch_seed, touched=touched, patience=patience
+        )[0]
+
+    def race(
+        self,
+        shape_set: str,
+        own: int,
+        other: int | None,
+        rules: Rules,
+        margin: float,
+        baseline: bool = True,
+    ) -> tuple[Race, dict[str, int]]:
+        """One race, and how many rounds were thrown away or doubted."""
+        answer, _ = self._ask(
+            "race",
+            shape_set=shape_set,
+            own=own,
+            other=other,
+            baseline=baseline,
+            rules=_rules(rules),
+            margin=margin,
+            patience=self.seconds(shape_set),
+        )
+        result = Race({name: list(seconds) for name, seconds in answer["seconds"].items()}, SignTest())
+        for value in answer["values"]:
+            result.test.add(value)
+        result.ended, result.suspects = answer["ended"], set(answer["suspects"])
+        return result, dict(answer["counts"])
+
+    def profile(self, arm: int, shape_set: str) -> dict[str, Any]:
+        return self._ask("profile", arm=arm, patience=self.seconds(shape_set))[0]
+
+    def mutants(self, shape_set: str, cases: list[tuple[int, str, int]]) -> dict[str, bool]:
+        """Mutant name → whether the check rejects it on one of ``cases``."""
+        return dict(self._ask("mutants", shape_set=shape_set, cases=cases)[0]["mutants"])
+
+    def self_verdict(self, shape_set: str) -> dict[str, Any]:
+        return self._ask("self_verdict", shape_set=shape_set)[0]
+
+    def seconds(self, shape_set: str) -> float:
+        """How long one call may take before it counts as hung."""
+        work = self.shapes[shape_set].work
+        return max(self.patience, 20 * (work.bytes / 1e10 + work.flops / 1e11))
+
+    # -- plumbing --------------------------------------------------------------------------------------------
+
+    def _ask(self, do: str, blob: bytes = b"", **arguments: Any) -> tuple[dict[str, Any], bytes]:
+        self.worker.channel.send({"do": do, **arguments}, blob)
+        return self._answer(do, REQUEST_SECONDS)
+
+    def _answer(self, do: str, timeout: float) -> tuple[dict[str, Any], bytes]:
+        try:
+            header, blob = self.worker.channel.recv(timeout=timeout)
+        except (EOFError, TimeoutError) as error:
+            self.alive = False
+            said = self.worker.log(600).strip()
+            if isinstance(error, TimeoutError):
+                raise ArmDied(
+                    "timeout", f"the GPU's process did not answer within {timeout:g} s ({do})"
+                ) from error
+            raise ArmDied("runtime", f"the GPU's process died ({do}){': ' + said if said else ''}") from error
+        if "died" in header:
+            self.alive = self.alive and not header["fatal"]
+            raise ArmDied(header["died"], header["log"])
+        if "no_device" in header:
+            raise UserError(NO_DEVICE.format(why=header["no_device"]))
+        if "out_of_memory" in header:
+            raise OutOfDeviceMemory(
+                f"task {self.task.name} does not fit into this GPU's memory ({header['out_of_memory']}); choose "
+                "smaller sizes"
+            )
+        if "user_error" in header:
+            raise UserError(header["user_error"])
+        if "task_error" in header:
+            raise UserError(f"task {self.task.name}: its reference fails on the GPU: {header['task_error']}")
+        return header, blob
+
+    def close(self) -> None:
+        self.alive = False
+        self.worker.close()
+
+
+class DeviceLock:
+    """At most one process measures on a GPU at a time; a file lock that this process holds while it does."""
+
+    def __init__(self, folder: Path, uuid: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(folder / f"gpu-{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _shape(name: str, described: dict[str, Any]) -> GpuShape:
+    return GpuShape(
+        name,
+        tuple(_spec(s) for s in described["inputs"]),
+        {key: _spec(s) for key, s in described["state"].items()},
+        tuple(_spec(s) for s in described["outputs"]),
+        Work(**described["work"]),
+    )
+
+
+def _spec(data: list[Any]) -> TensorSpec:
+    shape, stride, dtype = data
+    return TensorSpec(tuple(shape), tuple(stride), dtype)
+
+
+def _rules(rules: Rules) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: min(value, 1e300) for name, value in vars(rules).items()}

@@ -1,0 +1,325 @@
+"""The evaluator for one NVIDIA GPU: the same rules as on the CPU, with everybody in the judge's process."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
+from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
+from ke_gym.evaluation.evaluator import Cores, Evaluator, Rejected, draw_cases
+from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_profile import described, limiter
+from ke_gym.evaluation.race import Race, Rules
+from ke_gym.evaluation.record import MachineRecord, home
+from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.tasks.task import Task
+
+PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
+"""Variables that tell where the driver and a toolkit are, which workers therefore keep."""
+DISPUTED = 0.25
+"""A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant: the number its kernels go by in the judge, and the shape set they are loaded for."""
+
+    number: int
+    shape_set: str
+
+
+class Lanes(Cores):
+    """Builds have the processor's cores but one; whoever holds ``all`` has the GPU. They go on side by side."""
+
+    def __init__(self, cores: int) -> None:
+        super().__init__(max(1, cores - 1))
+        self._gpu = threading.Lock()
+        self.device: DeviceLock | None = None
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        with self._gpu, self.device or ExitStack():
+            with self._condition:
+                self._start()
+                self._builds += 1
+            try:
+                yield
+            finally:
+                with self._condition:
+                    self._builds -= 1
+                    self._stop()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        with super().one():
+            yield
+
+
+class GpuEvaluator(Evaluator):
+    """Judges candidates for one task on one GPU; see ``Evaluator``.
+
+    ``device`` is its number among those that CUDA shows. A task whose GPU sizes do not fit into the device's
+    memory is judged at its CPU sizes; ``contract`` says which are used. Raises ``UserError`` where there is none.
+    """
+
+    judge: GpuClient  # type: ignore[assignment]
+    facts: cuda.Facts  # type: ignore[assignment]
+    peaks: cuda.Peaks  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        task: Task,
+        target: str = "cuda",
+        baseline: str = "eager",
+        threads: int | None = None,
+        folder: Path | None = None,
+        shape_sets: Sequence[str] = (),
+        build_timeout: float = BUILD_SECONDS,
+        call_timeout: float | None = None,
+        device: int = 0,
+    ) -> None:
+        if baseline not in BASELINES:
+            raise UserError(f"baseline {baseline!r} is unknown; choose {', '.join(BASELINES)}")
+        self.task, self.target, self.baseline = task, target, baseline
+        self.threads = threads or 1
+        self.folder = folder or home()
+        self._device = device
+        self._build_timeout = build_timeout
+        self._call_timeout = call_timeout
+        self._rng = random.Random(secrets.randbits(64))
+        self._cores = Lanes(len(os.sched_getaffinity(0)))
+        self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
+        self._settled: dict[str, Artifact] = {}
+        self._build_s: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._evaluated = 0
+        self._steady: Artifact | None = None
+        self._state = ExitStack()
+        try:
+            self.zygote = self._state.enter_context(Zygote(self.threads, gpu_environment(self.folder)))
+            self.sandbox = self.zygote.sandbox_level
+            self.builder = Builder(self.zygote, self.folder / "builds")
+            self.judge = self._first_judge(list(shape_sets or task.public_shapes("cuda")))
+            self._state.callback(lambda: self.judge.close())
+            self.facts = self.judge.facts
+            self.record = MachineRecord(self.facts.fingerprint, self.folder)
+            lock = DeviceLock(self.folder, self.facts.uuid)
+            self._state.callback(lock.close)
+            self._cores.device = lock
+            dtypes = {s.torch_dtype for s in self._specs(self.contract) if s.torch_dtype.is_floating_point}
+            with self._cores.all():
+                measured = kept_peaks(self.record.folder, lambda: self.judge.measure())
+            self.peaks = measured.bounded_by(dtypes or {torch.float32}, task.precision)
+        except BaseException:
+            self._state.close()
+            raise
+
+    def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
+        """See ``Evaluator.evaluate``."""
+        evaluation = super().evaluate(candidate, incumbent)
+        # Such kernels could have read and written this very process's memory.
+        return evaluation.replace(trust="host") if self.facts.reads_host else evaluation
+
+    def build(self, candidate: Candidate) -> Artifact:
+        """See ``Evaluator.build``; once its launches' alternatives have been raced, the artifact with the fastest."""
+        artifact = super().build(candidate)
+        return self._settled.get(artifact.binary_id, artifact)
+
+    # -- setting up ------------------------------------------------------------------------------------------
+
+    def _first_judge(self, shape_sets: list[str]) -> GpuClient:
+        """The judge, at smaller sizes if those asked for do not fit."""
+        self.shape_sets = shape_sets
+        for smaller in (None, "cpu", "default"):
+            if smaller is not None:
+                if smaller in self.shape_sets or (smaller == "cpu" and "cpu" not in self.task.shapes):
+                    continue
+                self.shape_sets = [smaller]
+            self.contract = self.shape_sets[0]
+            self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
+            try:
+                return self._open_judge()
+            except OutOfDeviceMemory as error:
+                problem = error
+        raise problem
+
+    def _open_judge(self) -> GpuClient:  # type: ignore[override]
+        patience = self._call_timeout or 5.0
+        return GpuClient(
+            self.zygote, self.task, [*self.shape_sets, *self.hidden], self.baseline, self._device, patience
+        )
+
+    def _specs(self, shape_set: str) -> list[TensorSpec]:
+        shape = self.judge.shapes[shape_set]
+        return [*shape.inputs, *shape.state.values(), *shape.outputs]
+
+    def _compile(self, candidate: Candidate) -> Artifact:
+        return self.builder.build(
+            candidate.source,
+            self.judge.signature,
+            candidate.language,
+            target="cuda",
+            arch=arch_of(self.facts),
+            timeout=self._build_timeout,
+        )
+
+    @contextmanager
+    def _entries(self, judge: GpuClient | None = None) -> Iterator[Any]:  # type: ignore[override]
+        """Loads artifacts into a judge, the evaluator's own or another; unloads them all."""
+        if judge is None:
+            if not self.judge.alive:
+                self.judge.close()
+                self.judge = self._open_judge()
+            judge = self.judge
+        loaded: list[int] = []
+
+        def open_entry(artifact: Artifact, shape_set: str) -> Entry:
+            if artifact.lane == "host":
+                reason = artifact.report.get("host_reason", "its Python depends on data")
+                raise Rejected(
+                    "constraints", f"forward cannot be traced, which a GPU kernel must be: {reason}"
+                )
+            settled = self._settled.get(artifact.binary_id, artifact)
+            number = judge.load(settled, shape_set)
+            loaded.append(number)
+            if settled.plans[shape_set].choices:
+                picks = judge.tune(number, shape_set)
+                plan = settled.plans[shape_set].choose(picks)
+                self._settled[artifact.binary_id] = replace(settled, plans={**settled.plans, shape_set: plan})
+            return Entry(number, shape_set)
+
+        try:
+            yield open_entry
+        finally:
+            for number in loaded:
+                if judge.alive:
+                    judge.unload(number)
+
+    # -- checking and racing ---------------------------------------------------------------------------------
+
+    def _check(self, artifact: Artifact, entries: dict[str, Entry], open_entry: Any) -> Errors:  # type: ignore[override]
+        """Every case on every shape set, on seeds of this check's own; raises ``Rejected``."""
+        worst = Errors(0.0, 0.0, 0.0)
+        sets = dict(entries)
+        for name in self.hidden if artifact.general else ():
+            sets[name] = open_entry(artifact, name)
+        for name, entry in sets.items():
+            cases = draw_cases(self._rng)
+            cases = cases if name == self.contract else cases[:2]
+            touch = self._rng.getrandbits(60)
+            answer = self.judge.check(entry.number, name, cases, touch, touched=name in entries)
+            if "reason" in answer:
+                raise Rejected("correctness", self._wrong(name, answer, cases))
+            worst = Errors(*(max(getattr(worst, key), answer[key]) for key in ("max_abs", "rel_l2", "ratio")))
+        return worst
+
+    def _wrong(self, name: str, answer: dict[str, Any], cases: list[tuple[int, str, int]]) -> str:
+        reason = str(answer["reason"])
+        if answer.get("touched"):
+            return (
+                f"wrong after one element of each input and parameter has changed: {reason}; outputs may depend on "
+                "nothing but the inputs and parameters of the call"
+            )
+        if answer.get("damage"):
+            return reason
+        hidden = name in self.hidden
+        where = "a shape it claims to support (general = True)" if hidden else "the task's shapes"
+        distribution = cases[answer["case"]][1]
+        inputs = "inputs" if distribution == "task" else f"{distribution} inputs"
+        detail = f"; wrong: {answer['pattern']}" if answer["pattern"] and not hidden else ""
+        return f"wrong on {inputs} of {where}: {reason}{detail}"
+
+    def _race_set(  # type: ignore[override]
+        self,
+        judge: GpuClient,
+        name: str,
+        own: Entry,
+        other: Entry | None,
+        rules: Rules,
+        baseline: bool = True,
+    ) -> Race:
+        rival = other.number if other is not None else None
+        result, counts = judge.race(name, own.number, rival, rules, self.record.margin, baseline)
+        if "candidate" in result.suspects:
+            raise Rejected("correctness", "right when checked, wrong in a timed call")
+        if counts["disputed"] > DISPUTED * max(1, result.rounds) * len(result.seconds):
+            raise Rejected(
+                "constraints", "the device's events claim less time than the host's clock measured"
+            )
+        return result
+
+    # -- afterwards ------------------------------------------------------------------------------------------
+
+    def _describe(self, base: Evaluation, artifact: Artifact, entry: Entry) -> Evaluation:  # type: ignore[override]
+        """Profile, coverage, limiter, and the physical floor."""
+        assert base.time_ms is not None
+        work = self.judge.shapes[self.contract].work
+        seconds = base.time_ms / 1e3
+        # What was written may still lie in L2 when the call ends.
+        written = sum(spec.storage_bytes for spec in self.judge.shapes[self.contract].outputs)
+        moved = work.bytes - min(written, self.facts.l2_bytes)
+        floor_s = self.peaks.floor_s(moved, work.floor_flops)
+        if seconds < floor_s:
+            ceiling = self.peaks.ceiling
+            again = kept_peaks(self.record.folder, lambda: self.judge.measure(), again=True)
+            self.peaks = replace(again, ceiling=ceiling)
+            floor_s = self.peaks.floor_s(moved, work.floor_flops)
+            if seconds < floor_s:
+                raise Rejected(
+                    "constraints",
+                    f"{1e3 * seconds:.3g} ms is faster than this GPU can move the task's bytes or do its FLOPs "
+                    f"({1e3 * floor_s:.3g} ms by measured peaks)",
+                )
+        answer = self.judge.profile(entry.number, self.contract)
+        profile: Profile = described(work, self.peaks, self.facts, seconds, floor_s, answer)
+        return base.replace(
+            profile=profile,
+            limiter=limiter(profile, self.facts, seconds),
+            kernel_coverage=round(answer["coverage"], 4),
+        )
+
+
+def kept_peaks(folder: Path, measure: Any, again: bool = False) -> cuda.Peaks:
+    """The device's kept peaks, measured now if there are none; ``again`` keeps the better of both."""
+    import json
+
+    path = folder / "peaks-cuda.json"
+    kept = cuda.Peaks.from_dict(json.loads(path.read_text())) if path.exists() else None
+    if kept is not None and not again:
+        return kept
+    peaks = cuda.Peaks.from_dict(measure())
+    if kept is not None:
+        peaks = peaks.best(kept)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(peaks.to_dict()))
+    temporary.replace(path)
+    return peaks
+
+
+def gpu_environment(folder: Path) -> dict[str, str]:
+    """What workers for a GPU have in their environment besides the usual."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": folder / "inductor", "TRITON_CACHE_DIR": folder / "triton"}
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return {**passed, **{name: str(path) for name, path in caches.items()}, "HOME": "/tmp"}
+
+
+def arch_of(facts: cuda.Facts) -> str:
+    """What kernels for this device are compiled for: the architecture with its own instructions."""
+    major = int(facts.arch.removeprefix("sm_")) // 10
+    return facts.arch + ("a" if major >= 9 else "")

@@ -1,0 +1,90 @@
+"""Device memory that a kernel is given: tensors apart from each other, red zones and poison around and in them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ke_gym.evaluation.shared import POISON, RED_BYTE, zones
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets._memory import view
+
+ALIGNMENT = 256
+RED_ZONE = 4096
+SHIFTS = 64
+"""A block's tensors may begin at this many multiples of the alignment: pointers are new in every call."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Byte offsets of tensors in ``size`` bytes, each with a red zone on both sides."""
+
+    specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, specs: Sequence[TensorSpec]) -> Placement:
+        offsets, end = [], 0
+        for spec in specs:
+            offsets.append(_align(end + RED_ZONE))
+            end = offsets[-1] + spec.storage_bytes
+        return cls(tuple(specs), tuple(offsets), _align(end + RED_ZONE))
+
+    @property
+    def used(self) -> list[tuple[int, int]]:
+        """(offset, length) of every tensor, in bytes."""
+        return [(offset, spec.storage_bytes) for spec, offset in zip(self.specs, self.offsets)]
+
+
+class Block:
+    """Memory for the tensors of a placement, which lie elsewhere in it after every ``shift``."""
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        self.placement = placement
+        slack = SHIFTS * ALIGNMENT
+        self._raw = torch.empty(placement.size + slack, dtype=torch.uint8, device=device)
+        self.shift(0)
+
+    def shift(self, steps: int) -> None:
+        """Let the tensors begin ``steps`` (below ``SHIFTS``) times 256 bytes into the memory."""
+        begin = steps * ALIGNMENT
+        self.bytes = self._raw[begin : begin + self.placement.size]
+        pairs = zip(self.placement.specs, self.placement.offsets)
+        self.tensors = [view(self.bytes, spec, offset) for spec, offset in pairs]
+
+    def jump(self, rng: random.Random) -> None:
+        """Move the tensors to a random place."""
+        self.shift(rng.randrange(SHIFTS))
+
+
+def poison(memory: Tensor, used: Sequence[tuple[int, int]], pattern: int) -> None:
+    """Fill bytes with ``POISON[pattern]`` where they are used and with ``RED_BYTE`` everywhere else."""
+    for begin, end in zones(used, memory.numel()):
+        memory[begin:end].fill_(RED_BYTE)
+    for offset, length in used:
+        memory[offset : offset + length].fill_(POISON[pattern])
+
+
+def damaged(memory: Tensor, used: Sequence[tuple[int, int]]) -> int | None:
+    """The first byte outside of ``used`` that no longer holds ``RED_BYTE``, or None."""
+    for begin, end in zones(used, memory.numel()):
+        wrong = memory[begin:end] != RED_BYTE
+        if bool(wrong.any()):
+            return begin + int(wrong.to(torch.uint8).argmax())
+    return None
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits (NaN included)."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = integers[a.element_size()]
+    return bool(torch.equal(a.contiguous().view(kind), b.contiguous().view(kind)))
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

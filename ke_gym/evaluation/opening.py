@@ -1,0 +1,33 @@
+"""The evaluator for a target, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.tasks.task import Task
+
+
+def open_evaluator(
+    task: Task,
+    target: str = "cpu",
+    baseline: str = "eager",
+    threads: int | None = None,
+    folder: Path | None = None,
+    **options: Any,
+) -> Evaluator:
+    """An evaluator for ``task`` on ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``).
+
+    Other arguments are those of ``Evaluator``. Raises ``UserError`` for a target that is unknown or not there.
+    """
+    if target == "cpu":
+        return Evaluator(task, target, baseline, threads, folder, **options)
+    kind, _, number = target.partition(":")
+    if kind == "cuda" and (number.isdecimal() or not number):
+        from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+
+        device = int(number or 0)
+        return GpuEvaluator(task, target, baseline, threads, folder, device=device, **options)
+    raise UserError(f"target {target!r} is unknown; there are cpu, cuda, and cuda:1 for the second GPU")

@@ -1,0 +1,222 @@
+"""The few functions of NVIDIA's driver and of its management library that are needed, through ctypes.
+
+Kernels come as cubins made elsewhere, so neither a toolkit nor a runtime library is: ``libcuda`` and
+``libnvidia-ml`` come with the driver. Everything works in the context that is current in the calling thread,
+which is torch's. Only trusted worker processes load this: the parent and the zygote never touch CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+from ke_gym.languages.plan import Geometry
+
+MAX_DYNAMIC_SHARED, NON_PORTABLE_CLUSTER = 8, 14  # CUfunction_attribute
+_STATIC_SHARED, _LOCAL_BYTES, _REGISTERS = 1, 3, 4
+_COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CUlaunchAttributeID
+_PAGEABLE_ACCESS = 88  # CUdevice_attribute
+_PORTABLE_CLUSTER_BLOCKS = 8
+# CUtensorMapDataType
+TENSOR_MAP_TYPES = {
+    "uint8": 0, "int8": 0, "bool": 0, "int16": 1, "int32": 3, "int64": 5, "float16": 6, "float32": 7,
+    "float64": 8, "bfloat16": 9,
+}  # fmt: skip
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+TENSOR_MAP_BYTES = 128
+# After these the context is lost, and with it the process (CUDA Driver API, CUresult).
+_STICKY = {214, 220, 700, 702, 709, 710, 712, 713, 714, 715, 716, 717, 718, 719}
+
+
+class CudaError(Exception):
+    """A driver call failed. ``sticky``: the context, and so the process, is of no more use."""
+
+    def __init__(self, call: str, code: int, name: str) -> None:
+        super().__init__(f"{call}: {name}")
+        self.code = code
+        self.sticky = code in _STICKY
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", c_int), ("pad", c_int), ("value", c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p),
+        ("attributes", POINTER(_Attribute)), ("count", c_uint),
+    ]  # fmt: skip
+
+
+class Driver:
+    """``libcuda``. Raises ``CudaError`` for every call that fails, ``OSError`` where there is no driver."""
+
+    def __init__(self) -> None:
+        self._lib = ctypes.CDLL("libcuda.so.1")
+
+    def load(self, binary: bytes) -> int:
+        """A module of this context from a cubin; code and ``__device__`` variables are as new."""
+        module = c_void_p()
+        self._call("cuModuleLoadData", byref(module), c_char_p(binary))
+        return module.value or 0
+
+    def unload(self, module: int) -> None:
+        self._call("cuModuleUnload", c_void_p(module))
+
+    def function(self, module: int, name: str) -> int:
+        handle = c_void_p()
+        self._call("cuModuleGetFunction", byref(handle), c_void_p(module), name.encode())
+        return handle.value or 0
+
+    def prepare(self, function: int, geometry: Geometry) -> None:
+        """What a kernel must be told once before it is launched so."""
+        if geometry.shared > 48 << 10:
+            self._set(function, MAX_DYNAMIC_SHARED, geometry.shared)
+        x, y, z = geometry.cluster
+        if x * y * z > _PORTABLE_CLUSTER_BLOCKS:
+            self._set(function, NON_PORTABLE_CLUSTER, 1)
+
+    def config(self, geometry: Geometry, stream: int) -> Any:
+        """The launch configuration for ``launch``."""
+        attributes = []
+        if geometry.cluster != (1, 1, 1):
+            attributes.append(_Attribute(_CLUSTER, 0, (c_uint * 16)(*geometry.cluster)))
+        if geometry.cooperative:
+            attributes.append(_Attribute(_COOPERATIVE, 0, (c_uint * 16)(1)))
+        if geometry.programmatic:
+            attributes.append(_Attribute(_PROGRAMMATIC, 0, (c_uint * 16)(1)))
+        array = (_Attribute * max(1, len(attributes)))(*attributes)
+        return _Config(
+            (c_uint * 3)(*geometry.grid), (c_uint * 3)(*geometry.block), geometry.shared, stream, array,
+            len(attributes),
+        )  # fmt: skip
+
+    def launch(self, function: int, config: Any, parameters: Any) -> None:
+        """Enqueue a kernel; ``parameters`` is an array of pointers to its arguments."""
+        code = self._lib.cuLaunchKernelEx(byref(config), c_void_p(function), parameters, None)
+        if code:
+            raise self._error("cuLaunchKernelEx", code)
+
+    def tensor_map(
+        self,
+        where: int,
+        address: int,
+        dtype: str,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        itemsize: int,
+        box: Sequence[int],
+        swizzle: int,
+        nan_fill: bool,
+    ) -> None:
+        """Write the ``CUtensorMap`` of a tensor to host address ``where`` (64-byte aligned).
+
+        ``shape``, ``stride`` (elements) and ``box`` are outermost first, as in torch.
+        """
+        rank = len(shape)
+        self._call(
+            "cuTensorMapEncodeTiled",
+            c_void_p(where),
+            c_int(TENSOR_MAP_TYPES[dtype]),
+            c_uint32(rank),
+            c_void_p(address),
+            (c_uint64 * rank)(*reversed(shape)),
+            (c_uint64 * max(1, rank - 1))(*(s * itemsize for s in reversed(stride[:-1]))),
+            (c_uint32 * rank)(*reversed(box)),
+            (c_uint32 * rank)(*[1] * rank),
+            c_int(0),  # no interleave
+            c_int(_SWIZZLES[swizzle]),
+            c_int(2),  # 128-byte promotion in L2
+            c_int(1 if nan_fill else 0),
+        )
+
+    def resources(self, function: int) -> dict[str, int]:
+        """``registers`` per thread, ``local`` (spilled) bytes per thread, ``shared`` static bytes per block."""
+        names = {"registers": _REGISTERS, "local": _LOCAL_BYTES, "shared": _STATIC_SHARED}
+        found = {}
+        for name, attribute in names.items():
+            value = c_int()
+            self._call("cuFuncGetAttribute", byref(value), c_int(attribute), c_void_p(function))
+            found[name] = value.value
+        return found
+
+    def blocks_per_processor(self, function: int, threads: int, shared: int) -> int:
+        """How many blocks of a kernel one multiprocessor holds at once."""
+        count = c_int()
+        self._call(
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+            byref(count),
+            c_void_p(function),
+            c_int(threads),
+            ctypes.c_size_t(shared),
+        )
+        return count.value
+
+    def reads_host_memory(self, device: int) -> bool:
+        """Whether kernels can reach ordinary memory of this process (pageableMemoryAccess: HMM or ATS)."""
+        value = c_int()
+        self._call("cuDeviceGetAttribute", byref(value), c_int(_PAGEABLE_ACCESS), c_int(device))
+        return bool(value.value)
+
+    def version(self) -> int:
+        """The newest CUDA that the driver knows: 13000 for 13.0."""
+        value = c_int()
+        self._call("cuDriverGetVersion", byref(value))
+        return value.value
+
+    def forget_persisting_lines(self) -> None:
+        """Give back what kernels asked to be kept in L2."""
+        self._call("cuCtxResetPersistingL2Cache")
+
+    def _set(self, function: int, attribute: int, value: int) -> None:
+        self._call("cuFuncSetAttribute", c_void_p(function), c_int(attribute), c_int(value))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._lib, name)(*arguments)
+        if code:
+            raise self._error(name, code)
+
+    def _error(self, call: str, code: int) -> CudaError:
+        text = c_char_p()
+        self._lib.cuGetErrorName(c_int(code), byref(text))
+        return CudaError(call, code, (text.value or b"unknown error").decode())
+
+
+class Clocks:
+    """The clock of one GPU's multiprocessors, read through NVML; nothing is ever set.
+
+    ``mhz()`` is 0 where NVML is missing or does not say.
+    """
+
+    _SM = 1
+
+    def __init__(self, uuid: str) -> None:
+        self._device = c_void_p()
+        try:
+            self._lib: Any = ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError:
+            self._lib = None
+            return
+        named = (uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode()
+        if self._lib.nvmlInit_v2() or self._lib.nvmlDeviceGetHandleByUUID(named, byref(self._device)):
+            self._lib = None
+
+    def mhz(self) -> int:
+        """What the clock is now."""
+        return self._read("nvmlDeviceGetClockInfo")
+
+    def most_mhz(self) -> int:
+        """What it can be at the most."""
+        return self._read("nvmlDeviceGetMaxClockInfo")
+
+    def _read(self, name: str) -> int:
+        if self._lib is None:
+            return 0
+        value = c_uint()
+        with contextlib.suppress(AttributeError):
+            if getattr(self._lib, name)(self._device, c_int(self._SM), byref(value)) == 0:
+                return value.value
+        return 0

@@ -1,0 +1,212 @@
+"""Runs launch plans on an NVIDIA GPU: device code through the driver, ATen calls through torch, one stream.
+
+Only device code is foreign, so this runs in a trusted process. A kernel that faults takes the process's context
+with it and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ke_gym.languages.plan import Call, Launch, Plan, Scratch, TensorMap, TensorSpec
+from ke_gym.targets._memory import MemoryPlan, PlanError, plan_memory
+from ke_gym.targets.cuda_driver import TENSOR_MAP_BYTES, CudaError, Driver
+from ke_gym.targets.executor import Closure, PlanRunner
+
+if TYPE_CHECKING:
+    from ke_gym.languages.artifact import Artifact
+
+ALIGNMENT = 256
+"""What every storage is aligned to: Triton specializes kernels on 16, TMA needs 128."""
+_MAP_ALIGNMENT = 64
+
+
+class CudaRunner(PlanRunner):
+    """One plan of an artifact, ready to run on given tensors of one GPU; see ``PlanRunner``.
+
+    ``run`` enqueues the plan on ``stream`` (a ``cudaStream_t``; torch's current one by default) and returns at
+    once. ``device`` "cpu" is for tests with a driver that is none. ``close`` unloads the kernels.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        shape_set: str,
+        inputs: Sequence[torch.Tensor],
+        state: Mapping[str, torch.Tensor],
+        *,
+        driver: Driver,
+        device: torch.device,
+        stream: int | None = None,
+        outputs: Sequence[torch.Tensor] | None = None,
+        arena: torch.Tensor | None = None,
+        memory: MemoryPlan | None = None,
+    ) -> None:
+        plan = artifact.plans[shape_set]
+        if plan.device != "cuda":
+            raise PlanError("the plan was made for a CPU; build it with target cuda")
+        self._driver = driver
+        self._device = device
+        self._stream = torch.cuda.current_stream(device).cuda_stream if stream is None else stream
+        self.scratch = self._bytes(_scratch_bytes(plan))
+        """Memory of single launches, used by one after the other."""
+        self._calls = any(isinstance(step, Call) for step in plan.steps)
+        super().__init__(
+            artifact,
+            shape_set,
+            inputs,
+            state,
+            outputs=outputs,
+            arena=arena,
+            memory=memory or plan_memory(plan, alignment=ALIGNMENT),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def place(
+        self,
+        inputs: Sequence[torch.Tensor],
+        state: Mapping[str, torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Use these tensors from now on, the outputs too. Raises ``PlanError`` if they are not the plan's."""
+        self._outputs = list(outputs)
+        if self._calls:
+            self._steps = []  # ATen calls hold their tensors: bound anew
+            self.bind(inputs, state)
+            return
+        self.bind(inputs, state)
+        for value, position in self._direct.items():
+            self._define(value, self._outputs[position])
+
+    def step_times(self) -> list[tuple[str, float]]:
+        """Execute the plan once and return (step, seconds) for each, by device events around it."""
+        self._renew_outputs()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(self._steps) + 1)]
+        marks[0].record()
+        for (_, step), mark in zip(self._steps, marks[1:]):
+            step()
+            mark.record()
+        self._collect()
+        torch.cuda.synchronize(self._device)
+        pairs = zip(self.step_names, marks, marks[1:])
+        return [(name, before.elapsed_time(after) / 1e3) for name, before, after in pairs]
+
+    def resources(self) -> dict[str, dict[str, int]]:
+        """Per kernel: registers, spilled and static shared bytes, dynamic shared bytes, blocks per processor."""
+        found = {}
+        for step in self.plan.steps:
+            if isinstance(step, Launch) and step.geometry is not None:
+                function = self._function(step)
+                threads = step.geometry.block[0] * step.geometry.block[1] * step.geometry.block[2]
+                found[step.kernel] = self._driver.resources(function) | {
+                    "threads": threads,
+                    "dynamic": step.geometry.shared,
+                    "blocks": self._driver.blocks_per_processor(function, threads, step.geometry.shared),
+                }
+        return found
+
+    def close(self) -> None:
+        """Unload the kernels; whatever was enqueued must have ended."""
+        self._steps = []
+        while self._libraries:
+            self._driver.unload(self._libraries.popitem()[1])
+
+    def _load(self, binary: bytes) -> int:
+        try:
+            return self._driver.load(binary)
+        except CudaError as error:
+            raise PlanError(f"the driver refuses the binary: {error}") from None
+
+    def _function(self, step: Launch) -> int:
+        assert step.geometry is not None
+        try:
+            function = self._driver.function(self._libraries[step.binary], step.kernel)
+            self._driver.prepare(function, step.geometry)
+        except KeyError:
+            raise PlanError(f"kernel {step.kernel} is in binary {step.binary}, which is missing") from None
+        except CudaError as error:
+            raise PlanError(f"kernel {step.kernel} cannot be launched here: {error}") from None
+        return function
+
+    def _launch(self, step: Launch) -> Closure:
+        if step.geometry is None:
+            raise PlanError(f"kernel {step.kernel} has no launch geometry")
+        function = self._function(step)
+        config = self._driver.config(step.geometry, self._stream)
+        slots: list[Any] = []
+        maps: list[_Map] = []
+        used = 0
+        for argument, ctype in zip(step.args, step.ctypes):
+            if isinstance(argument, Scratch):
+                slots.append(ctypes.c_void_p(self.scratch.data_ptr() + used))
+                used += _align(argument.size)
+            elif isinstance(argument, TensorMap):
+                cell = self._cells.setdefault(argument.value, ctypes.c_void_p())
+                maps.append(_Map(self._driver, argument, cell))
+                slots.append(maps[-1].buffer)
+            else:
+                slots.append(self._argument(step, argument, ctype))
+        addresses = [slot.address if isinstance(slot, _Aligned) else ctypes.addressof(slot) for slot in slots]
+        parameters = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
+        return functools.partial(self._enqueue, step.kernel, function, config, parameters, maps, slots)
+
+    def _enqueue(
+        self, kernel: str, function: int, config: Any, parameters: Any, maps: list[_Map], slots: list[Any]
+    ) -> None:
+        """``slots`` hold what ``parameters`` points to, and the pointers in them change when tensors do."""
+        for one in maps:
+            one.renew()
+        try:
+            self._driver.launch(function, config, parameters)
+        except CudaError as error:
+            if error.sticky:
+                raise
+            raise PlanError(f"kernel {kernel} cannot be launched here: {error}") from None
+
+
+class _Aligned:
+    """Host memory for one tensor map."""
+
+    def __init__(self) -> None:
+        self._raw = ctypes.create_string_buffer(TENSOR_MAP_BYTES + _MAP_ALIGNMENT)
+        self.address = -(-ctypes.addressof(self._raw) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+
+
+class _Map:
+    """A TMA descriptor that follows its tensor."""
+
+    def __init__(self, driver: Driver, described: TensorMap, cell: ctypes.c_void_p) -> None:
+        self.buffer = _Aligned()
+        self._driver, self._described, self._cell = driver, described, cell
+        self._address: int | None = None
+
+    def renew(self) -> None:
+        if self._cell.value == self._address:
+            return
+        d = self._described
+        itemsize = TensorSpec(d.shape, d.stride, d.dtype).torch_dtype.itemsize
+        try:
+            self._driver.tensor_map(
+                self.buffer.address, self._cell.value or 0, d.dtype, d.shape, d.stride, itemsize, d.box, d.swizzle,
+                d.nan_fill,
+            )  # fmt: skip
+        except CudaError as error:
+            raise PlanError(f"no TMA descriptor can be made of {d}: {error}") from None
+        self._address = self._cell.value
+
+
+def _scratch_bytes(plan: Plan) -> int:
+    launches = (step for step in plan.steps if isinstance(step, Launch))
+    return max((sum(_align(a.size) for a in s.args if isinstance(a, Scratch)) for s in launches), default=0)
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
