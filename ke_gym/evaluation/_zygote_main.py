@@ -82,8 +82,11 @@ def _warm() -> None:
     for name in ("lang", "targets.executor", "evaluation.arms", "evaluation.builder", "evaluation.shared"):
         importlib.import_module(f"ke_gym.{name}")
     languages()
-    # A first trace loads the meta kernels and what they import.
+    # A first trace loads the meta kernels and what they import. It would look for GPUs, and so start the driver
+    # and a thread of its, which no fork survives.
+    ask, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     trace(lambda x: torch.softmax(x @ x + 1, -1), [TensorSpec((4, 4), (4, 1), "float32")], {})
+    torch.cuda.is_available = ask
     # Libraries behind ATen ask the system about its processor once; the sandbox shows no /proc/cpuinfo.
     one = torch.zeros(1, dtype=torch.int64)
     torch.nn.functional.embedding_bag(one, torch.zeros(1, 16), one)

@@ -20,7 +20,9 @@ from ke_gym.targets.cuda import Facts
 from ke_gym.tasks.task import Task
 
 START_SECONDS = 120.0
-REQUEST_SECONDS = 600.0
+REQUEST_SECONDS = 180.0
+RACE_SECONDS = 900.0
+"""torch.compile may have to try a library's worth of kernels before its first race."""
 NO_DEVICE = (
     "no NVIDIA GPU can be used here ({why}); compile here with scripts/evaluate.py --bundle FILE --compile-only "
     "and race the file on a machine that has one with --run-bundle FILE"
@@ -148,7 +150,7 @@ class GpuClient:
 
     def _ask(self, do: str, blob: bytes = b"", **arguments: Any) -> tuple[dict[str, Any], bytes]:
         self.worker.channel.send({"do": do, **arguments}, blob)
-        return self._answer(do, REQUEST_SECONDS)
+        return self._answer(do, RACE_SECONDS if do == "race" else REQUEST_SECONDS)
 
     def _answer(self, do: str, timeout: float) -> tuple[dict[str, Any], bytes]:
         try:

@@ -94,17 +94,15 @@ class Arm:
 class GpuJudge:
     """The server side. One method per request; each returns a JSON-able dict (and maybe a blob)."""
 
-    def __init__(self, task: Task, baseline: str, device: int) -> None:
+    def __init__(self, task: Task, baseline: str, device: torch.device) -> None:
         self.task = task
         self.baseline = baseline
-        self.device = torch.device("cuda", device)
-        torch.cuda.set_device(self.device)
-        torch.set_default_device(self.device)
+        self.device = device
         relaxed = task.precision != "strict"
         torch.backends.cuda.matmul.allow_tf32 = relaxed
         torch.backends.cudnn.allow_tf32 = relaxed
         self.driver = Driver()
-        self.facts = cuda.facts(device)
+        self.facts = cuda.facts(device.index or 0)
         self.watch = Stopwatch(self.device, self.facts.l2_bytes, Clocks(self.facts.uuid))
         self.sets: dict[str, ShapeSet] = {}
         self.arms: dict[int, Arm] = {}
@@ -237,11 +235,14 @@ class GpuJudge:
             for number in range(count):
                 trial = self._picked(one, {**picks, step: number})
                 try:
-                    runner = self._runner(trial, chosen)
+                    with _fatal():
+                        runner = self._runner(trial, chosen)
                     seconds = sorted(self._call(chosen, runner, patience)[0] for _ in range(TUNING_ROUNDS))[1]
-                    runner.close()
-                except PlanError:
+                except Died as died:
+                    if died.fatal:
+                        raise
                     continue  # more than this device has: another one will do
+                runner.close()
                 if seconds < best:
                     best, picks[step] = seconds, number
         if picks:
@@ -303,29 +304,39 @@ class GpuJudge:
         memory = plan_memory(one.runner.plan, reuse=False, red_zone=RED_ZONE, alignment=ALIGNMENT)
         arena = torch.empty(memory.size, dtype=torch.uint8, device=self.device)
         runner = self._runner(one.artifact, chosen, memory=memory, arena=arena)
+        answer = self._cases(chosen, runner, cases, touch_seed, touched, patience)
+        runner.close()  # not after a fault: unloading waits for a kernel that hangs
+        return answer
+
+    def _cases(
+        self,
+        chosen: ShapeSet,
+        runner: CudaRunner,
+        cases: list[tuple[int, str, int]],
+        touch_seed: int,
+        touched: bool,
+        patience: float,
+    ) -> dict[str, Any]:
         worst = {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}
-        try:
-            for index, (seed, distribution, state_seed) in enumerate(cases):
-                if state_seed:
-                    chosen.reference.randomize(state_seed)
-                self._hold(chosen)
-                out, reason = self._checked_call(chosen, runner, seed, distribution, index % 2, patience)
-                if reason:
-                    return {"reason": reason, "case": index, "damage": True}
-                if state_seed:
-                    chosen.reference.randomize(state_seed)
-                verdict = self._verdict(chosen, self._draw(chosen.name, seed, distribution), out.tensors)
-                if verdict is None:
-                    continue  # the reference itself has no answer here
-                if not verdict.ok:
-                    return {"reason": verdict.reason, "pattern": verdict.pattern, "case": index}
-                worst = {key: max(value, float(getattr(verdict, key))) for key, value in worst.items()}
-            if touched:
-                verdict = self._touched(chosen, runner, cases[0], touch_seed, patience)
-                if verdict is not None and not verdict.ok:
-                    return {"reason": verdict.reason, "touched": True}
-        finally:
-            runner.close()
+        for index, (seed, distribution, state_seed) in enumerate(cases):
+            if state_seed:
+                chosen.reference.randomize(state_seed)
+            self._hold(chosen)
+            out, reason = self._checked_call(chosen, runner, seed, distribution, index % 2, patience)
+            if reason:
+                return {"reason": reason, "case": index, "damage": True}
+            if state_seed:
+                chosen.reference.randomize(state_seed)
+            verdict = self._verdict(chosen, self._draw(chosen.name, seed, distribution), out.tensors)
+            if verdict is None:
+                continue  # the reference itself has no answer here
+            if not verdict.ok:
+                return {"reason": verdict.reason, "pattern": verdict.pattern, "case": index}
+            worst = {key: max(value, float(getattr(verdict, key))) for key, value in worst.items()}
+        if touched:
+            verdict = self._touched(chosen, runner, cases[0], touch_seed, patience)
+            if verdict is not None and not verdict.ok:
+                return {"reason": verdict.reason, "touched": True}
         return worst
 
     def _checked_call(
@@ -660,7 +671,10 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     try:
         if not torch.cuda.is_available():
             raise UserError("no GPU")
-        judge = GpuJudge(Task.from_bytes(blob), args["baseline"], args["device"])
+        device = torch.device("cuda", args["device"])
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+        judge = GpuJudge(Task.from_bytes(blob), args["baseline"], device)
     except (UserError, RuntimeError, OSError, AssertionError) as error:
         channel.send({"no_device": _first_line(error)})
         return
@@ -686,5 +700,8 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
             torch.cuda.empty_cache()
             channel.send({"out_of_memory": _first_line(error)})
         except Exception as error:  # the parent turns it into a clear message about the task
+            if isinstance(error, CudaError) and error.sticky:
+                channel.send({"died": "runtime", "log": str(error), "fatal": True})
+                os._exit(1)
             traceback.print_exc()
             channel.send({"task_error": f"{type(error).__name__}: {_first_line(error)}"})

@@ -6,6 +6,7 @@ with it and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
@@ -114,15 +115,18 @@ class CudaRunner(PlanRunner):
         return found
 
     def close(self) -> None:
-        """Unload the kernels; whatever was enqueued must have ended."""
+        """Unload the kernels; whatever was enqueued must have ended. A lost context has none left."""
         self._steps = []
-        while self._libraries:
-            self._driver.unload(self._libraries.popitem()[1])
+        with contextlib.suppress(CudaError):
+            while self._libraries:
+                self._driver.unload(self._libraries.popitem()[1])
 
     def _load(self, binary: bytes) -> int:
         try:
             return self._driver.load(binary)
         except CudaError as error:
+            if error.sticky:
+                raise
             raise PlanError(f"the driver refuses the binary: {error}") from None
 
     def _function(self, step: Launch) -> int:

@@ -181,7 +181,7 @@ class Drawing(TorchFunctionMode):
         if target.is_complex():
             self.like_rand(torch.view_as_real(target))
             return target
-        how = _UNIFORM_BECOMES.get(self.distribution, Drawing.uniform)
+        how = _UNIFORM_BECOMES.get(self.distribution, lambda draw, values: draw.uniform(values))
         bits = {torch.bfloat16: 8, torch.float16: 11}.get(target.dtype)
         if bits is None:
             return self.fill(target, how)

@@ -1,0 +1,144 @@
+"""A GPU that is none: a driver whose kernels are Python functions on the processor's memory, and events that do
+nothing. With them the executor's and the judge's logic runs everywhere."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import Alloc, Geometry, Launch, Plan, PlanInput, Ref, TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.targets.cuda_driver import CudaError
+
+FACTS = cuda.Facts(
+    model="Fake", arch="sm_90", cores=4, l1_bytes=1 << 16, l2_bytes=1 << 16, memory_bytes=1 << 34,
+    shared_bytes=1 << 16, driver=13000, reads_host=False, uuid="GPU-fake", clock_mhz=1000,
+)  # fmt: skip
+KERNELS: dict[str, Callable[..., None]] = {}
+
+
+class FakeDriver:
+    """Kernels are looked up by binary in ``KERNELS`` and called with addresses and scalars, as they lie there."""
+
+    def __init__(self) -> None:
+        self.modules: dict[int, bytes] = {}
+        self.launches: list[tuple[str, Geometry, int]] = []
+        self.maps: list[tuple[int, tuple[int, ...]]] = []
+        self._functions: list[tuple[int, str]] = []
+
+    def load(self, binary: bytes) -> int:
+        if binary == b"broken":
+            raise CudaError("cuModuleLoadData", 209, "CUDA_ERROR_NO_BINARY_FOR_GPU")
+        number = len(self.modules) + 1
+        self.modules[number] = binary
+        return number
+
+    def unload(self, module: int) -> None:
+        self.modules[module] = b""
+
+    def function(self, module: int, name: str) -> int:
+        if name not in KERNELS:
+            raise CudaError("cuModuleGetFunction", 500, "CUDA_ERROR_NOT_FOUND")
+        self._functions.append((module, name))
+        return len(self._functions) - 1
+
+    def prepare(self, function: int, geometry: Geometry) -> None:
+        if geometry.shared > FACTS.shared_bytes:
+            raise CudaError("cuFuncSetAttribute", 1, "CUDA_ERROR_INVALID_VALUE")
+
+    def config(self, geometry: Geometry, stream: int) -> Any:
+        return geometry, stream
+
+    def launch(self, function: int, config: Any, parameters: Any) -> None:
+        module, name = self._functions[function]
+        assert self.modules[module], "launched from an unloaded module"
+        self.launches.append((name, *config))
+        KERNELS[name](*parameters)
+
+    def tensor_map(self, where: int, address: int, dtype: str, shape: Any, *_: Any) -> None:
+        assert where % 64 == 0
+        self.maps.append((address, tuple(shape)))
+        ctypes.memset(where, len(self.maps), 128)
+
+    def resources(self, function: int) -> dict[str, int]:
+        return {"registers": 32, "local": 0, "shared": 0}
+
+    def blocks_per_processor(self, function: int, threads: int, shared: int) -> int:
+        return 2
+
+    def forget_persisting_lines(self) -> None:
+        pass
+
+
+class FakeEvent:
+    """Host time stands in for device time; it has happened when it is asked for the second time."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.when = 0.0
+        self._asked = False
+
+    def record(self) -> None:
+        self.when = time.perf_counter()
+
+    def query(self) -> bool:
+        asked, self._asked = self._asked, True
+        return asked
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return 1e3 * (later.when - self.when)
+
+
+class FakeClocks:
+    """A clock that always runs at its highest rate, unless ``now`` says otherwise."""
+
+    now = 1000
+
+    def __init__(self, uuid: str) -> None:
+        pass
+
+    def mhz(self) -> int:
+        return self.now
+
+    def most_mhz(self) -> int:
+        return 1000
+
+
+def pointer(where: int) -> int:
+    """The pointer argument that a kernel parameter holds."""
+    return ctypes.c_void_p.from_address(where).value or 0
+
+
+def floats(where: int, count: int) -> torch.Tensor:
+    """The fp32 memory that a pointer argument points to."""
+    raw = (ctypes.c_float * count).from_address(pointer(where))
+    return torch.frombuffer(raw, dtype=torch.float32)
+
+
+def integer(where: int) -> int:
+    return ctypes.c_int64.from_address(where).value
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a function as the kernel of that name."""
+    KERNELS[function.__name__] = function
+    return function
+
+
+def one_launch(name: str, spec: TensorSpec, **options: Any) -> Artifact:
+    """``out = name(x, n)`` on one fp32 tensor, as an artifact with shape set "default"."""
+    count = spec.storage_bytes // 4
+    launch = Launch(
+        "k",
+        name,
+        (Ref(0), Ref(1), count),
+        ("float*", "float*", "int64_t"),
+        Geometry((1, 1, 1), (32, 1, 1)),
+        **options,
+    )
+    plan = Plan((PlanInput("input", "0", spec),), (Alloc(1, spec), launch), (1,), (spec,), "cuda")
+    return Artifact("cuda", "plan", "", {"k": name.encode()}, {"default": plan}, arch="sm_90a")

@@ -1,0 +1,255 @@
+"""The GPU judge's logic, on a GPU that is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ke_gym.evaluation import gpu_judge
+from ke_gym.evaluation.gpu_judge import Died, GpuJudge
+from ke_gym.evaluation.race import Rules
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import Launch, TensorSpec
+from ke_gym.tasks.task import Task
+from ke_gym.testing.fake_gpu import (
+    FACTS,
+    FakeClocks,
+    FakeDriver,
+    FakeEvent,
+    floats,
+    integer,
+    kernel,
+    one_launch,
+    pointer,
+)  # fmt: skip
+
+ROWS, COLS = 6, 40
+SPEC = TensorSpec((ROWS, COLS), (COLS, 1), "float32")
+TASK = f"""
+import torch
+import torch.nn as nn
+ROWS, COLS = {ROWS}, {COLS}
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(COLS))
+    def forward(self, x):
+        return torch.sin(3 * x) + x * x
+def get_inputs():
+    return [torch.randn(ROWS, COLS)]
+"""
+CASES = [(11, "task", 0), (12, "task", 5), (13, "ties", 0), (14, "special", 0)]
+COUNT = {"calls": 0}
+
+
+def _right(x: int, out: int, n: int) -> torch.Tensor:
+    given = floats(x, integer(n)).double()
+    return floats(out, integer(n)).copy_(torch.sin(3 * given) + given * given)
+
+
+@kernel
+def right(x: int, out: int, n: int) -> None:
+    _right(x, out, n)
+
+
+@kernel
+def counted(x: int, out: int, n: int) -> None:
+    COUNT["calls"] += 1
+    _right(x, out, n)
+
+
+@kernel
+def wrong(x: int, out: int, n: int) -> None:
+    _right(x, out, n)[7] += 1
+
+
+@kernel
+def unwritten(x: int, out: int, n: int) -> None:
+    floats(out, 3).zero_()
+
+
+@kernel
+def past_the_end(x: int, out: int, n: int) -> None:
+    _right(x, out, n)
+    floats(out, integer(n) + 1)[integer(n)] = 1
+
+
+@kernel
+def before_the_input(x: int, out: int, n: int) -> None:
+    _right(x, out, n)
+    (torch.frombuffer((ctypes_byte * 4).from_address(pointer(x) - 4), dtype=torch.uint8)).zero_()
+
+
+@kernel
+def writes_input(x: int, out: int, n: int) -> None:
+    _right(x, out, n)
+    floats(x, integer(n))[5] = 0
+
+
+@kernel
+def remembers(x: int, out: int, n: int) -> None:
+    """Answers from what it saw first for as long as the first element is the same."""
+    given = floats(x, integer(n))
+    kept = COUNT.setdefault("seen", {})  # type: ignore[arg-type]
+    key = float(given[0])
+    if key in kept:  # type: ignore[operator]
+        floats(out, integer(n)).copy_(kept[key])  # type: ignore[index]
+    else:
+        kept[key] = _right(x, out, n).clone()  # type: ignore[index]
+
+
+@kernel
+def honest_for_a_while(x: int, out: int, n: int) -> None:
+    COUNT["calls"] += 1
+    _right(x, out, n)
+    if COUNT["calls"] > 12:
+        floats(out, integer(n)).zero_()
+
+
+@kernel
+def faults(x: int, out: int, n: int) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+
+import ctypes  # noqa: E402
+
+ctypes_byte = ctypes.c_uint8
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuJudge:
+    for name, fake in {
+        "Event": FakeEvent,
+        "synchronize": lambda *_: None,
+        "_sleep": lambda _: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda *_: (1 << 34, 1 << 34),
+        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(gpu_judge, "Driver", FakeDriver)
+    monkeypatch.setattr(gpu_judge, "Clocks", FakeClocks)
+    monkeypatch.setattr(gpu_judge.cuda, "facts", lambda _: FACTS)
+    monkeypatch.setattr(FakeClocks, "now", 1000)
+    COUNT.clear()
+    COUNT["calls"] = 0
+    path = tmp_path / "task.py"
+    path.write_text(TASK)
+    made = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
+    made.describe(["default"])
+    return made
+
+
+def check(judge: GpuJudge, name: str) -> dict[str, Any]:
+    arm = judge.load("default", one_launch(name, SPEC).to_bytes())["arm"]
+    return judge.check(arm, CASES, 99, True, 5.0)
+
+
+def run_race(judge: GpuJudge, name: str, other: str | None = None, **rules: Any) -> dict[str, Any]:
+    own = judge.load("default", one_launch(name, SPEC).to_bytes())["arm"]
+    rival = None if other is None else judge.load("default", one_launch(other, SPEC).to_bytes())["arm"]
+    limits = vars(Rules(min_rounds=6, max_rounds=8, hopeless=1e9, slow=1e9, **rules))
+    return judge.race("default", own, rival, True, limits, 0.01, 5.0)
+
+
+def test_it_says_what_the_task_is(judge: GpuJudge) -> None:
+    described, signature = judge.describe(["default"])
+    shape = described["shapes"]["default"]
+    assert shape["inputs"] == [[[ROWS, COLS], [COLS, 1], "float32"]]
+    assert shape["work"]["bytes"] == 2 * 4 * ROWS * COLS
+    assert described["facts"]["model"] == "Fake" and signature
+
+
+def test_a_right_kernel_passes_every_case(judge: GpuJudge) -> None:
+    answer = check(judge, "right")
+    assert "reason" not in answer and answer["ratio"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("wrong", "error"),
+        ("unwritten", "non-finite"),
+        ("past_the_end", "outside of its outputs: 0 bytes past the end of output 0"),
+        ("before_the_input", "outside of its inputs"),
+        ("writes_input", "wrote to input 0"),
+    ],
+)
+def test_what_a_kernel_does_wrong_is_seen(judge: GpuJudge, name: str, problem: str) -> None:
+    assert problem in check(judge, name)["reason"]
+
+
+def test_what_is_remembered_shows_when_one_element_changes(judge: GpuJudge) -> None:
+    assert check(judge, "remembers").get("touched")
+
+
+def test_a_fault_ends_the_process_with_its_first_line(judge: GpuJudge) -> None:
+    with pytest.raises(Died, match="illegal memory access") as died:
+        check(judge, "faults")
+    assert died.value.fatal and died.value.outcome == "runtime" and "more" not in died.value.log
+
+
+def test_a_kernel_that_does_not_exist_is_no_fault(judge: GpuJudge) -> None:
+    with pytest.raises(Died) as died:
+        check(judge, "nothing")
+    assert not died.value.fatal and died.value.outcome == "constraints"
+
+
+def test_a_race_calls_everybody_on_contents_of_their_own(judge: GpuJudge) -> None:
+    answer = run_race(judge, "right", "right")
+    rounds = len(answer["values"])
+    assert {name: len(seconds) for name, seconds in answer["seconds"].items()} == dict.fromkeys(
+        ("candidate", "incumbent", "baseline"), rounds
+    )
+    assert not answer["suspects"]
+
+
+def test_what_is_right_only_when_checked_is_caught_while_timed(judge: GpuJudge) -> None:
+    assert "reason" not in check(judge, "honest_for_a_while")
+    assert run_race(judge, "honest_for_a_while")["suspects"] == ["candidate"]
+
+
+def test_throttled_rounds_do_not_count(judge: GpuJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeClocks, "mhz", lambda self: 300 if COUNT["calls"] in (6, 8) else 1000)
+    answer = run_race(judge, "counted")
+    throttled = answer["counts"]["throttled"]
+    assert throttled >= 2 and answer["counts"]["rounds"] == throttled + len(answer["values"])
+
+
+def test_alternatives_are_raced_and_the_faster_one_is_picked(judge: GpuJudge) -> None:
+    slow = one_launch("slow", SPEC)
+    launch = slow.plans["default"].steps[1]
+    assert isinstance(launch, Launch)
+    made = one_launch("slow", SPEC, alternatives=(replace(launch, kernel="right"),))
+    arm = judge.load("default", made.to_bytes())["arm"]
+    assert judge.tune(arm, 5.0) == {"picks": {1: 1}}
+    assert "reason" not in judge.check(arm, CASES, 99, True, 5.0)
+
+
+@kernel
+def slow(x: int, out: int, n: int) -> None:
+    for _ in range(50):
+        _right(x, out, n)
+
+
+def test_a_profile_tells_steps_resources_and_coverage(judge: GpuJudge) -> None:
+    arm = judge.load("default", one_launch("right", SPEC).to_bytes())["arm"]
+    answer = judge.profile(arm, 5.0)
+    assert [step[:2] for step in answer["steps"]] == [("kernel", "right")]
+    assert answer["coverage"] == 1.0 and answer["resources"]["right"]["registers"] == 32
+
+
+def test_the_reference_passes_and_mutants_do_not(judge: GpuJudge) -> None:
+    assert judge.self_verdict("default")["ok"]
+    rejected = judge.mutants("default", CASES)["mutants"]
+    assert len(rejected) > 2 and all(rejected.values())
+
+
+def test_an_artifact_survives_its_way_to_the_judge(judge: GpuJudge) -> None:
+    made = one_launch("right", SPEC)
+    assert Artifact.from_bytes(made.to_bytes()).plans == made.plans

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import (
+    Alloc,
+    Call,
+    Geometry,
+    Launch,
+    Plan,
+    PlanInput,
+    Ref,
+    Scratch,
+    TensorMap,
+    TensorSpec,
+)  # fmt: skip
+from ke_gym.targets._memory import PlanError
+from ke_gym.targets.cuda_executor import ALIGNMENT, CudaRunner
+from ke_gym.testing.fake_gpu import FakeDriver, floats, integer, kernel, one_launch, pointer
+
+CPU = torch.device("cpu")
+SPEC = TensorSpec((4, 8), (8, 1), "float32")
+SEEN: list[int] = []
+
+
+@kernel
+def double(x: int, out: int, n: int) -> None:
+    floats(out, integer(n)).copy_(2 * floats(x, integer(n)))
+
+
+@kernel
+def triple(x: int, out: int, n: int) -> None:
+    floats(out, integer(n)).copy_(3 * floats(x, integer(n)))
+
+
+@kernel
+def through_scratch(x: int, first: int, second: int, out: int) -> None:
+    SEEN[:] = [pointer(first), pointer(second)]
+    floats(second, 32).copy_(floats(x, 32))
+    floats(out, 32).copy_(floats(second, 32) + 1)
+
+
+@kernel
+def reads_map(described: int, out: int) -> None:
+    floats(out, 32).fill_(ctypes.c_uint8.from_address(described).value)
+
+
+def runner(
+    artifact: Artifact, x: torch.Tensor, driver: FakeDriver | None = None, **options: object
+) -> CudaRunner:
+    return CudaRunner(
+        artifact,
+        "default",
+        [x],
+        {},
+        driver=driver or FakeDriver(),
+        device=CPU,
+        stream=7,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def test_a_plan_is_launched_with_its_geometry_on_its_stream() -> None:
+    driver = FakeDriver()
+    x = torch.randn(4, 8)
+    (out,) = runner(one_launch("double", SPEC), x, driver).run()
+    assert torch.equal(out, 2 * x)
+    assert driver.launches == [("double", Geometry((1, 1, 1), (32, 1, 1)), 7)]
+
+
+def test_every_run_returns_fresh_memory_and_new_inputs_are_read() -> None:
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    one = runner(one_launch("double", SPEC), x)
+    (first,) = one.run()
+    one.bind([y])
+    (second,) = one.run()
+    assert torch.equal(first, 2 * x) and torch.equal(second, 2 * y)
+
+
+def test_placed_outputs_get_the_results() -> None:
+    one = runner(one_launch("double", SPEC), torch.zeros(4, 8), outputs=[torch.zeros(4, 8)])
+    for _ in range(2):
+        x, out = torch.randn(4, 8), torch.zeros(4, 8)
+        one.place([x], {}, [out])
+        assert one.run()[0].data_ptr() == out.data_ptr()
+        assert torch.equal(out, 2 * x)
+
+
+def test_library_calls_and_kernels_mix_and_follow_their_tensors() -> None:
+    plan = one_launch("double", SPEC).plans["default"]
+    add = Call("aten.add.Tensor", (Ref(1), Ref(0)), {}, (2,))
+    made = replace(plan, steps=(*plan.steps, add), returns=(2,))
+    mixed = replace(one_launch("double", SPEC), plans={"default": made})
+    one = runner(mixed, torch.zeros(4, 8), outputs=[torch.zeros(4, 8)])
+    x, out = torch.randn(4, 8), torch.zeros(4, 8)
+    one.place([x], {}, [out])
+    one.run()
+    assert torch.equal(out, 3 * x)
+    assert one.step_names == ["double", "aten.add.Tensor"]
+
+
+def test_devices_in_a_plan_mean_this_one() -> None:
+    full = Call("aten.full.default", ((4, 8), 3.0), {"device": torch.device("cuda", 3)}, (1,))
+    plan = Plan((PlanInput("input", "0", SPEC),), (full,), (1,), (SPEC,), "cuda")
+    (out,) = runner(Artifact("cuda", "plan", "", {}, {"default": plan}), torch.zeros(4, 8)).run()
+    assert torch.equal(out, torch.full((4, 8), 3.0))
+
+
+def test_scratch_is_apart_and_aligned() -> None:
+    args = (Ref(0), Scratch(100), Scratch(128), Ref(1))
+    launch = Launch(
+        "k", "through_scratch", args, ("float*", "void*", "void*", "float*"), Geometry((1, 1, 1), (32, 1, 1))
+    )
+    plan = Plan((PlanInput("input", "0", SPEC),), (Alloc(1, SPEC), launch), (1,), (SPEC,), "cuda")
+    x = torch.randn(4, 8)
+    (out,) = runner(Artifact("cuda", "plan", "", {"k": b"k"}, {"default": plan}), x).run()
+    assert torch.equal(out, x + 1)
+    assert SEEN[1] - SEEN[0] == ALIGNMENT
+
+
+def test_a_tensor_map_follows_its_tensor() -> None:
+    driver = FakeDriver()
+    described = TensorMap(0, (4, 8), (8, 1), "float32", (2, 8))
+    launch = Launch(
+        "k", "reads_map", (described, Ref(1)), ("CUtensorMap", "float*"), Geometry((1, 1, 1), (32, 1, 1))
+    )
+    plan = Plan((PlanInput("input", "0", SPEC),), (Alloc(1, SPEC), launch), (1,), (SPEC,), "cuda")
+    x, y = torch.zeros(4, 8), torch.zeros(4, 8)
+    one = runner(Artifact("cuda", "plan", "", {"k": b"k"}, {"default": plan}), x, driver)
+    assert one.run()[0][0, 0] == 1
+    assert one.run()[0][0, 0] == 1  # made once
+    one.bind([y])
+    assert one.run()[0][0, 0] == 2
+    assert driver.maps == [(x.data_ptr(), (4, 8)), (y.data_ptr(), (4, 8))]
+
+
+def test_intermediates_are_aligned_for_a_gpu() -> None:
+    plan = one_launch("double", SPEC).plans["default"]
+    again = Launch(
+        "k", "double", (Ref(1), Ref(2), 32), ("float*", "float*", "int64_t"), Geometry((1, 1, 1), (32, 1, 1))
+    )
+    third = replace(again, args=(Ref(2), Ref(3), 32))
+    steps = (*plan.steps, Alloc(2, SPEC), again, Alloc(3, SPEC), third)
+    chain = replace(one_launch("double", SPEC), plans={"default": replace(plan, steps=steps, returns=(3,))})
+    x = torch.randn(4, 8)
+    one = runner(chain, x)
+    assert all(offset % ALIGNMENT == 0 for offset in one._memory.offsets.values())
+    assert torch.equal(one.run()[0], 8 * x)
+
+
+def test_the_chosen_alternative_is_the_one_launched() -> None:
+    base = one_launch("double", SPEC)
+    launch = base.plans["default"].steps[1]
+    assert isinstance(launch, Launch)
+    made = one_launch("double", SPEC, alternatives=(replace(launch, kernel="triple"),))
+    x = torch.randn(4, 8)
+    chosen = replace(made, plans={"default": made.plans["default"].choose({1: 1})})
+    assert torch.equal(runner(chosen, x).run()[0], 3 * x)
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (lambda a: replace(a, binaries={"k": b"broken"}), "refuses the binary"),
+        (lambda a: replace(a, binaries={}), "missing"),
+        (lambda a: _launching(a, kernel="nothing"), "NOT_FOUND"),
+        (lambda a: _launching(a, geometry=Geometry((1, 1, 1), (32, 1, 1), shared=1 << 17)), "INVALID_VALUE"),
+        (lambda a: replace(a, plans={"default": replace(a.plans["default"], device="cpu")}), "made for a CPU"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_launched_says_why(broken: object, problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        runner(broken(one_launch("double", SPEC)), torch.zeros(4, 8)).run()  # type: ignore[operator]
+
+
+def test_closing_unloads_the_kernels() -> None:
+    driver = FakeDriver()
+    one = runner(one_launch("double", SPEC), torch.zeros(4, 8), driver)
+    one.close()
+    assert list(driver.modules.values()) == [b""]
+
+
+def test_resources_are_told_per_kernel() -> None:
+    found = runner(one_launch("double", SPEC), torch.zeros(4, 8)).resources()
+    assert found["double"]["threads"] == 32 and found["double"]["blocks"] == 2
+
+
+def _launching(artifact: Artifact, **changes: object) -> Artifact:
+    plan = artifact.plans["default"]
+    launch = replace(plan.steps[1], **changes)  # type: ignore[arg-type]
+    return replace(artifact, plans={"default": replace(plan, steps=(plan.steps[0], launch))})
