@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ke_gym.envs.episode import Case
-
 from ke_gym import proposers
+from ke_gym.envs.episode import Case
 from ke_gym.errors import UserError
+from ke_gym.evaluation import opening
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.job import remembering
@@ -57,7 +57,7 @@ class EvaluationPool:
             proposers.check(proposer)
         self.target, self.baseline, self.proposer, self.keep = target, baseline, proposer, keep
         self.store = Store(store if store is not None else ":memory:")
-        self._open = open_evaluator or (lambda task: Evaluator(task, target, baseline, threads))
+        self._open = open_evaluator or (lambda task: opening.open_evaluator(task, target, baseline, threads))
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
         self._cases: dict[str, Case] = {}
         self._evaluators: OrderedDict[str, Evaluator] = OrderedDict()

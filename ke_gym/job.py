@@ -23,6 +23,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.opening import open_evaluator
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.proposers import LLM, Proposer
@@ -175,7 +176,7 @@ def _search(
     policy = policies.make(settings.policy, settings.seed)
     with (
         Store(settings.store or None) as store,
-        Evaluator(task, settings.target, settings.baseline, settings.threads) as evaluator,
+        open_evaluator(task, settings.target, settings.baseline, settings.threads) as evaluator,
         closing(_proposer(task, settings, evaluator, run_dir)) as proposer,
     ):
         setting = Setting(

@@ -1,11 +1,14 @@
-"""Judge one kernel: is it right, how much faster is it, and how sure is that.
+"""Judge kernels: are they right, how much faster are they, and how sure is that.
 
     python scripts/evaluate.py --task softmax --kernel my_softmax.py
     python scripts/evaluate.py --task problems/17_conv.py --kernel conv.py --baseline compile --json
+    python scripts/evaluate.py --task softmax --kernel rows.py --target cuda
+    python scripts/evaluate.py --task softmax --kernel a.py b.py --bundle batch.keb --compile-only
+    python scripts/evaluate.py --run-bundle batch.keb --results batch.json
 
-TASK is a built-in task (see scripts/tasks.py list) or any KernelBench-format file; the kernel is a module
-with `forward` or `ModelNew` (docs/kernel-modules.md). Exit code 0 whenever a verdict was reached, whatever it
-is; 2 for bad arguments or a broken task file.
+TASK is a built-in task (see scripts/tasks.py list) or any KernelBench-format file; a kernel is a module with
+`forward` or `ModelNew` (docs/kernel-modules.md). A bundle is compiled where no GPU is, and raced where one is.
+Exit code 0 whenever a verdict was reached, whatever it is; 2 for bad arguments or a broken task file.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from rich.table import Table
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation import bundle
 from ke_gym.evaluation.evaluation import Evaluation
-from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.opening import language_for, open_evaluator
 from ke_gym.evaluation.profile import feedback
 from ke_gym.evaluation.record import MachineRecord
 from ke_gym.search.store import Setting, Store
@@ -33,14 +37,14 @@ from ke_gym.tasks.task import Task
 
 @dataclass
 class Args:
-    """Judge one kernel against a PyTorch reference."""
+    """Judge kernels against a PyTorch reference."""
 
-    task: str
+    task: str | None = None
     """A built-in task's name, or the path of a KernelBench-format file."""
-    kernel: Path
-    """The kernel module."""
+    kernel: tuple[Path, ...] = ()
+    """The kernel module, or several."""
     target: str = "cpu"
-    """Where to run."""
+    """Where to run: cpu, cuda, or cuda:1 for the second GPU. Bundles are for cuda."""
     baseline: Literal["eager", "compile", "max-autotune"] = "eager"
     """What the speedup is against: PyTorch eager, torch.compile (about 20 s more), or its max-autotune mode."""
     threads: int | None = None
@@ -48,7 +52,17 @@ class Args:
     again: bool = False
     """Measure again even if this machine has judged this very kernel before."""
     json: bool = False
-    """Print one JSON object instead of the table."""
+    """Print JSON instead of the table: one object, or a list for several kernels."""
+    bundle: Path | None = None
+    """With --compile-only: the file that gets the compiled kernels."""
+    compile_only: bool = False
+    """Compile for a GPU, here or elsewhere, and judge nothing."""
+    arch: str = ""
+    """The architecture to compile a bundle for (sm_90a if not given)."""
+    run_bundle: Path | None = None
+    """Judge the kernels of this bundle."""
+    results: Path | None = None
+    """With --run-bundle: the file that gets the results (by default the bundle's name with .json)."""
 
 
 KEYS = (
@@ -58,33 +72,90 @@ KEYS = (
 
 
 def main(args: Args) -> None:
-    task = Task.load(args.task)
-    candidate = Candidate.from_file(args.kernel)
     console = Console(stderr=args.json)
-    with Store() as store, console.status(f"judging {args.kernel} on {task.name}"):
-        facts = cpu.facts()
-        setting = Setting(
-            task.id,
-            args.target,
-            facts.fingerprint,
-            args.baseline,
-            facts.cores if args.threads is None else args.threads,
+    if args.run_bundle is not None:
+        race_bundle(args, console)
+        return
+    if args.task is None or not args.kernel:
+        raise UserError("name a --task and at least one --kernel, or a bundle with --run-bundle")
+    if (args.bundle is None) == args.compile_only:
+        raise UserError(
+            "--bundle FILE and --compile-only go together: compile now, race with --run-bundle FILE"
         )
-        known = None if args.again else store.evaluation(setting, candidate.id)
-        evaluation = known or judge(args, task, candidate)
-        store.add_task(task)
-        store.add_candidate(candidate)
-        store.add_evaluation(setting, evaluation)
+    task = Task.load(args.task)
+    language = language_for("cuda" if args.compile_only else args.target)
+    candidates = [Candidate.from_file(path, language(path)) for path in args.kernel]
+    if args.bundle is not None:
+        made = bundle.compile_bundle([(str(p), task, c) for p, c in zip(args.kernel, candidates)], args.arch)
+        made.write(args.bundle)
+        for packed in made.packed:
+            said = packed.log.strip().splitlines()[:1]
+            console.print(
+                f"{packed.label}: {'compiled' if packed.artifact else ' '.join([packed.outcome, *said])}"
+            )
+        return
+    judged = judge(args, task, candidates, console)
     if args.json:
-        data = json.loads(evaluation.to_json())
-        print(json.dumps({key: data[key] for key in KEYS}))
-    else:
-        console.print(table(evaluation, MachineRecord(facts.fingerprint), known is not None))
+        shown = [json.loads(evaluation.to_json()) for _, _, evaluation in judged]
+        brief = [{key: data[key] for key in KEYS} for data in shown]
+        print(json.dumps(brief if len(brief) > 1 else brief[0]))
+        return
+    for machine, known, evaluation in judged:
+        console.print(table(evaluation, MachineRecord(machine), known))
 
 
-def judge(args: Args, task: Task, candidate: Candidate) -> Evaluation:
-    with Evaluator(task, args.target, args.baseline, args.threads) as evaluator:
-        return evaluator.evaluate(candidate)
+def judge(
+    args: Args, task: Task, candidates: list[Candidate], console: Console
+) -> list[tuple[str, bool, Evaluation]]:
+    """(the machine, whether it was known, the evaluation) of every candidate."""
+    judged: list[tuple[str, bool, Evaluation]] = []
+    with Store() as store, console.status(f"judging {len(candidates)} kernel(s) on {task.name}"):
+        store.add_task(task)
+        if args.target == "cpu" and not args.again:
+            facts = cpu.facts()
+            threads = facts.cores if args.threads is None else args.threads
+            setting = Setting(task.id, "cpu", facts.fingerprint, args.baseline, threads)
+            found = [store.evaluation(setting, candidate.id) for candidate in candidates]
+            if all(found):
+                return [(facts.fingerprint, True, evaluation) for evaluation in found if evaluation]
+        with open_evaluator(task, args.target, args.baseline, args.threads) as evaluator:
+            machine = evaluator.facts.fingerprint
+            setting = Setting(task.id, args.target, machine, args.baseline, evaluator.threads)
+            for candidate in candidates:
+                known = None if args.again else store.evaluation(setting, candidate.id)
+                evaluation = known or evaluator.evaluate(candidate)
+                store.add_candidate(candidate)
+                store.add_evaluation(setting, evaluation)
+                judged.append((machine, known is not None, evaluation))
+    return judged
+
+
+def race_bundle(args: Args, console: Console) -> None:
+    """Judge what a bundle holds, and write the results to one file."""
+    path = args.run_bundle
+    assert path is not None
+    read = bundle.Bundle.read(path)
+    target = "cuda" if args.target == "cpu" else args.target
+    facts: dict[str, object] = {}
+
+    def opened(task: Task):  # type: ignore[no-untyped-def]
+        evaluator = open_evaluator(task, target, args.baseline, args.threads)
+        facts.update(vars(evaluator.facts))
+        return evaluator
+
+    def tell(judged: bundle.Judged) -> None:
+        e = judged.evaluation
+        speed = f"{e.speedup:.2f}x over {e.baseline}, {e.time_ms:.4f} ms" if e.speedup and e.time_ms else ""
+        console.print(
+            f"{e.task} {judged.label}: {e.outcome} {speed or e.log.splitlines()[:1]}", highlight=False
+        )
+
+    judged = bundle.run_bundle(read, opened, tell)
+    results = args.results or path.with_suffix(".json")
+    text = bundle.results(judged, facts)
+    bundle.write_file(results, text.encode())
+    if args.json:
+        print(text)
 
 
 def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
@@ -94,7 +165,7 @@ def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
         ci = evaluation.speedup_ci
         sure = f", 95 % in [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else ", too few rounds for an interval"
         shown.add_row("speedup", f"{evaluation.speedup:.2f}x over {evaluation.baseline}{sure}")
-        shown.add_row("time", f"{evaluation.reference_ms:.3f} ms → {evaluation.time_ms:.3f} ms")
+        shown.add_row("time", f"{evaluation.reference_ms:.4g} ms → {evaluation.time_ms:.4g} ms")
     if evaluation.error is not None:
         error = evaluation.error
         shown.add_row("error", f"{error.rel_l2:.1e} relative L2, {error.ratio:.2g}x the reference's own")
@@ -106,9 +177,8 @@ def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
     shown.add_row(
         "cost", f"compile {cost.compile_s:.2f} s, check {cost.check_s:.2f} s, race {cost.race_s:.2f} s"
     )
-    shown.add_row(
-        "trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}, {evaluation.threads} threads"
-    )
+    threads = f", {evaluation.threads} threads" if evaluation.target == "cpu" else ""
+    shown.add_row("trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}{threads}")
     if evaluation.reference_ms is not None:
         shown.add_row("machine", record.sentence(evaluation.reference_ms / 1e3))
     if known:

@@ -6,11 +6,13 @@ import functools
 import hashlib
 import os
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ke_gym.errors import UserError
 from ke_gym.evaluation.channel import Channel, ProtocolError
 from ke_gym.evaluation.sandbox import GIB, Sandbox, compiler_paths
 from ke_gym.evaluation.zygote import Zygote
@@ -41,17 +43,20 @@ class Builder:
         language: str = "cpp",
         target: str = "cpu",
         timeout: float = BUILD_SECONDS,
+        arch: str = "",
+        multiprocessors: int = 0,
     ) -> Artifact:
-        """The artifact of ``source`` for the task that ``signature`` describes.
+        """The artifact of ``source`` for the task that ``signature`` describes; see ``BuildOptions`` for GPUs.
 
         Raises ``BuildError``: its outcome is what the language says, ``"timeout"`` when it takes longer than
         ``timeout`` seconds, ``"compile"`` when the process dies (out of memory, killed by a limit).
         """
-        path = self._folder / f"{self._key(source, signature, language, target)}.artifact"
+        options = {"target": target, "arch": arch, "multiprocessors": multiprocessors}
+        path = self._folder / f"{self._key(source, signature, language, options)}.artifact"
         known = _load(path)
         if known is not None:
             return known
-        data = self._build(source, signature, language, target, timeout)
+        data = self._build(source, signature, language, options, timeout)
         try:
             artifact = Artifact.from_bytes(data)
         except ValueError as error:
@@ -59,12 +64,14 @@ class Builder:
         _store(path, data)
         return artifact
 
-    def _build(self, source: str, signature: bytes, language: str, target: str, timeout: float) -> bytes:
+    def _build(
+        self, source: str, signature: bytes, language: str, options: dict[str, Any], timeout: float
+    ) -> bytes:
         sandbox = Sandbox(
             "compile", memory_bytes=4 * GIB, cpu_seconds=int(timeout) + 1, read_only=compiler_paths()
         )
         text = source.encode()
-        args = {"source_bytes": len(text), "language": language, "target": target, "seconds": timeout}
+        args = {"source_bytes": len(text), "language": language, "options": {**options, "seconds": timeout}}
         with self._zygote.spawn("ke_gym.evaluation.builder:serve", args, sandbox=sandbox) as worker:
             try:
                 worker.channel.send({}, text + signature)
@@ -78,13 +85,16 @@ class Builder:
                 log = worker.log(2000).strip()
                 text_ = f"the build died with {how}" + (f"\n{log}" if log else "")
                 raise BuildError("compile", text_) from None
+        if "user_error" in header:
+            raise UserError(str(header["user_error"])[:LOG_LIMIT])
         if "outcome" in header:
             outcome = header["outcome"] if header["outcome"] in _OUTCOMES else "compile"
             raise BuildError(outcome, str(header.get("log", ""))[:LOG_LIMIT])
         return data
 
-    def _key(self, source: str, signature: bytes, language: str, target: str) -> str:
-        parts = [source.encode(), signature, language.encode(), target.encode(), _toolchain().encode()]
+    def _key(self, source: str, signature: bytes, language: str, options: dict[str, Any]) -> str:
+        asked = (source, language, repr(sorted(options.items())), _toolchain())
+        parts = [signature, *(text.encode() for text in asked)]
         digest = hashlib.sha256()
         for part in (*parts, str(BUILD_VERSION).encode()):
             digest.update(len(part).to_bytes(8, "little") + part)
@@ -95,7 +105,14 @@ class Builder:
 def _toolchain() -> str:
     """What the same source may compile differently under: compilers, processor, torch."""
     found = sorted((c.family, c.path, c.version) for c in cpp.compilers().values())
-    return f"{found} {cpp.settings(cpp.Unit(''))['processor']} {torch.__version__}"
+    return f"{found} {_triton()} {cpp.settings(cpp.Unit(''))['processor']} {torch.__version__}"
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
 
 
 def _load(path: Path) -> Artifact | None:
@@ -121,10 +138,12 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     _, blob = channel.recv(30.0)
     source, signature = blob[: args["source_bytes"]].decode(), blob[args["source_bytes"] :]
     try:
-        options = BuildOptions(args["target"], args["seconds"])
+        options = BuildOptions(**args["options"])
         artifact = build(source, Signature.from_bytes(signature), args["language"], options)
     except BuildError as error:
         channel.send({"outcome": error.outcome, "log": error.log})
+    except UserError as error:
+        channel.send({"user_error": str(error)})
     except MemoryError:
         channel.send({"outcome": "compile", "log": "building ran out of memory"})
     else:

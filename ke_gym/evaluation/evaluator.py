@@ -268,6 +268,13 @@ class Evaluator:
             start = time.perf_counter()
             artifact = self._compile(candidate)
             spent = time.perf_counter() - start
+        self.adopt(candidate, artifact)
+        with self._lock:
+            self._build_s[candidate.id] = spent
+        return artifact
+
+    def adopt(self, candidate: Candidate, artifact: Artifact) -> None:
+        """Take an artifact as the candidate's, wherever it was built; raises `BuildError` if it can't be."""
         wanted = {
             name: ((*shape.inputs, *shape.state.values()), shape.outputs)
             for name, shape in self.judge.shapes.items()
@@ -276,10 +283,8 @@ class Evaluator:
         admit(artifact, candidate.source, candidate.language, wanted)
         with self._lock:
             self._artifacts[candidate.id] = artifact
-            self._build_s[candidate.id] = spent
             while len(self._artifacts) > KEPT_ARTIFACTS:
                 self._artifacts.popitem(last=False)
-        return artifact
 
     def _compile(self, candidate: Candidate) -> Artifact:
         return self.builder.build(

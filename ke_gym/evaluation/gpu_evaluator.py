@@ -176,6 +176,7 @@ class GpuEvaluator(Evaluator):
             candidate.language,
             target="cuda",
             arch=arch_of(self.facts),
+            multiprocessors=self.facts.cores,
             timeout=self._build_timeout,
         )
 
@@ -255,10 +256,12 @@ class GpuEvaluator(Evaluator):
         baseline: bool = True,
     ) -> Race:
         rival = other.number if other is not None else None
-        result, counts = judge.race(name, own.number, rival, rules, self.record.margin, baseline)
+        pace = judge.warm(name, own.number, rival, baseline)
+        margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
+        result, counts = judge.race(name, own.number, rival, rules, margin, baseline)
         if "candidate" in result.suspects:
             raise Rejected("correctness", "right when checked, wrong in a timed call")
-        if counts["disputed"] > DISPUTED * max(1, result.rounds) * len(result.seconds):
+        if counts["disputed"] > DISPUTED * max(1, result.rounds):
             raise Rejected(
                 "constraints", "the device's events claim less time than the host's clock measured"
             )

@@ -44,6 +44,7 @@ RED_ZONE = 4096
 SAMPLED_BLOCKS, BLOCK = 32, 128
 HIDDEN_TRIES = 4
 WARM_CALLS = 3
+PATIENCE = 20.0
 FULL_CHECKS = 0.04
 PROFILE_RUNS = 5
 TUNING_ROUNDS = 5
@@ -89,6 +90,15 @@ class Arm:
     artifact: Artifact
     shape_set: str
     runner: CudaRunner
+
+
+@dataclass(frozen=True)
+class Called:
+    """A timed call: its time, the candidate's outputs, and the seed of the contents it was given."""
+
+    sample: Sample
+    out: Block | None
+    seed: int
 
 
 class GpuJudge:
@@ -237,7 +247,9 @@ class GpuJudge:
                 try:
                     with _fatal():
                         runner = self._runner(trial, chosen)
-                    seconds = sorted(self._call(chosen, runner, patience)[0] for _ in range(TUNING_ROUNDS))[1]
+                    seconds = sorted(
+                        self._call(chosen, runner, patience).sample.seconds for _ in range(TUNING_ROUNDS)
+                    )[1]
                 except Died as died:
                     if died.fatal:
                         raise
@@ -267,9 +279,7 @@ class GpuJudge:
             _wait(done, patience)
             torch.cuda.synchronize(self.device)
 
-    def _call(
-        self, chosen: ShapeSet, runner: CudaRunner | None, patience: float
-    ) -> tuple[float, Sample, Block | None, int]:
+    def _call(self, chosen: ShapeSet, runner: CudaRunner | None, patience: float) -> Called:
         """One timed call of a candidate or, without a runner, of the baseline, on contents of its own.
 
         Again with other contents while enqueuing it took longer than the spin that hides it.
@@ -291,7 +301,7 @@ class GpuJudge:
                     sample = self.watch.time(runner.run, patience)
             if sample.hidden:
                 break
-        return sample.seconds, sample, out, seed
+        return Called(sample, out, seed)
 
     # -- checking --------------------------------------------------------------------------------------------
 
@@ -427,6 +437,29 @@ class GpuJudge:
 
     # -- racing ----------------------------------------------------------------------------------------------
 
+    def warm(self, shape_set: str, own: int, other: int | None, baseline: bool) -> dict[str, Any]:
+        """Everybody's first calls, on new parameter values; the seconds of each one's quickest."""
+        chosen = self.sets[shape_set]
+        if baseline and chosen.baseline is None:
+            chosen.baseline = self._baseline(chosen)
+        chosen.reference.randomize(self.rng.getrandbits(60))
+        self._hold(chosen)
+        self.driver.forget_persisting_lines()
+        self.watch.warm_up()
+        pace = {
+            name: min(self._call(chosen, runner, PATIENCE).sample.seconds for _ in range(WARM_CALLS))
+            for name, runner in self._contestants(own, other, baseline).items()
+        }
+        return {"pace": pace}
+
+    def _contestants(self, own: int, other: int | None, baseline: bool) -> dict[str, CudaRunner | None]:
+        found: dict[str, CudaRunner | None] = {"candidate": self.arms[own].runner}
+        if other is not None:
+            found["incumbent"] = self.arms[other].runner
+        if baseline:
+            found["baseline"] = None
+        return found
+
     def race(
         self,
         shape_set: str,
@@ -439,58 +472,43 @@ class GpuJudge:
     ) -> dict[str, Any]:
         """One race; see ``race.race``. Contestants are compared on contents of their own, in the same round."""
         chosen = self.sets[shape_set]
-        if baseline and chosen.baseline is None:
-            chosen.baseline = self._baseline(chosen)
-        chosen.reference.randomize(self.rng.getrandbits(60))
-        self._hold(chosen)
-        self.driver.forget_persisting_lines()
-        self.watch.warm_up()
         limits = Rules(**rules)
         full = {self.rng.randrange(limits.min_rounds)}
-        round_samples: list[Sample] = []
+        samples: list[Sample] = []
         suspects: set[str] = set()
         counts = {"rounds": 0, "throttled": 0, "disputed": 0}
 
         def contestant(name: str, runner: CudaRunner | None) -> Callable[[], float]:
             def call() -> float:
-                seconds, sample, out, seed = self._call(chosen, runner, patience)
-                round_samples.append(sample)
-                counts["disputed"] += sample.disputed
-                if out is not None:
+                done = self._call(chosen, runner, patience)
+                samples.append(done.sample)
+                counts["disputed"] += done.sample.disputed and name == "candidate"
+                if done.out is not None:
                     due = counts["rounds"] in full or self.rng.random() < FULL_CHECKS
-                    if not self._plausible(chosen, seed, out, due):
+                    if not self._plausible(chosen, done.seed, done.out, due):
                         suspects.add(name)
-                return seconds
+                return done.sample.seconds
 
             return call
 
-        contestants = {"candidate": contestant("candidate", self.arms[own].runner)}
-        if other is not None:
-            contestants["incumbent"] = contestant("incumbent", self.arms[other].runner)
-        if baseline:
-            contestants["baseline"] = contestant("baseline", None)
-        for call in contestants.values():
-            for _ in range(WARM_CALLS):
-                call()
-        counts["disputed"] = 0
-
         def usable() -> bool:
+            throttled = self.watch.throttled(samples)
             counts["rounds"] += 1
-            throttled = self.watch.throttled(round_samples)
-            round_samples.clear()
             counts["throttled"] += throttled
             return not throttled or counts["throttled"] > limits.max_rounds
 
+        named = self._contestants(own, other, baseline)
         result = race(
-            contestants,
+            {name: contestant(name, runner) for name, runner in named.items()},
             "incumbent" if other is not None else "baseline",
-            draw=round_samples.clear,
+            draw=samples.clear,
             inspect=lambda: set(suspects),
             rng=self.rng,
             rules=limits,
             margin=margin,
             usable=usable,
         )
+        torch.cuda.empty_cache()
         answer = {"seconds": result.seconds, "ended": result.ended, "suspects": sorted(result.suspects)}
         return {**answer, "values": result.test.values, "counts": counts}
 
@@ -568,8 +586,8 @@ class GpuJudge:
         without = self._runner(library, chosen)
         whole, part = [], []
         for _ in range(TUNING_ROUNDS):
-            whole.append(self._call(chosen, arm.runner, patience)[0])
-            part.append(self._call(chosen, without, patience)[0])
+            whole.append(self._call(chosen, arm.runner, patience).sample.seconds)
+            part.append(self._call(chosen, without, patience).sample.seconds)
         return max(0.0, 1.0 - sorted(part)[1] / sorted(whole)[1])
 
     def mutants(self, shape_set: str, cases: list[tuple[int, str, int]]) -> dict[str, Any]:

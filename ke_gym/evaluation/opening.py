@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.tasks.task import Task
+
+_IMPORTS_TRITON = re.compile(r"^\s*(?:import|from)\s+triton\b", re.MULTILINE)
 
 
 def open_evaluator(
@@ -31,3 +35,18 @@ def open_evaluator(
         device = int(number or 0)
         return GpuEvaluator(task, target, baseline, threads, folder, device=device, **options)
     raise UserError(f"target {target!r} is unknown; there are cpu, cuda, and cuda:1 for the second GPU")
+
+
+def language_for(target: str) -> Callable[[Path], str]:
+    """Which language a kernel module's file is in, on a target: for a GPU, whether it imports Triton."""
+
+    def language(path: Path) -> str:
+        if target == "cpu":
+            return "cpp"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); give a Python kernel module") from error
+        return "triton" if _IMPORTS_TRITON.search(text) else "cuda"
+
+    return language

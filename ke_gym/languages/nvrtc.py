@@ -106,7 +106,11 @@ def _includes() -> tuple[str, ...]:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    library = ctypes.CDLL(_library())
+    path = Path(_library())
+    # It opens this one by its bare name, which is found only if it is loaded already.
+    for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*"))[:1]:
+        ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
 

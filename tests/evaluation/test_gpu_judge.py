@@ -154,6 +154,7 @@ def run_race(judge: GpuJudge, name: str, other: str | None = None, **rules: Any)
     own = judge.load("default", one_launch(name, SPEC).to_bytes())["arm"]
     rival = None if other is None else judge.load("default", one_launch(other, SPEC).to_bytes())["arm"]
     limits = vars(Rules(min_rounds=6, max_rounds=8, hopeless=1e9, slow=1e9, **rules))
+    judge.warm("default", own, rival, True)
     return judge.race("default", own, rival, True, limits, 0.01, 5.0)
 
 
