@@ -110,6 +110,10 @@ class GpuClient:
         answer, _ = self._ask("warm", shape_set=shape_set, own=own, other=other, baseline=baseline)
         return dict(answer["pace"])
 
+    def soak(self, arm: int, shape_set: str) -> bool:
+        """Whether an arm stays right over hundreds of calls."""
+        return bool(self._ask("soak", arm=arm, patience=self.seconds(shape_set))[0]["ok"])
+
     def race(
         self,
         shape_set: str,

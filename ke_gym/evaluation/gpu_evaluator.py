@@ -19,7 +19,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
-from ke_gym.evaluation.evaluator import Cores, Evaluator, Rejected, draw_cases
+from ke_gym.evaluation.evaluator import SOAK, Cores, Evaluator, Rejected, draw_cases
 from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
@@ -256,6 +256,8 @@ class GpuEvaluator(Evaluator):
         baseline: bool = True,
     ) -> Race:
         rival = other.number if other is not None else None
+        if rules is SOAK and not judge.soak(own.number, name):
+            raise Rejected("correctness", "right when checked, wrong after some hundred calls")
         pace = judge.warm(name, own.number, rival, baseline)
         margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
         result, counts = judge.race(name, own.number, rival, rules, margin, baseline)

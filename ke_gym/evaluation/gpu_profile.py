@@ -27,7 +27,7 @@ def described(
         flops_share=flops / peaks.flops,
         floor_ms=1e3 * floor_s,
         resources=tuple(_sentence(name, taken) for name, taken in answer["resources"].items()),
-        steps=tuple((name, seconds) for _, name, seconds in answer["steps"]),
+        steps=tuple((name, seconds) for name, seconds in answer["steps"]),
     )
 
 

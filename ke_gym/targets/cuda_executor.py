@@ -71,6 +71,16 @@ class CudaRunner(PlanRunner):
     def device(self) -> torch.device:
         return self._device
 
+    @property
+    def memory(self) -> MemoryPlan:
+        """Where the intermediates lie in ``arena``."""
+        return self._memory
+
+    @property
+    def arena(self) -> torch.Tensor:
+        """The memory of the intermediates, as uint8."""
+        return self._arena
+
     def place(
         self,
         inputs: Sequence[torch.Tensor],

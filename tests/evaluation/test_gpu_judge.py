@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ke_gym.evaluation import gpu_judge
-from ke_gym.evaluation.gpu_judge import Died, GpuJudge
+from ke_gym.evaluation import gpu_judge, gpu_stage
+from ke_gym.evaluation.gpu_judge import GpuJudge
+from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.race import Rules
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, TensorSpec
@@ -133,8 +134,8 @@ def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuJudge:
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(gpu_judge, "Driver", FakeDriver)
-    monkeypatch.setattr(gpu_judge, "Clocks", FakeClocks)
-    monkeypatch.setattr(gpu_judge.cuda, "facts", lambda _: FACTS)
+    monkeypatch.setattr(gpu_stage, "Clocks", FakeClocks)
+    monkeypatch.setattr(gpu_stage.cuda, "facts", lambda _: FACTS)
     monkeypatch.setattr(FakeClocks, "now", 1000)
     COUNT.clear()
     COUNT["calls"] = 0
@@ -241,7 +242,7 @@ def slow(x: int, out: int, n: int) -> None:
 def test_a_profile_tells_steps_resources_and_coverage(judge: GpuJudge) -> None:
     arm = judge.load("default", one_launch("right", SPEC).to_bytes())["arm"]
     answer = judge.profile(arm, 5.0)
-    assert [step[:2] for step in answer["steps"]] == [("kernel", "right")]
+    assert [name for name, _ in answer["steps"]] == ["right"]
     assert answer["coverage"] == 1.0 and answer["resources"]["right"]["registers"] == 32
 
 
@@ -254,3 +255,12 @@ def test_the_reference_passes_and_mutants_do_not(judge: GpuJudge) -> None:
 def test_an_artifact_survives_its_way_to_the_judge(judge: GpuJudge) -> None:
     made = one_launch("right", SPEC)
     assert Artifact.from_bytes(made.to_bytes()).plans == made.plans
+
+
+def test_what_stays_right_is_told_from_what_does_not(judge: GpuJudge) -> None:
+    stays, ends = (
+        judge.load("default", one_launch(name, SPEC).to_bytes())["arm"]
+        for name in ("right", "honest_for_a_while")
+    )
+    assert judge.soak(stays, 5.0) == {"ok": True}
+    assert judge.soak(ends, 5.0) == {"ok": False}

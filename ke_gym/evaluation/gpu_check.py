@@ -1,0 +1,145 @@
+"""Checking a kernel on a GPU: secret cases on poisoned memory, stray writes, and what it remembers."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ke_gym.evaluation.acceptance import Verdict
+from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, damaged, poison, same_bits
+from ke_gym.evaluation.gpu_stage import ShapeSet, Stage, copy_all, foreign, tensors_of
+from ke_gym.evaluation.shared import POISON
+from ke_gym.languages.artifact import Artifact
+from ke_gym.targets._memory import plan_memory
+from ke_gym.targets.cuda_executor import ALIGNMENT, CudaRunner
+
+Case = tuple[int, str, int]
+"""Seed, distribution, and seed of the parameters (0: as they are)."""
+
+
+def check(
+    stage: Stage,
+    chosen: ShapeSet,
+    artifact: Artifact,
+    cases: list[Case],
+    touch_seed: int,
+    touched: bool,
+    patience: float,
+) -> dict[str, Any]:
+    """Every case; then, if ``touched``, two calls whose contents differ in one element of every tensor.
+
+    The worst errors; or a ``reason``, with the ``case`` it was seen on (``damage``: a stray write), or ``touched``.
+    """
+    plan = artifact.plans[chosen.name]
+    memory = plan_memory(plan, reuse=False, red_zone=RED_ZONE, alignment=ALIGNMENT)
+    with foreign():
+        arena = torch.empty(memory.size, dtype=torch.uint8, device=stage.device)
+        runner = stage.runner(artifact, chosen, memory=memory, arena=arena)
+    answer = _Check(stage, chosen, runner, patience).run(cases, touch_seed, touched)
+    runner.close()  # not after a fault: unloading waits for a kernel that hangs
+    return answer
+
+
+class _Check:
+    def __init__(self, stage: Stage, chosen: ShapeSet, runner: CudaRunner, patience: float) -> None:
+        self._stage, self._chosen, self._runner, self._patience = stage, chosen, runner, patience
+
+    def run(self, cases: list[Case], touch_seed: int, touched: bool) -> dict[str, Any]:
+        stage, chosen = self._stage, self._chosen
+        worst = {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}
+        for index, case in enumerate(cases):
+            seed, distribution, _ = case
+            self._set_state(case)
+            stage.hold(chosen)
+            out, reason = self._call(case, index % 2)
+            if reason:
+                return {"reason": reason, "case": index, "damage": True}
+            self._set_state(case)  # again: what belongs to the oracle could have been written to
+            verdict = stage.verdict(chosen, stage.draw(chosen.name, seed, distribution), out.tensors)
+            if verdict is None:
+                continue  # the reference itself has no answer here
+            if not verdict.ok:
+                return {"reason": verdict.reason, "pattern": verdict.pattern, "case": index}
+            worst = {key: max(value, float(getattr(verdict, key))) for key, value in worst.items()}
+        if touched:
+            verdict = self._touched(cases[0], touch_seed)
+            if verdict is not None and not verdict.ok:
+                return {"reason": verdict.reason, "touched": True}
+        return worst
+
+    def _set_state(self, case: Case) -> None:
+        if case[2]:
+            self._chosen.reference.randomize(case[2])
+
+    def _call(self, case: Case, pattern: int) -> tuple[Block, str]:
+        """Run on poisoned memory; the outputs, and what was written where nothing may be, in words."""
+        stage, chosen, runner = self._stage, self._chosen, self._runner
+        seed, distribution, _ = case
+        given, out, held = stage.fill(chosen, seed, distribution), stage.blank(chosen), chosen.held
+        _ring(given)
+        poison(out.bytes, out.placement.used, pattern)
+        used = runner.memory.used
+        poison(runner.arena, used, pattern)
+        runner.scratch.fill_(POISON[pattern])
+        with foreign():
+            runner.place(given.tensors, chosen.parameters, out.tensors)
+        stage.finish(runner.run, self._patience)
+        for what, block, kept in (
+            ("output", out.bytes, out.placement.used),
+            ("intermediate", runner.arena, used),
+            ("input", given.bytes, given.placement.used),
+            ("parameter", held.bytes, held.placement.used),
+        ):
+            if (byte := damaged(block, kept)) is not None:
+                return out, f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
+        before = tensors_of(stage.draw(chosen.name, seed, distribution))
+        for index, (tensor, drawn) in enumerate(zip(given.tensors, before)):
+            if not same_bits(tensor, drawn):
+                return out, f"wrote to input {index}, which is read-only"
+        for name, tensor in chosen.parameters.items():
+            if not same_bits(tensor, chosen.reference.state[name]):
+                return out, f"wrote to parameter {name}, which is read-only"
+        return out, ""
+
+    def _touched(self, case: Case, touch_seed: int) -> Verdict | None:
+        """Twice the same contents, but for one element of every floating input and parameter."""
+        stage, chosen, runner = self._stage, self._chosen, self._runner
+        seed, distribution, _ = case
+        self._set_state(case)
+        stage.hold(chosen)
+        given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen)
+        with foreign():
+            runner.place(given.tensors, chosen.parameters, out.tensors)
+        stage.finish(runner.run, self._patience)
+        _touch([*given.tensors, *chosen.parameters.values()], touch_seed)
+        stage.finish(runner.run, self._patience)
+        arguments = stage.draw(chosen.name, seed, distribution)
+        _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
+        return stage.verdict(chosen, arguments, out.tensors)
+
+
+def _ring(block: Block) -> None:
+    """Put the red zones around contents that are in place already."""
+    kept = [tensor.clone() for tensor in block.tensors]
+    poison(block.bytes, block.placement.used, 0)
+    copy_all(block.tensors, kept)
+
+
+def _touch(tensors: list[Tensor], seed: int) -> None:
+    """Give one element of every floating tensor its neighbour's value (what is sorted or positive stays so)."""
+    chance = random.Random(seed)
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] > 1 and tensor.numel():
+            *outer, last = (chance.randrange(size) for size in tensor.shape)
+            tensor[(*outer, last)] = tensor[(*outer, last - 1 if last else 1)]
+
+
+def _nearest(byte: int, used: list[tuple[int, int]], what: str) -> str:
+    """Where a stray byte lies, in words about the tensor next to it."""
+    after = [(byte - o - n, f"past the end of {what} {i}") for i, (o, n) in enumerate(used) if byte >= o + n]
+    before = [(o - byte, f"before {what} {i}") for i, (o, n) in enumerate(used) if byte < o]
+    distance, where = min(after + before, default=(byte, "off"))
+    return f"{distance} bytes {where}"

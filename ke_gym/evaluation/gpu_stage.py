@@ -1,0 +1,299 @@
+"""What a GPU's judge works with: contents, the memory that kernels are given, timed calls, and verdicts."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ke_gym.errors import UserError
+from ke_gym.evaluation import work
+from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
+from ke_gym.evaluation.gpu_memory import Block, Placement, poison
+from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.targets._memory import PlanError
+from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver
+from ke_gym.targets.cuda_executor import CudaRunner
+from ke_gym.tasks.task import Reference, Task
+
+SAMPLED_BLOCKS, BLOCK = 32, 128
+HIDDEN_TRIES = 4
+SOAK_CALLS, SOAK_CHECKS, SOAK_SECONDS = 600, 12, 1.0
+
+
+class Died(Exception):
+    """A candidate's device code ended badly. ``fatal``: this process is of no more use."""
+
+    def __init__(self, outcome: str, log: str, fatal: bool = True) -> None:
+        super().__init__(log)
+        self.outcome, self.log, self.fatal = outcome, log, fatal
+
+
+@contextmanager
+def foreign() -> Iterator[None]:
+    """Device code of a candidate runs inside: what goes wrong is its fault, and mostly the end of the context.
+
+    Raises ``Died`` for it.
+    """
+    try:
+        yield
+    except Hung as error:
+        raise Died("timeout", str(error)) from error
+    except PlanError as error:
+        raise Died("constraints", str(error), fatal=False) from error
+    except torch.OutOfMemoryError as error:
+        raise Died("constraints", f"not enough device memory: {first_line(error)}", fatal=False) from error
+    except (CudaError, RuntimeError) as error:
+        fault = isinstance(error, CudaError) or "CUDA error" in str(error)
+        raise Died("runtime", first_line(error), fatal=fault) from error
+
+
+@dataclass
+class ShapeSet:
+    """What is kept of one shape set. ``plain`` are the arguments with None for every tensor.
+
+    ``given`` and ``wanted`` are memory for inputs and outputs, used in turn; ``held`` is the candidates' copy of
+    the state.
+    """
+
+    name: str
+    reference: Reference
+    plain: list[Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    work: work.Work
+    state: dict[str, TensorSpec]
+    given: list[Block]
+    wanted: list[Block]
+    held: Block
+    baseline: Callable[..., tuple[Tensor, ...]] | None = field(default=None)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The candidates' own copy of the state."""
+        return dict(zip(self.state, self.held.tensors))
+
+
+@dataclass(frozen=True)
+class Called:
+    """A timed call: its time, the candidate's outputs (None: the baseline's), the seed of what it was given."""
+
+    sample: Sample
+    out: Block | None
+    seed: int
+
+
+class Stage:
+    """One device, one task: everything that is drawn, run, timed and compared goes through here."""
+
+    def __init__(self, task: Task, device: torch.device, driver: Driver) -> None:
+        self.task = task
+        self.device = device
+        self.driver = driver
+        self.facts = cuda.facts(device.index or 0)
+        self.watch = Stopwatch(device, self.facts.l2_bytes, Clocks(self.facts.uuid))
+        self.rng = random.Random(secrets.randbits(62))
+
+    def shape_set(self, name: str) -> ShapeSet:
+        """Build the reference of a shape set and the memory that kernels will work in."""
+        reference = self.task.reference(name, seed=0, device=str(self.device))
+        arguments = self.draw(name, 0)
+        counted = work.count(reference, arguments)
+        inputs = tuple(TensorSpec.of(a) for a in arguments if isinstance(a, Tensor))
+        outputs = tuple(TensorSpec.of(t) for t in reference(*arguments))
+        state = {key: TensorSpec.of(t) for key, t in reference.state.items()}
+        plain = [None if isinstance(a, Tensor) else a for a in arguments]
+        if plain.count(None) != len(inputs):
+            raise UserError(f"task {self.task.name}: an input is None; give every input a value")
+        del arguments
+        given, wanted = Placement.of(inputs), Placement.of(outputs)
+        roomy = 6 * (given.size + wanted.size) < torch.cuda.mem_get_info(self.device)[0]
+        copies = 2 if roomy else 1
+        chosen = ShapeSet(
+            name, reference, plain, inputs, outputs, counted, state,
+            [Block(given, self.device) for _ in range(copies)],
+            [Block(wanted, self.device) for _ in range(copies)],
+            Block(Placement.of(tuple(state.values())), self.device),
+        )  # fmt: skip
+        self.hold(chosen)
+        return chosen
+
+    # -- contents --------------------------------------------------------------------------------------------
+
+    def draw(self, name: str, seed: int, distribution: str = "task") -> list[Any]:
+        """The task's arguments: on the device, a function of the seed, which no kernel can see."""
+        return self.task.inputs(name, seed, distribution, device=str(self.device))
+
+    def fill(self, chosen: ShapeSet, seed: int, distribution: str = "task") -> Block:
+        """Fresh contents at a fresh place."""
+        block = chosen.given[0]
+        chosen.given.append(chosen.given.pop(0))
+        block.jump(self.rng)
+        copy_all(block.tensors, tensors_of(self.draw(chosen.name, seed, distribution)))
+        return block
+
+    def blank(self, chosen: ShapeSet) -> Block:
+        """A fresh place for outputs."""
+        block = chosen.wanted[0]
+        chosen.wanted.append(chosen.wanted.pop(0))
+        block.jump(self.rng)
+        return block
+
+    def hold(self, chosen: ShapeSet) -> None:
+        """Give the candidates a copy of the reference's state as it is now."""
+        chosen.held.jump(self.rng)
+        poison(chosen.held.bytes, chosen.held.placement.used, 0)
+        copy_all(chosen.held.tensors, list(chosen.reference.state.values()))
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    def runner(self, artifact: Artifact, chosen: ShapeSet, **options: Any) -> CudaRunner:
+        """An artifact's kernels, loaded afresh. Raises ``PlanError``."""
+        return CudaRunner(
+            artifact,
+            chosen.name,
+            chosen.given[0].tensors,
+            chosen.parameters,
+            driver=self.driver,
+            device=self.device,
+            outputs=chosen.wanted[0].tensors,
+            **options,
+        )
+
+    def finish(self, run: Callable[[], object], patience: float) -> None:
+        """Run device code of a candidate to its end. Raises ``Died``."""
+        with foreign():
+            run()
+            done = torch.cuda.Event()
+            done.record()
+            end = time.perf_counter() + patience
+            while not done.query():
+                if time.perf_counter() > end:
+                    raise Hung(patience)
+                time.sleep(1e-5)
+            torch.cuda.synchronize(self.device)
+
+    def call(self, chosen: ShapeSet, runner: CudaRunner | None, patience: float) -> Called:
+        """One timed call of a candidate or, without a runner, of the baseline, on contents of its own.
+
+        Again with other contents while enqueuing it took longer than the spin that hides it.
+        """
+        for _ in range(HIDDEN_TRIES):
+            seed = self.rng.getrandbits(60)
+            block = self.fill(chosen, seed)
+            out = None
+            if runner is None:
+                sample = self._timed_baseline(chosen, block, patience)
+            else:
+                out = self.blank(chosen)
+                out.bytes.fill_(0xFF)
+                with foreign():
+                    runner.place(block.tensors, chosen.parameters, out.tensors)
+                    sample = self.watch.time(runner.run, patience)
+            if sample.hidden:
+                break
+        return Called(sample, out, seed)
+
+    def _timed_baseline(self, chosen: ShapeSet, block: Block, patience: float) -> Sample:
+        left, baseline = iter(block.tensors), chosen.baseline or chosen.reference
+        arguments = [next(left) if a is None else a for a in chosen.plain]
+        return self.watch.time(lambda: baseline(*arguments), patience)
+
+    def soak(self, chosen: ShapeSet, runner: CudaRunner, patience: float) -> bool:
+        """Call a candidate many times more, nobody knows how often; whether it stays right.
+
+        What is honest only for its first calls shows itself, if not by then.
+        """
+        seed = self.rng.getrandbits(60)
+        block, out = self.fill(chosen, seed), self.blank(chosen)
+        end = time.perf_counter() + SOAK_SECONDS
+        for number in range(calls := self.rng.randrange(SOAK_CALLS // 2, SOAK_CALLS), 0, -1):
+            last = number == 1 or time.perf_counter() > end
+            out.bytes.fill_(0xFF)
+            with foreign():
+                runner.place(block.tensors, chosen.parameters, out.tensors)
+            self.finish(runner.run, patience)
+            due = last or self.rng.random() < SOAK_CHECKS / calls
+            if due and not self.plausible(chosen, seed, out, full=False):
+                return False
+            if last:
+                break
+        return True
+
+    # -- verdicts --------------------------------------------------------------------------------------------
+
+    def verdict(self, chosen: ShapeSet, arguments: list[Any], outputs: list[Tensor]) -> Verdict | None:
+        """The verdict on outputs for these contents: the worst output's; None if little of the oracle is finite."""
+        references = chosen.reference(*arguments)
+        oracles = chosen.reference.double()(*arguments)
+        worst: Verdict | None = None
+        for output, reference, oracle in zip(outputs, references, oracles, strict=True):
+            expected = Expected(
+                reference, oracle, self.task.precision, self.task.tolerance, chosen.work.reduction_length
+            )
+            if expected.mask is not None and float(expected.mask.double().mean()) < 0.5:
+                return None
+            verdict = judge_output(output, expected)
+            if not verdict.ok:
+                return verdict
+            if worst is None or verdict.ratio > worst.ratio:
+                worst = verdict
+        return worst
+
+    def plausible(self, chosen: ShapeSet, seed: int, out: Block, full: bool) -> bool:
+        """Whether what a timed call computed is right.
+
+        By random blocks against the reference; by the oracle if those look wrong or ``full`` asks for it.
+        """
+        arguments = self.draw(chosen.name, seed)
+        if not full:
+            expected = chosen.reference(*arguments)
+            if all(self._agree(got, want) for got, want in zip(out.tensors, expected, strict=True)):
+                return True
+        verdict = self.verdict(chosen, arguments, out.tensors)
+        return verdict is None or verdict.ok
+
+    def _agree(self, output: Tensor, expected: Tensor) -> bool:
+        """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
+        flat, want = output.reshape(-1), expected.reshape(-1)
+        n = flat.numel()
+        if not n:
+            return True
+        blocks = min(SAMPLED_BLOCKS, 1 + n // BLOCK)
+        starts = [self.rng.randrange(max(1, n - BLOCK + 1)) for _ in range(blocks)]
+        index = (torch.tensor(starts).unsqueeze(1) + torch.arange(min(BLOCK, n))).reshape(-1)
+        a, b = flat[index], want[index]
+        if not b.is_floating_point():
+            return int((a != b).sum()) <= a.numel() // 100
+        a, b = a.double(), b.double()
+        finite = torch.isfinite(b)
+        if not torch.equal(torch.isfinite(a), finite):
+            return False
+        b = torch.where(finite, b, 0.0)
+        slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 2e-2)
+        near = (torch.where(finite, a, 0.0) - b).abs() <= slack * (b.abs() + b.abs().max())
+        return bool(near.all())
+
+
+def tensors_of(arguments: list[Any]) -> list[Tensor]:
+    return [a for a in arguments if isinstance(a, Tensor)]
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
