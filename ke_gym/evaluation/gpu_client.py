@@ -47,8 +47,9 @@ class GpuShape:
 class GpuClient:
     """A judge process for one task on one GPU, which it holds alone among all of this machine's processes.
 
-    Raises ``UserError`` where there is no GPU, ``OutOfDeviceMemory`` where the task does not fit. Requests raise
-    ``ArmDied`` for what a candidate did; when the process died of it, ``alive`` is False from then on.
+    ``signature`` is the task's compile signature, if it is known. Raises ``UserError`` where there is no GPU and
+    ``OutOfDeviceMemory`` where the task does not fit. Requests raise ``ArmDied`` for what a candidate did; when
+    the process died of it, ``alive`` is False from then on.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class GpuClient:
         baseline: str,
         device: int,
         patience: float = 5.0,
+        signature: bytes = b"",
     ) -> None:
         self.task = task
         self.alive = True
@@ -71,10 +73,11 @@ class GpuClient:
         try:
             self.worker.channel.send({}, task.to_bytes())
             self._answer("start", START_SECONDS)
-            described, self.signature = self._ask("describe", shape_sets=shape_sets)
+            described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
         except BaseException:
             self.close()
             raise
+        self.signature = signature or found
         self.facts = Facts(**described["facts"])
         self.shapes = {name: _shape(name, shape) for name, shape in described["shapes"].items()}
 

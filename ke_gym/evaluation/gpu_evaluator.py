@@ -19,7 +19,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
-from ke_gym.evaluation.evaluator import SOAK, Cores, Evaluator, Rejected, draw_cases
+from ke_gym.evaluation.evaluator import CONFIRM, SOAK, Cores, Evaluator, Rejected, draw_cases
 from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
@@ -106,6 +106,7 @@ class GpuEvaluator(Evaluator):
         self._cores = Lanes(len(os.sched_getaffinity(0)))
         self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
         self._settled: dict[str, Artifact] = {}
+        self._signature = b""
         self._build_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._evaluated = 0
@@ -151,6 +152,7 @@ class GpuEvaluator(Evaluator):
                 if smaller in self.shape_sets or (smaller == "cpu" and "cpu" not in self.task.shapes):
                     continue
                 self.shape_sets = [smaller]
+                self._signature = b""
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
             try:
@@ -160,10 +162,13 @@ class GpuEvaluator(Evaluator):
         raise problem
 
     def _open_judge(self) -> GpuClient:  # type: ignore[override]
+        shape_sets = [*self.shape_sets, *self.hidden]
         patience = self._call_timeout or 5.0
-        return GpuClient(
-            self.zygote, self.task, [*self.shape_sets, *self.hidden], self.baseline, self._device, patience
+        judge = GpuClient(
+            self.zygote, self.task, shape_sets, self.baseline, self._device, patience, self._signature
         )
+        self._signature = judge.signature
+        return judge
 
     def _specs(self, shape_set: str) -> list[TensorSpec]:
         shape = self.judge.shapes[shape_set]
@@ -256,8 +261,10 @@ class GpuEvaluator(Evaluator):
         baseline: bool = True,
     ) -> Race:
         rival = other.number if other is not None else None
-        if rules is SOAK and not judge.soak(own.number, name):
-            raise Rejected("correctness", "right when checked, wrong after some hundred calls")
+        if rules is SOAK:
+            if not judge.soak(own.number, name):
+                raise Rejected("correctness", "right when checked, wrong after some hundred calls")
+            rules = CONFIRM
         pace = judge.warm(name, own.number, rival, baseline)
         margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
         result, counts = judge.race(name, own.number, rival, rules, margin, baseline)

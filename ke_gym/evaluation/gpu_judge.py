@@ -68,9 +68,9 @@ class GpuJudge:
         self.arms: dict[int, Arm] = {}
         self._next = 0
 
-    def describe(self, shape_sets: list[str]) -> tuple[dict[str, Any], bytes]:
-        """Build the references; return facts, specs per shape set and, as blob, the compile signature."""
-        signature = gpu_signature.signature(self.stage.task, shape_sets)
+    def describe(self, shape_sets: list[str], signature: bool = True) -> tuple[dict[str, Any], bytes]:
+        """Build the references; return facts, specs per shape set and, as blob, the compile signature if asked."""
+        found = gpu_signature.signature(self.stage.task, shape_sets).to_bytes() if signature else b""
         described = {}
         for name in shape_sets:
             chosen = self.sets[name] = self.stage.shape_set(name)
@@ -81,7 +81,7 @@ class GpuJudge:
                 "work": asdict(chosen.work),
             }
             torch.cuda.empty_cache()
-        return {"shapes": described, "facts": self.stage.facts.to_dict()}, signature.to_bytes()
+        return {"shapes": described, "facts": self.stage.facts.to_dict()}, found
 
     def measure(self) -> dict[str, Any]:
         """The device's peaks."""

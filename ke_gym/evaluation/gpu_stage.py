@@ -22,7 +22,7 @@ from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.targets._memory import PlanError
-from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver
+from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, runtime
 from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Reference, Task
 
@@ -174,7 +174,7 @@ class Stage:
         """Run device code of a candidate to its end. Raises ``Died``."""
         with foreign():
             run()
-            done = torch.cuda.Event()
+            done = runtime.Event()
             done.record()
             end = time.perf_counter() + patience
             while not done.query():

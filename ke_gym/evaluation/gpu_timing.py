@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ke_gym.targets.cuda_driver import Clocks
+from ke_gym.targets.cuda_driver import Clocks, runtime
 
 FLUSH_TIMES = 2
 """How many times the size of L2 is written before a call."""
@@ -71,7 +71,7 @@ class Stopwatch:
         """Keep the device busy until its clock has risen."""
         begin = time.perf_counter()
         while (spent := time.perf_counter() - begin) < _WARM_MOST_S:
-            torch.cuda._sleep(int(0.005 * self._cycles_per_s))
+            runtime._sleep(int(0.005 * self._cycles_per_s))
             torch.cuda.synchronize(self._device)
             self.top_mhz = max(self.top_mhz, self._clocks.mhz())
             if spent > _WARM_S and self.top_mhz >= THROTTLED * self._clocks.most_mhz():
@@ -79,11 +79,11 @@ class Stopwatch:
 
     def time(self, run: Callable[[], object], patience: float) -> Sample:
         """Time ``run``, which enqueues work and does not wait for it. Raises ``Hung`` after ``patience`` s."""
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, stop = (runtime.Event(enable_timing=True) for _ in range(2))
         clock = time.perf_counter
         self._flush.zero_()
         torch.cuda.synchronize(self._device)
-        torch.cuda._sleep(int((_SPIN_S + 2 * self._queue_s) * self._cycles_per_s))
+        runtime._sleep(int((_SPIN_S + 2 * self._queue_s) * self._cycles_per_s))
         start.record()
         begin = clock()
         run()

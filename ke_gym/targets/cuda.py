@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from ke_gym.targets.cuda_driver import Clocks, Driver
+from ke_gym.targets.cuda_driver import Clocks, Driver, runtime
 
 FOOTPRINTS = tuple(1 << p for p in range(20, 32))
 MATRIX = 8192
@@ -117,7 +118,7 @@ class Peaks:
 def facts(device: int = 0) -> Facts:
     """Facts of one GPU. Initializes CUDA: for worker processes only."""
     driver = Driver()
-    known = torch.cuda.get_device_properties(device)
+    known = runtime.get_device_properties(device)
     return Facts(
         model=known.name,
         arch=f"sm_{known.major}{known.minor}",
@@ -146,9 +147,9 @@ def measure(device: int = 0) -> Peaks:
         x, y = a[:n], b[:n]
         flat = torch.cat([x, y]) if footprint <= free // 4 else x
         runs: list[tuple[float, Callable[[], object]]] = [
-            (8.0 * n, lambda x=x, y=y: y.copy_(x)),  # type: ignore[misc]
-            (4.0 * flat.numel(), lambda flat=flat: torch.amax(flat)),  # type: ignore[misc]
-            (4.0 * n, lambda y=y: y.fill_(1.0)),  # type: ignore[misc]
+            (8.0 * n, partial(y.copy_, x)),
+            (4.0 * flat.numel(), partial(torch.amax, flat)),
+            (4.0 * n, partial(y.fill_, 1.0)),
         ]
         bandwidth.append((footprint, max(moved / best(run, 20) for moved, run in runs)))
     del a, b, x, y, flat, runs
@@ -161,23 +162,22 @@ def measure(device: int = 0) -> Peaks:
         torch.backends.cuda.matmul.allow_tf32 = relaxed
         left, right = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
-        run = lambda left=left, right=right, out=out: torch.mm(left, right, out=out)  # type: ignore[misc]
-        rates[name] = 2.0 * size**3 / best(run, _MATRIX_RUNS)
+        rates[name] = 2.0 * size**3 / best(partial(torch.mm, left, right, out=out), _MATRIX_RUNS)
     torch.backends.cuda.matmul.allow_tf32 = before
     one = torch.zeros(1, device=place)
     launch_s = best(lambda: [one.add_(1) for _ in range(200)], 5) / 200
-    return Peaks(tuple(bandwidth), launch_s=launch_s, **rates)
+    return Peaks.from_dict({"bandwidth": bandwidth, "launch_s": launch_s, **rates})
 
 
 def best(run: Callable[[], object], times: int) -> float:
     """Seconds of the fastest of ``times`` runs by device events: a ceiling is what was reached once."""
     for _ in range(3):
         run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    torch.cuda._sleep(2_000_000)  # everything is in line before the first begins
+    marks = [runtime.Event(enable_timing=True) for _ in range(times + 1)]
+    runtime._sleep(2_000_000)  # everything is in line before the first begins
     marks[0].record()
     for mark in marks[1:]:
         run()
         mark.record()
-    torch.cuda.synchronize()
-    return min(before.elapsed_time(after) for before, after in zip(marks, marks[1:])) / 1e3
+    runtime.synchronize()
+    return float(min(before.elapsed_time(after) for before, after in zip(marks, marks[1:]))) / 1e3

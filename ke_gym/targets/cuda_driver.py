@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+import torch
+
 from ke_gym.languages.plan import Geometry
+
+runtime: Any = torch.cuda
+"""What is typed in some versions of torch and not in others: events, properties, the spinning kernel."""
 
 MAX_DYNAMIC_SHARED, NON_PORTABLE_CLUSTER = 8, 14  # CUfunction_attribute
 _STATIC_SHARED, _LOCAL_BYTES, _REGISTERS = 1, 3, 4

@@ -16,7 +16,7 @@ import torch
 
 from ke_gym.languages.plan import Call, Launch, Plan, Scratch, TensorMap, TensorSpec
 from ke_gym.targets._memory import MemoryPlan, PlanError, plan_memory
-from ke_gym.targets.cuda_driver import TENSOR_MAP_BYTES, CudaError, Driver
+from ke_gym.targets.cuda_driver import TENSOR_MAP_BYTES, CudaError, Driver, runtime
 from ke_gym.targets.executor import Closure, PlanRunner
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class CudaRunner(PlanRunner):
     def step_times(self) -> list[tuple[str, float]]:
         """Execute the plan once and return (step, seconds) for each, by device events around it."""
         self._renew_outputs()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(self._steps) + 1)]
+        marks = [runtime.Event(enable_timing=True) for _ in range(len(self._steps) + 1)]
         marks[0].record()
         for (_, step), mark in zip(self._steps, marks[1:]):
             step()

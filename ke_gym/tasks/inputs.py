@@ -102,6 +102,11 @@ _NORMAL_BECOMES: dict[str, Callable[[Drawing, Tensor], Any]] = {
     "special": _special,
 }
 
+
+def _plain_uniform(draw: Drawing, values: Tensor) -> Tensor:
+    return draw.uniform(values)
+
+
 # What `rand` gives: always within [0, 1), because files turn it into indices, probabilities and masks.
 _UNIFORM_BECOMES: dict[str, Callable[[Drawing, Tensor], Any]] = {
     "sparse": lambda draw, values: draw.uniform(values).sub_(0.9).clamp_(min=0).mul_(9.99),
@@ -181,7 +186,7 @@ class Drawing(TorchFunctionMode):
         if target.is_complex():
             self.like_rand(torch.view_as_real(target))
             return target
-        how = _UNIFORM_BECOMES.get(self.distribution, lambda draw, values: draw.uniform(values))
+        how = _UNIFORM_BECOMES.get(self.distribution, _plain_uniform)
         bits = {torch.bfloat16: 8, torch.float16: 11}.get(target.dtype)
         if bits is None:
             return self.fill(target, how)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import keyword
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,11 +151,51 @@ class Reference:
     @cached_property
     def _twin(self) -> Reference:
         # Not copy.deepcopy: a forward may go through lambdas that close over the module's parts.
-        module = cloudpickle.loads(cloudpickle.dumps(self.module)).double()
+        with io.BytesIO() as file:
+            pickler = _WithoutTensors(file)
+            pickler.dump(self.module)
+            file.seek(0)
+            module = _WithTensors(file, [_wide_copy(tensor) for tensor in pickler.tensors]).load().double()
         for part in module.modules():  # tensors that are plain attributes, which .double() does not know
             for name, value in vars(part).items():
                 vars(part)[name] = _widened(value)
         return Reference(module, self._path, self._arity, wide=True)
+
+
+class _WithoutTensors(cloudpickle.Pickler):  # type: ignore[misc]
+    """Writes numbers for tensors: gigabytes of parameters need not go through a pickle to be copied."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if type(value) not in (Tensor, nn.Parameter):
+            return None
+        number = self._numbers.setdefault(id(value), len(self.tensors))
+        if number == len(self.tensors):
+            self.tensors.append(value)
+        return number
+
+
+class _WithTensors(pickle.Unpickler):
+    """Reads what ``_WithoutTensors`` wrote, with other tensors in their places."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: Any) -> Tensor:
+        return self._tensors[number]
+
+
+def _wide_copy(tensor: Tensor) -> Tensor:
+    with _disable_current_modes():
+        copied = tensor.detach().to(torch.float64 if _is_float(tensor) else tensor.dtype, copy=True)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    return copied.requires_grad_(tensor.requires_grad)
 
 
 def _tensors(part: nn.Module) -> list[Tensor]:
