@@ -187,7 +187,7 @@ class _WithTensors(pickle.Unpickler):
         self._tensors = tensors
 
     def persistent_load(self, number: Any) -> Tensor:
-        return self._tensors[number]
+        return self._tensors[int(number)]
 
 
 def _wide_copy(tensor: Tensor) -> Tensor:
