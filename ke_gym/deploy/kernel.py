@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ke_gym.errors import UserError
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets.executor import PlanRunner
 from ke_gym.tasks import Reference, Task
+
+ALIGNMENT = 16
+"""What kernels for a GPU rely on at the beginning of a tensor: Triton's and TMA's unit."""
 
 
 class Kernel:
@@ -22,7 +27,8 @@ class Kernel:
     Proven means: shapes, strides and dtypes of a public shape set, the same plain (non-tensor) arguments, the
     training mode of the evaluation, and no gradient asked of it. ``why_not(*inputs)`` says what stands in the
     way, ``fallbacks`` counts the reasons met so far. Parameters are read at every call, so the kernel follows
-    a module whose weights change. Thread-safe.
+    a module whose weights change. Thread-safe. For a GPU, module and inputs are expected there; results are
+    enqueued on the current stream, as torch's own are.
 
     Args:
         task: what the artifact was proven against.
@@ -37,7 +43,10 @@ class Kernel:
         self.reference = reference
         self.fallbacks: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._runners: dict[tuple[Any, ...], PlanRunner] = {}
+        self._artifact = artifact
+        self._target = "cpu" if target == "cpu" else "cuda"
+        self._shape_sets: dict[tuple[Any, ...], str] = {}
+        self._runners: dict[tuple[tuple[Any, ...], torch.device], PlanRunner] = {}
         self._structures: dict[tuple[Any, ...], tuple[list[bool], pytree.TreeSpec]] = {}
         self._backward = task.backward
         self._training = reference.module.training
@@ -48,10 +57,8 @@ class Kernel:
             self._unproven = "the kernel's Python could not be traced, so there is no plan to run"
             return
         self._unproven = "other shapes, strides, dtypes or plain arguments than the kernel was proven for"
-        for shape_set in task.public_shapes(target):
-            inputs = task.inputs(shape_set)
-            runner = PlanRunner(artifact, shape_set, inputs, reference.state)
-            self._runners[_signature(inputs)] = runner
+        for shape_set in set(artifact.plans).difference(task.hidden_shapes()):
+            self._shape_sets[_signature(_shapes(task, shape_set))] = shape_set
 
     def __call__(self, *inputs: Any) -> Any:
         """What the reference returns for ``inputs``."""
@@ -66,15 +73,26 @@ class Kernel:
                 with torch.no_grad():
                     leaves, tree = pytree.tree_flatten(self._plain(inputs))
                 self._structures[key] = [leaf is not None for leaf in leaves], tree
-            runner = self._runners[key]
-            runner.bind(inputs, {n: t.detach() for n, t in zip(self.reference.state, self._state())})
-            results = iter(runner.run())
+            results = iter(self._run(key, inputs))
         present, tree = self._structures[key]
         return pytree.tree_unflatten([next(results) if there else None for there in present], tree)
 
+    def _run(self, key: tuple[Any, ...], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        state = {name: tensor.detach() for name, tensor in zip(self.reference.state, self._state())}
+        place = next((tensor.device for tensor in (*tensors, *state.values())), torch.device(self._target))
+        runner = self._runners.get((key, place))
+        if runner is not None:
+            runner.bind(tensors, state)
+        else:
+            assert self._artifact is not None
+            runner = _runner(self._artifact, self._shape_sets[key], tensors, state, place)
+            self._runners[key, place] = runner
+        return runner.run()
+
     def why_not(self, *inputs: Any) -> str | None:
         """Why these inputs would run the reference, or None if they would run the kernel."""
-        if _signature(inputs) not in self._runners:
+        if _signature(inputs) not in self._shape_sets:
             return self._unproven
         if self.reference.module.training != self._training:
             return "the module's training mode has changed"
@@ -82,8 +100,12 @@ class Kernel:
         if len(state) != len(self.reference.state):
             return "the module has other parameters now"
         tensors = [*(x for x in inputs if isinstance(x, torch.Tensor)), *state]
-        if any(tensor.device.type != "cpu" for tensor in tensors):
+        if any(tensor.device.type != self._target for tensor in tensors):
             return "a tensor is on another device"
+        if len({tensor.device for tensor in tensors}) > 1:
+            return "the tensors are on several devices"
+        if self._target != "cpu" and any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
+            return f"a tensor does not begin at a multiple of {ALIGNMENT} bytes"
         if torch.is_grad_enabled() and not self._backward and any(t.requires_grad for t in tensors):
             return "a gradient may be needed (call it under torch.no_grad() if not)"
         return None
@@ -95,6 +117,32 @@ class Kernel:
 
     def _plain(self, inputs: Sequence[Any]) -> Any:
         return self.reference(*inputs) if self._backward else self.reference.module(*inputs)
+
+
+def _shapes(task: Task, shape_set: str) -> list[Any]:
+    """Inputs of the shapes of a shape set: of fake tensors where the task can be drawn without memory."""
+    if task.payload:
+        return task.inputs(shape_set)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return Task.from_bytes(task.to_bytes()).inputs(shape_set, device="fake")
+    except (UserError, RuntimeError):
+        return task.inputs(shape_set)
+
+
+def _runner(
+    artifact: Artifact,
+    shape_set: str,
+    inputs: Sequence[torch.Tensor],
+    state: dict[str, torch.Tensor],
+    place: torch.device,
+) -> PlanRunner:
+    if place.type == "cpu":
+        return PlanRunner(artifact, shape_set, inputs, state)
+    from ke_gym.targets.cuda_driver import Driver
+    from ke_gym.targets.cuda_executor import CudaRunner
+
+    return CudaRunner(artifact, shape_set, inputs, state, driver=Driver(), device=place)
 
 
 def _signature(inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -111,6 +111,25 @@ def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
         (["--task", "chain.py", "--kernel", "nowhere.py"], ["nowhere.py"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--threads", "4096"], ["--threads 4096", "cores"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--threads", "0"], ["--threads 0"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--target", "cuda:99"], ["GPU", "--compile-only"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--target", "gpu"], ["'gpu'", "cuda"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--bundle", "batch"], ["--compile-only"]),
+        (
+            [
+                "--task",
+                "chain.py",
+                "--kernel",
+                "kernel.py",
+                "--bundle",
+                "b",
+                "--compile-only",
+                "--arch",
+                "sm_9",
+            ],
+            ["sm_9", "sm_90"],
+        ),
+        (["--run-bundle", "kernel.py"], ["kernel.py", "no bundle"]),
+        (["--task", "chain.py"], ["--kernel"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(

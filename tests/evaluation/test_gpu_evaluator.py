@@ -1,0 +1,126 @@
+"""The evaluator for a GPU, on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ke_gym.candidate import Candidate
+from ke_gym.deploy.kernel import Kernel
+from ke_gym.errors import UserError
+from ke_gym.evaluation import bundle
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.opening import open_evaluator
+from ke_gym.tasks.task import Reference, Task
+
+TASK = """
+import torch
+import torch.nn as nn
+ROWS, COLS = 512, 1000
+shapes = {"default": {"ROWS": 512, "COLS": 1000}, "ragged": {"ROWS": 3, "COLS": 77}}
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+    def forward(self, x):
+        return torch.softmax(x * self.scale, dim=-1)
+def get_inputs():
+    return [torch.randn(ROWS, COLS)]
+"""
+KERNEL = """
+import torch
+import triton
+import triton.language as tl
+general = True
+
+@triton.autotune([triton.Config({}, num_warps=w) for w in (2, 4, 8)], key=["n"])
+@triton.jit
+def rows(x, scale, out, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    v = tl.load(x + row * n + at, mask=at < n, other=-float("inf")) * tl.load(scale)
+    v = tl.where(at < n, v, -float("inf"))
+    e = tl.exp(v - tl.max(tl.where(v != v, float("inf"), v), 0))
+    tl.store(out + row * n + at, e / tl.sum(tl.where(at < n, e, 0.0), 0), mask=at < n)
+
+def forward(x, scale):
+    out = torch.empty_like(x)
+    rows[(x.shape[0],)](x, scale, out, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return out
+"""
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    path = tmp_path_factory.mktemp("task") / "scaled.py"
+    path.write_text(TASK)
+    return Task.from_file(path)
+
+
+@pytest.fixture(scope="module")
+def evaluator(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluator]:
+    try:
+        opened = open_evaluator(task, "cuda", folder=tmp_path_factory.mktemp("home"), call_timeout=2)
+    except UserError as error:
+        pytest.skip(str(error))
+    with opened:
+        yield opened
+
+
+def test_a_right_kernel_is_correct_on_hidden_shapes_too(evaluator: Evaluator) -> None:
+    evaluation = evaluator.evaluate(Candidate(KERNEL, "triton"))
+    assert evaluation.correct, evaluation.log
+    assert evaluation.kernel_coverage == 1.0 and evaluation.trust == "plan"
+    assert evaluation.time_ms is not None and evaluation.profile.resources
+
+
+def test_a_wrong_kernel_is_not(evaluator: Evaluator) -> None:
+    wrong = evaluator.evaluate(Candidate(KERNEL.replace("* tl.load(scale)", ""), "triton"))
+    assert wrong.outcome == "correctness"
+
+
+def test_a_fault_ends_one_process_and_no_session(evaluator: Evaluator) -> None:
+    faulty = KERNEL.replace("tl.store(out + row * n + at,", "tl.store(out + (1 << 40) + at,")
+    assert evaluator.evaluate(Candidate(faulty, "triton")).outcome == "runtime"
+    assert evaluator.evaluate(Candidate(KERNEL, "triton")).correct
+
+
+def test_the_incumbent_races_its_own_copy_to_no_gain(evaluator: Evaluator) -> None:
+    best = Candidate(KERNEL, "triton")
+    again = Candidate(KERNEL + "\nOTHER = 1\n", "triton")
+    assert not evaluator.evaluate(again, best).improved
+
+
+def test_the_reference_passes_and_its_mutants_do_not(evaluator: Evaluator) -> None:
+    assert evaluator.judge.self_verdict("default")["ok"]
+    cases = [(5, "task", 7), (6, "ties", 8), (9, "zeros", 10)]
+    assert all(evaluator.judge.mutants("default", cases).values())
+
+
+def test_what_was_compiled_elsewhere_is_judged_here(task: Task, evaluator: Evaluator, tmp_path: Path) -> None:
+    path = tmp_path / "batch"
+    bundle.compile_bundle([("one", task, Candidate(KERNEL, "triton"))], folder=tmp_path).write(path)
+    (judged,) = bundle.run_bundle(
+        bundle.Bundle.read(path), lambda task: open_evaluator(task, "cuda", folder=tmp_path)
+    )
+    assert judged.label == "one" and judged.evaluation.correct, judged.evaluation.log
+
+
+def test_the_proven_kernel_runs_in_the_user_s_process(task: Task, evaluator: Evaluator) -> None:
+    reference = Reference(task.reference("default").module.cuda())
+    kernel = Kernel(task, reference, evaluator.build(Candidate(KERNEL, "triton")), "cuda")
+    for _ in range(2):
+        x = torch.randn(512, 1000, device="cuda")
+        with torch.no_grad():
+            assert torch.allclose(kernel(x), torch.softmax(x, -1), atol=1e-6)
+    assert kernel.why_not(torch.randn(4, 4, device="cuda")) is not None
+    assert kernel.why_not(torch.randn(512, 1000)) is not None
+
+
+def test_a_device_that_is_not_there_says_how_to_go_on(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--compile-only"):
+        open_evaluator(task, "cuda:99", folder=tmp_path)
