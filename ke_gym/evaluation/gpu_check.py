@@ -58,7 +58,8 @@ class _Check:
             if reason:
                 return {"reason": reason, "case": index, "damage": True}
             self._set_state(case)  # again: what belongs to the oracle could have been written to
-            verdict = stage.verdict(chosen, stage.draw(chosen.name, seed, distribution), out.tensors)
+            arguments = stage.draw(chosen.name, seed, distribution)
+            verdict = stage.verdict(chosen, arguments, out.tensors, distribution)
             if verdict is None:
                 continue  # the reference itself has no answer here
             if not verdict.ok:
@@ -118,7 +119,7 @@ class _Check:
         stage.finish(runner.run, self._patience)
         arguments = stage.draw(chosen.name, seed, distribution)
         _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
-        return stage.verdict(chosen, arguments, out.tensors)
+        return stage.verdict(chosen, arguments, out.tensors, distribution)
 
 
 def _ring(block: Block) -> None:

@@ -281,7 +281,7 @@ class GpuJudge:
             arguments = stage.draw(shape_set, seed, distribution)
             other = stage.draw(shape_set, seed + 1, distribution)
             for mutant in mutants.mutants(chosen.reference, arguments, other):
-                verdict = stage.verdict(chosen, arguments, list(mutant.outputs))
+                verdict = stage.verdict(chosen, arguments, list(mutant.outputs), distribution)
                 rejected = verdict is not None and not verdict.ok
                 results[mutant.name] = results.get(mutant.name, False) or rejected
             if all(results.values()):

@@ -76,7 +76,9 @@ class ShapeSet:
     given: list[Block]
     wanted: list[Block]
     held: Block
-    baseline: Callable[..., tuple[Tensor, ...]] | None = field(default=None)
+    baseline: Callable[..., tuple[Tensor, ...]] | None = None
+    scales: list[float] = field(default_factory=list)
+    """The root mean square of each output on the task's own inputs."""
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -232,15 +234,24 @@ class Stage:
 
     # -- verdicts --------------------------------------------------------------------------------------------
 
-    def verdict(self, chosen: ShapeSet, arguments: list[Any], outputs: list[Tensor]) -> Verdict | None:
+    def verdict(
+        self, chosen: ShapeSet, arguments: list[Any], outputs: list[Tensor], distribution: str = "task"
+    ) -> Verdict | None:
         """The verdict on outputs for these contents: the worst output's; None if little of the oracle is finite."""
+        task = self.task
         references = chosen.reference(*arguments)
         oracles = chosen.reference.double()(*arguments)
+        # Of zeros, outputs are often differences of equal numbers: see Judge.load.
+        scales = chosen.scales if distribution == "zeros" else []
+        if distribution == "task":
+            chosen.scales = []
         worst: Verdict | None = None
-        for output, reference, oracle in zip(outputs, references, oracles, strict=True):
-            expected = Expected(
-                reference, oracle, self.task.precision, self.task.tolerance, chosen.work.reduction_length
-            )
+        for index, (output, reference, oracle) in enumerate(zip(outputs, references, oracles, strict=True)):
+            scale = scales[index] if index < len(scales) else 0.0
+            length = chosen.work.reduction_length
+            expected = Expected(reference, oracle, task.precision, task.tolerance, length, scale)
+            if distribution == "task":
+                chosen.scales.append(expected.rms if expected.floating and reference.numel() else 0.0)
             if expected.mask is not None and float(expected.mask.double().mean()) < 0.5:
                 return None
             verdict = judge_output(output, expected)
