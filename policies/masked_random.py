@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
-
 from ke_gym.policies.base import Observation, Policy, transformations
+from numpy.typing import NDArray
 
 
 class MaskedRandom(Policy):

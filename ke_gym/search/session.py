@@ -216,7 +216,8 @@ class Session:
             rng = np.random.default_rng((self.seed, self._requested))
             parent = self._rule(self.tree, flying, rng)
             mask = self.mask(parent)
-            if parent is not None and not mask[: len(STRATEGIES)].any():
+            spent = not mask[: STOP.id if parent is None else len(STRATEGIES)].any()
+            if spent and self._rule is not parents.root:
                 # Nothing applies to this parent any more: another one, or a fresh draft, still may.
                 parent, mask = self._alternative(parent, mask)
             seen = self._observe(parent)
@@ -244,7 +245,9 @@ class Session:
             )
         return self._described[node.number]
 
-    def _alternative(self, parent: Node, mask: NDArray[np.bool_]) -> tuple[Node, NDArray[np.bool_]]:
+    def _alternative(
+        self, parent: Node | None, mask: NDArray[np.bool_]
+    ) -> tuple[Node | None, NDArray[np.bool_]]:
         for node in sorted(self.tree.correct(), key=lambda node: -node.speedup):
             other = self.mask(node)
             if other[: len(STRATEGIES)].any():

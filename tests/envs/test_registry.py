@@ -15,9 +15,10 @@ from gymnasium.utils.env_checker import check_env
 
 from ke_gym.envs import LIVE, REPLAY
 from tests.envs.live import FAKE
+from tests.envs.recorded import tables
 
 # What an environment is made with here, so that a step takes no seconds; one line for each id that exists.
-ARGUMENTS: dict[str, dict[str, Any]] = {LIVE: FAKE}
+ARGUMENTS: dict[str, dict[str, Any]] = {LIVE: FAKE, REPLAY: {"tables": tables()}}
 IDS = sorted(name for name in gymnasium.registry if name in ARGUMENTS)
 
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from ke_gym import policies
+from ke_gym.candidate import Candidate
+from ke_gym.proposers.base import Context, Proposal, Refusal
 from ke_gym.search import parents
 from ke_gym.search.budget import Budget
 from ke_gym.search.run import run
 from ke_gym.search.session import Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node, Tree
-from ke_gym.strategies import get
+from ke_gym.strategies import RESTART, Strategy, get
 from tests.search.fakes import SETTING, FakeProposer, Judge, evaluation, kernel
 
 BUDGET = 30
@@ -39,6 +41,27 @@ def test_a_search_spends_its_budget_and_repeats_exactly(spec: str, tmp_path: Pat
     assert len(first) == BUDGET
     assert [node.candidate.id for node in first] == [node.candidate.id for node in second]
     assert max(node.speedup for node in first) > 1.0
+
+
+class Few(FakeProposer):
+    """Three drafts, and no more."""
+
+    def propose(
+        self, parent: Candidate | None, strategy: Strategy, draw: int, context: Context
+    ) -> Proposal | Refusal:
+        if strategy is RESTART and draw > 2:
+            return Refusal("no draft is left")
+        return super().propose(parent, strategy, draw, context)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_goes_on_when_its_rule_wants_a_draft_and_none_is_left(seed: int) -> None:
+    policy = policies.make("epsilon_greedy", seed)
+    searching = Session(
+        Store(":memory:"), "s", SETTING, Few(), budget=Budget(60), seed=seed, parent_rule=policy.parent_rule
+    )
+    assert run(searching, policy, Judge(), workers=1) == "evaluations"
+    assert len(searching.tree) == 60
 
 
 def grown(*speedups: tuple[int | None, float | None]) -> Tree:

@@ -1,0 +1,83 @@
+"""Which replay tables there are: those that ship with the project, by split, and those of your own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ke_gym.envs.table import Table
+
+from ke_gym.errors import UserError
+
+SHIPPED = Path(__file__).parent / "tables"
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("pointwise", "norm", "matmul", "reduction", "scan", "gather"),
+    "validation": ("softmax", "conv", "pooling"),
+    "test": ("ranking", "attention"),
+}
+"""By operator family, not by task: what a policy is tested on, it has seen nothing like."""
+
+TableSpec = str | Path | Table
+
+
+def split_of(family: str) -> str:
+    """``train``, ``validation`` or ``test``; families of one's own are for training."""
+    return next((split for split, families in SPLITS.items() if family in families), "train")
+
+
+def load(specs: TableSpec | Sequence[TableSpec] = "all") -> list[Table]:
+    """The tables that ``specs`` name, each once.
+
+    A specification is ``"all"``, a split, a family or a task (of the tables that ship), a file, a folder, or a
+    table. ``UserError`` for an unknown one (nearest suggested), an unfit file, or none at all.
+    """
+    listed = [specs] if isinstance(specs, (str, Path, Table)) else list(specs)
+    found: dict[str, Table] = {}
+    for spec in listed:
+        made = [spec] if isinstance(spec, Table) else [_read(path) for path in files((spec,))]
+        found |= {table.hash: table for table in made}
+    if not found:
+        raise UserError("a replay needs at least one table")
+    return list(found.values())
+
+
+def files(specs: Sequence[str | Path]) -> list[Path]:
+    """The files that the specifications name, in order."""
+    return [path for spec in specs for path in _files(spec)]
+
+
+def _files(spec: str | Path) -> list[Path]:
+    path = Path(spec)
+    if path.suffix == ".npz" and path.exists():
+        return [path]
+    if path.is_dir():
+        inside = sorted(path.glob("*.npz"))
+        if not inside:
+            raise UserError(f"the folder {path} holds no replay table (*.npz); scripts/record.py makes them")
+        return inside
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.npz"))}
+    if str(spec) == "all" and shipped:
+        return list(shipped.values())
+    if str(spec) in shipped:
+        return [shipped[str(spec)]]
+    chosen = [
+        file for file in shipped.values() if str(spec) in (split_of(_read(file).family), _read(file).family)
+    ]
+    if chosen:
+        return chosen
+    near = difflib.get_close_matches(str(spec), [*shipped, *SPLITS], n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else "scripts/record.py makes them"
+    raise UserError(f"there is no replay table {str(spec)!r}; {hint}")
+
+
+def _read(path: Path) -> Table:
+    stat = path.stat()
+    return _cached(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=256)
+def _cached(path: Path, changed: int, size: int) -> Table:
+    return Table.load(path)

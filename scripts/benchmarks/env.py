@@ -1,0 +1,156 @@
+"""How many steps a second do the environments make, and what do they add to an evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
+from ke_gym.envs.batched_replay import BatchedReplayVecEnv
+from ke_gym.envs.vector import FlatVecObservation
+from ke_gym.policies.learning import NETWORKS, PPO
+
+from benchmarks.figures import Figure, Figures, console
+from ke_gym import tasks
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.evaluator import Evaluator
+
+BATCH = 256
+
+
+@dataclass
+class Env:
+    """Steps a second, recorded and live."""
+
+    tables: tuple[str, ...] = ("all",)
+    """Replay tables."""
+    seconds: float = 4.0
+    """How long each figure is measured."""
+    live: str = "softmax"
+    """The task of the live environment; "" leaves it out."""
+
+    def run(self) -> None:
+        figures = Figures("env")
+        loaded = catalog.load(self.tables)
+        console.print(f"{len(loaded)} tables, {sum(map(len, loaded))} versions", highlight=False)
+        for name, measure, target in (
+            (f"replay, {BATCH} searches at once", self.batched, 1_000_000),
+            ("replay, one search", self.single, 200_000),
+            ("MaskablePPO on replay, end to end", self.learning, 20_000),
+        ):
+            rate = measure(loaded)
+            figures.add(Figure(name, f"{rate:,.0f} steps/s", f"≥ {target:,}", rate >= target))
+        if self.live:
+            added = 1e3 * self.overhead()
+            figures.add(Figure("live: a step beyond its evaluation", f"{added:.2f} ms", "≤ 5 ms", added <= 5))
+        figures.print()
+
+    def batched(self, loaded: list[Any]) -> float:
+        """Random recorded actions; choosing them is not counted."""
+        envs = BatchedReplayVecEnv(BATCH, loaded)
+        envs.seed(0)
+        envs.reset()
+        rng = np.random.default_rng(0)
+
+        def step() -> float:
+            chances = np.where(envs.action_masks(), rng.random((BATCH, 25)), -1.0)
+            chances[:, -1] = -0.5  # STOP only where nothing else is recorded
+            actions = chances.argmax(axis=1)
+            start = time.perf_counter()
+            envs.step(actions)
+            return time.perf_counter() - start
+
+        return BATCH / self.per_call(step)
+
+    def single(self, loaded: list[Any]) -> float:
+        """The plain environment, resets included; choosing actions is not counted."""
+        env = make(REPLAY, tables=loaded).unwrapped
+        _, info = env.reset(seed=0)
+        rng = np.random.default_rng(0)
+
+        def step() -> float:
+            nonlocal info
+            legal = np.flatnonzero(info["action_mask"][:-1])
+            action = int(legal[int(rng.random() * len(legal))]) if len(legal) else 24
+            start = time.perf_counter()
+            _, _, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                _, info = env.reset()
+            return time.perf_counter() - start
+
+        return 1 / self.per_call(step, mean=True)
+
+    def per_call(self, step: Callable[[], float], mean: bool = False) -> float:
+        """Seconds of a call: the median, or with ``mean`` the mean (where resets fall into single calls)."""
+        times: list[float] = []
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            times.append(step())
+        return float(np.mean(times)) if mean else median(times)
+
+    def learning(self, loaded: list[Any]) -> float:
+        """Steps a second of MaskablePPO's learning as scripts/train.py does it, validation left out."""
+        from sb3_contrib import MaskablePPO
+
+        assert "maskable_ppo" in NETWORKS
+        torch.set_num_threads(max(torch.get_num_threads(), 1))
+        envs = FlatVecObservation(make_vec_env(REPLAY, BATCH, seed=0, tables=loaded))
+        model = MaskablePPO("MlpPolicy", envs, n_steps=32, batch_size=2048, device="cpu", seed=0, **PPO)
+        model.learn(BATCH * 32)
+        start = time.perf_counter()
+        model.learn(BATCH * 32 * 12)
+        return BATCH * 32 * 12 / (time.perf_counter() - start)
+
+    def overhead(self) -> float:
+        """Seconds of a live step beyond the evaluation (and the proposal) itself."""
+        (task,) = tasks.resolve(self.live)
+        spent: list[float] = []
+
+        class Timed(Evaluator):
+            def build(self, candidate: Any) -> Any:
+                start = time.perf_counter()
+                try:
+                    return super().build(candidate)
+                finally:
+                    spent[-1] += time.perf_counter() - start
+
+            def evaluate(self, candidate: Any, incumbent: Any = None) -> Evaluation:
+                before = spent[-1]
+                start = time.perf_counter()
+                judged = super().evaluate(candidate, incumbent)
+                # What it built meanwhile is part of it.
+                spent[-1] = before + time.perf_counter() - start
+                return judged
+
+        env = make(LIVE, tasks=task, horizon=12, open_evaluator=Timed)
+        _, info = env.reset(seed=0)
+        inner: Any = env.unwrapped
+        propose = inner.episode.case.proposer
+        plain, plain_mask = propose.propose, propose.mask
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any) -> Any:
+                start = time.perf_counter()
+                try:
+                    return call(*arguments)
+                finally:
+                    spent[-1] += time.perf_counter() - start
+
+            return wrapped
+
+        propose.propose, propose.mask = timed(plain), timed(plain_mask)
+        rng = np.random.default_rng(0)
+        added: list[float] = []
+        for _ in range(12):
+            legal = np.flatnonzero(info["action_mask"][:-1])
+            spent.append(0.0)
+            start = time.perf_counter()
+            _, _, _, _, info = env.step(int(rng.choice(legal)))
+            added.append(time.perf_counter() - start - spent[-1])
+        env.close()
+        return median(added)

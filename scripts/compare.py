@@ -1,0 +1,191 @@
+"""Compare search policies at equal cost.
+
+    python scripts/compare.py --policies maskable_ppo linucb ucb1 --budget 50
+    python scripts/compare.py --policies runs/my.json --tasks test --seeds 20 --wandb offline
+    python scripts/compare.py --policies maskable_ppo --env live --tasks map_id attention_vanilla --budget 20
+
+Masked random and best-of-N always take part: a policy that does not beat both has shown nothing. All runs share
+their random numbers. Prints a table; writes compare.json, figures and index.html. Exit code 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from ke_gym.envs import LIVE, catalog, make
+from ke_gym.policies import plots
+from ke_gym.policies.comparison import BASELINES, Comparison
+from ke_gym.policies.playing import Episode, play, replay_runs
+from ke_gym.policies.tracking import Mode, Tracker
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from ke_gym import policies, tasks
+from ke_gym.errors import UserError
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("policies"))
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare search policies at equal cost."""
+
+    policies: tuple[str, ...]
+    """Names (with options: ucb1:c=0.2) or files of trained ones."""
+    tasks: tuple[str, ...] = ("test",)
+    """Replay: tables (names, families, splits, files, folders). Live: tasks, families, files."""
+    budget: int = 50
+    """Evaluations of one search."""
+    seeds: int = 10
+    """Searches per policy and task."""
+    env: Literal["replay", "live"] = "replay"
+    """Recorded searches, or kernels built and raced on this machine."""
+    workload: str = ""
+    """A name for this comparison in figures and logs."""
+    out: Path = Path("runs/compare")
+    """The folder for compare.json, figures and the page."""
+    wandb: Mode = "disabled"
+    """Log to Weights & Biases."""
+    group: str = "compare"
+    """The experiment that this run belongs to, in Weights & Biases."""
+
+
+def main(args: Args) -> int:
+    if args.seeds < 1 or args.budget < 1:
+        raise UserError("--seeds and --budget have to be positive")
+    names = list(dict.fromkeys((*args.policies, *BASELINES)))
+    for name in names:
+        policies.make(name)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    title = args.workload or f"{args.env}: {' '.join(args.tasks)}, {args.budget} evaluations"
+    tracker = Tracker(
+        args.wandb, kind="compare", name=title, group=args.group, config=asdict(args) | {"out": str(args.out)},
+        folder=args.out,
+    )  # fmt: skip
+    episodes, best = (replayed if args.env == "replay" else measured)(args, names, console)
+    comparison = Comparison({_short(name): runs for name, runs in episodes.items()}, best)
+    if not comparison.telling:
+        raise UserError(
+            "masked random reaches the best known at once on all these tasks: they separate no policies"
+        )
+    table = Table(*plots.HEADER, title=title, title_justify="left")
+    for row in plots.rows(comparison):
+        table.add_row(*row)
+    console.print(table)
+    console.print(comparison.verdict(), highlight=False)
+    page = plots.write(comparison, args.out, title)
+    (args.out / "compare.json").write_text(json.dumps(comparison.to_dict(), indent=1))
+    console.print(f"figures: {page}", highlight=False, soft_wrap=True)
+    log(tracker, comparison, episodes, args.out)
+    return 0
+
+
+def _short(name: str) -> str:
+    return Path(name).stem if name.endswith(".json") else name
+
+
+def replayed(
+    args: Args, names: list[str], console: Console
+) -> tuple[dict[str, list[list[Episode]]], dict[str, float]]:
+    """Runs over tables: policy to runs, each with an episode per table; and the best known speedups."""
+    tables = catalog.load(args.tasks)
+    makers = {name: partial(policies.make, name) for name in names}
+    with Progress(*COLUMNS, console=console, transient=True) as bar:
+        done = bar.add_task("comparing", total=len(names))
+        found = replay_runs(makers, tables, args.budget, args.seeds, lambda name: bar.advance(done))
+    return found, {table.task: table.optimum for table in tables}
+
+
+def measured(
+    args: Args, names: list[str], console: Console
+) -> tuple[dict[str, list[list[Episode]]], dict[str, float]]:
+    """Runs live. All share one store, so that a kernel is measured once and means the same to all policies."""
+    chosen = [task for spec in args.tasks for task in tasks.resolve(spec)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    shared = args.out / "store.db"
+    found: dict[str, list[list[Episode]]] = {name: [[] for _ in range(args.seeds)] for name in names}
+    best: dict[str, float] = {}
+    for task in chosen:
+        for seed in range(args.seeds):
+            # In turn, so that a drift of the machine meets all alike.
+            for name in names:
+                policy = policies.make(name, seed)
+                env = make(
+                    LIVE, tasks=task, horizon=args.budget, parent_rule=policy.parent_rule, reward=policy.reward,
+                    store=shared,
+                )  # fmt: skip
+                try:
+                    episode = play(policy, env, seed=seed, keep=True)
+                finally:
+                    env.close()
+                found[name][seed].append(episode)
+                reached = math.exp(episode.curve[-1])
+                best[task.name] = max(best.get(task.name, 1.0), reached)
+                console.print(f"{task.name} seed {seed} {name}: {reached:.2f}x", highlight=False)
+    return found, best
+
+
+def best_kernels(episodes: dict[str, list[list[Episode]]], out: Path) -> list[Path]:
+    """The fastest correct kernel of each task, as files; only live runs have any."""
+    fastest: dict[str, dict[str, Any]] = {}
+    for runs in episodes.values():
+        for episode in (episode for run in runs for episode in run):
+            for made in episode.candidates:
+                if made["speedup"] > fastest.get(episode.task, {"speedup": 0.0})["speedup"]:
+                    fastest[episode.task] = made
+    paths = []
+    for task, made in fastest.items():
+        path = out / "kernels" / f"{task}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(made["source"])
+        paths.append(path)
+    return paths
+
+
+def log(
+    tracker: Tracker, comparison: Comparison, episodes: dict[str, list[list[Episode]]], out: Path
+) -> None:
+    """The same to Weights & Biases: curves, scores, figures, and every candidate of live runs."""
+    for step in range(comparison.budget):
+        means = {name: float(curves[:, :, step].mean()) for name, curves in comparison.curves.items()}
+        tracker.log({f"log_speedup/{name}": value for name, value in means.items()}, step=step + 1)
+    tracker.table("scores", list(plots.HEADER), [list(row) for row in plots.rows(comparison)])
+    candidates: list[list[Any]] = [
+        [name, episode.task, made["candidate"], made["outcome"], made["speedup"], made["source"]]
+        for name, runs in episodes.items()
+        for run in runs
+        for episode in run
+        for made in episode.candidates
+    ]
+    if candidates:
+        tracker.table(
+            "candidates", ["policy", "task", "candidate", "outcome", "speedup", "source"], candidates
+        )
+    for path in best_kernels(episodes, out):
+        tracker.artifact(f"kernel-{path.stem}", "kernel", path)
+    for name in plots.FIGURES:
+        tracker.image(name, out / f"{name}.png")
+    tracker.summary({f"auc/{score.policy}": score.auc.value for score in comparison.scores})
+    tracker.artifact("comparison", "comparison", out / "compare.json")
+    for spec in episodes:
+        if spec.endswith(".json"):
+            tracker.artifact(_short(spec), "policy", Path(spec))
+    tracker.finish()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

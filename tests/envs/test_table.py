@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ke_gym.envs import catalog, compiling
+from ke_gym.envs.compiling import Builder
+from ke_gym.envs.recording import Breadth
+from ke_gym.envs.table import REFERENCE, REFUSED, REPEATED, Table
+from ke_gym.policies import make
+
+from ke_gym.errors import UserError
+from ke_gym.search.budget import Budget
+from ke_gym.search.observation import Surroundings
+from ke_gym.search.run import run
+from ke_gym.search.session import Session
+from ke_gym.search.store import Setting, Store
+from ke_gym.strategies import RESTART
+from ke_gym.tasks import Task
+from tests.envs.recorded import Narrow, Racer, search, tables
+
+TABLE = tables()[1]
+
+
+def same(first: Table, second: Table) -> bool:
+    return first.hash == second.hash
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    for table in tables():
+        table.save(tmp_path / "t.npz")
+        again = Table.load(tmp_path / "t.npz")
+        assert same(table, again) and again.sources == table.sources
+        assert same(Builder.of(again).table(), table)
+
+
+def test_what_it_says_of_itself() -> None:
+    complete, wide = tables()[:2]
+    assert complete.coverage()[:3] == pytest.approx([2 / 22] * 3) and complete.coverage()[-1] == 0
+    # Repairs lie one edge deeper than what they repair.
+    assert complete.depths.max() >= 4 and wide.depths.max() >= 3 and complete.depths.min() == 1
+    assert 1 < wide.optimum < 4 and wide.median < wide.optimum
+    best = wide.log_speedup[wide.champion]
+    assert math.exp(best) == pytest.approx(wide.optimum)
+    kinds = set(complete.edges[:, 3][complete.edges[:, 3] < 0].tolist())
+    assert REPEATED in kinds and kinds <= {REFUSED, REPEATED}
+    assert set(complete.edges[complete.edges[:, 0] == REFERENCE, 1].tolist()) == {RESTART.id}
+
+
+def test_repeats_are_blocks_of_rounds_that_were_measured() -> None:
+    ratios = np.log(TABLE.times[:, 1] / TABLE.times[:, 0])
+    ends = np.cumsum(TABLE.repeats[:, 1])
+    assert ends[-1] == len(TABLE.times)
+    node = int(TABLE.repeats[0, 0])
+    mine = np.flatnonzero(TABLE.repeats[:, 0] == node)
+    medians = [np.median(ratios[ends[i] - TABLE.repeats[i, 1] : ends[i]]) for i in mine]
+    np.testing.assert_allclose(TABLE.noise[mine], medians - np.mean(medians), atol=1e-6)
+    assert TABLE.repeats[mine, 1].tolist() == [14, 10]
+
+
+def test_a_recording_goes_on_where_it_stopped_and_a_greater_breadth_adds_to_it(tmp_path: Path) -> None:
+    with Store(tmp_path / "a.db") as store:
+        assert search(store, "softmax", Breadth(3, 3, 2, 1), budget=4) == "evaluations"
+        assert search(store, "softmax", Breadth(3, 3, 2, 1)) == "complete"
+        search(store, "softmax", Breadth(5, 3, 2, 1))
+        narrow, wide = compiling.searches(store)
+    with Store(tmp_path / "b.db") as store:
+        search(store, "softmax", Breadth(3, 3, 2, 1))
+        (whole,) = compiling.searches(store)
+    assert same(compiling.build([narrow]), compiling.build([whole]))
+    extended = compiling.build([wide], compiling.build([narrow]))
+    assert len(extended) > len(compiling.build([narrow]))
+    assert set(extended.candidates) >= set(compiling.build([wide]).candidates)
+
+
+def test_any_finished_search_becomes_a_table(tmp_path: Path) -> None:
+    task = Task.load("softmax")
+    racer = Racer(task)
+    with Store(tmp_path / "s.db") as store:
+        store.add_task(task)
+        setting = Setting(task.id, "cpu", "m", "eager", 1)
+        session = Session(
+            store, "one", setting, Narrow(), budget=Budget(30), surroundings=Surroundings.of(racer)  # type: ignore[arg-type]
+        )  # fmt: skip
+        run(session, make("masked_random", 1), racer.evaluate, workers=2)
+    racer.close()
+    (table,) = compiling.from_stores([tmp_path / "s.db"], (), tmp_path)
+    assert set(table.candidates) == {node.candidate.id for node in session.tree}
+    # The same store once more adds nothing.
+    (again,) = compiling.from_stores([tmp_path / "s.db"], ("softmax",), tmp_path)
+    assert same(table, again)
+
+
+def test_searches_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    with Store(":memory:") as store:
+        search(store, "softmax", Breadth(2, 1, 1, 1))
+        (one,) = compiling.searches(store)
+    elsewhere = dataclasses.replace(one, identity=dataclasses.replace(one.identity, machine="other"))
+    with pytest.raises(UserError, match=r"machine .* and 'other' cannot share"):
+        compiling.build([one, elsewhere])
+    with pytest.raises(UserError, match="there is no store"):
+        compiling.from_stores([tmp_path / "none.db"], (), tmp_path)
+    Store(tmp_path / "empty.db").close()
+    with pytest.raises(UserError, match="no search of swiglu"):
+        compiling.from_stores([tmp_path / "empty.db"], ("swiglu",), tmp_path)
+
+
+def rewritten(path: Path, **changes: object) -> Path:
+    """The file with other values in its head, or other arrays."""
+    with np.load(path) as file:
+        content = {name: file[name] for name in file.files}
+    head = json.loads(content["head"].tobytes())
+    for name, value in changes.items():
+        if name in head:
+            head[name] = value
+        else:
+            content[name] = value  # type: ignore[assignment]
+    content["head"] = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
+    np.savez_compressed(path, **content)
+    return path
+
+
+def test_unfit_files_are_refused_by_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+
+    def saved() -> Path:
+        TABLE.save(path)
+        return path
+
+    with pytest.raises(UserError, match="there is no table"):
+        Table.load(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("no zip")
+    with pytest.raises(UserError, match="cannot be read"):
+        Table.load(tmp_path / "text.npz")
+    half = saved().read_bytes()
+    path.write_bytes(half[: len(half) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        Table.load(path)
+    with pytest.raises(UserError, match="harness version 1, this is"):
+        Table.load(rewritten(saved(), harness=1))
+    with pytest.raises(UserError, match=r"observations of version 0.*--from"):
+        Table.load(rewritten(saved(), spaces=0))
+    with pytest.raises(UserError, match="format 9"):
+        Table.load(rewritten(saved(), format=9))
+    with pytest.raises(UserError, match="other actions"):
+        Table.load(rewritten(saved(), actions=["melt"]))
+    with pytest.raises(UserError, match="does not fit its hash"):
+        Table.load(rewritten(saved(), log_speedup=TABLE.log_speedup + 0.1))
+    with pytest.raises(UserError, match="a rival is out of range"):
+        Table.load(rewritten(saved(), rivals=np.full_like(TABLE.rivals, 10_000)))
+    with pytest.raises(UserError, match="edges is int32 of shape"):
+        Table.load(rewritten(saved(), edges=TABLE.edges[:, :2]))
+    pickled = {"head": np.array([{"a": 1}], dtype=object)}
+    np.savez(path, **pickled)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="cannot be read"):
+        Table.load(path)
+    with pytest.raises(UserError, match="cannot be written"):
+        TABLE.save("/proc/none/t.npz")
+
+
+def test_tables_are_found_by_name_split_family_file_and_folder(tmp_path: Path) -> None:
+    tables()[0].save(tmp_path / "a.npz")
+    tables()[2].save(tmp_path / "b.npz")
+    assert [table.task for table in catalog.load(tmp_path)] == ["softmax", "bias_gelu"]
+    assert catalog.load([tmp_path / "a.npz", tmp_path])[0].task == "softmax"
+    assert len(catalog.load([tmp_path / "a.npz", tmp_path])) == 2
+    with pytest.raises(UserError, match="did you mean train"):
+        catalog.load("trian")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no replay table"):
+        catalog.load(tmp_path / "empty")
+    shipped = catalog.load("all")
+    splits = {split: catalog.load(split) for split in catalog.SPLITS if any(
+        catalog.split_of(table.family) == split for table in shipped)}  # fmt: skip
+    assert sum(map(len, splits.values())) == len(shipped)
+
+
+def test_what_ships_is_sound_and_small() -> None:
+    files = catalog.files(["all"])
+    assert sum(file.stat().st_size for file in files) < 8 << 20
+    for table in catalog.load("all"):
+        assert table.task in {file.stem for file in files}
+        assert table.optimum > 1 and table.coverage()[0] > 0

@@ -1,0 +1,153 @@
+"""record.py, train.py and compare.py, from the first argument to the files they leave."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from ke_gym.envs.recording import Breadth
+from ke_gym.envs.table import Table
+
+from ke_gym import policies
+from ke_gym.errors import UserError
+from tests.envs.recorded import search, tables
+
+ROOT = Path(__file__).parents[2]
+
+TASK = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x) * 2 + torch.sigmoid(x)
+
+
+def get_inputs():
+    return [torch.rand(64, 256)]
+
+
+def get_init_inputs():
+    return []
+"""
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    env = os.environ | {"KE_GYM_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(line, env=env, cwd=home, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for table in tables():
+        table.save(tmp_path / "tables" / f"{table.task}.npz")
+    return tmp_path / "tables"
+
+
+def test_a_policy_is_trained_and_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, compare = script("train"), script("compare")
+    out = tmp_path / "linucb.json"
+    arguments: dict[str, Any] = {
+        "policy": "linucb", "tasks": (str(folder / "rms_norm.npz"),), "out": out,
+        "validation": (str(folder / "softmax.npz"),), "steps": 60, "horizon": 10,
+    }  # fmt: skip
+    assert train.main(train.Args(**arguments)) == 0
+    said = capsys.readouterr().out
+    assert "validation AUC" in said and "policy: " in said
+    assert policies.load(out).trained_on["steps"] in range(10, 61, 10)
+    with pytest.raises(UserError, match="both to learn from and to validate on"):
+        train.main(train.Args(**{**arguments, "validation": (str(folder),), "out": tmp_path / "b.json"}))
+    both = compare.Args((str(out),), (str(folder),), budget=10, seeds=3, out=tmp_path / "c", wandb="offline")
+    assert compare.main(both) == 0
+    assert "linucb" in capsys.readouterr().out
+    data = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert {score["policy"] for score in data["scores"]} == {"linucb", "masked_random", "best_of_n"}
+    assert {path.name for path in (tmp_path / "c").iterdir()} >= {"index.html", "curves.png", "wandb"}
+
+
+def test_live_searches_are_recorded_and_can_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KE_GYM_HOME", str(tmp_path))
+    record = script("record")
+    (tmp_path / "small.py").write_text(TASK)
+    arguments: dict[str, Any] = {
+        "tasks": (str(tmp_path / "small.py"),), "out": tmp_path / "out", "breadth": Breadth(1, 1, 1, 1, 2), "threads": 1,
+    }  # fmt: skip
+    assert record.main(record.Args(**arguments, budget=1)) == 0
+    table = Table.load(tmp_path / "out" / "small.npz")
+    assert len(table) == 1 and table.correct.all()
+    assert len(table.repeats) >= 2 and (table.times > 0).all()
+    assert table.surroundings.task.any() and table.surroundings.hardware.any() and table.code.any()
+    first = int(table.drafts[0])
+    assert table.costs[first].sum() > 0 and table.machine
+
+
+def test_stores_become_tables_and_tables_are_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ke_gym.search.store import Store
+
+    record = script("record")
+    with Store(tmp_path / "s.db") as store:
+        search(store, "softmax", Breadth(2, 2, 1, 1))
+        search(store, "rms_norm", Breadth(2, 2, 1, 1))
+    assert record.main(record.Args(stores=(tmp_path / "s.db",), out=tmp_path / "t")) == 0
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {"softmax.npz", "rms_norm.npz"}
+    assert record.main(record.Args((str(tmp_path / "t"),), verify=True)) == 0
+    said = capsys.readouterr().out
+    assert "coverage" in said and "validation" in said and "train" in said
+    (tmp_path / "t" / "softmax.npz").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="cannot be read"):
+        record.main(record.Args((str(tmp_path / "t"),), verify=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("record", (), "name at least one task"),
+        ("train", ("--policy", "maskable_pop"), "maskable_ppo"),
+        ("compare", ("--policies", "linucv"), "linucb"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    name: str, arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    done = run(name, *arguments, home=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+def test_arguments_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    train, compare, record = script("train"), script("compare"), script("record")
+    with pytest.raises(UserError, match="live training needs --tasks"):
+        train.main(train.Args(env="live", out=tmp_path / "a.json"))
+    with pytest.raises(UserError, match="steps = 0"):
+        train.main(train.Args(steps=0, out=tmp_path / "a.json"))
+    with pytest.raises(UserError, match="have to be positive"):
+        compare.main(compare.Args(("ucb1",), seeds=0))
+    with pytest.raises(UserError, match="there is no replay table 'nothing'"):
+        compare.main(compare.Args(("ucb1",), ("nothing",), out=tmp_path))
+    with pytest.raises(UserError, match="records nothing"):
+        record.Args(("softmax",), breadth=Breadth(width=0))
