@@ -77,7 +77,9 @@ class EvaluationPool:
                 task.id, self.target, evaluator.facts.fingerprint, self.baseline, evaluator.threads
             )
             if isinstance(self.proposer, str):
-                proposer = proposers.make(self.proposer, task, evaluator=evaluator)
+                proposer = proposers.make(
+                    self.proposer, task, opening.kernel_language(self.target), evaluator=evaluator
+                )
             else:
                 proposer = self.proposer(task)
             self._cases[task.id] = Case(task, setting, Surroundings.of(evaluator), proposer)

@@ -23,7 +23,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.opening import open_evaluator
+from ke_gym.evaluation.opening import kernel_language, open_evaluator
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.proposers import LLM, Proposer
@@ -59,6 +59,7 @@ class RunSettings:
     threads: int | None
     workers: int
     llm: dict[str, Any] | None = None
+    exchange: str = ""
 
 
 def optimize(
@@ -76,6 +77,7 @@ def optimize(
     threads: int | None = None,
     workers: int = 2,
     llm: LLM | None = None,
+    exchange: str | Path | None = None,
     out: str | Path = "runs",
     resume: str | Path | None = None,
     watch: Watch | None = None,
@@ -94,6 +96,7 @@ def optimize(
         threads: CPU threads of every kernel and of the reference; all cores by default.
         workers: candidates in flight at once.
         llm: how models are asked, for the proposer ``openai``.
+        exchange: a folder shared with a machine that has the GPU and serves it there (``evaluate.py --serve``).
         out: the folder in which the run's own folder is made.
         resume: a run's folder: continue that search with what it recorded.
         watch: hooks for progress.
@@ -117,6 +120,7 @@ def optimize(
         settings = RunSettings(
             RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
             threads, workers, llm.to_dict() if llm and "openai" in proposers.members(proposer) else None,
+            str(Path(exchange).absolute()) if exchange else "",
         )  # fmt: skip
         if loaded.payload:
             (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())
@@ -176,7 +180,13 @@ def _search(
     policy = policies.make(settings.policy, settings.seed)
     with (
         Store(settings.store or None) as store,
-        open_evaluator(task, settings.target, settings.baseline, settings.threads) as evaluator,
+        open_evaluator(
+            task,
+            settings.target,
+            settings.baseline,
+            settings.threads,
+            exchange=Path(settings.exchange) if settings.exchange else None,
+        ) as evaluator,
         closing(_proposer(task, settings, evaluator, run_dir)) as proposer,
     ):
         setting = Setting(
@@ -211,7 +221,12 @@ def _search(
 def _proposer(task: Task, settings: RunSettings, evaluator: Evaluator, run_dir: Path) -> Proposer:
     llm = LLM.from_dict(settings.llm) if settings.llm else None
     return proposers.make(
-        settings.proposer, task, evaluator=evaluator, llm=llm, transcripts=run_dir / "transcripts"
+        settings.proposer,
+        task,
+        kernel_language(settings.target),
+        evaluator=evaluator,
+        llm=llm,
+        transcripts=run_dir / "transcripts",
     )
 
 

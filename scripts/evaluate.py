@@ -5,6 +5,7 @@
     python scripts/evaluate.py --task softmax --kernel rows.py --target cuda
     python scripts/evaluate.py --task softmax --kernel a.py b.py --bundle batch.keb --compile-only
     python scripts/evaluate.py --run-bundle batch.keb --results batch.json
+    python scripts/evaluate.py --serve /shared/folder
 
 TASK is a built-in task (see scripts/tasks.py list) or any KernelBench-format file; a kernel is a module with
 `forward` or `ModelNew` (docs/kernel-modules.md). A bundle is compiled where no GPU is, and raced where one is.
@@ -13,6 +14,7 @@ Exit code 0 whenever a verdict was reached, whatever it is; 2 for bad arguments 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -25,8 +27,9 @@ from rich.table import Table
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation import bundle
+from ke_gym.evaluation import bundle, exchange
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.opening import language_for, open_evaluator
 from ke_gym.evaluation.profile import feedback
 from ke_gym.evaluation.record import MachineRecord
@@ -63,6 +66,8 @@ class Args:
     """Judge the kernels of this bundle."""
     results: Path | None = None
     """With --run-bundle: the file that gets the results (by default the bundle's name with .json)."""
+    serve: Path | None = None
+    """Judge, on this machine's GPU, what searches elsewhere leave in this folder (optimize.py --exchange)."""
 
 
 KEYS = (
@@ -75,6 +80,9 @@ def main(args: Args) -> None:
     console = Console(stderr=args.json)
     if args.run_bundle is not None:
         race_bundle(args, console)
+        return
+    if args.serve is not None:
+        serve(args, args.serve, console)
         return
     if args.task is None or not args.kernel:
         raise UserError("name a --task and at least one --kernel, or a bundle with --run-bundle")
@@ -138,7 +146,7 @@ def race_bundle(args: Args, console: Console) -> None:
     target = "cuda" if args.target == "cpu" else args.target
     facts: dict[str, object] = {}
 
-    def opened(task: Task):  # type: ignore[no-untyped-def]
+    def opened(task: Task) -> Evaluator:
         evaluator = open_evaluator(task, target, args.baseline, args.threads)
         facts.update(vars(evaluator.facts))
         return evaluator
@@ -156,6 +164,22 @@ def race_bundle(args: Args, console: Console) -> None:
     bundle.write_file(results, text.encode())
     if args.json:
         print(text)
+
+
+def serve(args: Args, folder: Path, console: Console) -> None:
+    """Judge bundles as they appear, until a file called stop does, or Ctrl-C."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
+    target = "cuda" if args.target == "cpu" else args.target
+    console.print(
+        f"judging what appears in {folder}; a file {folder / exchange.STOP} ends it", highlight=False
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        exchange.serve(
+            folder,
+            lambda task, baseline: open_evaluator(task, target, baseline, args.threads),
+            lambda order: console.print(f"answered {order}", highlight=False),
+        )
 
 
 def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:

@@ -74,6 +74,8 @@ class Args:
     """What speedups are against: eager, compile (torch.compile) or max-autotune (its mode of that name)."""
     threads: int | None = None
     """CPU threads for kernels and reference alike; all cores by default."""
+    exchange: Path | None = None
+    """For a GPU on another machine: a folder that both see, served there by evaluate.py --serve."""
     out: Path = Path("runs")
     """The folder that gets a folder per run."""
     resume: Path | None = None
@@ -136,6 +138,7 @@ def main(args: Args) -> int:
                     seed=args.seed,
                     threads=args.threads,
                     llm=llm,
+                    exchange=args.exchange,
                     out=args.out,
                     resume=args.resume,
                     watch=view,

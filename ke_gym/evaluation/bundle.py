@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ _TASK = ("name", "source", "path", "family", "description", "precision", "tolera
 
 @dataclass(frozen=True)
 class Packed:
-    """One candidate for one task: its artifact, or why it has none. ``label`` is the caller's own name for it."""
+    """One candidate for one task: its artifact, or why it has none. ``label`` is the caller's own name for it.
+
+    ``rival`` is the incumbent to race it against, with its artifact.
+    """
 
     label: str
     task: int
@@ -43,25 +46,31 @@ class Packed:
     artifact: Artifact | None = None
     outcome: str = "correct"
     log: str = ""
+    rival: tuple[Candidate, Artifact] | None = None
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Tasks, and candidates compiled for GPUs of one architecture."""
+    """Tasks, and candidates compiled for GPUs of one architecture; ``baseline`` is what they want to be raced against."""
 
     arch: str
     tasks: tuple[Task, ...]
-    packed: tuple[Packed, ...] = field(default=())
+    packed: tuple[Packed, ...] = ()
+    baseline: str = "eager"
 
     def to_bytes(self) -> bytes:
         """A JSON header and the artifacts. Raises ``UserError`` for a task that is a live module."""
         for task in self.tasks:
             if task.payload:
                 raise UserError(f"task {task.name} is a live module; only task files travel in a bundle")
-        blobs = [p.artifact.to_bytes() if p.artifact else b"" for p in self.packed]
+        blobs = [
+            [p.artifact.to_bytes() if p.artifact else b"", p.rival[1].to_bytes() if p.rival else b""]
+            for p in self.packed
+        ]
         header = {
             "version": VERSION,
             "arch": self.arch,
+            "baseline": self.baseline,
             "tasks": [{key: getattr(task, key) for key in _TASK} for task in self.tasks],
             "packed": [
                 {
@@ -70,13 +79,15 @@ class Bundle:
                     "candidate": asdict(p.candidate),
                     "outcome": p.outcome,
                     "log": p.log,
-                    "bytes": len(blob),
+                    "rival": asdict(p.rival[0]) if p.rival else None,
+                    "bytes": [len(blob) for blob in pair],
                 }
-                for p, blob in zip(self.packed, blobs)
+                for p, pair in zip(self.packed, blobs)
             ],
         }
         text = json.dumps(header, default=dict).encode()
-        return b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *blobs])
+        flat = [blob for pair in blobs for blob in pair]
+        return b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *flat])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Bundle:
@@ -92,25 +103,18 @@ class Bundle:
             tasks = tuple(Task(**{key: task[key] for key in _TASK}) for task in header["tasks"])
             packed = []
             for entry in header["packed"]:
-                blob = data[end : end + entry["bytes"]]
-                end += entry["bytes"]
-                artifact = Artifact.from_bytes(blob) if blob else None
-                tasks[entry["task"]]
-                packed.append(
-                    Packed(
-                        str(entry["label"]),
-                        entry["task"],
-                        Candidate(**entry["candidate"]),
-                        artifact,
-                        str(entry["outcome"]),
-                        str(entry["log"]),
-                    )
-                )
+                artifacts: list[Artifact | None] = []
+                for size in entry["bytes"]:
+                    blob = data[end : end + size]
+                    end += size
+                    artifacts.append(Artifact.from_bytes(blob) if blob else None)
+                packed.append(_unpacked(entry, tasks, *artifacts))
+            baseline = str(header["baseline"])
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(f"it is damaged: {error!r}") from error
         if end != len(data):
             raise ValueError("it is cut off")
-        return cls(str(header["arch"]), tasks, tuple(packed))
+        return cls(str(header["arch"]), tasks, tuple(packed), baseline)
 
     def write(self, path: Path) -> None:
         """Write the file in one step. Raises ``UserError`` if it can't be written."""
@@ -125,6 +129,18 @@ class Bundle:
             raise UserError(
                 f"{path} is no bundle ({error}); make one with --bundle FILE --compile-only"
             ) from error
+
+
+def _unpacked(
+    entry: dict[str, Any], tasks: Sequence[Task], artifact: Artifact | None, rival: Artifact | None
+) -> Packed:
+    if not 0 <= entry["task"] < len(tasks):
+        raise ValueError("a candidate is for a task that is not there")
+    against = (Candidate(**entry["rival"]), rival) if entry["rival"] and rival is not None else None
+    return Packed(
+        str(entry["label"]), entry["task"], Candidate(**entry["candidate"]), artifact,
+        str(entry["outcome"]), str(entry["log"]), against,
+    )  # fmt: skip
 
 
 def compile_bundle(
@@ -182,18 +198,26 @@ def run_bundle(
     for number, task in enumerate(bundle.tasks):
         waiting = [p for p in bundle.packed if p.task == number]
         with open_evaluator(task) as evaluator:
-            _fits(bundle.arch, getattr(evaluator.facts, "arch", ""))
             for packed in waiting:
-                judged.append(Judged(packed.label, _judge(evaluator, packed)))
+                judged.append(judge(evaluator, bundle, packed))
                 tell(judged[-1])
     return judged
+
+
+def judge(evaluator: Evaluator, bundle: Bundle, packed: Packed) -> Judged:
+    """Race one candidate of a bundle; see ``run_bundle``."""
+    _fits(bundle.arch, getattr(evaluator.facts, "arch", ""))
+    return Judged(packed.label, _judge(evaluator, packed))
 
 
 def _judge(evaluator: Evaluator, packed: Packed) -> Evaluation:
     if packed.artifact is not None:
         try:
             evaluator.adopt(packed.candidate, packed.artifact)
-            return evaluator.evaluate(packed.candidate)
+            if packed.rival is None:
+                return evaluator.evaluate(packed.candidate)
+            evaluator.adopt(*packed.rival)
+            return evaluator.evaluate(packed.candidate, packed.rival[0])
         except BuildError as error:
             packed = Packed(packed.label, packed.task, packed.candidate, None, error.outcome, error.log)
     return Evaluation(

@@ -43,6 +43,15 @@ class GpuShape:
     outputs: tuple[TensorSpec, ...]
     work: Work
 
+    def to_dict(self) -> dict[str, Any]:
+        """What ``described_shapes`` takes."""
+        return {
+            "inputs": [_listed(spec) for spec in self.inputs],
+            "state": {name: _listed(spec) for name, spec in self.state.items()},
+            "outputs": [_listed(spec) for spec in self.outputs],
+            "work": vars(self.work),
+        }
+
 
 class GpuClient:
     """A judge process for one task on one GPU, which it holds alone among all of this machine's processes.
@@ -79,7 +88,7 @@ class GpuClient:
             raise
         self.signature = signature or found
         self.facts = Facts(**described["facts"])
-        self.shapes = {name: _shape(name, shape) for name, shape in described["shapes"].items()}
+        self.shapes = described_shapes(described["shapes"])
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -213,14 +222,22 @@ class DeviceLock:
         os.close(self._fd)
 
 
-def _shape(name: str, described: dict[str, Any]) -> GpuShape:
-    return GpuShape(
-        name,
-        tuple(_spec(s) for s in described["inputs"]),
-        {key: _spec(s) for key, s in described["state"].items()},
-        tuple(_spec(s) for s in described["outputs"]),
-        Work(**described["work"]),
-    )
+def described_shapes(described: dict[str, Any]) -> dict[str, GpuShape]:
+    """Shape sets as a judge describes them, by name."""
+    return {
+        name: GpuShape(
+            name,
+            tuple(_spec(s) for s in shape["inputs"]),
+            {key: _spec(s) for key, s in shape["state"].items()},
+            tuple(_spec(s) for s in shape["outputs"]),
+            Work(**shape["work"]),
+        )
+        for name, shape in described.items()
+    }
+
+
+def _listed(spec: TensorSpec) -> list[Any]:
+    return [list(spec.shape), list(spec.stride), spec.dtype]
 
 
 def _spec(data: list[Any]) -> TensorSpec:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from ke_gym.evaluation import gpu_check, gpu_signature, mutants
 from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
+from ke_gym.evaluation.gpu_client import GpuShape
 from ke_gym.evaluation.gpu_stage import Died, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules, race
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import Call, Launch, TensorSpec
+from ke_gym.languages.plan import Call, Launch
 from ke_gym.targets import cuda
 from ke_gym.targets.cuda_driver import CudaError, Driver
 from ke_gym.targets.cuda_executor import CudaRunner
@@ -74,12 +75,8 @@ class GpuJudge:
         described = {}
         for name in shape_sets:
             chosen = self.sets[name] = self.stage.shape_set(name)
-            described[name] = {
-                "inputs": [_listed(spec) for spec in chosen.inputs],
-                "state": {key: _listed(spec) for key, spec in chosen.state.items()},
-                "outputs": [_listed(spec) for spec in chosen.outputs],
-                "work": asdict(chosen.work),
-            }
+            shape = GpuShape(name, chosen.inputs, chosen.state, chosen.outputs, chosen.work)
+            described[name] = shape.to_dict()
             torch.cuda.empty_cache()
         return {"shapes": described, "facts": self.stage.facts.to_dict()}, found
 
@@ -299,10 +296,6 @@ class GpuJudge:
 def _picked(arm: Arm, picks: dict[int, int]) -> Artifact:
     plan = arm.artifact.plans[arm.shape_set].choose(picks)
     return replace(arm.artifact, plans={**arm.artifact.plans, arm.shape_set: plan})
-
-
-def _listed(spec: TensorSpec) -> list[Any]:
-    return [list(spec.shape), list(spec.stride), spec.dtype]
 
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:

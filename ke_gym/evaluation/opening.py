@@ -20,12 +20,20 @@ def open_evaluator(
     baseline: str = "eager",
     threads: int | None = None,
     folder: Path | None = None,
+    exchange: Path | None = None,
     **options: Any,
 ) -> Evaluator:
     """An evaluator for ``task`` on ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``).
 
-    Other arguments are those of ``Evaluator``. Raises ``UserError`` for a target that is unknown or not there.
+    With ``exchange``, a folder, on the GPU of whoever serves it. Other arguments are those of ``Evaluator``.
+    Raises ``UserError`` for a target that is unknown or not there.
     """
+    if exchange is not None:
+        from ke_gym.evaluation.exchange import ExchangeEvaluator
+
+        if not target.startswith("cuda"):
+            raise UserError(f"--exchange is for the target cuda, not {target}")
+        return ExchangeEvaluator(task, exchange, baseline, folder, **options)
     if target == "cpu":
         return Evaluator(task, target, baseline, threads, folder, **options)
     kind, _, number = target.partition(":")
@@ -35,6 +43,11 @@ def open_evaluator(
         device = int(number or 0)
         return GpuEvaluator(task, target, baseline, threads, folder, device=device, **options)
     raise UserError(f"target {target!r} is unknown; there are cpu, cuda, and cuda:1 for the second GPU")
+
+
+def kernel_language(target: str) -> str:
+    """What kernels are generated in for a target."""
+    return "cpp" if target == "cpu" else "triton"
 
 
 def language_for(target: str) -> Callable[[Path], str]:

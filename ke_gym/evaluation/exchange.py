@@ -1,0 +1,201 @@
+"""A search where there is no GPU, judged where there is one: they meet in a folder that both can see.
+
+The searching side compiles and leaves a bundle, ``<name>.keb``; the side with the GPU, ``serve``, judges it and
+leaves ``<name>.json`` beside it. How the folder is shared (a network file system, rsync) is no matter of theirs:
+files appear whole, and names are never used again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation import gpu_signature
+from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
+from ke_gym.evaluation.bundle import Bundle, Packed, judge, read_results, results, write_file
+from ke_gym.evaluation.evaluation import Cost, Evaluation
+from ke_gym.evaluation.evaluator import Cores, Evaluator
+from ke_gym.evaluation.gpu_client import described_shapes
+from ke_gym.evaluation.record import MachineRecord, home
+from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import BuildError
+from ke_gym.targets import cuda
+from ke_gym.tasks.task import Task
+
+ORDER, ANSWER, STOP = ".keb", ".json", "stop"
+POLL_SECONDS = 0.1
+PATIENCE = 3600.0
+"""Seconds that an order may stay without answer."""
+
+
+class ExchangeEvaluator(Evaluator):
+    """Judges candidates for one task on the GPU behind ``exchange``; see ``Evaluator`` for the rest.
+
+    Raises ``UserError`` if nobody answers within ``patience`` seconds, or for what the other side says.
+    """
+
+    judge: SimpleNamespace  # type: ignore[assignment]
+    facts: cuda.Facts  # type: ignore[assignment]
+    peaks: cuda.Peaks  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        task: Task,
+        exchange: Path,
+        baseline: str = "eager",
+        folder: Path | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        if not exchange.is_dir():
+            raise UserError(
+                f"{exchange} is no folder; make it, and run scripts/evaluate.py --serve on it elsewhere"
+            )
+        self.task, self.target, self.baseline = task, "cuda", baseline
+        self.threads = 1
+        self.folder = folder or home()
+        self._exchange, self._patience = exchange, patience
+        self._name = f"{task.name}-{uuid.uuid4().hex[:12]}"
+        self._orders = 0
+        self._build_timeout = BUILD_SECONDS
+        self._cores = Cores(len(os.sched_getaffinity(0)))
+        self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
+        self._build_s: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._state = ExitStack()
+        try:
+            about = self._order(Bundle("", (task,), (), baseline))
+            self.facts = cuda.Facts(**about["facts"])
+            self.peaks = cuda.Peaks.from_dict(about["peaks"])
+            self.shape_sets, self.hidden = list(about["shape_sets"]), list(about["hidden"])
+            self.contract = self.shape_sets[0]
+            self.sandbox = str(about["sandbox"])
+            self.record = MachineRecord(self.facts.fingerprint, self.folder)
+            self.zygote = self._state.enter_context(Zygote(1))
+            self.builder = Builder(self.zygote, self.folder / "builds")
+            signature = gpu_signature.found(self.zygote, task, [*self.shape_sets, *self.hidden])
+            self.judge = SimpleNamespace(shapes=described_shapes(about["shapes"]), signature=signature)
+        except BaseException:
+            self._state.close()
+            raise
+
+    def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
+        """See ``Evaluator.evaluate``; many may be under way."""
+        start = time.perf_counter()
+        try:
+            artifact = self.build(candidate)
+            rival = None
+            if incumbent is not None and incumbent.id != candidate.id:
+                rival = incumbent, self.build(incumbent)
+        except BuildError as error:
+            cost = Cost(compile_s=time.perf_counter() - start)
+            return Evaluation(
+                self.task.name, self.target, candidate.language, candidate.id, error.outcome, log=error.log,
+                baseline=self.baseline, machine=self.facts.fingerprint, sandbox=self.sandbox, cost=cost,
+            )  # fmt: skip
+        packed = Packed(candidate.id, 0, candidate, artifact, rival=rival)
+        answer = self._order(Bundle(artifact.arch, (self.task,), (packed,), self.baseline))
+        (judged,) = read_results(json.dumps(answer))
+        spent = Cost(
+            self._build_s.pop(candidate.id, 0.0),
+            judged.evaluation.cost.check_s,
+            judged.evaluation.cost.race_s,
+        )
+        return judged.evaluation.replace(cost=spent)
+
+    def _compile(self, candidate: Candidate) -> Artifact:
+        from ke_gym.evaluation.gpu_evaluator import arch_of
+
+        return self.builder.build(
+            candidate.source, self.judge.signature, candidate.language, target="cuda", arch=arch_of(self.facts),
+            multiprocessors=self.facts.cores, timeout=self._build_timeout,
+        )  # fmt: skip
+
+    def _order(self, order: Bundle) -> dict[str, Any]:
+        """Leave a bundle and wait for its answer."""
+        with self._lock:
+            self._orders += 1
+            path = self._exchange / f"{self._name}-{self._orders:05d}{ORDER}"
+        order.write(path)
+        answer = path.with_suffix(ANSWER)
+        end = time.monotonic() + self._patience
+        while not answer.exists():
+            if time.monotonic() > end:
+                raise UserError(
+                    f"nobody answered {path} within {self._patience:g} s; run scripts/evaluate.py --serve "
+                    f"{self._exchange} on a machine with a GPU"
+                )
+            time.sleep(POLL_SECONDS)
+        try:
+            data: dict[str, Any] = json.loads(answer.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{answer} cannot be read: {error}") from error
+        if "error" in data:
+            raise UserError(str(data["error"]))
+        return data
+
+
+def serve(
+    folder: Path,
+    open_evaluator: Callable[[Task, str], Evaluator],
+    tell: Callable[[str], None] = lambda said: None,
+) -> None:
+    """Judge the bundles that appear in ``folder`` until a file called ``stop`` does.
+
+    ``open_evaluator(task, baseline)``; the last one stays open for the orders to come.
+    """
+    opened: dict[tuple[str, str], Evaluator] = {}
+    try:
+        while not (folder / STOP).exists():
+            waiting = [o for o in folder.glob(f"*{ORDER}") if not o.with_suffix(ANSWER).exists()]
+            if not waiting:
+                time.sleep(POLL_SECONDS)
+                continue
+            order = min(waiting, key=lambda path: (path.stat().st_mtime_ns, path.name))
+            try:
+                answer = _answer(Bundle.read(order), open_evaluator, opened)
+            except UserError as error:
+                answer = json.dumps({"error": str(error)})
+            write_file(order.with_suffix(ANSWER), answer.encode())
+            tell(order.name)
+    finally:
+        for evaluator in opened.values():
+            evaluator.close()
+
+
+def _answer(
+    order: Bundle,
+    open_evaluator: Callable[[Task, str], Evaluator],
+    opened: dict[tuple[str, str], Evaluator],
+) -> str:
+    (task,) = order.tasks
+    key = (task.id, order.baseline)
+    if key not in opened:
+        while opened:  # two tasks need not fit onto the device
+            opened.popitem()[1].close()
+        opened[key] = open_evaluator(task, order.baseline)
+    evaluator: Any = opened[key]
+    if order.packed:
+        return results(
+            (judge(evaluator, order, packed) for packed in order.packed), evaluator.facts.to_dict()
+        )
+    about = {
+        "facts": evaluator.facts.to_dict(),
+        "peaks": evaluator.peaks.to_dict(),
+        "shape_sets": evaluator.shape_sets,
+        "hidden": evaluator.hidden,
+        "sandbox": evaluator.sandbox,
+        "shapes": {name: shape.to_dict() for name, shape in evaluator.judge.shapes.items()},
+    }
+    return json.dumps(about)

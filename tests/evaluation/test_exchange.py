@@ -1,0 +1,108 @@
+"""A search here, a GPU there, a folder between them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation import exchange
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.exchange import ExchangeEvaluator
+from ke_gym.evaluation.gpu_client import GpuShape
+from ke_gym.evaluation.work import Work
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets.cuda import Peaks
+from ke_gym.tasks.task import Task
+from ke_gym.testing.fake_gpu import FACTS
+
+SPEC = TensorSpec((16384, 32768), (32768, 1), "float32")
+PEAKS = Peaks(((1 << 30, 4e12),), 5e13, 6e13, 4e14, 8e14, 8e14, 2e-6)
+
+
+class Device:
+    """Stands for the evaluator of a machine with a GPU: every kernel takes a millisecond."""
+
+    facts, peaks, sandbox, hidden, shape_sets = FACTS, PEAKS, "full", ["ragged"], ["gpu"]
+
+    def __init__(self, task: Task, baseline: str) -> None:
+        if baseline == "compile":
+            raise UserError("it has no compiler")
+        self.task, self.target, self.baseline = task, "cuda", baseline
+        self.judge = SimpleNamespace(
+            shapes={"gpu": GpuShape("gpu", (SPEC,), {}, (SPEC,), Work(4e9, 0, 0, 1))}
+        )
+        self.adopted: dict[str, Artifact] = {}
+        self.closed = False
+
+    def adopt(self, candidate: Candidate, artifact: Artifact) -> None:
+        self.adopted[candidate.id] = artifact
+
+    def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
+        assert candidate.id in self.adopted and (incumbent is None or incumbent.id in self.adopted)
+        gain = None if incumbent is None else 1.5
+        return Evaluation(self.task.name, "cuda", "triton", candidate.id, "correct", time_ms=1.0, gain=gain)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    server = threading.Thread(target=exchange.serve, args=(folder, Device))
+    server.start()
+    yield folder
+    (folder / exchange.STOP).touch()
+    server.join(10)
+    assert not server.is_alive()
+
+
+def kernel(name: str) -> Candidate:
+    return Candidate(
+        f"import torch\n\ndef forward(x):\n    {name} = torch.softmax(x, -1)\n    return {name}\n", "triton"
+    )
+
+
+def test_candidates_are_built_here_and_judged_there(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    with ExchangeEvaluator(Task.load("softmax"), shared, folder=tmp_path) as evaluator:
+        assert evaluator.facts == FACTS and evaluator.peaks == PEAKS and evaluator.contract == "gpu"
+        assert evaluator.judge.shapes["gpu"].inputs == (SPEC,)
+        first = evaluator.evaluate(kernel("a"))
+        assert (first.outcome, first.time_ms, first.gain) == ("correct", 1.0, None)
+        assert evaluator.evaluate(kernel("b"), kernel("a")).gain == 1.5
+        broken = evaluator.evaluate(Candidate("def forward(x:", "triton"))
+        assert broken.outcome == "compile" and broken.log
+    orders = sorted(shared.glob(f"*{exchange.ORDER}"))
+    assert len(orders) == 3 and all(order.with_suffix(exchange.ANSWER).exists() for order in orders)
+
+
+def test_what_the_other_side_says_is_said_here(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no compiler"):
+        ExchangeEvaluator(Task.load("softmax"), shared, "compile", tmp_path)
+
+
+def test_a_folder_that_nobody_serves_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--serve"):
+        ExchangeEvaluator(Task.load("softmax"), tmp_path, folder=tmp_path, patience=0.3)
+    with pytest.raises(UserError, match="no folder"):
+        ExchangeEvaluator(Task.load("softmax"), tmp_path / "nowhere", folder=tmp_path)
+
+
+def test_garbage_in_the_folder_is_answered_and_does_no_harm(shared: Path) -> None:
+    (shared / f"garbage{exchange.ORDER}").write_bytes(b"garbage")
+    answer = shared / f"garbage{exchange.ANSWER}"
+    while not answer.exists():
+        threading.Event().wait(0.05)
+    data: dict[str, Any] = json.loads(answer.read_text())
+    assert "no bundle" in data["error"]
