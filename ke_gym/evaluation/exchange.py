@@ -65,7 +65,7 @@ class ExchangeEvaluator(Evaluator):
         self.task, self.target, self.baseline = task, "cuda", baseline
         self.threads = 1
         self.folder = folder or home()
-        self._exchange, self._patience = exchange, patience
+        self._exchange, self._wait_s = exchange, patience
         self._name = f"{task.name}-{uuid.uuid4().hex[:12]}"
         self._orders = 0
         self._build_timeout = BUILD_SECONDS
@@ -100,9 +100,10 @@ class ExchangeEvaluator(Evaluator):
                 rival = incumbent, self.build(incumbent)
         except BuildError as error:
             cost = Cost(compile_s=time.perf_counter() - start)
-            return Evaluation(
-                self.task.name, self.target, candidate.language, candidate.id, error.outcome, log=error.log,
-                baseline=self.baseline, machine=self.facts.fingerprint, sandbox=self.sandbox, cost=cost,
+            base = Evaluation(self.task.name, self.target, candidate.language, candidate.id, "compile")
+            return base.replace(
+                outcome=error.outcome, log=error.log, baseline=self.baseline, machine=self.facts.fingerprint,
+                sandbox=self.sandbox, cost=cost,
             )  # fmt: skip
         packed = Packed(candidate.id, 0, candidate, artifact, rival=rival)
         answer = self._order(Bundle(artifact.arch, (self.task,), (packed,), self.baseline))
@@ -129,11 +130,11 @@ class ExchangeEvaluator(Evaluator):
             path = self._exchange / f"{self._name}-{self._orders:05d}{ORDER}"
         order.write(path)
         answer = path.with_suffix(ANSWER)
-        end = time.monotonic() + self._patience
+        end = time.monotonic() + self._wait_s
         while not answer.exists():
             if time.monotonic() > end:
                 raise UserError(
-                    f"nobody answered {path} within {self._patience:g} s; run scripts/evaluate.py --serve "
+                    f"nobody answered {path} within {self._wait_s:g} s; run scripts/evaluate.py --serve "
                     f"{self._exchange} on a machine with a GPU"
                 )
             time.sleep(POLL_SECONDS)
