@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 from gymnasium.error import Error
-from ke_gym.envs.spaces import LAYOUT, SPACES_VERSION, flatten
 
+from ke_gym.envs.spaces import LAYOUT, SPACES_VERSION, flatten
 from ke_gym.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+
 from ke_gym.envs import spaces
 from ke_gym.envs.table import REFUSED, Table
 from ke_gym.envs.walk import N_ACTIONS, N_STRATEGIES, PENALTIES, prepared_of

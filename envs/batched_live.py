@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ke_gym.envs import render, spaces
-from ke_gym.envs.episode import Episode, Rules, Step
-from ke_gym.envs.kernel_opt import KernelOptEnv, TaskSpec, resolve, sample
-from ke_gym.envs.pool import EvaluationPool, LostEvaluation, OpenEvaluator
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from ke_gym.envs import render, spaces
+from ke_gym.envs.episode import Episode, Rules, Step
+from ke_gym.envs.kernel_opt import KernelOptEnv, TaskSpec, resolve, sample
+from ke_gym.envs.pool import EvaluationPool, LostEvaluation, OpenEvaluator
 from ke_gym.errors import UserError
 from ke_gym.proposers.base import Proposer
 from ke_gym.search import parents

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
 from ke_gym.envs import catalog, spaces
 from ke_gym.envs.bank import bank_of
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
 from ke_gym.envs.replay import EPISODES, Noise, check_noise, pick
 from ke_gym.envs.walk import DESCRIBED, FAST_RULES, HISTORY, N_STRATEGIES, PER_STRATEGY, SLICES
-from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
-
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import OUTCOMES
 from ke_gym.search import reward

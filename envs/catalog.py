@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from ke_gym.envs.table import Table
-
 from ke_gym.errors import UserError
 
 SHIPPED = Path(__file__).parent / "tables"

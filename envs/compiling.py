@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from ke_gym.envs.table import NO_RACE, REFERENCE, REFUSED, REPEATED, Table
 from numpy.typing import NDArray
 
 from ke_gym import strategies
 from ke_gym.candidate import Candidate
+from ke_gym.envs.table import NO_RACE, REFERENCE, REFUSED, REPEATED, Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION, OUTCOMES, Evaluation
 from ke_gym.search import observation

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ke_gym.envs.spaces import PARENT_SLOTS, split
 from numpy.typing import NDArray
 
+from ke_gym.envs.spaces import PARENT_SLOTS, split
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import Proposer, Refusal

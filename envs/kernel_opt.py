@@ -9,12 +9,12 @@ from typing import Any, ClassVar, SupportsInt
 import gymnasium
 import numpy as np
 from gymnasium.utils import EzPickle
-from ke_gym.envs import render, spaces
-from ke_gym.envs.episode import Episode, Rules
-from ke_gym.envs.pool import EvaluationPool, LostEvaluation, OpenEvaluator
 from numpy.typing import NDArray
 
 from ke_gym import tasks as library
+from ke_gym.envs import render, spaces
+from ke_gym.envs.episode import Episode, Rules
+from ke_gym.envs.pool import EvaluationPool, LostEvaluation, OpenEvaluator
 from ke_gym.errors import UserError
 from ke_gym.proposers.base import Proposer
 from ke_gym.search import parents

@@ -9,9 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ke_gym.envs.episode import Case
-
 from ke_gym import proposers
+from ke_gym.envs.episode import Case
 from ke_gym.errors import UserError
 from ke_gym.evaluation import opening
 from ke_gym.evaluation.evaluation import Evaluation

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, SupportsInt
 import gymnasium
 import numpy as np
 from gymnasium.utils import EzPickle
+from numpy.typing import NDArray
+
 from ke_gym.envs import catalog, render, spaces
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
 from ke_gym.envs.table import Table
 from ke_gym.envs.walk import Walk, prepared_of
-from numpy.typing import NDArray
-
 from ke_gym.errors import UserError
 from ke_gym.search import parents
 from ke_gym.search.observation import Observation

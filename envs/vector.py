@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from ke_gym.envs import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from ke_gym.envs import spaces
 
 
 class FlatVecObservation(VecEnvWrapper):

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
-from ke_gym.envs import spaces
-from ke_gym.envs.table import REPEATED, Table
 from numpy.typing import NDArray
 
 from ke_gym.candidate import Candidate
+from ke_gym.envs import spaces
+from ke_gym.envs.table import REPEATED, Table
 from ke_gym.evaluation.evaluation import OUTCOMES, Cost, Evaluation
 from ke_gym.search import parents, reward
 from ke_gym.search.observation import RECENT, Observation

@@ -6,9 +6,9 @@ from typing import Any, SupportsInt
 
 import gymnasium
 import numpy as np
-from ke_gym.envs import spaces
 from numpy.typing import NDArray
 
+from ke_gym.envs import spaces
 from ke_gym.search.observation import Observation
 
 Values = NDArray[np.float32]

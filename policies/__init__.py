@@ -9,10 +9,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from ke_gym.errors import UserError
 from ke_gym.policies import files
 from ke_gym.policies.base import Observation, Policy
-
-from ke_gym.errors import UserError
 from ke_gym.search.run import Transition
 
 __all__ = ["Observation", "Policy", "Transition", "load", "make", "names"]

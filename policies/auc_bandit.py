@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from ke_gym.policies.bandit import Scores, ScoringPolicy
-from ke_gym.policies.base import Observation
 from numpy.typing import NDArray
 
+from ke_gym.policies.bandit import Scores, ScoringPolicy
+from ke_gym.policies.base import Observation
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
 

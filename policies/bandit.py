@@ -11,9 +11,9 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
-from ke_gym.policies.base import Observation, Policy, transformations
 from numpy.typing import NDArray
 
+from ke_gym.policies.base import Observation, Policy, transformations
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from ke_gym.policies import files
 from numpy.typing import NDArray
 
+from ke_gym.policies import files
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS, STOP
 

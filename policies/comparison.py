@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+
 from ke_gym.policies import statistics
 from ke_gym.policies.playing import Episode
 from ke_gym.policies.statistics import Array, Interval

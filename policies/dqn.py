@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Scores
 from ke_gym.policies.network import NetworkPolicy
-from numpy.typing import NDArray
 
 EPSILON = 0.05
 

@@ -8,9 +8,9 @@ drafts, then mostly the strategy with the highest optimistic gain so far.
 from __future__ import annotations
 
 import numpy as np
-from ke_gym.policies.base import Observation, Policy, transformations
 from numpy.typing import NDArray
 
+from ke_gym.policies.base import Observation, Policy, transformations
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS, FIX, RESTART
 

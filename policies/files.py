@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ke_gym.policies.features import SPACES_VERSION
 
 from ke_gym.errors import UserError
+from ke_gym.policies.features import SPACES_VERSION
 from ke_gym.strategies import ACTIONS
 
 FORMAT = 2

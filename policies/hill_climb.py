@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from ke_gym.policies.base import Observation, Policy, transformations
 from numpy.typing import NDArray
 
+from ke_gym.policies.base import Observation, Policy, transformations
 from ke_gym.search.run import Transition
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from ke_gym.policies.base import Observation, Policy, transformations
-from ke_gym.policies.features import part
 from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
+from ke_gym.policies.base import Observation, Policy, transformations
+from ke_gym.policies.features import part
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS, FAMILIES, RESTART
 

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
 import numpy as np
+
+from ke_gym import policies
 from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
 from ke_gym.envs.replay import KernelOptReplayEnv
 from ke_gym.envs.table import Table
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluation import HARNESS_VERSION
 from ke_gym.policies import files, statistics
 from ke_gym.policies.base import Policy
 from ke_gym.policies.comparison import ROOM
 from ke_gym.policies.network import NetworkPolicy
 from ke_gym.policies.playing import Episode, play
-
-from ke_gym import policies
-from ke_gym.errors import UserError
-from ke_gym.evaluation.evaluation import HARNESS_VERSION
 from ke_gym.search.reward import Kind
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Scores, ScoringPolicy
 from ke_gym.policies.base import Observation
 from ke_gym.policies.features import SIZE, irrelevance, vector
-from numpy.typing import NDArray
-
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
 

@@ -15,11 +15,11 @@ import urllib.request
 from typing import Any
 
 import numpy as np
-from ke_gym.policies.base import Observation, Policy, transformations
-from ke_gym.policies.features import part, pressures
 from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
+from ke_gym.policies.base import Observation, Policy, transformations
+from ke_gym.policies.features import part, pressures
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
 

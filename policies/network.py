@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+
+from ke_gym.errors import UserError
 from ke_gym.policies import files
 from ke_gym.policies.bandit import Scores
 from ke_gym.policies.base import Observation, Policy, transformations
 from ke_gym.policies.features import SIZE, irrelevance, vector
-from numpy.typing import NDArray
-
-from ke_gym.errors import UserError
 from ke_gym.strategies import ACTIONS
 
 HIDDEN = (64, 64)

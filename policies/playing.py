@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ke_gym.envs.replay import KernelOptReplayEnv
-from ke_gym.envs.table import Table
-from ke_gym.policies.base import Policy
 from numpy.typing import NDArray
 
+from ke_gym.envs.replay import KernelOptReplayEnv
+from ke_gym.envs.table import Table
 from ke_gym.evaluation.evaluation import OUTCOMES
+from ke_gym.policies.base import Policy
 from ke_gym.search import reward
 from ke_gym.search.run import Transition
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from ke_gym.policies.comparison import BASELINES, Comparison
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Scores
 from ke_gym.policies.base import Observation
 from ke_gym.policies.maskable_ppo import MaskablePPO
 from ke_gym.policies.puct import softmax
 from ke_gym.policies.uct import UCT
-from numpy.typing import NDArray
 
 
 class PPOGuided(UCT):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Scores
 from ke_gym.policies.base import Observation
 from ke_gym.policies.features import irrelevance
 from ke_gym.policies.uct import UCT
-from numpy.typing import NDArray
 
 TEMPERATURE = 0.1  # of log-gains
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Bandit, Scores
 from ke_gym.policies.base import Observation
 from ke_gym.policies.features import irrelevance
-from numpy.typing import NDArray
-
 from ke_gym.search.run import Transition
 
 PRIOR_MEAN, PRIOR_TRIES, PRIOR_SD = 0.05, 1.0, 0.15  # log-gain of an action never tried

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Bandit, Scores
 from ke_gym.policies.base import Observation
 from ke_gym.policies.features import irrelevance
-from numpy.typing import NDArray
 
 URGENCY = 0.1  # assumed gain of an action never tried (Gelly and Wang, 2006): not all 25 fit into a budget
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ke_gym.policies.bandit import Bandit, Scores
 from ke_gym.policies.base import Observation
-from numpy.typing import NDArray
 
 URGENCY = 0.1  # best gain assumed of an action never tried
 

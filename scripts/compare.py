@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from ke_gym.envs import LIVE, catalog, make
-from ke_gym.policies import plots
-from ke_gym.policies.comparison import BASELINES, Comparison
-from ke_gym.policies.playing import Episode, play, replay_runs
-from ke_gym.policies.tracking import Mode, Tracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ke_gym import policies, tasks
+from ke_gym.envs import LIVE, catalog, make
 from ke_gym.errors import UserError
+from ke_gym.policies import plots
+from ke_gym.policies.comparison import BASELINES, Comparison
+from ke_gym.policies.playing import Episode, play, replay_runs
+from ke_gym.policies.tracking import Mode, Tracker
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("policies"))
 

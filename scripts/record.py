@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from ke_gym.envs import catalog, compiling
-from ke_gym.envs.recording import Breadth, record, repeated
-from ke_gym.envs.table import Table
 from rich.console import Console
 from rich.table import Table as Grid
 
 from ke_gym import proposers, tasks
+from ke_gym.envs import catalog, compiling
+from ke_gym.envs.recording import Breadth, record, repeated
+from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.job import remembering

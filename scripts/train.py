@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from ke_gym.envs import catalog
-from ke_gym.policies.learning import Plan, Trainer
-from ke_gym.policies.tracking import Mode, Tracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ke_gym import policies, tasks
+from ke_gym.envs import catalog
 from ke_gym.errors import UserError
+from ke_gym.policies.learning import Plan, Trainer
+from ke_gym.policies.tracking import Mode, Tracker
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,28 @@ def emit_attention(
     v: str,
     epilogue: str,
     mask: str | None = None,
+    score: str | None = None,
 ) -> str:
-    """The statement that computes attention; ``q``, ``k``, ``v`` and ``mask`` are C++ pointer expressions."""
+    """The statement that computes attention; ``q``, ``k``, ``v`` and ``mask`` are C++ pointer expressions.
+
+    With ``score``, the body of a function that changes ``count`` products ``acc`` of a query ``row`` with the keys
+    from ``key`` on, that is all there is to scale and mask.
+    """
     p, s = problem, schedule
     parameters = "int64_t batch, int64_t head, int64_t row, int64_t count, const float* __restrict acc"
+    if score is not None:
+        masking = closure(
+            "int64_t batch, int64_t head, int64_t row, int64_t first_key, int64_t count, float* __restrict acc",
+            score,
+        )
+    else:
+        masking = _heads(mask, p.mask_strides) if mask and p.mask_strides else "ke::NoMask()"
     arguments = [
         braces([p.batch, p.heads, p.kv_heads, p.queries, p.keys, p.d, p.dv]),
         _heads(q, p.q_strides),
         _heads(k, p.k_strides),
         _heads(v, p.v_strides),
-        _heads(mask, p.mask_strides) if mask and p.mask_strides else "ke::NoMask()",
+        masking,
         f"/*scale*/ float({p.scale!r})",
         flag("causal", p.causal),
         "/*rows that see no key*/ " + ('__builtin_nanf("")' if p.empty_rows == "nan" else "0.0f"),

@@ -34,12 +34,20 @@ from ke_gym.codegen.schedule import Group
 
 GEMM = ("aten.mm.default", "aten.bmm.default")
 CONVOLUTION = "aten.convolution.default"
-KINDS = {"aten.mm.default": "gemm", "aten.bmm.default": "gemm", CONVOLUTION: "conv"}
+BAGS = ("aten._embedding_bag.default", "aten._embedding_bag_forward_only.default")
+KINDS = {
+    "aten.mm.default": "gemm",
+    "aten.bmm.default": "gemm",
+    CONVOLUTION: "conv",
+    **dict.fromkeys(BAGS, "bag"),
+}
 
 STRIP = Var("j", 1 << 40)  # counts the elements of one strip; Var("at", ...) is their column or position
 
-Problem = templates.GemmProblem | templates.ConvProblem
-Choices = templates.GemmSchedule | templates.ConvSchedule
+Problem = templates.GemmProblem | templates.ConvProblem | templates.AttentionProblem | templates.BagProblem
+Choices = (
+    templates.GemmSchedule | templates.ConvSchedule | templates.AttentionSchedule | templates.BagSchedule
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Contraction:
     step: Extern
     problem: Problem
     choices: Choices
-    operands: tuple[View, View]
+    operands: tuple[View, ...]
     epilogue: tuple[Store, ...]
     prologue: Expr | None
     reads: tuple[Buffer, ...]
@@ -58,9 +66,12 @@ class Contraction:
     group: Group
     origins: tuple[str, ...]
     vector_bytes: int
+    score: Expr | None = None  # of attention: what becomes of the products of a query with some keys
 
     @property
     def kind(self) -> str:
+        if isinstance(self.problem, templates.AttentionProblem):
+            return "attention"
         return KINDS[self.step.target]
 
     def knobs(self) -> templates.Knobs:
@@ -68,7 +79,15 @@ class Contraction:
         if isinstance(self.problem, templates.GemmProblem):
             in_order = any(store.op for store in self.epilogue)
             return templates.GemmSchedule.choices(self.problem, self.vector_bytes, in_order)
-        return templates.ConvSchedule.choices(self.problem, self.vector_bytes)
+        return _templates(self.problem).choices(self.problem, self.vector_bytes)
+
+
+def _templates(problem: Problem) -> Any:
+    if isinstance(problem, templates.AttentionProblem):
+        return templates.AttentionSchedule
+    if isinstance(problem, templates.BagProblem):
+        return templates.BagSchedule
+    return templates.ConvSchedule
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,32 @@ def problem_of(graph: Graph, step: Extern, precision: str) -> Problem:
             x_strides=x.stride, groups=groups, x_dtype=buffers[0].dtype, w_dtype=buffers[1].dtype,
             precision=precision,  # type: ignore[arg-type]
         )  # fmt: skip
+    if step.target in BAGS:
+        return _bag(graph, step)
     raise Illegal("no template")
+
+
+def _bag(graph: Graph, step: Extern) -> templates.BagProblem:
+    names = ("scale", "mode", "sparse", "weights", "closed", "padding")
+    given = dict(zip(names, (False, 0, False, None, False, -1)))
+    given.update(zip(names, step.args[3:]))
+    table, ids, offsets = step.args[:3]
+    dtype = graph.buffers[table.buffer].dtype
+    lists = [v for v in (ids, offsets, given["weights"]) if v is not None]
+    if step.kwargs or dtype not in ("f32", "f64") or any(v.stride != (1,) for v in lists):
+        raise Illegal("this kind of bag")
+    weights = given["weights"]
+    kinds = [graph.buffers[v.buffer].dtype for v in (ids, offsets)]
+    if (
+        kinds[0] != kinds[1]
+        or (weights and graph.buffers[weights.buffer].dtype != dtype)
+        or table.stride[1] != 1
+    ):
+        raise Illegal("bags of these dtypes")
+    return templates.BagProblem(
+        offsets.shape[0] - bool(given["closed"]), ids.shape[0], table.shape[1], table.stride[0],
+        ("sum", "mean", "max")[given["mode"]], dtype, weights is not None, bool(given["closed"]), given["padding"],  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def vector_bytes() -> int:
@@ -139,10 +183,11 @@ def unravel(flat: Index, shape: tuple[int, ...]) -> list[Index]:
 
 
 def contraction_of(graph: Graph, group: Group) -> Extern | None:
+    """The product the group's kernel delivers: the only one, or the second one of attention."""
     found = [s for n in group.nodes if isinstance(s := graph.steps[n], Extern)]
-    if len(found) > 1:
+    if len(found) > 2:
         raise Illegal("one contraction a kernel")
-    return found[0] if found else None
+    return found[-1] if found else None
 
 
 class Builder:
@@ -152,7 +197,8 @@ class Builder:
         self.graph, self.group, self.visible = graph, group, visible
         step = contraction_of(graph, group)
         assert step is not None
-        if step.target not in KINDS or len(step.outputs) != 1:
+        extra = {b.name for b in step.outputs[1:]}
+        if step.target not in KINDS or any(extra & set(graph.steps[u].reads) for u in graph.users[step.name]):
             raise Illegal("no template for this call")
         self.step = step
         self.product = step.outputs[0]
@@ -178,7 +224,7 @@ class Builder:
         stores = self._epilogue(after)
         if not stores:
             raise Illegal("nothing is stored")
-        operands: tuple[View, View] = (self.step.args[0], self.step.args[1])
+        operands = self._views()
         reads = self._reads(stores, prologue, operands)
         writes = tuple(self.graph.buffers[s.buffer] for s in stores)
         origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
@@ -187,14 +233,21 @@ class Builder:
             self.group, tuple(dict.fromkeys(origins)), self.vector_bytes,
         )  # fmt: skip
 
+    def _views(self) -> tuple[View, ...]:
+        if not isinstance(self.problem, templates.BagProblem):
+            return (self.step.args[0], self.step.args[1])
+        weights = self.step.args[6:7] if self.problem.weighted else ()
+        return (*self.step.args[:3], *weights)
+
     def _choices(self, in_order: bool) -> Choices:
         """The heuristic schedule with the group's own values; each value must be one of the template's choices."""
         if isinstance(self.problem, templates.GemmProblem):
             base: Any = templates.GemmSchedule.default(self.problem, self.vector_bytes, in_order)
             legal = templates.GemmSchedule.choices(self.problem, self.vector_bytes, in_order)
         else:
-            base = templates.ConvSchedule.default(self.problem, self.vector_bytes)
-            legal = templates.ConvSchedule.choices(self.problem, self.vector_bytes)
+            template = _templates(self.problem)
+            base = template.default(self.problem, self.vector_bytes)
+            legal = template.choices(self.problem, self.vector_bytes)
         for knob, value in self.group.contraction:
             value = tuple(value) if isinstance(value, (list, tuple)) else value
             if value not in legal.get(knob, []):
@@ -213,6 +266,9 @@ class Builder:
                 variable("row", p.m),
                 variable("at", p.n),
             )
+        if isinstance(p, templates.BagProblem):
+            return (variable("row", p.bags), variable("at", p.dim))
+        assert isinstance(p, templates.ConvProblem)
         spatial = unravel(variable("at", math.prod(p.out_size)), p.out_size)
         return (variable("batch", p.batch), variable("channel", p.out_channels), *spatial)
 
@@ -351,7 +407,7 @@ class Builder:
         return Load(load.buffer, (self._flat(load.buffer, load.index),), load.dtype)
 
     def _reads(
-        self, stores: list[Store], prologue: Expr | None, operands: tuple[View, View]
+        self, stores: list[Store], prologue: Expr | None, operands: tuple[View, ...]
     ) -> tuple[Buffer, ...]:
         names = dict.fromkeys(v.buffer for v in operands if v.buffer not in self.nodes)
         roots = [s.expr for s in stores] + ([prologue] if prologue is not None else [])

@@ -33,16 +33,19 @@ maximum, norm) then needs no lock. Kernels include ``HEADERS[...]`` and compile 
 from __future__ import annotations
 
 from ke_gym.codegen._attention import AttentionProblem, AttentionSchedule, emit_attention
+from ke_gym.codegen._bag import BagProblem, BagSchedule, emit_bag
 from ke_gym.codegen._contraction_text import Knobs, Precision
 from ke_gym.codegen._conv import ConvProblem, ConvSchedule, emit_conv
 from ke_gym.codegen._gemm import GemmProblem, GemmSchedule, emit_gemm
 
-HEADERS = {"gemm": "ke/gemm.h", "conv": "ke/conv.h", "attention": "ke/attention.h"}
+HEADERS = {"gemm": "ke/gemm.h", "conv": "ke/conv.h", "attention": "ke/attention.h", "bag": "ke/bag.h"}
 
 __all__ = [
     "HEADERS",
     "AttentionProblem",
     "AttentionSchedule",
+    "BagProblem",
+    "BagSchedule",
     "ConvProblem",
     "ConvSchedule",
     "GemmProblem",
@@ -50,6 +53,7 @@ __all__ = [
     "Knobs",
     "Precision",
     "emit_attention",
+    "emit_bag",
     "emit_conv",
     "emit_gemm",
 ]

@@ -90,6 +90,7 @@ _STD = frozenset(
         "trunc",
     ]
 )
+_FAULTING = frozenset(("intdiv", "floordiv", "remainder", "shl", "shr"))
 _F64_STD = frozenset(("exp2", "log2", "log10"))
 
 _IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
@@ -103,22 +104,28 @@ FETCHED, DISTANCE, FAR, NEAR, CACHED = 512, 1024, 4096, 64, 1 << 16
 STREAMED = 1 << 23  # bytes of a result that leaves past the caches
 STREAM_BYTES = 1 << 20  # least result that a schedule may send there
 CHUNK = 4096  # elements it sends there at a time
+LONG = 4  # terms of a sum or maximum from which on each gets a line
+VECTOR = 16  # elements of a vector of float
+SHORT = 256  # iterations up to which what is left after whole vectors counts
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
     "search": """\
-// How many of the ascending row[0..SIZE) are below value (or at most, if RIGHT): branchless binary search
-// that probes where torch does, so that NaN among the boundaries or as value gives what torch gives.
-template <int64_t SIZE, bool RIGHT, typename T>
-static inline int64_t search(const T* row, T value) {
-  int64_t first = 0, last = SIZE;
-  while (first < last) {
-    const int64_t middle = first + ((last - first) >> 1);
-    const bool beyond = RIGHT ? !(row[middle] > value) : !(row[middle] >= value);
-    first = beyond ? middle + 1 : first;
-    last = beyond ? last : middle;
+// How many of the ascending row[0..left) are below value (or at most, if RIGHT). As many probes for every value
+// and no branch, so that the compiler lets a vector of searches run at once; they probe where torch does, so that
+// NaN among the boundaries or as value gives what torch gives.
+template <int64_t MOST, bool RIGHT, typename Row, typename T>
+static inline __attribute__((always_inline)) int64_t search(
+    const Row* row, T value, int64_t first = 0, int64_t left = MOST) {
+  if constexpr (MOST == 0) {
+    return first;
+  } else {
+    const bool some = MOST > 1 || left > 0;  // only the last probe may find nothing left
+    const int64_t half = left >> 1;
+    const Row probed = row[some ? first + half : 0];
+    const int64_t beyond = some & (RIGHT ? !(probed > value) : !(probed >= value)) ? 1 : 0;
+    return search<MOST / 2, RIGHT>(row, value, first + (-beyond & (half + 1)), half - (beyond & ~left & 1));
   }
-  return first;
 }
 """,
     "floordiv": """\
@@ -215,6 +222,7 @@ class Text:
         self.used = used
         self.sizes = sizes or {}
         self.names: dict[Interned, str] = {}
+        self.prefix = "v"
         self.count = 0
 
     def _harmless(self, node: Interned) -> bool:
@@ -277,8 +285,7 @@ class Text:
             flag = "true" if expr.right else "false"
             start = self.index(expr.start[0])
             row = expr.buffer if start == "0" else f"{expr.buffer} + {start}"
-            kind = TYPES[expr.value.dtype]
-            return f"search<{expr.size}, {flag}>({row}, ({kind}){self.expr(expr.value)})"
+            return f"search<{expr.size}, {flag}>({row}, {_bare(self.expr(expr.value))})"
         assert isinstance(expr, Op)
         return self._op(expr)
 
@@ -343,6 +350,10 @@ class Text:
             self.used.add(helper)
             return f"{helper}<{kind}>({bare})"
         if name in _KE and not (expr.dtype == "f64" and name in _F64_STD):
+            bound = expr.args[-1]
+            plain = isinstance(bound, Const) and bound.value == bound.value
+            if name in ("max", "min") and plain and is_float(expr.dtype):
+                return f"ke::{name}_of({bare})"
             if name in ("max", "min"):
                 return f"ke::{name}<{kind}>({bare})"
             return f"ke::{name}({bare})"
@@ -350,23 +361,10 @@ class Text:
             return f"std::{name}({bare})"
         raise AssertionError(f"no spelling of {name}")
 
-    def bind(self, roots: Sequence[Expr], called: Mapping[Expr, str] | None = None) -> list[str]:
-        """Declarations for subexpressions that several places use and that are safe to compute always.
-
-        ``called``: the names of those that have one.
-        """
-        called = called or {}
-        uses: dict[Interned, int] = {}
+    def _safe(self, roots: Sequence[Expr]) -> tuple[set[Interned], set[Interned]]:
+        """What may be computed always, guards or not; and the loads among it that guards hide."""
         safe: set[Interned] = set()
-        seen: set[Interned] = set()
         chosen: set[Interned] = set()
-
-        def count(node: Interned) -> None:
-            for child in _operands(node):
-                uses[child] = uses.get(child, 0) + 1
-                if child not in seen:
-                    seen.add(child)
-                    count(child)
 
         def reach(node: Interned) -> None:
             if node in safe:
@@ -382,13 +380,74 @@ class Text:
                     reach(child)
 
         for root in roots:
-            uses[root] = uses.get(root, 0) + 1
-            if root not in seen:
-                seen.add(root)
-                count(root)
             reach(root)
-        lines = []
+        return safe, chosen
+
+    def invariants(self, roots: Sequence[Expr], loop: Var) -> list[str]:
+        """Declarations of what ``loop`` reads or searches, but does not change.
+
+        Compilers leave such loads in loops that store, as a store might change what they read.
+        """
+        safe, _ = self._safe(roots)
+        wanted: list[Interned] = []
         for node in walk(*roots):
+            operands = _operands(node)
+            harmless = isinstance(node, Op) and node.name not in _FAULTING
+            if harmless and all(child in safe or isinstance(child, Const) for child in operands):
+                safe.add(node)
+            if not isinstance(node, (Op, Load, Search)) or node not in safe or _moves_with(node, loop):
+                continue
+            if any(isinstance(n, Search) or (isinstance(n, Load) and n.index) for n in walk(node)):
+                wanted.append(node)
+        below = {n for w in wanted for n in walk(w) if n is not w}
+        top = [w for w in dict.fromkeys(wanted) if w not in below and isinstance(w, Expr)]
+        lines = self.bind(top)
+        for node in top:
+            if node not in self.names and not (isinstance(node, Load) and not node.index):
+                text, name = self._print(node), self._fresh()
+                lines.append(f"const {TYPES[node.dtype]} {name} = {_bare(text)};")
+                self.names[node] = name
+        return lines
+
+    def _fresh(self) -> str:
+        self.count += 1
+        return f"{self.prefix}{self.count - 1}"
+
+    def _accumulated(self, node: Op) -> list[str]:
+        """A long chain as one statement per term."""
+        name = self._fresh()
+        symbol = "<" if node.name in ("max", "min") else _INFIX[node.name]
+        first, *rest = _chain(node)
+        lines = [f"{TYPES[node.dtype]} {name} = {_bare(self.expr(first))};"]
+        for term in rest:
+            text = self.expr(term)
+            if symbol == "<":
+                lines.append(f"{name} = ke::{node.name}<{TYPES[node.dtype]}>({name}, {_bare(text)});")
+            else:
+                lines.append(f"{name} {symbol}= {_bare(text)};")
+        self.names[node] = name
+        return lines
+
+    def bind(self, roots: Sequence[Expr], called: Mapping[Expr, str] | None = None) -> list[str]:
+        """Declarations for subexpressions that several places use and that are safe to compute always.
+
+        ``called``: the names of those that have one.
+        """
+        called = called or {}
+        uses: dict[Interned, int] = {}
+        for root in roots:
+            uses[root] = uses.get(root, 0) + 1
+        for node in walk(*roots):
+            for child in _operands(node):
+                uses[child] = uses.get(child, 0) + 1
+        safe, chosen = self._safe(roots)
+        lines = []
+        chained = {n for root in roots for n in _chains(root) if n in safe}
+        for node in walk(*roots):
+            if node in chained and node not in self.names:
+                assert isinstance(node, Op)
+                lines.extend(self._accumulated(node))
+                continue
             named = uses.get(node, 0) > 1 or node in chosen
             if node in safe and named and isinstance(node, (Op, Load, Search)) and node not in self.names:
                 if isinstance(node, Load) and not node.index:
@@ -396,12 +455,41 @@ class Text:
                 if all(isinstance(n, (Op, Const)) for n in walk(node)):
                     continue
                 text = self._print(node)
-                name = called.get(node) or f"v{self.count}"
-                self.count += node not in called
+                name = called.get(node) or self._fresh()
                 kind = TYPES[node.dtype]
                 lines.append(f"const {kind} {name} = {text};")
                 self.names[node] = name
         return lines
+
+
+def _moves_with(root: Interned, var: Var) -> bool:
+    return any(n is var for n in walk(root))
+
+
+def _chain(node: Interned) -> list[Expr]:
+    """The terms of a sum, product, maximum or minimum built from left to right."""
+    if not isinstance(node, Op) or node.name not in ("add", "mul", "max", "min") or node.dtype == "bool":
+        return []
+    terms: list[Expr] = []
+    here: Expr = node
+    while isinstance(here, Op) and (here.name, here.dtype) == (node.name, node.dtype):
+        terms.append(here.args[1])
+        here = here.args[0]
+    return [here, *reversed(terms)]
+
+
+def _chains(root: Interned) -> list[Interned]:
+    """The outermost operations that combine ``LONG`` terms or more."""
+    found: list[Interned] = []
+    covered: set[Interned] = set()
+    for node in reversed(walk(root)):
+        terms = [] if node in covered else _chain(node)
+        if len(terms) >= LONG:
+            found.append(node)
+            while isinstance(node, Op) and node.args[0] is not terms[0]:
+                node = node.args[0]
+                covered.add(node)
+    return found
 
 
 def _operands(node: Interned) -> list[Interned]:
@@ -470,6 +558,8 @@ class Printer:
         self.fetched: list[str] = []
         self.streamed: dict[str, str] = {}
         self.offset = ""
+        self.hoisted = 0
+        self.known: dict[Interned, str] = {}  # names of values made before the innermost loop
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text if text else "")
@@ -614,6 +704,7 @@ class Printer:
     # ---------------------------------------------------------------------------------------- stages
 
     def _stage(self, stage: Stage, parallel: bool) -> None:
+        self.known = {}
         stage = collapsed(stage)
         if any(item.scan is not None for item in stage.items):
             self._scan(stage)
@@ -699,13 +790,17 @@ class Printer:
         rows, columns = stage.loops[-2:]
         name, whole = rows.var.name, rows.var.size // JAM * JAM
         self.open(f"for (int64_t {name} = 0; {name} < {whole}; {name} += {JAM})")
+        first = of(Var(rows.var.name, rows.var.size - JAM + 1))
+        summands = [
+            [Rewriter({rows.var: first + u}).expr(item.expr) for u in range(JAM)] for item in stage.items
+        ]
+        known = self._hoist([v for values in summands for v in values], columns)
         self._simd([], [""], False)
         self.open(self._for(columns))
-        for item in stage.items:
+        for number, (item, values) in enumerate(zip(stage.items, summands)):
             text = Text(self.used, self.sizes)
-            text.count = 100 * stage.items.index(item)
-            first = of(Var(rows.var.name, rows.var.size - JAM + 1))
-            values = [Rewriter({rows.var: first + u}).expr(item.expr) for u in range(JAM)]
+            text.count = 100 * number
+            text.names.update(known)
             for line in text.bind(values):
                 self.line(line)
             parts = [text.expr(v) for v in values]
@@ -742,12 +837,18 @@ class Printer:
         length = loop.var.size
         part = length // streams // 16 * 16 if streams > 1 else length
         names = [str(u) for u in range(streams)] if streams > 1 else [""]
+        alone = parallel and len(stage.loops) == 1
+        self.known = {} if alone else self._hoist([item.expr for item in stage.items], loop)
         self.streamed = self._streamed(stage)
         if self.fetched or self.streamed:
-            self._in_pieces(stage, loop, reducing, starts, parallel and len(stage.loops) == 1)
+            self._in_pieces(stage, loop, reducing, starts, alone)
             self.streamed = {}
             return
-        self._simd(reducing, names, parallel and len(stage.loops) == 1)
+        if not alone and overlaps(stage):
+            self._overlapping(stage, loop, starts)
+            return
+        if alone or not scattered(stage):
+            self._simd(reducing, names, alone)
         if streams == 1:
             self.open(self._for(loop))
             self._statements(stage, stage.items, Rewriter(), "", starts)
@@ -844,6 +945,26 @@ class Printer:
         )
         self.close()
 
+    def _overlapping(self, stage: Stage, loop: Loop, starts: dict[int, int | None]) -> None:
+        """Whole vectors only: the last one begins early enough, and does some elements again."""
+        name, last = loop.var.name, loop.var.size - VECTOR
+        self.open(f"for (int64_t part = 0; part < {loop.var.size}; part += {VECTOR})")
+        self.line(f"const int64_t start = std::min<int64_t>(part, {last});")
+        self._simd([], [""], False)
+        self.open(f"for (int64_t {name} = start; {name} < start + {VECTOR}; ++{name})")
+        self._statements(stage, stage.items, Rewriter(), "", starts)
+        self.close()
+        self.close()
+
+    def _hoist(self, roots: Sequence[Expr], loop: Loop) -> dict[Interned, str]:
+        """Print what the innermost loop need not look up again for each element."""
+        text = Text(self.used, self.sizes)
+        text.prefix, text.count = "h", self.hoisted
+        for line in text.invariants(roots, loop.var):
+            self.line(line)
+        self.hoisted = text.count
+        return text.names
+
     def _simd(self, reducing: list[Item], streams: list[str], parallel: bool) -> None:
         clauses = []
         by_op: dict[str, list[str]] = {}
@@ -871,6 +992,7 @@ class Printer:
     ) -> None:
         text = Text(self.used, self.sizes)
         text.count = int(stream or 0) * 100
+        text.names.update(self.known)
         exprs = [shift.expr(item.expr) for item in items]
         called = {
             expr: item.target.name
@@ -1022,6 +1144,29 @@ def _offset(pointer: str, index: str) -> str:
     return pointer if index == "0" else f"{pointer} + {index}"
 
 
+def scattered(stage: Stage) -> bool:
+    """Whether the innermost loop walks across memory in all it touches: vectors would be put together singly."""
+    var = stage.loops[-1].var
+    loads = [n for item in stage.items for n in walk(item.expr) if isinstance(n, Load) and n.index]
+    if any(item.op is not None or item.target.kind != "global" for item in stage.items) or not loads:
+        return False
+    steps = {item.target.index.coefficient(var) for item in stage.items}
+    steps |= {load.index[0].coefficient(var) for load in loads}
+    return 1 not in steps and not any(isinstance(n, Search) for item in stage.items for n in walk(item.expr))
+
+
+def overlaps(stage: Stage) -> bool:
+    """Whether the innermost loop is short, leaves a rest that fills no vector, and may do elements twice."""
+    loop = stage.loops[-1]
+    size = loop.var.size
+    if loop.limit is not None or not VECTOR < size <= SHORT or size % (VECTOR // 2) == 0:
+        return False
+    made = {item.target.name for item in stage.items}
+    reads = {n.buffer for item in stage.items for n in walk(item.expr) if isinstance(n, Load) and n.index}
+    plain = all(item.op is None and item.target.kind in ("global", "row") for item in stage.items)
+    return plain and not made & reads
+
+
 def extent(buffer: Buffer) -> int:
     """Elements from the first to just past the last one."""
     if 0 in buffer.shape:
@@ -1104,18 +1249,34 @@ def print_nest(nest: Nest, used: set[str]) -> str:
 
 # ------------------------------------------------------------------------------------------ contractions
 
+# What the templates call the position of a strip's first element; attention delivers whole rows.
+_STRIPS = {"gemm": "col", "conv": "pos", "attention": "0", "bag": "col"}
+
 
 def print_contraction(c: Contraction, used: set[str]) -> str:
     """The template call with its lambdas."""
     used.add(templates.HEADERS[c.kind])
-    conv = c.kind == "conv"
     sizes = {b.name: extent(b) for b in c.reads} | {"acc": 1 << 50}
     stores = [s for s in c.epilogue if s.op is None]
-    epilogue = _strip(stores, "pos" if conv else "col", used, sizes)
+    epilogue = _strip(stores, _STRIPS[c.kind], used, sizes)
     for store in c.epilogue:
         if store.op is not None:
             epilogue += _row_reduction(store, used)
-    left, right = (_pointer(v.buffer, v.offset) for v in c.operands)
+    pointers = [_pointer(v.buffer, v.offset) for v in c.operands]
+    if isinstance(c.problem, templates.AttentionProblem):
+        assert isinstance(c.choices, templates.AttentionSchedule) and c.score is not None
+        printer = Text(used)
+        lines = printer.bind([c.score])
+        score = _loop_text("first_key", c.score, [*lines, f"acc[j] = {_bare(printer.expr(c.score))};"])
+        text = templates.emit_attention(
+            c.problem, c.choices, *pointers, "\n".join(epilogue), score="\n".join(score)
+        )
+        return textwrap.indent(text, "  ")
+    if isinstance(c.problem, templates.BagProblem):
+        assert isinstance(c.choices, templates.BagSchedule)
+        text = templates.emit_bag(c.problem, c.choices, pointers, "\n".join(epilogue))
+        return textwrap.indent(text, "  ")
+    left, right = pointers
     if isinstance(c.problem, templates.ConvProblem):
         assert isinstance(c.choices, templates.ConvSchedule)
         text = templates.emit_conv(c.problem, c.choices, left, right, "\n".join(epilogue))
@@ -1164,7 +1325,7 @@ def _strip(stores: list[Store], start: str, used: set[str], sizes: Mapping[str, 
     return [
         "#pragma omp simd",
         "for (int64_t j = 0; j < count; ++j) {",
-        f"  const int64_t at = {start} + j;",
+        "  const int64_t at = j;" if start == "0" else f"  const int64_t at = {start} + j;",
         *(f"  {line}" for line in lines),
         "}",
     ]

@@ -10,6 +10,7 @@ changes of index, so most quotients cancel: ``8 * (i // 8) + i % 8`` is ``i`` by
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -396,6 +397,10 @@ def loads(*roots: Interned) -> list[Load]:
     return [n for n in walk(*roots) if isinstance(n, Load)]
 
 
+# Arguments that leave the other one as it is (of a zero, up to its sign); padding makes them.
+_NEUTRAL = {"add": 0, "max": -math.inf, "min": math.inf}
+
+
 class Rewriter:
     """Rebuilds expressions bottom-up: variables by ``variables``, loads by ``load``; memoised per instance."""
 
@@ -455,6 +460,11 @@ class Rewriter:
                 if any(isinstance(a, Const) and not a.value for a in args):
                     return Const(False, "bool")
                 return next((a for a in args if not isinstance(a, Const)), args[0])
+            neutral = _NEUTRAL.get(expr.name)
+            if neutral is not None and is_float(expr.dtype):
+                for k, arg in enumerate(args):
+                    if isinstance(arg, Const) and arg.value == neutral:
+                        return args[1 - k]
             return Op(expr.name, args, expr.dtype)
         if isinstance(expr, Search):
             start = self.indices(expr.start)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ke_gym.codegen import contract
+from ke_gym.codegen import attend, contract
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Op, Search, is_float, walk
+from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
 from ke_gym.codegen.graph import Extern, Graph, Node
 from ke_gym.codegen.nest import COSTLY, Builder, Nest
 from ke_gym.codegen.schedule import Group, Plan
@@ -90,8 +91,9 @@ def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest | C
                 nest = cached_nest(graph, plain(group), visible)
                 found = replace(nest, group=replace(group, anchor=nest.group.anchor, outer=nest.group.outer))
             else:
-                contracted = contract.contraction_of(graph, group) is not None
-                found = (contract.Builder if contracted else Builder)(graph, group, visible).build()
+                kinds = (Builder, contract.Builder, attend.Builder)
+                products = attend.products_of(graph, group.nodes)
+                found = kinds[min(len(products), 2)](graph, group, visible).build()
         except Illegal as reason:
             found = reason
         graph.memo[key] = found
@@ -272,7 +274,7 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
         return group
     group = replace(group, reciprocal=continuous(graph), prefetch=1)
     if not nest.outer:
-        return group
+        return bordered(graph, group, visible)
     inside = set(group.nodes)
     staged = []
     for name in group.nodes:
@@ -298,6 +300,56 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     return group
 
 
+LEAST_OUTER = 16  # outer iterations that keep any number of cores busy
+
+
+def bordered(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
+    """Cut the loops whose index is tested where the tests change, so that no piece tests anything.
+
+    Loops that no test looks at go outside: the pieces of one plane then run while it is in cache.
+    """
+    if len(visible) != 1:
+        return group
+    (name,) = visible
+    builder = Builder(graph, group, visible)
+    node = builder.nodes[name]
+    tests = [n.index.terms for n in walk(builder.resolved[name]) if isinstance(n, InRange)]
+    tested = {terms[0][0] for terms in tests if len(terms) == 1}
+    if not tested & set(node.vars):
+        return group
+    outer = tuple((k, 1) for k, v in enumerate(node.vars) if v.size != 1 and v not in tested)
+    attempts = [replace(group, peel=True)]
+    if math.prod(node.vars[k].size for k, _ in outer) >= LEAST_OUTER:
+        attempts.insert(0, replace(group, anchor=name, outer=outer, peel=True))
+    for attempt in attempts:
+        try:
+            cached_nest(graph, attempt, visible)
+            return attempt
+        except Illegal:
+            continue
+    return group
+
+
+def attended(graph: Graph, plan: Plan) -> Plan:
+    """``plan`` with every two products around a softmax as one kernel."""
+    order = {n: k for k, n in enumerate(graph.steps)}
+    for step in list(graph.steps.values()):
+        if not isinstance(step, Extern) or step.target not in contract.GEMM:
+            continue
+        inside = attend.members(graph, step)
+        if inside is None:
+            continue
+        rest = []
+        for group in plan.groups:
+            left = tuple(n for n in group.nodes if n not in inside)
+            if left:
+                rest.append(group if left == group.nodes else Group(left))
+        attempt = _added(Plan(tuple(rest)), Group(inside), order)
+        if legal(graph, attempt):
+            plan = joined(graph, attempt, step.name, graph.users[step.name])
+    return plan
+
+
 def contracted(graph: Graph, plan: Plan) -> Plan:
     """``plan`` with every product it leaves to the library taken over, and as much fused around it as is legal."""
     for name, step in graph.steps.items():
@@ -316,7 +368,14 @@ def absorb(graph: Graph, plan: Plan, name: str) -> Plan:
     if not legal(graph, alone):
         return plan
     plan = alone
-    near = [*graph.users[name], *(r for r in graph.steps[name].reads if r in graph.steps)]
+    return joined(
+        graph, plan, name, [*graph.users[name], *(r for r in graph.steps[name].reads if r in graph.steps)]
+    )
+
+
+def joined(graph: Graph, plan: Plan, name: str, near: Sequence[str]) -> Plan:
+    """``plan`` with those of ``near`` in the kernel of the product ``name`` that fit there."""
+    order = {n: k for k, n in enumerate(graph.steps)}
     for other in near:
         for joined in _joins(graph, plan, name, other, order):
             if legal(graph, joined):

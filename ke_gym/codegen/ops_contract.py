@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Expr, Index, cast
 from ke_gym.codegen.graph import Tensor
 from ke_gym.codegen.lower import Lowering, broadcast, element, literal, op, reshape, rule
+from ke_gym.codegen.ops_window import MAX_TAPS, depthwise
 
 
 @rule("addmm.default", "baddbmm.default")
@@ -33,12 +35,23 @@ def addmm(low: Lowering, bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1,
 
 @rule("convolution.default")
 def convolution(low: Lowering, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    """A convolution without bias, then the bias."""
+    """A convolution without bias, then the bias; a small depthwise one is a stencil."""
     assert low.current is not None
-    shape, dtype = low.result()
+    dtype = low.result()[1]
     result = low.current.meta["val"]
+    stride, padding, dilation, transposed, _, groups = rest
+    small = not transposed and groups == x.shape[1] and math.prod(weight.shape[2:]) <= MAX_TAPS
+    if small and dtype in ("f32", "f64") and result.is_contiguous():
+        product = depthwise(low, x, weight, stride, padding, dilation)
+        return product if bias is None else shifted(low, product, bias)
     if bias is None or dtype in ("bf16", "f16") or not result.is_contiguous():
         raise Illegal("called as it is")
     product = low.extern("aten.convolution.default", (x, weight, None, *rest), {}, torch.empty_like(result))
+    return shifted(low, product, bias)
+
+
+def shifted(low: Lowering, product: Tensor, bias: Tensor) -> Tensor:
+    """``product`` plus one value a channel."""
+    shape, dtype = low.result()
     wide = broadcast(reshape(bias, (1, shape[1], *(1 for _ in shape[2:]))), shape)
     return low.compute(shape, dtype, lambda i: op("add", element(product, i), element(wide, i)))

@@ -1,7 +1,13 @@
-"""Lowering of pooling windows: reductions over the window, guarded where it leaves the input."""
+"""Lowering of windows (pooling, depthwise convolution), guarded where they leave the input.
+
+A small window is one expression over its taps, so that neighbouring outputs fill a vector; a large one is a
+reduction.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +30,8 @@ from ke_gym.codegen.graph import Node, Tensor
 from ke_gym.codegen.lower import Lowering, element, literal, op, rule, variables_of
 from ke_gym.codegen.ops_views import both, guarded
 
+MAX_TAPS = 25  # of a window printed tap by tap
+
 
 def spread(value: Any, rank: int, default: int | None = None) -> tuple[int, ...]:
     if isinstance(value, int):
@@ -31,6 +39,27 @@ def spread(value: Any, rank: int, default: int | None = None) -> tuple[int, ...]
     if not value:
         return (default or 1,) * rank
     return tuple(value) * rank if len(value) == 1 else tuple(value)
+
+
+Sizes = tuple[int, ...]
+
+
+def taps(
+    kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, place: tuple[Index, ...]
+) -> list[tuple[Sizes, tuple[Index, ...]]]:
+    """Every position in the window, and where in the input it lies for the output at ``place``."""
+    return [
+        (k, tuple(i * s + t * d - p for i, s, t, d, p in zip(place, stride, k, dilation, padding)))
+        for k in itertools.product(*map(range, kernel))
+    ]
+
+
+def tap(a: Tensor, lead: tuple[Index, ...], at: tuple[Index, ...]) -> tuple[Expr, Expr]:
+    """Whether ``at`` is in the input, and ``a[lead, at]``."""
+    inside: Expr = Const(True, "bool")
+    for i, size in zip(at, a.shape[len(lead) :]):
+        inside = both(inside, in_range(i, 0, size))
+    return inside, element(a, (*lead, *at))
 
 
 def window(
@@ -48,20 +77,22 @@ def window(
     """``reduction`` over the window at each place of the output; ``outside`` stands for padding."""
     rank = len(kernel)
     dtype = compute_dtype(a.dtype)
+    if math.prod(kernel) <= MAX_TAPS:
+        combine = {"max": "max", "sum": "add"}[reduction]
+
+        def value(index: tuple[Index, ...]) -> Expr:
+            places = taps(kernel, stride, padding, dilation, index[-rank:])
+            parts = [guarded(*tap(a, index[:-rank], at), literal(outside, dtype)) for _, at in places]
+            return functools.reduce(lambda x, y: op(combine, x, y), parts)
+
+        return low.compute(shape, dtype, value, suffix)
     variables, index = variables_of(shape)
     rvars = tuple(Var(f"r{k}", n) for k, n in enumerate(kernel))
-    inside: Expr = Const(True, "bool")
-    source: list[Index] = list(index[:-rank])
-    for k in range(rank):
-        at = index[k - rank] * stride[k] + of(rvars[k]) * dilation[k] - padding[k]
-        inside = both(inside, in_range(at, 0, a.shape[k - rank]))
-        source.append(at)
-    expr = guarded(inside, element(a, tuple(source)), literal(outside, dtype))
+    at = tuple(index[k - rank] * stride[k] + of(rvars[k]) * dilation[k] - padding[k] for k in range(rank))
+    expr = guarded(*tap(a, index[:-rank], at), literal(outside, dtype))
     expr = Rewriter({r: constant(0) for r in rvars if r.size == 1}).expr(cast(expr, dtype))
     live = tuple(r for r in rvars if r.size != 1)
     name = low._node_name(suffix)
-    if not live:
-        return low._add(Node(name, shape, dtype, variables, expr, low.origin))
     return low._add(Node(name, shape, dtype, variables, expr, low.origin, reduction, live))
 
 
@@ -122,3 +153,24 @@ def adaptive_avg_pool(low: Lowering, a: Tensor, out: Sequence[int]) -> Tensor:
     total = window(low, a, shape, size, size, (0,) * rank, (1,) * rank, "sum", 0, "sum")
     scale = literal(1.0 / math.prod(size), compute_dtype(dtype))
     return low.compute(shape, dtype, lambda i: op("mul", element(total, i), scale))
+
+
+def depthwise(low: Lowering, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """A convolution of every channel on its own with one or more small filters (Howard et al., 2017)."""
+    shape, dtype = low.result()
+    kernel = weight.shape[2:]
+    rank, filters = len(kernel), shape[1] // x.shape[1]
+    sizes = (spread(stride, rank), spread(padding, rank, 0), spread(dilation, rank))
+
+    def value(index: tuple[Index, ...]) -> Expr:
+        batch, channel, *place = index
+        total: Expr | None = None
+        for k, at in taps(kernel, *sizes, tuple(place)):
+            factor = element(weight, (channel, constant(0), *map(constant, k)))
+            inside, source = tap(x, (batch, channel // filters), at)
+            product = guarded(inside, op("mul", source, factor), literal(0, dtype))
+            total = product if total is None else op("add", total, product)
+        assert total is not None
+        return total
+
+    return low.compute(shape, dtype, value)

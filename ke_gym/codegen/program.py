@@ -39,10 +39,13 @@ class Program:
     def seeds(self) -> list[Schedule]:
         """First drafts that differ in kind, the best guess first.
 
-        Everything fused with own contractions; the same with library contractions; each node on its own.
+        Everything fused with own contractions and attention; without attention; with library contractions; each
+        node on its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
+        attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
         drafts = [
+            Schedule(tuple(fusion.contracted(g, p) for g, p in zip(self.graphs, attended))),
             Schedule(tuple(fusion.contracted(g, p) for g, p in zip(self.graphs, loops))),
             Schedule(tuple(loops)),
             Schedule(tuple(fusion.unfused(g) for g in self.graphs)),

@@ -29,7 +29,7 @@ from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import BASELINES, Cost, Errors, Evaluation, Outcome, Profile
 from ke_gym.evaluation.judge_client import JudgeClient, Shape
 from ke_gym.evaluation.profile import limiter, profile
-from ke_gym.evaluation.race import Race, Rules, confirm, pooled, race
+from ke_gym.evaluation.race import Race, Rules, confirm, planned, pooled, race
 from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.stats import confidence_sequence
 from ke_gym.evaluation.zygote import Zygote
@@ -50,10 +50,10 @@ CASES = (
     ("special", False),
 )
 RACE = Rules()
-CONFIRM = Rules(min_rounds=12, max_rounds=12, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
+CONFIRM = Rules(futile=1000, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 # The first fresh process goes on for longer: a kernel that is honest only for its first calls shows itself.
-SOAK = replace(CONFIRM, min_rounds=40, max_rounds=40, max_seconds=6.0)
-AA = Rules(min_rounds=12, futile=24, max_rounds=24, max_seconds=1.0, hopeless=math.inf, slow=math.inf)
+SOAK = Rules(40, 1000, 40, max_seconds=6.0, hopeless=math.inf, slow=math.inf)
+AA = Rules(min_rounds=48, futile=1000, max_rounds=48, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 AA_EVERY = 10
 COVERAGE_ROUNDS = 12
 WARM_CALLS, WARM_SECONDS = 4, 0.05
@@ -426,9 +426,11 @@ class Evaluator:
         gain, gain_ci, improved = _over_sets(sets, against)
         if won:
             confirmed: dict[str, list[Race]] = {name: [] for name in first}
+            rounds = planned(main, against, margin)
+            rules = replace(CONFIRM, min_rounds=rounds, max_rounds=rounds)
 
             def fresh(index: int) -> Race:
-                races = self._fresh_race(artifact, rival, CONFIRM if index else SOAK)
+                races = self._fresh_race(artifact, rival, rules if index else SOAK)
                 for name, one in races.items():
                     confirmed[name].append(one)
                 return races[self.contract]

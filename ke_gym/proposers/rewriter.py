@@ -155,17 +155,19 @@ class Rewriter(Proposer):
             if values is not None:
                 return self._from_text(parent, text.turned(without(parent.source), values), strategy)
         else:
-            values = tuning.suggest(space, current, tried, seed, partial(self._buildable, schedule))
+            values = tuning.suggest(space, current, tried, seed, partial(self._changes, parent, schedule))
             if values is not None:
                 return self._printed(parent, strategy, rewrites.with_knobs(self.program, schedule, values))
         return Refusal("no setting of the knobs is left to try")
 
-    def _buildable(self, schedule: Schedule, values: tuning.Values) -> bool:
+    def _changes(self, parent: Candidate, schedule: Schedule, values: tuning.Values) -> bool:
+        """Whether the setting is legal and says anything in this kernel."""
         try:
-            rewrites.with_knobs(self.program, schedule, dict(values))
+            tuned = rewrites.with_knobs(self.program, schedule, dict(values))
         except Illegal:
             return False
-        return True
+        proposal = self._printed(parent, strategies.get("param_tune"), tuned)
+        return isinstance(proposal, Proposal) and proposal.candidate.id != parent.id
 
     def _knobs(self, source: str, schedule: Schedule | None) -> tuple[tuning.Knobs, tuning.Values]:
         """The space of settings, and the present one."""

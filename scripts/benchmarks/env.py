@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
-from ke_gym.envs.batched_replay import BatchedReplayVecEnv
-from ke_gym.envs.vector import FlatVecObservation
-from ke_gym.policies.learning import NETWORKS, PPO
 
 from benchmarks.figures import Figure, Figures, console
 from ke_gym import tasks
+from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
+from ke_gym.envs.batched_replay import BatchedReplayVecEnv
+from ke_gym.envs.vector import FlatVecObservation
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.policies.learning import NETWORKS, PPO
 
 BATCH = 256
 

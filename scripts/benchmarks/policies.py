@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table as Grid
+
+from benchmarks.figures import Figure, Figures, console
+from ke_gym import policies
 from ke_gym.envs import catalog
 from ke_gym.envs.table import Table
 from ke_gym.policies import Policy, plots
@@ -18,10 +22,6 @@ from ke_gym.policies.comparison import BASELINES, Comparison
 from ke_gym.policies.learning import Plan, Trainer
 from ke_gym.policies.network import NetworkPolicy
 from ke_gym.policies.playing import replay_runs
-from rich.table import Table as Grid
-
-from benchmarks.figures import Figure, Figures, console
-from ke_gym import policies
 from ke_gym.search.observation import LAYOUT
 
 TRAINED = ("maskable_ppo", "ppo_guided", "linucb")

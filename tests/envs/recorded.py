@@ -6,12 +6,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from ke_gym.envs import compiling
-from ke_gym.envs.recording import Breadth, record
-from ke_gym.envs.table import Table
 from numpy.typing import NDArray
 
 from ke_gym.candidate import Candidate
+from ke_gym.envs import compiling
+from ke_gym.envs.recording import Breadth, record
+from ke_gym.envs.table import Table
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import Context, Proposal, Refusal
 from ke_gym.search.budget import Budget

@@ -7,10 +7,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+
 from ke_gym.envs import LAYOUT
 from ke_gym.envs.kernel_opt import KernelOptEnv
 from ke_gym.envs.replay import KernelOptReplayEnv
-
 from ke_gym.errors import UserError
 from ke_gym.search import parents, reward
 from ke_gym.strategies import RESTART, STOP

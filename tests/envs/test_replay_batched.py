@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from ke_gym.envs import REPLAY, make_vec_env
 from ke_gym.envs.batched_replay import BatchedReplayVecEnv
 from ke_gym.envs.replay import KernelOptReplayEnv, Noise
 from ke_gym.envs.wrappers import action_masks
-
 from ke_gym.errors import UserError
 from ke_gym.search import reward
 from ke_gym.strategies import RESTART, STOP

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ke_gym.envs import catalog, compiling
 from ke_gym.envs.compiling import Builder
 from ke_gym.envs.recording import Breadth
 from ke_gym.envs.table import REFERENCE, REFUSED, REPEATED, Table
-from ke_gym.policies import make
-
 from ke_gym.errors import UserError
+from ke_gym.policies import make
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
 from ke_gym.search.run import run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ke_gym.evaluation.race import Race, Rules, confirm, race
+from ke_gym.evaluation.race import Race, Rules, confirm, planned, race
 from ke_gym.evaluation.record import MachineRecord
 from ke_gym.targets.cpu import Peaks
 
@@ -38,19 +38,28 @@ def test_a_hopeless_candidate_leaves_after_one_round_and_a_slow_one_after_three(
 def decision(ratio: float, seed: int, noise: float) -> bool:
     """A race and, if it is won, its confirmation, in processes that differ by a third of the rounds' noise."""
     rng = random.Random(-seed)
-    if run(ratio, seed, noise).ended != "faster":
+    first = run(ratio, seed, noise)
+    if first.ended != "faster":
         return False
+    rounds = planned(first, "incumbent", 0.01)
 
     def fresh(index: int) -> Race:
         own = ratio * math.exp(rng.gauss(0, noise / 3))
         candidate, incumbent = contestant(rng, 1e-3, noise), contestant(rng, own * 1e-3, noise)
         seconds = {
-            "candidate": [candidate() for _ in range(12)],
-            "incumbent": [incumbent() for _ in range(12)],
+            "candidate": [candidate() for _ in range(rounds)],
+            "incumbent": [incumbent() for _ in range(rounds)],
         }
         return Race(seconds)
 
     return confirm(fresh, "incumbent", margin=0.01)[2]
+
+
+@pytest.mark.parametrize(("noise", "least"), [(0.02, 98), (0.05, 85)])
+def test_five_percent_is_confirmed_and_twice_as_fast_soon(noise: float, least: int) -> None:
+    assert sum(decision(1.05, seed, noise) for seed in range(100)) >= least
+    assert planned(run(2.0, 0, noise), "incumbent", 0.01) == 7
+    assert planned(run(1.05, 0, 0.05), "incumbent", 0.01) > 7
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.05])

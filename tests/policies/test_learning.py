@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from ke_gym import policies
 from ke_gym.envs.replay import KernelOptReplayEnv
+from ke_gym.errors import UserError
 from ke_gym.policies import Policy, Transition, plots
 from ke_gym.policies.comparison import BASELINES, Comparison
 from ke_gym.policies.learning import NETWORKS, Plan, Trainer, export
 from ke_gym.policies.playing import play, replay_runs
 from ke_gym.policies.tracking import Tracker
-
-from ke_gym import policies
-from ke_gym.errors import UserError
 from ke_gym.strategies import RESTART
 from ke_gym.testing.policies import PolicyConformance
 from tests.envs.live import FAKE

@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from ke_gym.envs.recording import Breadth
-from ke_gym.envs.table import Table
 
 from ke_gym import policies
+from ke_gym.envs.recording import Breadth
+from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from tests.envs.recorded import search, tables
 

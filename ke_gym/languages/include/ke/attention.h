@@ -29,6 +29,11 @@ KE_FORCE_INLINE Heads<T> heads(const T* data, int64_t batch_stride, int64_t head
   return {data, batch_stride, head_stride, row_stride, col_stride};
 }
 struct NoMask {};
+// In place of a mask, a function may change the products of a query and `count` keys from `key` on, scale and all:
+// score(batch, head, row, key, count, products).
+template <class Mask>
+inline constexpr bool changes_scores =
+    std::is_invocable_v<const Mask&, int64_t, int64_t, int64_t, int64_t, int64_t, float*>;
 
 namespace detail {
 
@@ -93,12 +98,14 @@ struct SoftmaxRow {
       : sums(state + row * (dv_padded + 2)), top(sums + dv_padded), total(top + 1) {}
 };
 
-// scale * scores + mask for `visible` of Keys keys from `key0` on, -inf for the others.
+// scale * scores + mask (or what the function `mask` makes of them) for `visible` of Keys keys from `key0` on, -inf for the others.
 template <int Keys, class Mask>
 KE_FORCE_INLINE void mask_scores(float* scores, float scale, int64_t visible, const Mask& mask, int64_t batch,
                                  int64_t head, int64_t row, int64_t key0) {
   if constexpr (std::is_same_v<Mask, NoMask>) {
     for (int j = 0; j < Keys; j += lanes<float>) store(scores + j, load(scores + j) * scale);
+  } else if constexpr (changes_scores<Mask>) {
+    mask(batch, head, row, key0, visible, scores);
   } else {
     const auto* m = mask.at(batch, head) + row * mask.row_stride + key0 * mask.col_stride;
     for (int64_t j = 0; j < visible; ++j) {
@@ -171,6 +178,7 @@ inline void attention(const AttentionShape& shape, const Heads<Q>& q, const Head
     float* scores = scratch<4>().template reserve<float>(Rows * Keys);
     float* own_state = scratch<5>().template reserve<float>(block_state);
     int64_t packed = -1;  // whose keys this thread has packed
+    bool finite = false;  // whether its values are: 0 * inf is NaN, so that no weight of 0 may be left out
 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < products * splits * chunks; ++task) {
@@ -179,10 +187,16 @@ inline void attention(const AttentionShape& shape, const Heads<Q>& q, const Head
       const int64_t first_block = split * key_blocks / splits, end_block = (split + 1) * key_blocks / splits;
       if (keep && packed != task / chunks) {
         packed = task / chunks;
+        vec<float> nothing = {};
         for (int64_t b = first_block; b < end_block; ++b) {
           pack_keys(product, b, packed_k + (b - first_block) * Keys * d);
-          pack_values(product, b, packed_v + (b - first_block) * Keys * dv_padded);
+          float* values = packed_v + (b - first_block) * Keys * dv_padded;
+          pack_values(product, b, values);
+          for (int64_t i = 0; i < least(Keys, shape.keys - b * Keys) * NR; i += L) {
+            for (int64_t c = 0; c < dv_padded; c += NR) nothing += load(values + c * Keys + i) * 0;
+          }
         }
+        finite = detail::sum_of(nothing) == 0;
       }
       for (int64_t block = chunk * row_blocks / chunks; block < (chunk + 1) * row_blocks / chunks; ++block) {
         const int64_t row0 = block * Rows, count = least(Rows, rows - row0), tiles = ceil_div(count, MR);
@@ -203,7 +217,7 @@ inline void attention(const AttentionShape& shape, const Heads<Q>& q, const Head
 
         const bool one_head = row0 / shape.queries == (row0 + count - 1) / shape.queries;
         const int64_t last_query = one_head ? (row0 + count - 1) % shape.queries : shape.queries - 1;
-        const int64_t keys = causal ? least(shape.keys, last_query + 1) : shape.keys;
+        const int64_t keys = causal && finite ? least(shape.keys, last_query + 1) : shape.keys;
         for (int64_t b = first_block; b < end_block && b * Keys < keys; ++b) {
           const int64_t key0 = b * Keys, seen = least(Keys, keys - key0);
           float* block_k = packed_k + (keep ? b - first_block : 0) * Keys * d;

@@ -60,6 +60,11 @@ KE_INLINE void take_min(T& extreme, Flag& nan, T value) {
   extreme = value < extreme ? value : extreme;
   nan |= value != value;
 }
+// The same of a value and a bound that is not NaN: one instruction.
+template <typename T>
+KE_INLINE T max_of(T value, T bound) { return bound > value ? bound : value; }
+template <typename T>
+KE_INLINE T min_of(T value, T bound) { return bound < value ? bound : value; }
 
 KE_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 KE_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
