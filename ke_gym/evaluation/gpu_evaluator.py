@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ke_gym.evaluation.evaluator import CONFIRM, SOAK, Cores, Evaluator, Rejecte
 from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
-from ke_gym.evaluation.record import MachineRecord, home
+from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
@@ -34,6 +35,10 @@ PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH"
 """Variables that tell where the driver and a toolkit are, which workers therefore keep."""
 DISPUTED = 0.25
 """A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused."""
+
+CONTEXT_BYTES = 1 << 29
+"""What a process takes of the device's memory before it has allocated anything."""
+SPARE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class GpuEvaluator(Evaluator):
         self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
         self._settled: dict[str, Artifact] = {}
         self._signature = b""
+        self._spares: list[GpuClient] = []
         self._build_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._evaluated = 0
@@ -250,6 +256,40 @@ class GpuEvaluator(Evaluator):
         inputs = "inputs" if distribution == "task" else f"{distribution} inputs"
         detail = f"; wrong: {answer['pattern']}" if answer["pattern"] and not hidden else ""
         return f"wrong on {inputs} of {where}: {reason}{detail}"
+
+    def _race(  # type: ignore[override]
+        self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
+    ) -> Evaluation:
+        try:
+            return super()._race(base, artifact, rival, entries)  # type: ignore[arg-type]
+        finally:
+            while self._spares:
+                self._spares.pop().close()
+
+    def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
+        """See ``Evaluator._fresh_race``; the processes of one confirmation are started together, before it."""
+        if rules is SOAK:
+            self._spares = self._open_spares()
+        judge = self._spares.pop() if self._spares else self._open_judge()
+        try:
+            return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
+        finally:
+            judge.close()
+
+    def _open_spares(self) -> list[GpuClient]:
+        """As many judges as a confirmation needs, or as fit into a part of the device's memory."""
+        each = (
+            sum(2 * spec.storage_bytes for name in self.shape_sets for spec in self._specs(name))
+            + CONTEXT_BYTES
+        )
+        count = min(CONFIRMATIONS, int(SPARE_SHARE * self.facts.memory_bytes / each))
+        opened: list[GpuClient] = []
+        with ThreadPoolExecutor(max(1, count)) as pool:
+            futures = [pool.submit(self._open_judge) for _ in range(count)]
+        for future in futures:
+            if future.exception() is None:
+                opened.append(future.result())
+        return opened
 
     def _race_set(  # type: ignore[override]
         self,
