@@ -36,6 +36,8 @@ PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH"
 DISPUTED = 0.25
 """A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused."""
 
+FRESH_ROUNDS = 12
+"""Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
 CONTEXT_BYTES = 1 << 29
 """What a process takes of the device's memory before it has allocated anything."""
 SPARE_SHARE = 0.3
@@ -304,7 +306,7 @@ class GpuEvaluator(Evaluator):
         if rules is SOAK:
             if not judge.soak(own.number, name):
                 raise Rejected("correctness", "right when checked, wrong after some hundred calls")
-            rules = CONFIRM
+            rules = replace(CONFIRM, min_rounds=FRESH_ROUNDS, max_rounds=FRESH_ROUNDS)
         pace = judge.warm(name, own.number, rival, baseline)
         margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
         result, counts = judge.race(name, own.number, rival, rules, margin, baseline)
