@@ -187,7 +187,7 @@ class Evaluator:
             self.shape_sets = list(shape_sets or task.public_shapes(target))
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in task.hidden_shapes() if name not in self.shape_sets]
-            self.judge = self._open_judge()
+            self.judge = self._open_judge(self.hidden)
             self._state.callback(lambda: self.judge.close())
             self.peaks = self.record.peaks(self.threads, self._measure_peaks)
             self.cases = draw_cases(self._rng)
@@ -312,10 +312,8 @@ class Evaluator:
 
     # -- setting up ------------------------------------------------------------------------------------------
 
-    def _open_judge(self) -> JudgeClient:
-        return JudgeClient(
-            self.zygote, self.task, [*self.shape_sets, *self.hidden], self.baseline, self.threads
-        )
+    def _open_judge(self, hidden: Sequence[str] = ()) -> JudgeClient:
+        return JudgeClient(self.zygote, self.task, [*self.shape_sets, *hidden], self.baseline, self.threads)
 
     def _measure_peaks(self, threads: int) -> cpu.Peaks:
         worker = self.zygote.spawn("ke_gym.targets.cpu:measure_worker", {"threads": threads})

@@ -17,7 +17,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.tasks.task import Task
 
-# A row-wise kernel whose cost can be set exactly: the first `again` rows are computed twice.
+# A row-wise kernel whose cost can be set exactly: `again` of 1000 rows, spread evenly, are computed twice.
 KERNEL = r'''
 import torch
 from ke_gym import lang
@@ -42,7 +42,7 @@ extern "C" void softmax(const float* x, float* out, int64_t rows, int64_t n) {{
     for (int64_t i = 0; i < rows; ++i) {{
         row(x + i * n, out + i * n, n);
         for (int64_t k = 0; k < {repeat}; ++k)
-            if (i % 1000 < {again}) row(x + i * n, out + i * n, n);
+            if (i * 617 % 1000 < {again}) row(x + i * n, out + i * n, n);
     }}
 }}
 """)
@@ -139,12 +139,15 @@ def rejection(evaluator: Evaluator) -> Iterator[Figure]:
 
 
 def throughput(candidates: int) -> Iterator[Figure]:
-    """Candidates a minute over a mix of good, slow, wrong and non-compiling kernels."""
+    """Candidates a minute over a mix of good, slow, wrong and non-compiling kernels.
+
+    As in a search, some of the good ones beat the incumbent by a few percent and some do not.
+    """
 
     def mixed(index: int) -> Candidate:
         match index % 4:
             case 0:
-                return kernel(f"good {index}", again=index % 7)
+                return kernel(f"good {index}", again=20 * (index // 4 % 7))
             case 1:
                 return kernel(f"slow {index}", again=1000, repeat=2)
             case 2:
