@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from ke_gym.codegen import attend, contract
+from ke_gym.codegen import attend, contract, flash, products, tiles
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
@@ -91,15 +92,21 @@ def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest | C
                 nest = cached_nest(graph, plain(group), visible)
                 found = replace(nest, group=replace(group, anchor=nest.group.anchor, outer=nest.group.outer))
             else:
-                kinds = (Builder, contract.Builder, attend.Builder)
-                products = attend.products_of(graph, group.nodes)
-                found = kinds[min(len(products), 2)](graph, group, visible).build()
+                found = _builder(graph, group)(graph, group, visible).build()
         except Illegal as reason:
             found = reason
         graph.memo[key] = found
     if isinstance(found, Illegal):
         raise Illegal(str(found))
     return found
+
+
+def _builder(graph: Graph, group: Group) -> Any:
+    """What builds a group of no product, of one, or of two with a softmax between them."""
+    kinds = (Builder, contract.Builder, attend.Builder)
+    if graph.device == "cuda":
+        kinds = (tiles.Builder, products.Builder, flash.Builder)
+    return kinds[min(len(attend.products_of(graph, group.nodes)), 2)]
 
 
 def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:
@@ -352,8 +359,9 @@ def attended(graph: Graph, plan: Plan) -> Plan:
 
 def contracted(graph: Graph, plan: Plan) -> Plan:
     """``plan`` with every product it leaves to the library taken over, and as much fused around it as is legal."""
+    kinds = products.KINDS if graph.device == "cuda" else tuple(contract.KINDS)
     for name, step in graph.steps.items():
-        if not isinstance(step, Extern) or step.target not in contract.KINDS:
+        if not isinstance(step, Extern) or step.target not in kinds:
             continue
         if any(name in g.nodes for g in plan.groups):
             continue

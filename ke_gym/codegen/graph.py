@@ -108,7 +108,7 @@ class Extern:
 class Graph:
     """One shape set of a reference: named inputs, steps in topological order, outputs by name.
 
-    ``precision`` is the task's policy for products: "strict", "tf32" or "bf16".
+    ``precision`` is the task's policy for products: "strict", "tf32" or "bf16". ``device``: what it is for.
     """
 
     inputs: dict[str, Buffer]
@@ -120,6 +120,7 @@ class Graph:
         default_factory=dict
     )  # of outputs: a buffer may be returned reshaped
     precision: Precision = "strict"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         self.memo: dict[Any, Any] = {}

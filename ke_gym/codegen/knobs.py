@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import contract
+from ke_gym.codegen import contract, rewrites_gpu
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.legality import legal
 from ke_gym.codegen.program import Program
@@ -27,6 +27,8 @@ from ke_gym.codegen.variants import (
 
 def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
     """What ``param_tune`` may set: knob name -> values, the present one among them."""
+    if program.device == "cuda":
+        return rewrites_gpu.knobs(program, schedule)
     found: dict[str, list[Any]] = {
         "vector_width": [512, 256, 128],
         "unroll_loops": [False, True],
@@ -58,6 +60,8 @@ def _with(values: tuple[Any, ...], present: Any) -> list[Any]:
 
 def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> Schedule:
     """``schedule`` with these knobs set. Raises ``Illegal`` if the combination cannot be built."""
+    if program.device == "cuda":
+        return rewrites_gpu.with_knobs(program, schedule, values)
     result = schedule
     others = [
         f for f in schedule.flags if not f.startswith("-mprefer-vector-width") and f != "-funroll-loops"

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ke_gym.codegen import fusion, module
+from ke_gym.codegen import fusion, module, module_triton
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
+from ke_gym.codegen.tiles import for_gpu
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
 
-LANGUAGES = ("cpp",)
+LANGUAGES = {"cpp": ("cpu", module.emit), "triton": ("cuda", module_triton.emit)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +32,20 @@ class Program:
         graphs = []
         for shape_set in task.public_shapes(target):
             try:
-                graphs.append(lower(capture(task, shape_set), task.precision))
+                graph = lower(capture(task, shape_set), task.precision)
+                if target == "cuda":
+                    graph = for_gpu(graph)
+                graphs.append(graph)
             except Illegal as reason:
                 raise CodegenError(f"{task.name}: {reason}; no kernel can be generated") from reason
         return cls(task.name, tuple(graphs))
+
+    @classmethod
+    def for_language(cls, task: Task, language: str) -> Program:
+        """``from_task`` for what ``language`` runs on. Raises ``CodegenError`` for one without emitter."""
+        if language not in LANGUAGES:
+            raise CodegenError(f"kernels are generated in {', '.join(LANGUAGES)}, not in {language!r}")
+        return cls.from_task(task, LANGUAGES[language][0])
 
     def seeds(self) -> list[Schedule]:
         """First drafts that differ in kind, the best guess first.
@@ -57,11 +68,25 @@ class Program:
             fusion.legal(g, p) for g, p in zip(self.graphs, schedule.plans)
         )
 
-    def emit(self, schedule: Schedule, language: str = "cpp") -> str:
+    @property
+    def device(self) -> str:
+        """What the program was lowered for."""
+        return self.graphs[0].device
+
+    @property
+    def language(self) -> str:
+        """What kernels are printed in where nothing else is asked for."""
+        return next(name for name, (device, _) in LANGUAGES.items() if device == self.device)
+
+    def emit(self, schedule: Schedule, language: str = "") -> str:
         """The kernel module as text. Raises ``CodegenError`` for a language without emitter."""
+        language = language or self.language
         if language not in LANGUAGES:
             raise CodegenError(f"kernels are generated in {', '.join(LANGUAGES)}, not in {language!r}")
+        device, emit = LANGUAGES[language]
+        if device != self.device:
+            raise CodegenError(f"{self.name} was lowered for {self.device}; {language} is for {device}")
         try:
-            return module.emit(self.name, self.graphs, schedule)
+            return emit(self.name, self.graphs, schedule)
         except Illegal as reason:
             raise CodegenError(f"{self.name}: the schedule does not fit the graph ({reason})") from reason

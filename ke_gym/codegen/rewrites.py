@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ke_gym.codegen import contract, fusion
+from ke_gym.codegen import contract, fusion, rewrites_gpu
 from ke_gym.codegen.contraction import GemmProblem
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Load, Op, walk
@@ -55,7 +55,10 @@ def apply(program: Program, schedule: Schedule, strategy: str, draw: int = 0) ->
     ``schedule`` must be legal. Deterministic. Raises ``KeyError`` for a strategy that has no rewrite (see
     ``STRATEGIES``).
     """
-    source = _distinct(REWRITES[strategy](program, schedule), schedule)
+    if program.device == "cuda" and strategy not in rewrites_gpu.REWRITES:
+        return None
+    table = rewrites_gpu.REWRITES if program.device == "cuda" else REWRITES
+    source = _distinct(table[strategy](program, schedule), schedule)
     found: list[Schedule] = []
     for position in range(draw, draw + MAX_TRIES):
         found.extend(itertools.islice(source, max(position + 1 - len(found), 0)))

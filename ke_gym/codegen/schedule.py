@@ -31,6 +31,7 @@ class Group:
     simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
     stream: write large results past the caches, where they are written in memory order.
     contraction: knobs of the group's matrix product or convolution that differ from the heuristic ones.
+    launch: knobs of the group's kernel on a GPU that differ from the heuristic ones (blocks, warps, stages).
     """
 
     nodes: tuple[str, ...]
@@ -47,6 +48,7 @@ class Group:
     simd: int = 0
     stream: bool = False
     contraction: tuple[tuple[str, Any], ...] = ()
+    launch: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def _group(data: dict[str, Any]) -> Group:
     values = {f.name: data[f.name] for f in fields(Group)}
     values["outer"] = tuple((int(p), int(t)) for p, t in values["outer"])
     values["contraction"] = tuple((str(k), _frozen(v)) for k, v in values["contraction"])
+    values["launch"] = tuple((str(k), _frozen(v)) for k, v in values["launch"])
     values["nodes"], values["staged"] = tuple(values["nodes"]), tuple(values["staged"])
     return Group(**values)
 

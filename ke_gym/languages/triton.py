@@ -316,7 +316,7 @@ def _arguments(kernel: Any, given: dict[str, Any]) -> list[Argument]:
 
 
 def _tile(name: str, value: Any, meta: dict[str, Any] | None) -> Tile:
-    if meta is None or meta.get("fp4_padded") or value.round_f32_to_tf32:
+    if meta is None or meta.get("fp4_padded") or getattr(value, "round_f32_to_tf32", False):
         raise KernelError(f"argument {name!r}: a plan cannot hold this kind of tensor descriptor")
     shape, stride = (tuple(int(n) for n in sizes) for sizes in (value.shape, value.strides))
     box = tuple(int(n) for n in meta["block_size"])

@@ -15,6 +15,7 @@ _OPERATION = re.compile(r"^\s*(?:(?P<results>%[\w$.:, -]+?) = )?(?P<name>[\w.]+|
 _VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 _WRITES = ("tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.descriptor_store", "tt.descriptor_reduce",
            "tt.descriptor_scatter")  # fmt: skip
+_MAKE = ("tt.make_tensor_descriptor", "tt.make_tensor_ptr")  # their types are not always spelled out
 _LOADS = ("tt.load", "tt.descriptor_load", "tt.descriptor_gather")
 
 
@@ -83,7 +84,7 @@ def written(ttir: str, kernel: str) -> frozenset[int]:
                         values.join([result, value])
         elif name == "scf.while":
             values.join([*results, *used])
-        elif name not in _LOADS and results and _pointer(text):
+        elif name not in _LOADS and results and (name in _MAKE or _pointer(text)):
             several = {"arith.select": used[1:], "tt.join": used, "tt.cat": used}
             values.join([*results, *several.get(name, used[:1])])
         if text.rstrip().endswith("{") and name != "module":

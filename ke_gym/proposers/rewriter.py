@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ke_gym import strategies
 from ke_gym.candidate import Candidate
-from ke_gym.codegen import CodegenError, Group, Program, Schedule, rewrites
+from ke_gym.codegen import CodegenError, Group, Program, Schedule, rewrites, rewrites_gpu
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.proposers import text, tuning
@@ -44,7 +44,7 @@ class Rewriter(Proposer):
 
     def __init__(self, task: Task, language: str = "cpp") -> None:
         self.language = language
-        self.program = Program.from_task(task)
+        self.program = Program.for_language(task, language)
         self.seeds = self.program.seeds()
         self.fast_math = task.tolerance is not None or task.precision != "strict"
         self._masks: OrderedDict[str, NDArray[np.bool_]] = OrderedDict()
@@ -225,6 +225,8 @@ def simpler(schedule: Schedule) -> Iterator[Schedule]:
 
 def present(program: Program, schedule: Schedule) -> dict[str, Any]:
     """Where the schedule stands in the space of ``rewrites.knobs``."""
+    if program.device == "cuda":
+        return rewrites_gpu.present(program, schedule)
     widths = [flag.split("=")[1] for flag in schedule.flags if flag.startswith("-mprefer-vector-width=")]
     values: dict[str, Any] = {
         "vector_width": int(widths[-1]) if widths else 256,

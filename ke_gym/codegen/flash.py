@@ -1,0 +1,257 @@
+"""Product, softmax, product as one kernel of a GPU: scores never leave the chip. Language-independent.
+
+Dao et al., "FlashAttention", 2022; the softmax is the online one of Milakov and Gimelshein, 2018. What lies between
+the first product and the softmax (scale, bias, masks) is any pointwise expression of the score; operands may be
+pointwise nodes of their own (repeated key heads, casts), read element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.expr import (
+    BYTES,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Op,
+    Position,
+    Rewriter,
+    Search,
+    Var,
+    constant,
+    of,
+    walk,
+)
+from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
+from ke_gym.codegen.products import element, position
+from ke_gym.codegen.schedule import Group
+from ke_gym.codegen.tiles import joined
+
+KIND = "aten.bmm.default"
+WIDEST = 256  # elements of one query, key or value that a tile holds whole
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``batch`` times: ``queries`` x ``d`` by ``d`` x ``keys``, and ``queries`` x ``keys`` by ``keys`` x ``dv``."""
+
+    batch: int
+    queries: int
+    keys: int
+    d: int
+    dv: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``m`` queries per program, ``n`` keys at a time. ``precision`` as in ``products.Blocks``."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+
+@dataclass(frozen=True)
+class Flash:
+    """What one kernel does. ``scores``: the softmax's argument, in terms of ``score`` (its load has no index).
+
+    ``visible``: keys from ``query + visible`` on are masked, so that only their values' NaN and infinities count.
+    """
+
+    name: str
+    shape: Shape
+    blocks: Blocks
+    operands: tuple[Expr, Expr, Expr]
+    scores: Expr
+    score: Load
+    place: Index
+    visible: int | None
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    bytes: int
+    group: Group
+    origins: tuple[str, ...]
+    policy: str
+
+    def knobs(self) -> dict[str, list[Any]]:
+        """Legal values of the launch's knobs here."""
+        choices: dict[str, list[Any]] = {
+            "m": [b for b in (16, 32, 64, 128) if b < 2 * max(self.shape.queries, 9)],
+            "n": [16, 32, 64, 128],
+            "warps": [2, 4, 8],
+            "stages": [1, 2, 3],
+        }
+        if self.shape.dtype == "f32":
+            allowed = {"strict": ["ieee", "tf32x3"], "tf32": ["tf32", "tf32x3", "ieee"]}
+            choices["precision"] = allowed.get(self.policy, ["bf16", "tf32", "tf32x3", "ieee"])
+        return choices
+
+
+def variables(shape: Shape) -> dict[str, Var]:
+    """Batch, query, key, and the elements of a query and of a value."""
+    sizes = {"batch": shape.batch, "m": shape.queries, "n": shape.keys, "d": shape.d, "e": shape.dv}
+    return {name: Var(name, size) for name, size in sizes.items()}
+
+
+class Builder:
+    """Builds the ``Flash`` of a group of two products; raises ``Illegal`` if there is no softmax between them."""
+
+    def __init__(self, graph: Graph, group: Group, visible: frozenset[str]) -> None:
+        self.graph, self.group, self.visible = graph, group, visible
+        self.nodes = {n: s for n in group.nodes if isinstance(s := graph.steps[n], Node)}
+        steps = [s for n in group.nodes if isinstance(s := graph.steps[n], Extern)]
+        if len(steps) != 2 or any(s.target != KIND for s in steps):
+            raise Illegal("one product a kernel, or two around a softmax")
+        self.first, self.second = steps
+        self.score = Load(self.first.outputs[0].name, (), "f32")
+        self.resolved: dict[str, Expr] = {}
+
+    def build(self) -> Flash:
+        q, k = self.first.args[0], self.first.args[1]
+        p, v = self.second.args[0], self.second.args[1]
+        out = self.second.outputs[0]
+        if self.visible - {out.name, self.second.name}:
+            raise Illegal("what lies between the products is needed elsewhere")
+        dtypes = {self.graph.buffers[view.buffer].dtype for view in (q, k, v)}
+        if len(dtypes) != 1 or not dtypes <= {"f32", "bf16", "f16"}:
+            raise Illegal("operands of these dtypes")
+        if len(q.shape) != 3 or p.shape != (*q.shape[:2], k.shape[2]) or v.shape[1] != p.shape[2]:
+            raise Illegal("products that do not follow each other")
+        shape = Shape(q.shape[0], q.shape[1], k.shape[2], q.shape[2], v.shape[2], dtypes.pop())
+        if max(shape.d, shape.dv) > WIDEST or min(shape.d, shape.dv, shape.keys) < 16 or shape.batch > 65535:
+            raise Illegal("operands too wide or too thin for one tile")
+        if out.stride != contiguous_stride(out.shape):
+            raise Illegal("the result is stored in another order")
+        for name, node in self.nodes.items():
+            self.resolved[name] = Rewriter(load=self._inline).expr(node.expr)
+        where = {name: of(var) if var.size != 1 else constant(0) for name, var in variables(shape).items()}
+        scores = self._softmax(p, shape, where)
+        operands = (
+            self._operand(q, (where["batch"], where["m"], where["d"])),
+            self._operand(k, (where["batch"], where["d"], where["n"])),
+            self._operand(v, (where["batch"], where["n"], where["e"])),
+        )
+        place = joined((where["batch"] * shape.queries + where["m"]) * shape.dv + where["e"])
+        reads = self._reads((scores, *operands))
+        origins = ("attention", *(n.origin for n in self.nodes.values()))
+        drafted = Flash(
+            out.name, shape, heuristic(shape, self.graph.precision), operands, scores, self.score, place,
+            _visible(scores, variables(shape)), reads, (out,),
+            sum(b.numel * BYTES[b.dtype] for b in (*reads, out)), self.group, tuple(dict.fromkeys(origins)),
+            self.graph.precision,
+        )  # fmt: skip
+        return replace(drafted, blocks=self._blocks(drafted))
+
+    def _blocks(self, drafted: Flash) -> Blocks:
+        legal, blocks = drafted.knobs(), drafted.blocks
+        for knob, value in self.group.launch:
+            if value not in legal.get(knob, []):
+                raise Illegal(f"{knob}={value} is no choice here")
+            blocks = replace(blocks, **{knob: value})
+        if blocks.m * blocks.n < 32 * blocks.warps:
+            raise Illegal("tiles that do not suit the warps")
+        return blocks
+
+    def _inline(self, load: Load) -> Expr:
+        node = self.nodes.get(load.buffer)
+        if node is None or not node.pointwise:
+            return load
+        return Rewriter(dict(zip(node.vars, load.index))).expr(self.resolved[load.buffer])
+
+    def _softmax(self, p: View, shape: Shape, where: dict[str, Index]) -> Expr:
+        """The argument of the softmax that the second product's left operand is; ``Illegal`` if it is none."""
+        node = self.nodes.get(p.buffer)
+        if node is None or p.offset or p.stride != contiguous_stride(p.shape):
+            raise Illegal("nothing makes the second product's left operand")
+        row = where["batch"] * shape.queries + where["m"]
+        flat = row * shape.keys + where["n"]
+
+        def read(load: Load) -> Expr:
+            place = joined(position(load.index, self.graph.buffers[load.buffer].stride))
+            own = self.nodes.get(load.buffer)
+            if load.buffer == self.score.buffer or own is not None:
+                if place != joined(flat if load.buffer == self.score.buffer else row):
+                    raise Illegal("scores are read in another order")
+                return self.score if own is None else Load(load.buffer, (), "f32")
+            return Load(load.buffer, (place,), load.dtype)
+
+        def value(part: Node, position: Index) -> Expr:
+            binding: dict[Var, Index] = {}
+            step = 1
+            for var in reversed(part.vars):
+                binding[var] = (position // step) % var.size if var.size != 1 else constant(0)
+                step *= var.size
+            if step != math.prod((shape.batch, shape.queries, 1 if part.rvars else shape.keys)):
+                raise Illegal(f"{part.name} is no part of a softmax")
+            for var in part.rvars:
+                binding[var] = where["n"]
+            return Rewriter(binding, read).expr(self.resolved[part.name])
+
+        reductions = {
+            r: n for n, s in self.nodes.items() if (r := s.reduction) is not None and s.scan is None
+        }
+        if set(reductions) != {"max", "sum"} or sum(not s.pointwise for s in self.nodes.values()) != 2:
+            raise Illegal("no softmax between the products")
+        top, total = (self.nodes[reductions[op]] for op in ("max", "sum"))
+        if any([v.size for v in part.rvars if v.size != 1] != [shape.keys] for part in (top, total)):
+            raise Illegal("no softmax over the keys")
+        scores = value(top, row)
+        shifted = Op("exp", (Op("sub", (scores, Load(top.name, (), "f32")), "f32"),), "f32")
+        sum_ = Load(total.name, (), "f32")
+        inverse = Op("div", (Const(1.0, "f32"), sum_), "f32")
+        forms = (Op("div", (shifted, sum_), "f32"), Op("mul", (shifted, inverse), "f32"))
+        if value(total, row) is not shifted or value(node, flat) not in forms:
+            raise Illegal("no softmax between the products")
+        return scores
+
+    def _operand(self, view: View, index: tuple[Index, ...]) -> Expr:
+        return element(self.graph, self.nodes, view, index)
+
+    def _reads(self, roots: tuple[Expr, ...]) -> tuple[Buffer, ...]:
+        names = dict.fromkeys(
+            n.buffer for n in walk(*roots) if isinstance(n, (Load, Search)) and n.buffer != self.score.buffer
+        )
+        if any(name in self.nodes for name in names):
+            raise Illegal("an operand is reduced")
+        return tuple(self.graph.buffers[name] for name in names)
+
+
+def _visible(scores: Expr, names: dict[str, Var]) -> int | None:
+    """``k`` such that ``scores`` is -inf wherever ``key >= query + k``."""
+    for node in walk(scores):
+        if not isinstance(node, Op) or node.name != "where" or node is not scores:
+            continue
+        test, masked = node.args[0], node.args[1]
+        if not (isinstance(masked, Const) and masked.value == -math.inf and isinstance(test, Op)):
+            continue
+        if test.name not in ("ge", "gt") or not isinstance(test.args[1], Const):
+            continue
+        ahead = test.args[0]
+        if not (isinstance(ahead, Op) and ahead.name == "sub"):
+            continue
+        key, query = ahead.args
+        if isinstance(key, Position) and isinstance(query, Position):
+            rest = key.index - query.index - of(names["n"]) + of(names["m"])
+            if not rest.terms:
+                return int(test.args[1].value) + (test.name == "gt") - rest.const
+    return None
+
+
+def heuristic(shape: Shape, policy: str) -> Blocks:
+    half = shape.dtype != "f32"
+    precision = "ieee" if half else {"strict": "tf32x3", "tf32": "tf32", "bf16": "bf16"}[policy]
+    if shape.queries <= 16:
+        return Blocks(16, 64, 4, 2, precision)
+    if half:
+        return Blocks(128 if shape.queries >= 128 else 64, 64, 8 if shape.queries >= 128 else 4, 3, precision)
+    return (
+        Blocks(32, 32, 4, 2, precision) if max(shape.d, shape.dv) > 64 else Blocks(128, 64, 8, 2, precision)
+    )

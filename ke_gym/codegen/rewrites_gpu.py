@@ -1,0 +1,141 @@
+"""The strategies on schedules for a GPU: the same vocabulary, applied to tile kernels. See ``rewrites``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ke_gym.codegen import flash, fusion, products
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.graph import Extern
+from ke_gym.codegen.legality import legal
+from ke_gym.codegen.program import Program
+from ke_gym.codegen.schedule import Group, Plan, Schedule
+from ke_gym.codegen.tiles import Tiles
+from ke_gym.codegen.variants import Variants, either, groups, nest_of, with_group
+
+MAX_TRIES = 64
+
+
+def with_launch(group: Group, knob: str, value: Any) -> Group:
+    kept = [(k, v) for k, v in group.launch if k != knob]
+    return replace(group, launch=tuple(sorted((*kept, (knob, value)))))
+
+
+def by_launch(*names: str, kinds: tuple[type, ...] = (Tiles, products.Product, flash.Flash)) -> Variants:
+    """Variants that set one knob of one kernel, nearest values first."""
+
+    def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+        for p, g, group in groups(schedule):
+            kernel: Any = nest_of(program, schedule, p, g)
+            if not isinstance(kernel, kinds):
+                continue
+            for name in names:
+                values = kernel.knobs().get(name, [])
+                present = getattr(kernel.blocks, name, None)
+                at = values.index(present) if present in values else 0
+                for value in sorted(values, key=lambda v: abs(values.index(v) - at)):
+                    if value != present:
+                        yield with_group(schedule, p, g, with_launch(group, name, value))
+
+    return variants
+
+
+def fuse(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Join two kernels, take a library product over, or a softmax with the products around it."""
+    for p, (graph, plan) in enumerate(zip(program.graphs, schedule.plans)):
+        order = {n: k for k, n in enumerate(graph.steps)}
+        for a, first in enumerate(plan.groups):
+            for second in plan.groups[a + 1 :]:
+                if fusion.related(graph, list(first.nodes), list(second.nodes)):
+                    nodes = tuple(sorted({*first.nodes, *second.nodes}, key=lambda n: order[n]))
+                    rest = [g for g in plan.groups if g is not first and g is not second]
+                    yield _with_plan(schedule, p, _plan([*rest, Group(nodes)], order))
+        for name, step in graph.steps.items():
+            product = isinstance(step, Extern) and step.target in products.KINDS
+            if product and not any(name in g.nodes for g in plan.groups):
+                yield _with_plan(schedule, p, fusion.absorb(graph, plan, name))
+        yield _with_plan(schedule, p, fusion.attended(graph, plan))
+
+
+def fission(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Cut a kernel in two, or give a product back to the library."""
+    for p, g, group in groups(schedule):
+        graph = program.graphs[p]
+        products_here = [n for n in group.nodes if isinstance(graph.steps[n], Extern)]
+        if products_here:
+            rest = tuple(n for n in group.nodes if n not in products_here)
+            yield with_group(schedule, p, g, *([Group(rest)] if rest else []))
+            continue
+        for cut in range(len(group.nodes) - 1, 0, -1):
+            yield with_group(schedule, p, g, Group(group.nodes[:cut]), Group(group.nodes[cut:]))
+
+
+def _plan(listed: list[Group], order: dict[str, int]) -> Plan:
+    return Plan(tuple(sorted(listed, key=lambda g: order[g.nodes[-1]])))
+
+
+def _with_plan(schedule: Schedule, p: int, plan: Plan) -> Schedule:
+    return replace(schedule, plans=(*schedule.plans[:p], plan, *schedule.plans[p + 1 :]))
+
+
+def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
+    """See ``knobs.knobs``."""
+    found: dict[str, list[Any]] = {}
+    for p, g, _ in groups(schedule):
+        kernel: Any = nest_of(program, schedule, p, g)
+        for name, values in kernel.knobs().items():
+            if len(values) > 1:
+                found[f"{p}.{g}.{name}"] = list(values)
+    return found
+
+
+def present(program: Program, schedule: Schedule) -> dict[str, Any]:
+    """Where the schedule stands in the space of ``knobs``."""
+    values = {}
+    for name in knobs(program, schedule):
+        p, g, field = name.split(".")
+        kernel: Any = nest_of(program, schedule, int(p), int(g))
+        values[name] = getattr(kernel.blocks, field)
+    return values
+
+
+def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> Schedule:
+    """See ``knobs.with_knobs``."""
+    result = schedule
+    for name, value in values.items():
+        if name.count(".") == 2:
+            p, g, field = name.split(".")
+            group = result.plans[int(p)].groups[int(g)]
+            result = with_group(result, int(p), int(g), with_launch(group, field, value))
+    if not legal(program, schedule, result):
+        raise Illegal("these knobs do not go together")
+    return result
+
+
+def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """A sequence of random settings of all knobs."""
+    choices = knobs(program, schedule)
+    for seed in range(MAX_TRIES):
+        generator = random.Random(seed)
+        picked = {k: generator.choice(v) for k, v in choices.items() if generator.random() < 0.4}
+        try:
+            yield with_knobs(program, schedule, picked)
+        except Illegal:
+            continue
+
+
+REWRITES: dict[str, Variants] = {
+    "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles,))),
+    "vectorize": by_launch("rows", kinds=(Tiles,)),
+    "traversal_swizzle": by_launch("group"),
+    "prefetch_pipeline": by_launch("stages"),
+    "fuse": fuse,
+    "fission": fission,
+    "unroll_ilp": by_launch("columns", kinds=(Tiles,)),
+    "precision_math": by_launch("precision"),
+    "work_partition": by_launch("warps"),
+    "param_tune": shuffle_knobs,
+}

@@ -1,0 +1,86 @@
+"""Generated Triton modules run by Triton's interpreter. Needs ``TRITON_INTERPRET=1`` before Triton is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ke_gym.codegen import Program
+from ke_gym.codegen.capture import capture
+from ke_gym.codegen.lower import lower
+from ke_gym.codegen.schedule import Schedule
+from ke_gym.codegen.tiles import for_gpu
+from ke_gym.tasks import Task
+
+SMALL = "ragged"
+
+
+@cache
+def program(name: str) -> Program:
+    """The task's program for a GPU, at its small odd sizes."""
+    task = Task.load(name)
+    return Program(name, (for_gpu(lower(capture(task, SMALL), task.precision)),))
+
+
+def with_launch(schedule: Schedule, launch: Any) -> Schedule:
+    """The schedule with these knobs of its first kernel."""
+    plan = schedule.plans[0]
+    first = replace(plan.groups[0], launch=tuple((str(k), v) for k, v in launch))
+    return Schedule((replace(plan, groups=(first, *plan.groups[1:])),))
+
+
+def imported(source: str, folder: Path) -> ModuleType:
+    path = folder / "kernel_module.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("kernel_module", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(name: str, launch: Any) -> None:
+    """Whether the module computes what the reference does, inputs with infinities and NaN included."""
+    task, made = Task.load(name), program(name)
+    schedule = made.seeds()[0]
+    if launch:
+        schedule = with_launch(schedule, launch)
+        assert made.legal(schedule)
+    reference = task.reference(SMALL)
+    with tempfile.TemporaryDirectory() as folder:
+        module = imported(made.emit(schedule), Path(folder))
+        for seed, distribution in enumerate(("task", "special")):
+            inputs = task.inputs(SMALL, seed, distribution)
+            names = list(inspect.signature(module.forward).parameters)[len(inputs) :]
+            got = module.forward(*inputs, **{n: reference.state[n].detach() for n in names})
+            wanted = reference(*inputs)
+            for a, b in zip([got] if isinstance(got, torch.Tensor) else got, wanted, strict=True):
+                close = 2e-2 if b.dtype in (torch.bfloat16, torch.float16) else 2e-4
+                torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
+
+
+def main() -> None:
+    found = {}
+    for name, launch in json.load(sys.stdin):
+        key = f"{name} in passes" if launch else name
+        try:
+            check(name, launch)
+            found[key] = ""
+        except Exception as error:
+            found[key] = f"{type(error).__name__}: {error}"[:500]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Generated Triton modules: computed by Triton's interpreter on a CPU, and compiled for sm_90."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ke_gym import tasks
+from ke_gym.codegen import CodegenError, rewrites
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.schedule import Schedule
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.tasks import Task
+from tests.codegen.interpret import SMALL, program, with_launch
+from tests.languages.gpu_modules import built, launches
+
+NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
+# One of each kind, and cheap to interpret: every program of the grid is a walk through Python.
+INTERPRETED = (
+    "softmax", "layer_norm", "column_mean", "argmax", "reverse_cumsum", "max_pool", "cross_entropy", "bucketize",
+    "map_id", "rotary_embedding", "matmul_bias_gelu", "attention_gqa_decode",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_has_modules(name: str) -> None:
+    made = program(name)
+    for seed in made.seeds():
+        compile(made.emit(seed), name, "exec")
+
+
+REWRITTEN = (
+    "softmax",
+    "layer_norm_backward",
+    "group_norm",
+    "matmul_bias_gelu",
+    "attention_causal",
+    "pooled_ffn",
+)
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_rewrites_give_other_modules(name: str) -> None:
+    made = program(name)
+    seed = made.seeds()[0]
+    assert Schedule.from_json(seed.to_json()) == seed
+    applied = 0
+    for strategy in rewrites.STRATEGIES:
+        changed = rewrites.apply(made, seed, strategy, draw=1)
+        if changed is not None:
+            applied += 1
+            assert made.legal(changed)
+            assert made.emit(changed) != made.emit(seed), strategy
+    assert applied >= 4
+
+
+HALF = [str(path) for path in sorted((Path(__file__).parent / "half").glob("*.py"))]
+
+IN_PASSES = {
+    "softmax": (("columns", 64), ("rows", 4)),
+    "log_softmax": (("columns", 64),),
+    "cumsum": (("columns", 64), ("rows", 8)),
+    "column_mean": (("rows", 16),),
+    "layer_norm": (("columns", 16), ("rows", 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """What a process whose Triton interprets says of each module: "" if it computes what the reference does."""
+    wanted = [(name, ()) for name in (*INTERPRETED, *HALF)] + list(IN_PASSES.items())
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.codegen.interpret"],
+        input=json.dumps(wanted), capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", [*INTERPRETED, *HALF], ids=lambda name: Path(name).stem)
+def test_first_drafts_compute_the_reference(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == ""
+
+
+@pytest.mark.parametrize("name", IN_PASSES)
+def test_rows_in_passes_compute_the_reference(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[f"{name} in passes"] == ""
+
+
+@pytest.mark.parametrize("name", HALF, ids=lambda name: Path(name).stem)
+def test_half_precision_is_one_kernel_of_its_own(name: str) -> None:
+    text = program(name).emit(program(name).seeds()[0])
+    assert text.count("@triton.jit\ndef compute_") == 1
+    assert "tl.dot" in text
+    assert "torch.ops" not in text
+
+
+def test_softmax_in_passes_reads_its_input_twice() -> None:
+    made = program("softmax")
+    assert made.emit(with_launch(made.seeds()[0], (("columns", 64),))).count("tl.load(x ") == 2
+
+
+COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_first_drafts_compile_without_a_gpu(name: str) -> None:
+    task, made = Task.load(name), program(name)
+    graph = made.graphs[0]
+    inputs = tuple(TensorSpec.of(v) if isinstance(v, torch.Tensor) else v for v in task.inputs(SMALL, 0))
+    reference = task.reference(SMALL)
+    outputs = tuple(TensorSpec.of(tensor) for tensor in reference(*task.inputs(SMALL, 0)))
+    state = {key: TensorSpec.of(tensor) for key, tensor in reference.state.items()}
+    artifact = built(made.emit(made.seeds()[0]), inputs=inputs, outputs=outputs, state=state)
+    assert len(launches(artifact)) >= 1
+    assert all(kernel["stack"] == 0 for kernel in artifact.report["kernels"]), "nothing spills at these sizes"
+    assert graph.device == "cuda"
+
+
+def test_what_is_refused() -> None:
+    made = program("softmax")
+    with pytest.raises(CodegenError, match="triton, not in 'fortran'"):
+        made.emit(made.seeds()[0], "fortran")
+    with pytest.raises(CodegenError, match="was lowered for cuda; cpp is for cpu"):
+        made.emit(made.seeds()[0], "cpp")
+    schedule = with_launch(made.seeds()[0], (("rows", 3),))
+    assert not made.legal(schedule)
+    with pytest.raises(CodegenError, match="rows=3 is no choice here"):
+        made.emit(schedule)
+    with pytest.raises(Illegal):
+        rewrites.with_knobs(made, made.seeds()[0], {"0.0.warps": 3})
+
+
+def test_knobs_are_where_the_schedule_stands() -> None:
+    made = program("matmul_bias_gelu")
+    seed = made.seeds()[0]
+    space = rewrites.knobs(made, seed)
+    assert {"0.0.m", "0.0.n", "0.0.k", "0.0.warps", "0.0.stages", "0.0.precision"} <= set(space)
+    changed = rewrites.with_knobs(made, seed, {"0.0.warps": 2})
+    assert "num_warps=2" in made.emit(changed)
