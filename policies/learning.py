@@ -24,7 +24,7 @@ from ke_gym.envs.replay import KernelOptReplayEnv
 from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION
-from ke_gym.policies import files, statistics
+from ke_gym.policies import files
 from ke_gym.policies.base import Policy
 from ke_gym.policies.comparison import ROOM
 from ke_gym.policies.network import NetworkPolicy
@@ -107,7 +107,10 @@ class State:
 
 
 class Yardstick:
-    """Scores a policy on tables by the normalized area under its curve: 0 is masked random, 1 the best known."""
+    """Scores a policy on tables by the normalized area under its curve: 0 is masked random, 1 the best known.
+
+    Normalized by the room of all tables together: those where chance leaves little weigh little.
+    """
 
     def __init__(self, tables: Sequence[Table], horizon: int, runs: int = 5) -> None:
         self.tables, self.runs = list(tables), runs
@@ -117,9 +120,7 @@ class Yardstick:
             np.median([episode.curve for episode in self._episodes(chance, table, 4 * runs)], axis=0)
             for table in self.tables
         ]
-        self.room = [float((np.log(t.optimum) - c).mean()) for t, c in zip(self.tables, self.chance)]
-        if max(self.room) < ROOM:
-            raise UserError("masked random is at the best known on all validation tables; name others")
+        self.room = sum(float((np.log(t.optimum) - c).mean()) for t, c in zip(self.tables, self.chance))
 
     def _episodes(self, policy: Policy, table: Table, runs: int) -> list[Episode]:
         env = make(
@@ -138,18 +139,16 @@ class Yardstick:
         """
         probe = copy.deepcopy(policy)
         probe.training = False
-        areas, finals, correct, evaluations = [], [], 0, 0
-        for table, chance, room in zip(self.tables, self.chance, self.room):
+        gained, finals, correct, evaluations = 0.0, [], 0, 0
+        for table, chance in zip(self.tables, self.chance):
             episodes = self._episodes(probe, table, self.runs)
             correct += sum(episode.correct for episode in episodes)
             evaluations += sum(episode.evaluations for episode in episodes)
             curves = np.array([episode.curve for episode in episodes])
             finals.append(float(curves[:, -1].mean()))
-            if room >= ROOM:
-                best = float(np.log(table.optimum))
-                areas.append(np.mean([statistics.normalized_auc(curve, chance, best) for curve in curves]))
+            gained += float((curves - chance).mean())
         return {
-            "auc": float(np.mean(areas)),
+            "auc": gained / max(self.room, ROOM),
             "log_speedup": float(np.mean(finals)),
             "validity": correct / max(evaluations, 1),
         }

@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.figures import Figure, Figures, console
 from ke_gym import tasks
@@ -52,6 +51,8 @@ class Env:
 
     def batched(self, loaded: list[Any]) -> float:
         """Random recorded actions; choosing them is not counted."""
+        from ke_gym.envs.batched_replay import BatchedReplayVecEnv
+
         envs = BatchedReplayVecEnv(BATCH, loaded)
         envs.seed(0)
         envs.reset()
@@ -95,16 +96,16 @@ class Env:
 
     def learning(self, loaded: list[Any]) -> float:
         """Steps a second of MaskablePPO's learning as scripts/train.py does it, validation left out."""
+        from ke_gym.envs.vector import FlatVecObservation
         from sb3_contrib import MaskablePPO
 
-        assert "maskable_ppo" in NETWORKS
-        torch.set_num_threads(max(torch.get_num_threads(), 1))
         envs = FlatVecObservation(make_vec_env(REPLAY, BATCH, seed=0, tables=loaded))
-        model = MaskablePPO("MlpPolicy", envs, n_steps=32, batch_size=2048, device="cpu", seed=0, **PPO)
-        model.learn(BATCH * 32)
+        shape = {"n_steps": LEARNED // BATCH, "batch_size": LEARNED // 4}
+        model: Any = MaskablePPO("MlpPolicy", envs, device="cpu", seed=0, **shape, **PPO)
+        model.learn(LEARNED)
         start = time.perf_counter()
-        model.learn(BATCH * 32 * 12)
-        return BATCH * 32 * 12 / (time.perf_counter() - start)
+        model.learn(12 * LEARNED)
+        return 12 * LEARNED / (time.perf_counter() - start)
 
     def overhead(self) -> float:
         """Seconds of a live step beyond the evaluation (and the proposal) itself."""
