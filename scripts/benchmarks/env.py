@@ -13,11 +13,10 @@ import numpy as np
 from benchmarks.figures import Figure, Figures, console
 from ke_gym import tasks
 from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
-from ke_gym.envs.batched_replay import BatchedReplayVecEnv
-from ke_gym.envs.vector import FlatVecObservation
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.policies.learning import NETWORKS, PPO
+from ke_gym.policies.learning import BATCH as LEARNED
+from ke_gym.policies.learning import PPO
 
 BATCH = 256
 
@@ -96,8 +95,9 @@ class Env:
 
     def learning(self, loaded: list[Any]) -> float:
         """Steps a second of MaskablePPO's learning as scripts/train.py does it, validation left out."""
-        from ke_gym.envs.vector import FlatVecObservation
         from sb3_contrib import MaskablePPO
+
+        from ke_gym.envs.vector import FlatVecObservation
 
         envs = FlatVecObservation(make_vec_env(REPLAY, BATCH, seed=0, tables=loaded))
         shape = {"n_steps": LEARNED // BATCH, "batch_size": LEARNED // 4}

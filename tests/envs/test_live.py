@@ -8,10 +8,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+
 from ke_gym.envs import LIVE, flatten
 from ke_gym.envs.kernel_opt import KernelOptEnv
 from ke_gym.envs.wrappers import FlatObservation, LegalAction, action_masks
-
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.proposers.base import Context, Proposal, Refusal

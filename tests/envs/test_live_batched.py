@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ke_gym.envs import LIVE, make_vec_env
 from ke_gym.envs.batched_live import BatchedLiveVecEnv
 from ke_gym.envs.kernel_opt import KernelOptEnv
 from ke_gym.envs.wrappers import action_masks
-
 from ke_gym.errors import UserError
 from ke_gym.search.observation import LAYOUT
 from ke_gym.strategies import RESTART, STOP

@@ -12,8 +12,8 @@ import gymnasium
 import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
-from ke_gym.envs import LIVE, REPLAY
 
+from ke_gym.envs import LIVE, REPLAY
 from tests.envs.live import FAKE
 from tests.envs.recorded import tables
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import cast
 
 import pytest
-from ke_gym.policies import Policy
 
 from ke_gym import policies
+from ke_gym.policies import Policy
 from ke_gym.testing.policies import PolicyConformance
 from tests.policies.endpoint import Endpoint
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ke_gym.policies import Transition
-from ke_gym.policies.features import LAYOUT
-from ke_gym.policies.llm_chooser import LLMChooser, parse
 
 from ke_gym import policies
 from ke_gym.errors import UserError
+from ke_gym.policies import Transition
+from ke_gym.policies.features import LAYOUT
+from ke_gym.policies.llm_chooser import LLMChooser, parse
 from ke_gym.strategies import get
 from tests.policies.endpoint import Answer, Endpoint
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from mabwiser.mab import MAB, LearningPolicy
+
 from ke_gym.policies.features import SIZE
 from ke_gym.policies.linear import LinearBandit
 from ke_gym.policies.lints import LinTS
 from ke_gym.policies.linucb import LinUCB
 from ke_gym.policies.thompson import BetaThompson
 from ke_gym.policies.ucb1 import UCB1
-from mabwiser.mab import MAB, LearningPolicy
-
 from ke_gym.search.run import Transition
 
 ARMS = list(range(25))

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from ke_gym import policies
+from ke_gym.errors import UserError
 from ke_gym.policies import Policy, Transition, files
 from ke_gym.policies.features import LAYOUT, PROFILE, irrelevance, vector
 from ke_gym.policies.islands_map_elites import IslandsMapElites
 from ke_gym.policies.kernelband import KernelBand, k_means
 from ke_gym.policies.network import NetworkPolicy
-
-from ke_gym import policies
-from ke_gym.errors import UserError
 from ke_gym.strategies import ACTIONS, RESTART, STRATEGIES, get
 from ke_gym.testing.policies import legal, observation, searches
 

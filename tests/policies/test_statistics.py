@@ -10,6 +10,7 @@ import rliable.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from ke_gym.policies import statistics
 
 scores = hnp.arrays(
