@@ -111,7 +111,7 @@ def tensor_map(
     swizzle: int = 0,
     nan_fill: bool = False,
     writes: bool = False,
-) -> _cuda.Tile:
+) -> _recording.Tile:
     """The TMA descriptor of a tensor, for a parameter ``const __grid_constant__ CUtensorMap map``.
 
     ``box`` elements per dimension are copied at once, swizzled over 0, 32, 64 or 128 bytes. Elements outside

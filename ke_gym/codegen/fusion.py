@@ -103,7 +103,7 @@ def cached_nest(graph: Graph, group: Group, visible: frozenset[str]) -> Nest | C
 
 def _builder(graph: Graph, group: Group) -> Any:
     """What builds a group of no product, of one, or of two with a softmax between them."""
-    kinds = (Builder, contract.Builder, attend.Builder)
+    kinds: tuple[Any, ...] = (Builder, contract.Builder, attend.Builder)
     if graph.device == "cuda":
         kinds = (tiles.Builder, products.Builder, flash.Builder)
     return kinds[min(len(attend.products_of(graph, group.nodes)), 2)]

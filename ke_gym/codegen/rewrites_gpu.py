@@ -24,7 +24,7 @@ def with_launch(group: Group, knob: str, value: Any) -> Group:
     return replace(group, launch=tuple(sorted((*kept, (knob, value)))))
 
 
-def by_launch(*names: str, kinds: tuple[type, ...] = (Tiles, products.Product, flash.Flash)) -> Variants:
+def by_launch(*names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash)) -> Variants:
     """Variants that set one knob of one kernel, nearest values first."""
 
     def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:

@@ -215,9 +215,7 @@ class Text:
             return self.names[expr, guard]
         name = f"v{self.count}"
         self.count += 1
-        target = (
-            self.lines if self._moves(expr) or ("ok" in guard and self._moves_guard(guard)) else self.outer
-        )
+        target = self.lines if guard or self._moves(expr) else self.outer
         target.append(f"{name} = {bare_text(text)}")
         self._remember(expr, guard, name)
         return name

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +50,9 @@ def pretending(arch: Arch) -> Iterator[None]:
         "device_count": lambda: 1,
         "synchronize": lambda device=None: None,
     }
-    with mock.patch.multiple(torch.cuda, **answers):
+    with ExitStack() as patched:
+        for name, answer in answers.items():
+            patched.enter_context(mock.patch.object(torch.cuda, name, answer))
         yield
 
 
@@ -62,7 +64,7 @@ def _allow_fake_tensors() -> None:
     built with CUDA but finds no GPU, ``FakeTensorMode`` puts a guard that does nothing in the place of CUDA's
     (``torch._C._ensureCUDADeviceGuardSet``); this does the same, with the guard of the meta device.
     """
-    if torch.backends.cuda.is_built():
+    if torch.version.cuda is not None:
         return
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * _DEVICE_TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")

@@ -89,8 +89,8 @@ def written(ttir: str, kernel: str) -> frozenset[int]:
             values.join([*results, *several.get(name, used[:1])])
         if text.rstrip().endswith("{") and name != "module":
             regions.append((name, results))
-    for callee, used in calls:
-        for inside, outside in zip(arguments.get(callee, ()), used):
+    for target, passed in calls:
+        for inside, outside in zip(arguments.get(target, ()), passed):
             values.join([inside, outside])
     roots = {values.find(store) for store in stores}
     return frozenset(k for k, name in enumerate(arguments.get(kernel, ())) if values.find(name) in roots)
