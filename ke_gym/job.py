@@ -24,9 +24,10 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.opening import kernel_language, open_evaluator
+from ke_gym.knowledge.learned import FOLDER, distill, write_back
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
-from ke_gym.proposers import LLM, Proposer
+from ke_gym.proposers import LLM, Proposer, warm
 from ke_gym.report import write_report
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
@@ -60,6 +61,8 @@ class RunSettings:
     workers: int
     llm: dict[str, Any] | None = None
     exchange: str = ""
+    learned: bool = True
+    warm_start: float = 0.0
 
 
 def optimize(
@@ -78,6 +81,8 @@ def optimize(
     workers: int = 2,
     llm: LLM | None = None,
     exchange: str | Path | None = None,
+    learned: bool = True,
+    warm_start: float = 0.0,
     out: str | Path = "runs",
     resume: str | Path | None = None,
     watch: Watch | None = None,
@@ -97,6 +102,8 @@ def optimize(
         workers: candidates in flight at once.
         llm: how models are asked, for the proposer ``openai``.
         exchange: a folder shared with a machine that has the GPU and serves it there (``evaluate.py --serve``).
+        learned: add what this search teaches to the lessons beside the store, and tell models of earlier ones.
+        warm_start: how often a draft is the best recorded kernel of this or a similar task, from 0 to 1.
         out: the folder in which the run's own folder is made.
         resume: a run's folder: continue that search with what it recorded.
         watch: hooks for progress.
@@ -105,6 +112,7 @@ def optimize(
         UserError: for bad input, in one sentence.
     """
     limits = Budget(budget, seconds, dollars)
+    warm.check(warm_start)
     loaded = _task(task, example_inputs)
     if resume is not None:
         run_dir, settings = read_run(resume)
@@ -120,7 +128,7 @@ def optimize(
         settings = RunSettings(
             RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
             threads, workers, llm.to_dict() if llm and "openai" in proposers.members(proposer) else None,
-            str(Path(exchange).absolute()) if exchange else "",
+            str(Path(exchange).absolute()) if exchange else "", learned, warm_start,
         )  # fmt: skip
         if loaded.payload:
             (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())
@@ -187,7 +195,7 @@ def _search(
             settings.threads,
             exchange=Path(settings.exchange) if settings.exchange else None,
         ) as evaluator,
-        closing(_proposer(task, settings, evaluator, run_dir)) as proposer,
+        closing(_proposer(task, settings, evaluator, run_dir, store)) as proposer,
     ):
         setting = Setting(
             task.id, settings.target, evaluator.facts.fingerprint, settings.baseline, evaluator.threads
@@ -215,12 +223,20 @@ def _search(
         result = _result(task, module, session, evaluator, stopped, run_dir)
         result.write()
         write_report(result, session, evaluator)
+        if settings.learned:
+            lessons = distill(settings.session, task.name, task.family, store.nodes(settings.session))
+            write_back(store.path.parent / FOLDER, lessons)
     return result
 
 
-def _proposer(task: Task, settings: RunSettings, evaluator: Evaluator, run_dir: Path) -> Proposer:
+def _proposer(
+    task: Task, settings: RunSettings, evaluator: Evaluator, run_dir: Path, store: Store
+) -> Proposer:
     llm = LLM.from_dict(settings.llm) if settings.llm else None
-    return proposers.make(
+    # Lessons grow from search to search: what is to be replayed does without.
+    if llm and settings.learned and not (llm.record or llm.replay):
+        llm = replace(llm, learned=str(store.path.parent / FOLDER))
+    made = proposers.make(
         settings.proposer,
         task,
         kernel_language(settings.target),
@@ -228,6 +244,10 @@ def _proposer(task: Task, settings: RunSettings, evaluator: Evaluator, run_dir: 
         llm=llm,
         transcripts=run_dir / "transcripts",
     )
+    if not settings.warm_start:
+        return made
+    kernels = warm.choose(task, settings.target, store.leaders(settings.target))
+    return warm.WarmStart(made, kernels, settings.warm_start)
 
 
 def remembering(

@@ -22,6 +22,7 @@ from rich.console import Console
 from ke_gym import policies, proposers, tasks
 from ke_gym.errors import UserError
 from ke_gym.job import check_out, optimize, read_run
+from ke_gym.proposers import warm
 from ke_gym.proposers.llm import LLM, Memory, models
 from ke_gym.report.live import LiveView, PlainView
 from ke_gym.report.table import summary
@@ -60,6 +61,11 @@ class Args:
     """For openai: seconds one call may take."""
     knowledge: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """For openai: a folder of your own documents, which overlay the built-in ones. May be given several times."""
+    learned: bool = True
+    """Keep what this search teaches as lessons beside the store, and tell models of those kept before."""
+    warm_start: float = 0.0
+    """How often a draft is the best recorded kernel of this or a similar task, from 0 to 1. It saves time, and narrows
+    the search."""
     record: str = ""
     """For openai: keep the conversation in this file, a cassette."""
     replay: str = ""
@@ -86,6 +92,7 @@ class Args:
 
 def main(args: Args) -> int:
     limits = Budget(args.budget, args.seconds, args.max_dollars)
+    warm.check(args.warm_start)
     policies.make(args.policy)
     proposers.check(args.proposer)
     llm = LLM(
@@ -139,6 +146,8 @@ def main(args: Args) -> int:
                     threads=args.threads,
                     llm=llm,
                     exchange=args.exchange,
+                    learned=args.learned,
+                    warm_start=args.warm_start,
                     out=args.out,
                     resume=args.resume,
                     watch=view,

@@ -12,6 +12,7 @@ from torch import nn
 import ke_gym
 from ke_gym.errors import UserError
 from ke_gym.job import read_run
+from ke_gym.knowledge.learned import Lesson, distill
 from ke_gym.search.run import Watch
 from ke_gym.search.session import Session
 from ke_gym.search.store import Store
@@ -72,6 +73,16 @@ def test_three_lines_from_python(result: ke_gym.Result, module: Chain) -> None:
         torch.testing.assert_close(result.kernel(x), module(x))
         torch.testing.assert_close(result.kernel(x[:7]), module(x[:7]))
     assert sum(result.kernel.fallbacks.values()) >= 1
+
+
+def test_what_a_search_taught_is_kept_once_beside_the_store(result: ke_gym.Result, own_home: Path) -> None:
+    _, settings = read_run(result.run_dir)
+    with Store(own_home / "store.db") as store:
+        lessons = distill(settings.session, "chain", "user", store.nodes(settings.session))
+    folder = own_home / "learned"
+    kept = [row for path in folder.rglob("*.md") for row in Lesson.read(path, folder).evidence]
+    mine = [row.tries for row in kept if row.session == settings.session]
+    assert sum(mine) == sum(lesson.tries for lesson in lessons) > 0
 
 
 def test_a_resumed_run_kept_what_was_paid_for(result: ke_gym.Result, own_home: Path) -> None:

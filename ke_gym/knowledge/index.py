@@ -75,8 +75,10 @@ def applies(document: Document, situation: Situation) -> bool:
         names = document.front_matter(field)
         if wanted not in names and ANY not in names:
             return False
-    named = situation.device.lower()
-    return not (named and document.device) or any(word.lower() in named for word in document.device)
+    if not (situation.device and document.device):
+        return True
+    words = "|".join(re.escape(word) for word in document.device)
+    return re.search(rf"\b({words})", situation.device, re.IGNORECASE) is not None
 
 
 def _specificity(document: Document, situation: Situation) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from ke_gym.errors import UserError
-from ke_gym.knowledge.document import Document, injection, read
+from ke_gym.knowledge import learned as lessons
+from ke_gym.knowledge.document import Document, read
 from ke_gym.knowledge.index import Index, Reranker, Situation
 
 BUILT_IN = Path(__file__).parent
@@ -39,13 +39,7 @@ class Knowledge:
                 raise UserError(f"{folder} holds no knowledge documents (*.md with front matter)")
             found.update((document.id, document) for document in overlay)
         if learned is not None and Path(learned).is_dir():
-            for document in documents(Path(learned), str(learned)):
-                if passage := injection(document.body):
-                    raise UserError(
-                        f"{learned}/{document.id}.md gives instructions ({passage!r}) instead of a lesson;"
-                        " remove it"
-                    )
-                found[f"learned/{document.id}"] = replace(document, id=f"learned/{document.id}")
+            found.update((document.id, document) for document in lessons.documents(Path(learned)))
         self._index = Index(found.values(), reranker)
         self._by_id = found
 

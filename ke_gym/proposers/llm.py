@@ -22,7 +22,8 @@ class LLM:
     ``max_tokens`` bounds one answer, ``timeout`` (seconds) one call; ``retries`` follow rate limits, server
     errors and broken connections. ``in_flight`` proposals are written at once. ``prices`` is a JSON file of
     dollars per million tokens, ``{"model": [in, out]}``. ``knowledge`` are folders that overlay the built-in
-    documents, ``use_knowledge`` False leaves all out. ``record`` and ``replay`` name a cassette's file.
+    documents, ``use_knowledge`` False leaves all out; ``learned`` is the folder of what earlier searches taught.
+    ``record`` and ``replay`` name a cassette's file.
     """
 
     models: tuple[str, ...] = ()
@@ -37,6 +38,7 @@ class LLM:
     prices: str = ""
     knowledge: tuple[str, ...] = ()
     use_knowledge: bool = True
+    learned: str = ""
     record: str = ""
     replay: str = ""
 

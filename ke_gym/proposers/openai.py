@@ -95,7 +95,11 @@ class OpenAI(Proposer):
         for model, price in self.prices.items():
             if price is not None:
                 self.tiers.expect(model, price.of(5000, _EXPECTED_ANSWER))
-        self.knowledge = Knowledge(self.settings.knowledge) if self.settings.use_knowledge else None
+        self.knowledge = (
+            Knowledge(self.settings.knowledge, self.settings.learned or None)
+            if self.settings.use_knowledge
+            else None
+        )
 
     @property
     def in_flight(self) -> int:
@@ -190,8 +194,9 @@ class OpenAI(Proposer):
         task = self.brief.task
         text = f"{task.name} {task.family} {task.description}\n{self.brief.source}\n{log}"
         situation = Situation(
-            self.brief.target, self.language, strategy.name, judged.limiter if judged else "", phase, text
-        )
+            self.brief.target, self.language, strategy.name, judged.limiter if judged else "", phase, text,
+            "\n".join(self.brief.machine),
+        )  # fmt: skip
         room = prompt.BUDGETS["knowledge"] - 100
         found = self.knowledge.retrieve(situation, prompt.KNOWLEDGE_DOCUMENTS + 1, room)
         # What the contract says already.

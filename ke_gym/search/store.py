@@ -24,6 +24,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION, Evaluation
 from ke_gym.evaluation.record import home
 from ke_gym.proposers.base import NOTHING, Usage
+from ke_gym.proposers.warm import Record
 from ke_gym.tasks import Task
 
 # One script per schema version; a database at version v is brought forward by MIGRATIONS[v:].
@@ -216,6 +217,23 @@ class Store:
         """Every evaluation of the task, in the order recorded."""
         rows = self._rows("SELECT data FROM evaluations WHERE task = ? ORDER BY id", task_id)
         return [Evaluation.from_json(data) for (data,) in rows]
+
+    def leaders(self, target: str, per_task: int = 2) -> list[Record]:
+        """The fastest correct kernels of every task on this kind of target, whatever the machine."""
+        rows = self._rows(
+            "SELECT t.id, t.source, c.source, c.language, ranked.speedup FROM ("
+            "  SELECT task, candidate, max(speedup) AS speedup,"
+            "    row_number() OVER (PARTITION BY task ORDER BY max(speedup) DESC) AS place"
+            "  FROM evaluations WHERE target = ? AND outcome = 'correct' AND speedup > 1 GROUP BY task, candidate"
+            ") AS ranked JOIN tasks t ON t.id = ranked.task JOIN candidates c ON c.id = ranked.candidate"
+            " WHERE place <= ? ORDER BY t.created, place",
+            target,
+            per_task,
+        )
+        return [
+            Record(task, source, Candidate(kernel, language), speedup)
+            for task, source, kernel, language, speedup in rows
+        ]
 
     # Searches ---------------------------------------------------------------------------------------------
 

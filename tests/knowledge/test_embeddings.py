@@ -1,0 +1,80 @@
+"""The embedding reranker, with a made-up model and over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from ke_gym.errors import UserError
+from ke_gym.knowledge import Knowledge, Situation
+from ke_gym.knowledge.embeddings import Embeddings, endpoint
+
+
+def embed(texts: Sequence[str]) -> list[list[float]]:
+    """Meaning, for the test, is how often a text speaks of waves and of scans."""
+    return [[1.0 + text.lower().count("wavefront"), 1.0 + text.lower().count("scan")] for text in texts]
+
+
+def test_documents_close_to_the_query_rise_and_each_is_embedded_once() -> None:
+    asked: list[Sequence[str]] = []
+
+    def counting(texts: Sequence[str]) -> list[list[float]]:
+        asked.append(texts)
+        return embed(texts)
+
+    knowledge = Knowledge(reranker=Embeddings(counting))
+    situation = Situation(target="cpu", text="scan scan scan scan, and a maximum in each row")
+    first = [d.id for d, _ in knowledge.search(situation)]
+    assert first.index("guidance/scans") <= [d.id for d, _ in Knowledge().search(situation)].index(
+        "guidance/scans"
+    )
+    assert knowledge.search(situation)
+    assert len(asked[0]) == 21 and len(asked[1]) == 1
+
+
+class _Answers(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if request["model"] != "toy":
+            self._send(404, {"error": {"message": "no such model"}})
+            return
+        vectors = embed(request["input"])
+        data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)][::-1]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        self._send(200, {"object": "list", "data": data, "model": "toy", "usage": usage})
+
+    def _send(self, code: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    httpd = HTTPServer(("127.0.0.1", 0), _Answers)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_an_endpoint_embeds_in_order(server: str) -> None:
+    texts = ["wavefront wavefront", "scan", "neither"]
+    assert endpoint("toy", server)(texts) == embed(texts)
+
+
+def test_a_refusal_is_one_clear_sentence(server: str) -> None:
+    with pytest.raises(UserError, match="no embeddings from 'other'"):
+        endpoint("other", server)(["text"])
