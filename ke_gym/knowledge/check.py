@@ -17,7 +17,8 @@ _LONG = 1000
 def problems(folders: Sequence[Path] = (), learned: Path | None = None) -> tuple[list[str], int]:
     """One sentence per problem of the built-in documents, those in ``folders`` and the lessons in ``learned``, and
     how many documents there are. ``UserError`` for a folder that does not exist."""
-    found, good = [], []
+    found: list[str] = []
+    good: list[tuple[Path, Document]] = []
     for folder in (BUILT_IN, *folders):
         for path in _files(folder):
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def measure(searches: Iterable[Sequence[NodeRecord]]) -> list[Usefulness]:
     return sorted(rows, key=lambda row: (-row.told, row.document))
 
 
-def _outcomes(nodes: Sequence[NodeRecord]) -> Iterable[_Outcome]:
+def _outcomes(nodes: Sequence[NodeRecord]) -> Iterator[_Outcome]:
     judged = {node.number: node.evaluation for node in nodes if node.evaluation is not None}
     for node in nodes:
         child = node.evaluation

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +77,9 @@ def _sizes(tree: ast.Module, target: str) -> dict[str, int]:
         for name in node.targets:
             if isinstance(name, ast.Name) and name.id == "shapes" and isinstance(value, dict):
                 overrides = value
-            several = isinstance(name, ast.Tuple) and isinstance(value, tuple)
-            pairs = zip(name.elts, value) if several else [(name, value)]
+            pairs: Iterable[tuple[ast.expr, Any]] = [(name, value)]
+            if isinstance(name, ast.Tuple) and isinstance(value, tuple):
+                pairs = zip(name.elts, value)
             sizes.update((n.id, v) for n, v in pairs if isinstance(n, ast.Name) and type(v) is int and v > 0)
     chosen = overrides.get(target if target == "cpu" else "gpu", {})
     sizes.update((name, v) for name, v in chosen.items() if type(v) is int and v > 0)
