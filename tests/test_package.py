@@ -57,6 +57,7 @@ def test_the_wheel_holds_what_is_needed_and_nothing_at_top_level(wheel: Path) ->
         "ke_gym/languages/include/ke/math.h",
         "ke_gym/targets/peaks.cpp",
         "ke_gym/tasks/library/softmax.py",
+        "ke_gym/knowledge/guidance/softmax.md",
     ):
         assert needed in names
 
