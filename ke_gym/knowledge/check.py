@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ke_gym.errors import UserError
 from ke_gym.knowledge import learned as lessons
-from ke_gym.knowledge.document import ANY, Document, injection, read
+from ke_gym.knowledge.document import ANY, FIELDS, Document, injection, read
 from ke_gym.knowledge.index import Situation
 from ke_gym.knowledge.library import BUILT_IN, INDEX, Knowledge
 
@@ -54,11 +54,9 @@ def _flaws(document: Document) -> Iterator[str]:
 
 def _lost(knowledge: Knowledge, document: Document) -> Iterator[str]:
     """Asked for by its own title and front matter, a document should come up."""
-    first = [("" if names[0] == ANY else names[0]) for names in map(document.front_matter, _FIELDS)]
+    named = {field: document.front_matter(field)[0] for field in FIELDS}
+    named = {field: name for field, name in named.items() if name != ANY}
     device = document.device[0] if document.device else ""
-    found = knowledge.retrieve(Situation(*first, document.title, device), 8, 1 << 20)
+    found = knowledge.retrieve(Situation(**named, text=document.title, device=device), 8, 1 << 20)
     if document not in found:
         yield f"{document.id}: its own title does not find it; give it keywords, or a narrower front matter"
-
-
-_FIELDS = ("target", "language", "strategy", "limiter", "phase")

@@ -95,7 +95,8 @@ def similarity(one: Profile, other: Profile) -> float:
     dot = sum(count * other.operators[name] for name, count in one.operators.items())
     shared = one.sizes.keys() & other.sizes.keys()
     apart = [abs(math.log2(one.sizes[name] / other.sizes[name])) for name in shared]
-    return dot / (norms[0] * norms[1]) * 0.8 ** (sum(apart) / len(apart) if apart else 0.0)
+    distance = sum(apart) / len(apart) if apart else 0.0
+    return dot / (norms[0] * norms[1]) * math.pow(0.8, distance)
 
 
 @dataclass(frozen=True)
