@@ -36,6 +36,7 @@ FASTER = 1.01
 """A child counts as faster from this gain over its parent on: the least margin a race confirms."""
 ENOUGH = 3
 """Attempts before a lesson is told to anyone."""
+_INTERVAL = 6
 _ROWS = 40
 _COLUMNS = ("session", "task", "limiter", "tries", "correct", "faster", "failures", "gains")
 _TRANSFORMATIONS = {strategy.name for strategy in STRATEGIES}
@@ -156,8 +157,10 @@ class Lesson:
         ]
         if gains := self.gains():
             low, high = sign_p_interval(gains)
+            # With fewer values there is no such interval of a median, only their range.
+            kind = "95 % interval" if len(gains) >= _INTERVAL else "all within"
             lines.append(
-                f"Gain over the parent where correct: median {median(gains):.2f}x, 95 % interval"
+                f"Gain over the parent where correct: median {median(gains):.2f}x, {kind}"
                 f" [{low:.2f}, {high:.2f}], best {max(gains):.2f}x."
             )
         if failures:

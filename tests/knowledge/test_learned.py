@@ -63,7 +63,7 @@ def test_a_lesson_is_a_document_that_says_what_was_seen(tmp_path: Path) -> None:
     document = knowledge.get("learned/cpu-cpp/softmax-fuse")
     assert document.title == "fuse on softmax kernels: 1.20x over the parent"
     assert "4 attempts, 3 correct, 2 faster" in document.body
-    assert "median 1.20x, 95 % interval [1.00, 1.50]" in document.body
+    assert "median 1.20x, all within [1.00, 1.50], best 1.50x" in document.body
     assert "Failures: correctness 1." in document.body
     assert "| s1 |" not in document.body, "the table is for people"
     found = knowledge.retrieve(Situation("cpu", "cpp", "fuse", "dram", "improve", "softmax"), 3, 4000)
@@ -88,6 +88,7 @@ def test_the_same_search_never_counts_twice_and_others_add_up(tmp_path: Path) ->
     lesson = Lesson.read(path, tmp_path)
     assert lesson.tries == 8 and {row.task for row in lesson.evidence} == {"softmax", "log_softmax"}
     assert "Seen in 2 searches of log_softmax, softmax" in path.read_text()
+    assert "median 1.20x, 95 % interval [1.00, 1.50]" in path.read_text()
 
 
 def test_a_removed_lesson_is_forgotten_and_a_note_is_kept(tmp_path: Path) -> None:
