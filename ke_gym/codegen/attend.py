@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from ke_gym.codegen import contract
 from ke_gym.codegen import contraction as templates
@@ -216,9 +217,9 @@ class Builder(contract.Builder):
             except Illegal:
                 if group == 1:
                     raise
+        q, k, v = (cast(tuple[int, int, int, int], view.stride) for view in views)
         self.problem = templates.AttentionProblem(
-            batch, heads, kv_heads, rows, keys, d, dv, *(v.stride for v in views),  # type: ignore[arg-type]
-            scale=1.0, causal=rows == keys and causal(score, self.row, self.key),
+            batch, heads, kv_heads, rows, keys, d, dv, q, k, v, 1.0, rows == keys and causal(score, self.row, self.key),
         )  # fmt: skip
         return views
 

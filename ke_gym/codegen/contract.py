@@ -79,7 +79,8 @@ class Contraction:
         if isinstance(self.problem, templates.GemmProblem):
             in_order = any(store.op for store in self.epilogue)
             return templates.GemmSchedule.choices(self.problem, self.vector_bytes, in_order)
-        return _templates(self.problem).choices(self.problem, self.vector_bytes)
+        choices: templates.Knobs = _templates(self.problem).choices(self.problem, self.vector_bytes)
+        return choices
 
 
 def _templates(problem: Problem) -> Any:
@@ -132,7 +133,7 @@ def problem_of(graph: Graph, step: Extern, precision: str) -> Problem:
 
 def _bag(graph: Graph, step: Extern) -> templates.BagProblem:
     names = ("scale", "mode", "sparse", "weights", "closed", "padding")
-    given = dict(zip(names, (False, 0, False, None, False, -1)))
+    given: dict[str, Any] = dict(zip(names, (False, 0, False, None, False, -1)))
     given.update(zip(names, step.args[3:]))
     table, ids, offsets = step.args[:3]
     dtype = graph.buffers[table.buffer].dtype
@@ -149,7 +150,7 @@ def _bag(graph: Graph, step: Extern) -> templates.BagProblem:
         raise Illegal("bags of these dtypes")
     return templates.BagProblem(
         offsets.shape[0] - bool(given["closed"]), ids.shape[0], table.shape[1], table.stride[0],
-        ("sum", "mean", "max")[given["mode"]], dtype, weights is not None, bool(given["closed"]), given["padding"],  # type: ignore[arg-type]
+        ("sum", "mean", "max")[given["mode"]], dtype, weights is not None, bool(given["closed"]), given["padding"],
     )  # fmt: skip
 
 

@@ -1268,8 +1268,9 @@ def print_contraction(c: Contraction, used: set[str]) -> str:
         printer = Text(used)
         lines = printer.bind([c.score])
         score = _loop_text("first_key", c.score, [*lines, f"acc[j] = {_bare(printer.expr(c.score))};"])
+        q, k, v = pointers
         text = templates.emit_attention(
-            c.problem, c.choices, *pointers, "\n".join(epilogue), score="\n".join(score)
+            c.problem, c.choices, q, k, v, "\n".join(epilogue), score="\n".join(score)
         )
         return textwrap.indent(text, "  ")
     if isinstance(c.problem, templates.BagProblem):

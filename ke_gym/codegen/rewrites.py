@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ke_gym.codegen import contract, fusion, rewrites_gpu
-from ke_gym.codegen.contraction import GemmProblem
+from ke_gym.codegen.contraction import GemmProblem, GemmSchedule
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Load, Op, walk
 from ke_gym.codegen.graph import Extern, Node, contiguous_stride
@@ -316,7 +316,8 @@ def fitting(program: Program, schedule: Schedule) -> Iterator[Schedule]:
                     yield with_group(schedule, p, g, replace(group, outer=outer))
     for p, g, group in groups(schedule):
         product = nest_of(program, schedule, p, g)
-        if isinstance(product, contract.Contraction) and isinstance(product.problem, GemmProblem):
+        if isinstance(product, contract.Contraction) and isinstance(product.choices, GemmSchedule):
+            assert isinstance(product.problem, GemmProblem)
             m, n = product.problem.m, product.problem.n
             for rows, columns in product.knobs()["tile"]:
                 if (rows, columns) != product.choices.tile and m % rows == 0 and n % columns == 0:
