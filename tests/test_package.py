@@ -54,6 +54,8 @@ def test_the_wheel_holds_what_is_needed_and_nothing_at_top_level(wheel: Path) ->
         "ke_gym/py.typed",
         "ke_gym/envs/__init__.py",
         "ke_gym/policies/__init__.py",
+        "ke_gym/policies/pretrained/maskable_ppo.json",
+        "ke_gym/envs/tables/softmax.npz",
         "ke_gym/languages/include/ke/math.h",
         "ke_gym/targets/peaks.cpp",
         "ke_gym/tasks/library/softmax.py",
