@@ -72,11 +72,6 @@ class Lanes(Cores):
                     self._builds -= 1
                     self._stop()
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        with super().one():
-            yield
-
 
 class GpuEvaluator(Evaluator):
     """Judges candidates for one task on one GPU; see ``Evaluator``.
@@ -114,6 +109,7 @@ class GpuEvaluator(Evaluator):
         self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
         self._settled: dict[str, Artifact] = {}
         self._signature = b""
+        self._too_large = ""
         self._spares: list[GpuClient] = []
         self._build_s: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -142,6 +138,9 @@ class GpuEvaluator(Evaluator):
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         """See ``Evaluator.evaluate``."""
         evaluation = super().evaluate(candidate, incumbent)
+        if self._too_large:
+            remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"
+            evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
         # Such kernels could have read and written this very process's memory.
         return evaluation.replace(trust="host") if self.facts.reads_host else evaluation
 
@@ -167,6 +166,7 @@ class GpuEvaluator(Evaluator):
                 return self._open_judge()
             except OutOfDeviceMemory as error:
                 problem = error
+                self._too_large = self._too_large or f"the shape set {self.contract!r}"
         raise problem
 
     def _open_judge(self) -> GpuClient:  # type: ignore[override]

@@ -101,7 +101,7 @@ def _roofline(result: Result, evaluator: Evaluator) -> str:
         (result.baseline, "reference", best.reference_ms / 1e3),
         ("best", "leader", best.time_ms / 1e3),
     ]
-    return svg.roofline(best.profile.flops, moved, peaks.fp32, peaks.bytes_per_s(moved), points)
+    return svg.roofline(best.profile.flops, moved, peaks.flops, peaks.bytes_per_s(moved), points)
 
 
 def _highlighted(source: str) -> Markup:

@@ -65,6 +65,11 @@ class Peaks:
         best = max((rate for size, rate in self.bandwidth if math.log2(size) >= position - 0.5), default=0.0)
         return best or self.bandwidth[-1][1]
 
+    @property
+    def flops(self) -> float:
+        """The FLOP/s that bound a task."""
+        return self.fp32
+
     def floor_s(self, bytes_moved: float, flops: float) -> float:
         """Seconds below which a time is impossible, with a tenth of slack for the measurement."""
         return SLACK * max(bytes_moved / self.bytes_per_s(bytes_moved), flops / self.fp32)
