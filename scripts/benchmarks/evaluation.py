@@ -12,6 +12,7 @@ from statistics import geometric_mean as geomean
 import psutil
 from rich.progress import track
 
+from benchmarks import gpu
 from benchmarks.figures import Figure, Figures, console
 from ke_gym.candidate import Candidate
 from ke_gym.evaluation.evaluator import Evaluator
@@ -62,8 +63,13 @@ def kernel(variant: str, again: int = 0, repeat: int = 1, scale: float = 1.0) ->
 
 @dataclass
 class Evaluation:
-    """A/A false positives, resolution of 5 % differences, early rejection, throughput, memory, exploits."""
+    """A/A false positives, resolution of 5 % differences, early rejection, throughput, memory, exploits.
 
+    On a GPU: A/A, resolution of 2 % differences at 100 us, throughput, exploits.
+    """
+
+    target: str = "cpu"
+    """cpu, cuda, or cuda:1 for the second GPU."""
     races: int = 200
     """A/A races, and half as many of each 5 % comparison; 0 leaves all of them out."""
     threads: tuple[int, ...] = (1, cpu.facts().cores)
@@ -79,6 +85,15 @@ class Evaluation:
 
     def run(self) -> None:
         figures = Figures("evaluation", self.json)
+        if self.target != "cpu":
+            if self.races:
+                figures.extend(gpu.resolution(self.target, self.races))
+            if self.candidates:
+                figures.extend(gpu.throughput(self.target, self.candidates))
+            if self.exploits:
+                figures.extend(gpu.exploits(self.target))
+            figures.print()
+            return
         if self.races:
             for threads in sorted(set(self.threads)):
                 with Evaluator(Task.load("softmax"), threads=threads) as evaluator:

@@ -19,7 +19,7 @@ from ke_gym import Result, optimize, tasks
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import BASELINES, HARNESS_VERSION
-from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.opening import kernel_language, open_evaluator
 from ke_gym.tasks.task import Task
 
 COMPILERS = BASELINES[1:]
@@ -70,6 +70,8 @@ class Suite:
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ("suite",)
     """Which tasks: names, families, or the whole suite."""
+    target: str = "cpu"
+    """cpu, cuda, or cuda:1 for the second GPU."""
     budget: int = 60
     """Evaluations per task."""
     policy: str = "epsilon_greedy"
@@ -125,16 +127,23 @@ class Suite:
 
     def _optimize(self, task: Task) -> Row:
         start = time.perf_counter()
-        result = optimize(task, budget=self.budget, policy=self.policy, seed=self.seed, out=self.out)
+        result = optimize(
+            task,
+            budget=self.budget,
+            target=self.target,
+            policy=self.policy,
+            seed=self.seed,
+            out=self.out,
+        )
         seconds = time.perf_counter() - start
         return self._write(_row(task, result, seconds))
 
     def _compare(self, task: Task, row: Row) -> Row:
         """Race the best kernel against the reference through each compiler; 1.0 if that one fails."""
-        kernel = Candidate.from_file(self.out / row.run / "best.py")
+        kernel = Candidate.from_file(self.out / row.run / "best.py", kernel_language(self.target))
         over = {}
         for compiler in COMPILERS:
-            with Evaluator(task, baseline=compiler) as evaluator:
+            with open_evaluator(task, self.target, compiler) as evaluator:
                 over[compiler] = evaluator.evaluate(kernel).speedup or 1.0
         return self._write(replace(row, over=over))
 

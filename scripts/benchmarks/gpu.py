@@ -1,0 +1,181 @@
+"""Can verdicts about a GPU's kernels be trusted, and how many are there a minute."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from benchmarks.figures import Figure, console
+from ke_gym.candidate import Candidate
+from ke_gym.evaluation.opening import open_evaluator
+from ke_gym.tasks.task import Task
+
+TASK = '''
+"""Softmax of {rows} rows of {cols}."""
+
+import torch
+import torch.nn as nn
+
+
+class Model(nn.Module):
+    def forward(self, x):
+        return torch.softmax(x, dim=-1)
+
+
+def get_inputs():
+    return [torch.randn({rows}, {cols})]
+'''
+# The middle one takes about 100 us on a large GPU, the small one about 5.
+SIZES = {"100 us": (8192, 6144), "5 us": (128, 1024)}
+
+# One block a row, the row in shared memory; so many rows in a thousand are computed twice.
+KERNEL = r'''
+import torch
+from ke_gym import lang
+
+AGAIN, SCALE, VARIANT = {again}, {scale}, {variant!r}
+kernels = lang.cuda(r"""
+extern "C" __global__ void __launch_bounds__(512) rows(
+    const float* x, float* out, long long n, long long r, float scale) {{
+  extern __shared__ float4 tile[];
+  __shared__ float part[16];
+  long long which = blockIdx.x % r;
+  const float4* row = (const float4*)(x + which * n);
+  float4* to = (float4*)(out + which * n);
+  const float nan = __int_as_float(0x7fffffff);
+  int m = n / 4;
+  float top = -__int_as_float(0x7f800000);
+  bool bad = false;
+  for (int i = threadIdx.x; i < m; i += 512) {{
+    float4 v = row[i];
+    tile[i] = v;
+    bad |= isnan(v.x) | isnan(v.y) | isnan(v.z) | isnan(v.w);
+    top = fmaxf(top, fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
+  }}
+  if (bad) top = nan;
+  for (int d = 16; d; d >>= 1) {{
+    float o = __shfl_xor_sync(~0u, top, d);
+    top = isnan(o) || isnan(top) ? nan : fmaxf(top, o);
+  }}
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = top;
+  __syncthreads();
+  top = part[0];
+  for (int i = 1; i < 16; i++) top = isnan(part[i]) || isnan(top) ? nan : fmaxf(top, part[i]);
+  __syncthreads();
+  float sum = 0;
+  for (int i = threadIdx.x; i < m; i += 512) {{
+    float4 v = tile[i];
+    v.x = expf(v.x - top); v.y = expf(v.y - top); v.z = expf(v.z - top); v.w = expf(v.w - top);
+    tile[i] = v;
+    sum += (v.x + v.y) + (v.z + v.w);
+  }}
+  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0;
+  for (int i = 0; i < 16; i++) sum += part[i];
+  float s = scale / sum;
+  for (int i = threadIdx.x; i < m; i += 512) {{
+    float4 v = tile[i];
+    v.x *= s; v.y *= s; v.z *= s; v.w *= s;
+    to[i] = v;
+  }}
+}}""")
+
+
+def forward(x):
+    out = torch.empty_like(x)
+    r, n = x.shape
+    kernels.rows[r + r * AGAIN // 1000, 512, 4 * n](x, out, n, r, SCALE)
+    return out
+'''
+
+
+def kernel(variant: str, again: int = 0, scale: float = 1.0) -> Candidate:
+    """A softmax that computes ``again`` of every 1000 rows twice, times ``scale``."""
+    return Candidate(KERNEL.format(variant=variant, again=again, scale=scale), "cuda")
+
+
+def task(size: str) -> Task:
+    """The softmax whose honest kernel takes about that long."""
+    rows, cols = SIZES[size]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "softmax.py"
+        path.write_text(TASK.format(rows=rows, cols=cols))
+        return Task.from_file(path)
+
+
+def resolution(target: str, races: int) -> Iterator[Figure]:
+    """A/A races, and whether kernels that differ by 2 % in work are told apart, in the right order."""
+    for size in SIZES:
+        with open_evaluator(task(size), target) as evaluator:
+            plain = kernel("plain")
+            judged = evaluator.evaluate(plain)
+            yield Figure(
+                f"the kernel of {size} takes", f"{1e3 * (judged.time_ms or 0):.1f} us", "", judged.correct
+            )
+            artifact = evaluator.build(plain)
+            before = len(evaluator.record.races)
+            for _ in track(range(races), f"A/A races, {size}", console=console):
+                evaluator.aa_race(artifact)
+            equals = evaluator.record.races[before:]
+            wrong = sum(race.false_positive for race in equals)
+            yield Figure(
+                f"A/A races of {size} called a gain", f"{wrong} of {races}", "≤ 1 %", wrong <= 0.01 * races
+            )
+            spread = 100 * float(np.quantile([abs(race.log_ratio) for race in equals], 0.95))
+            yield Figure(f"95 % of A/A medians of {size} within", f"{spread:.2f} %", "≤ 1 %", spread <= 1)
+            if size != "100 us":
+                continue
+            n = max(1, races // 10)
+            right = sum(evaluator.decide(plain, kernel(f"slow {i}", 20)).improved for i in range(n))
+            yield Figure("2 % faster copies accepted", f"{right} of {n}", "≥ 95 %", right >= 0.95 * n)
+            wrong = sum(evaluator.decide(kernel(f"slow {i}", 20), plain).improved for i in range(n))
+            yield Figure("2 % slower copies accepted", f"{wrong} of {n}", "0", wrong == 0)
+
+
+def throughput(target: str, candidates: int) -> Iterator[Figure]:
+    """Candidates a minute over a mix of good, slow, wrong and non-compiling kernels."""
+
+    def mixed(index: int) -> Candidate:
+        match index % 4:
+            case 0:
+                return kernel(f"good {index}", again=index % 7)
+            case 1:
+                return kernel(f"slow {index}", again=1000)
+            case 2:
+                return kernel(f"wrong {index}", scale=1.001)
+            case _:
+                source = kernel(f"broken {index}").source.replace("float sum = 0;", "float sum = ;")
+                return Candidate(source, "cuda")
+
+    with open_evaluator(task("100 us"), target) as evaluator, ThreadPoolExecutor(8) as pool:
+        incumbent = kernel("incumbent", again=100)
+        evaluator.evaluate(incumbent)
+        start = time.perf_counter()
+        jobs = [pool.submit(evaluator.evaluate, mixed(i), incumbent) for i in range(candidates)]
+        outcomes = [job.result().outcome for job in track(jobs, "throughput", console=console)]
+        rate = 60 * candidates / (time.perf_counter() - start)
+    wanted = ("correct", "correct", "correctness", "compile")
+    right = all(outcome == wanted[i % 4] for i, outcome in enumerate(outcomes))
+    yield Figure("candidates a minute", f"{rate:.0f}", "≥ 100", rate >= 100)
+    yield Figure("verdicts of the mix as they should be", "all" if right else "NOT all", "all", right)
+
+
+def exploits(target: str) -> Iterator[Figure]:
+    """Device code that cheats: none may be accepted."""
+    from ke_gym.testing.exploits import suite
+    from ke_gym.testing.exploits.gpu_catalogue import GPU_CATALOGUE
+
+    attempts = suite.run(
+        evaluator=lambda task: open_evaluator(task, target, call_timeout=2), catalogue=GPU_CATALOGUE
+    )
+    accepted = [r.exploit.name for r in attempts if not r.caught]
+    found = " ".join([f"{len(accepted)} of {len(attempts)}", *accepted])
+    yield Figure("exploits accepted", found, "0", not accepted)
