@@ -75,13 +75,8 @@ class GpuClient:
         self.alive = True
         self.device = device
         self.patience = patience
-        self.worker: Worker = zygote.spawn(
-            "ke_gym.evaluation.gpu_judge:serve",
-            {"baseline": baseline, "device": device, "cores": sorted(os.sched_getaffinity(0))},
-        )
         try:
-            self.worker.channel.send({}, task.to_bytes())
-            self._answer("start", START_SECONDS)
+            self._start(zygote, baseline)
             described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
         except BaseException:
             self.close()
@@ -89,6 +84,14 @@ class GpuClient:
         self.signature = signature or found
         self.facts = Facts(**described["facts"])
         self.shapes = described_shapes(described["shapes"])
+
+    def _start(self, zygote: Zygote, baseline: str) -> None:
+        self.worker: Worker = zygote.spawn(
+            "ke_gym.evaluation.gpu_judge:serve",
+            {"baseline": baseline, "device": self.device, "cores": sorted(os.sched_getaffinity(0))},
+        )
+        self.worker.channel.send({}, self.task.to_bytes())
+        self._raise_what_is_said(self._receive("start", START_SECONDS)[0])
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -170,20 +173,29 @@ class GpuClient:
     # -- plumbing --------------------------------------------------------------------------------------------
 
     def _ask(self, do: str, blob: bytes = b"", **arguments: Any) -> tuple[dict[str, Any], bytes]:
-        self.worker.channel.send({"do": do, **arguments}, blob)
-        return self._answer(do, WARM_SECONDS if do == "warm" else REQUEST_SECONDS)
+        header, answer = self._exchange(do, arguments, blob)
+        self._raise_what_is_said(header)
+        return header, answer
 
-    def _answer(self, do: str, timeout: float) -> tuple[dict[str, Any], bytes]:
+    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        """One request and its answer, as they go over the channel."""
+        self.worker.channel.send({"do": do, **arguments}, blob)
+        return self._receive(do, WARM_SECONDS if do == "warm" else REQUEST_SECONDS)
+
+    def _receive(self, do: str, timeout: float) -> tuple[dict[str, Any], bytes]:
         try:
-            header, blob = self.worker.channel.recv(timeout=timeout)
+            return self.worker.channel.recv(timeout=timeout)
         except (EOFError, TimeoutError) as error:
             self.alive = False
             said = self.worker.log(600).strip()
             if isinstance(error, TimeoutError):
-                raise ArmDied(
-                    "timeout", f"the GPU's process did not answer within {timeout:g} s ({do})"
-                ) from error
-            raise ArmDied("runtime", f"the GPU's process died ({do}){': ' + said if said else ''}") from error
+                said = f"the GPU's process did not answer within {timeout:g} s ({do})"
+                raise ArmDied("timeout", said) from error
+            said = f"the GPU's process died ({do}){': ' + said if said else ''}"
+            raise ArmDied("runtime", said) from error
+
+    def _raise_what_is_said(self, header: dict[str, Any]) -> None:
+        """Raise what an answer reports instead of results."""
         if "died" in header:
             self.alive = self.alive and not header["fatal"]
             raise ArmDied(header["died"], header["log"])
@@ -198,11 +210,12 @@ class GpuClient:
             raise UserError(header["user_error"])
         if "task_error" in header:
             raise UserError(f"task {self.task.name}: its reference fails on the GPU: {header['task_error']}")
-        return header, blob
 
     def close(self) -> None:
+        """End the process, whatever it does."""
         self.alive = False
-        self.worker.close()
+        if (worker := getattr(self, "worker", None)) is not None:
+            worker.close()
 
 
 class DeviceLock:

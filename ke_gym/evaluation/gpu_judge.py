@@ -323,13 +323,14 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         except EOFError:
             return
         request = getattr(judge, header.pop("do"))
-        answer = _answer(request, header, blob)
+        answer = answer_to(request, header, blob)
         channel.send(*answer) if isinstance(answer, tuple) else channel.send(answer)
         if isinstance(answer, dict) and answer.get("fatal"):
             os._exit(1)  # a lost context cannot be torn down in order
 
 
-def _answer(request: Callable[..., Any], header: dict[str, Any], blob: bytes) -> Any:
+def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) -> Any:
+    """What a request comes to: its result, or what went wrong, as data."""
     try:
         return request(**header, **({"blob": blob} if blob else {}))
     except Died as died:

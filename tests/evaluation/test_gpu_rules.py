@@ -1,0 +1,202 @@
+"""How a GPU's evaluator decides, everywhere: its judge runs in this process, on a GPU that is none."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ke_gym.candidate import Candidate
+from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_stage
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+from ke_gym.languages.plan import Launch, TensorSpec
+from ke_gym.targets.cuda import Peaks
+from ke_gym.tasks.task import Task
+from ke_gym.testing.fake_gpu import (
+    FACTS,
+    FakeClocks,
+    FakeDriver,
+    FakeEvent,
+    floats,
+    integer,
+    kernel,
+    one_launch,
+)  # fmt: skip
+
+SPEC = TensorSpec((8, 16), (16, 1), "float32")
+TASK = """
+import torch
+import torch.nn as nn
+ROWS = 8
+shapes = {"gpu": {"ROWS": 4096}, "cpu": {"ROWS": 8}}
+class Model(nn.Module):
+    def forward(self, x):
+        return torch.sin(3 * x) + x * x
+def get_inputs():
+    return [torch.randn(ROWS, 16)]
+"""
+PEAKS = Peaks(((1 << 20, 1e15),), 1e15, 1e15, 1e15, 1e15, 1e15, 1e-6)
+OPENED: list[InProcess] = []
+
+
+class InProcess(GpuClient):
+    """A client whose judge is an object of this process; whatever it says goes through JSON all the same."""
+
+    def _start(self, zygote: Any, baseline: str) -> None:
+        self.server = gpu_judge.GpuJudge(self.task, baseline, torch.device("cpu"))
+        OPENED.append(self)
+
+    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        assert self.alive
+        if do == "describe" and set(arguments["shape_sets"]) & {"gpu", "default"}:
+            return {"out_of_memory": "4096 rows are too many"}, b""
+        answer = gpu_judge.answer_to(getattr(self.server, do), json.loads(json.dumps(arguments)), blob)
+        header, data = answer if isinstance(answer, tuple) else (answer, b"")
+        return json.loads(json.dumps(header)), data
+
+
+def compute(x: int, out: int, n: int) -> torch.Tensor:
+    given = floats(x, integer(n)).double()
+    return floats(out, integer(n)).copy_(torch.sin(3 * given) + given * given)
+
+
+@kernel
+def fine(x: int, out: int, n: int) -> None:
+    compute(x, out, n)
+
+
+@kernel
+def tardy(x: int, out: int, n: int) -> None:
+    time.sleep(0.004)
+    compute(x, out, n)
+
+
+@kernel
+def off(x: int, out: int, n: int) -> None:
+    compute(x, out, n)[3] += 0.01
+
+
+@kernel
+def broken(x: int, out: int, n: int) -> None:
+    raise RuntimeError("CUDA error: misaligned address")
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuEvaluator]:
+    folder = tmp_path_factory.mktemp("home")
+    path = folder / "wave.py"
+    path.write_text(TASK)
+    patch = pytest.MonkeyPatch()
+    for name, fake in {
+        "Event": FakeEvent,
+        "synchronize": lambda *_: None,
+        "_sleep": lambda _: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda *_: (1 << 34, 1 << 34),
+        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
+    }.items():
+        patch.setattr(torch.cuda, name, fake)
+    patch.setattr(gpu_judge, "Driver", FakeDriver)
+    patch.setattr(gpu_stage, "Clocks", FakeClocks)
+    patch.setattr(gpu_stage.cuda, "facts", lambda _: FACTS)
+    patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
+    patch.setattr(gpu_evaluator, "GpuClient", InProcess)
+    OPENED.clear()
+    with GpuEvaluator(Task.from_file(path), folder=folder) as opened:
+        yield opened
+    patch.undo()
+
+
+def candidate(evaluator: Evaluator, name: str, **options: Any) -> Candidate:
+    made = one_launch(name, SPEC, **options)
+    found = Candidate(f"# {name} {sorted(options)}\nx = {name!r}", "cuda")
+    plans = {"cpu": made.plans["default"]}
+    evaluator.adopt(found, replace(made, plans=plans, source=found.source))
+    return found
+
+
+def test_a_task_that_is_too_large_is_judged_at_its_smaller_sizes(evaluator: GpuEvaluator) -> None:
+    assert evaluator.contract == "cpu"
+    log = evaluator.evaluate(candidate(evaluator, "fine")).log
+    assert log.startswith("the shape set 'gpu' does not fit into this GPU's memory")
+
+
+def test_what_does_not_fit_at_any_size_says_so(evaluator: GpuEvaluator) -> None:
+    whole = replace(evaluator.task, shapes={"gpu": {"ROWS": 4096}})
+    with pytest.raises(OutOfDeviceMemory, match="4096 rows"):
+        GpuEvaluator(whole, shape_sets=["gpu"], folder=evaluator.folder)
+
+
+def test_a_right_kernel_is_correct_and_described(evaluator: GpuEvaluator) -> None:
+    evaluation = evaluator.evaluate(candidate(evaluator, "fine"))
+    assert evaluation.correct and evaluation.trust == "plan" and evaluation.kernel_coverage == 1.0
+    assert evaluation.machine == FACTS.fingerprint and evaluation.target == "cuda"
+    assert evaluation.profile.resources[0].startswith("fine: 32 registers")
+
+
+def test_a_gain_is_confirmed_by_fresh_judges(evaluator: GpuEvaluator) -> None:
+    before = len(OPENED)
+    evaluation = evaluator.evaluate(candidate(evaluator, "fine"), candidate(evaluator, "tardy"))
+    assert evaluation.improved and evaluation.confirmed and evaluation.gain is not None
+    assert evaluation.gain > 1.5
+    fresh = OPENED[before:]
+    assert len(fresh) >= 5 and not any(judge.alive for judge in fresh)
+
+
+def test_a_wrong_kernel_hears_where(evaluator: GpuEvaluator) -> None:
+    evaluation = evaluator.evaluate(candidate(evaluator, "off"))
+    assert evaluation.outcome == "correctness"
+    assert "the task's shapes" in evaluation.log and "index 0 of dimension 0" in evaluation.log
+
+
+def test_after_a_fault_there_is_another_process(evaluator: GpuEvaluator) -> None:
+    before = evaluator.judge
+    evaluation = evaluator.evaluate(candidate(evaluator, "broken"))
+    assert (evaluation.outcome, "misaligned" in evaluation.log) == ("runtime", True)
+    assert not before.alive
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+    assert evaluator.judge is not before
+
+
+def test_the_fastest_alternative_is_what_gets_built(evaluator: GpuEvaluator) -> None:
+    launch = one_launch("tardy", SPEC).plans["default"].steps[1]
+    assert isinstance(launch, Launch)
+    chosen = candidate(evaluator, "tardy", alternatives=(replace(launch, kernel="fine"),))
+    assert evaluator.evaluate(chosen).correct
+    built = evaluator.build(chosen).plans["cpu"].steps[1]
+    assert isinstance(built, Launch) and (built.kernel, built.alternatives) == ("fine", ())
+
+
+def test_what_is_faster_than_physics_is_refused(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = replace(PEAKS, bandwidth=((1 << 20, 1.0),))
+    monkeypatch.setattr(evaluator, "peaks", slow)
+    monkeypatch.setattr(gpu_evaluator, "kept_peaks", lambda *_, **__: slow)
+    evaluation = evaluator.evaluate(candidate(evaluator, "fine"))
+    # Everything written could still lie in L2: all this task moves is what it reads.
+    assert evaluation.outcome == "constraints" and "faster than this GPU" in evaluation.log
+
+
+def test_where_kernels_reach_host_memory_trust_is_low(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "facts", replace(FACTS, reads_host=True))
+    assert evaluator.evaluate(candidate(evaluator, "fine")).trust == "host"
+
+
+def test_peaks_are_measured_once_and_only_ever_raised(tmp_path: Path) -> None:
+    low = replace(PEAKS, fp32=1.0, bandwidth=((1 << 20, 5.0),))
+    assert gpu_evaluator.kept_peaks(tmp_path, low.to_dict) == low
+    assert gpu_evaluator.kept_peaks(tmp_path, PEAKS.to_dict) == low
+    assert gpu_evaluator.kept_peaks(tmp_path, PEAKS.to_dict, again=True) == PEAKS
+    assert gpu_evaluator.kept_peaks(tmp_path, low.to_dict, again=True) == PEAKS
