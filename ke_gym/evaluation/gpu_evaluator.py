@@ -163,14 +163,14 @@ class GpuEvaluator(Evaluator):
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
             try:
-                return self._open_judge()
+                return self._open_judge(self.hidden)
             except OutOfDeviceMemory as error:
                 problem = error
                 self._too_large = self._too_large or f"the shape set {self.contract!r}"
         raise problem
 
-    def _open_judge(self) -> GpuClient:  # type: ignore[override]
-        shape_sets = [*self.shape_sets, *self.hidden]
+    def _open_judge(self, hidden: Sequence[str] = ()) -> GpuClient:  # type: ignore[override]
+        shape_sets = [*self.shape_sets, *hidden]
         patience = self._call_timeout or 5.0
         judge = GpuClient(
             self.zygote, self.task, shape_sets, self.baseline, self._device, patience, self._signature
@@ -199,7 +199,7 @@ class GpuEvaluator(Evaluator):
         if judge is None:
             if not self.judge.alive:
                 self.judge.close()
-                self.judge = self._open_judge()
+                self.judge = self._open_judge(self.hidden)
             judge = self.judge
         loaded: list[int] = []
 

@@ -86,7 +86,7 @@ def off(x: int, out: int, n: int) -> None:
 
 
 @kernel
-def broken(x: int, out: int, n: int) -> None:
+def faulty(x: int, out: int, n: int) -> None:
     raise RuntimeError("CUDA error: misaligned address")
 
 
@@ -160,7 +160,7 @@ def test_a_wrong_kernel_hears_where(evaluator: GpuEvaluator) -> None:
 
 def test_after_a_fault_there_is_another_process(evaluator: GpuEvaluator) -> None:
     before = evaluator.judge
-    evaluation = evaluator.evaluate(candidate(evaluator, "broken"))
+    evaluation = evaluator.evaluate(candidate(evaluator, "faulty"))
     assert (evaluation.outcome, "misaligned" in evaluation.log) == ("runtime", True)
     assert not before.alive
     assert evaluator.evaluate(candidate(evaluator, "fine")).correct
