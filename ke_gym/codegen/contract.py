@@ -376,6 +376,8 @@ class Builder:
     def _prologue(self, before: dict[str, Node]) -> Expr | None:
         if not before:
             return None
+        if any(view.buffer in before for view in self._views()[1:]):
+            raise Illegal("only the left operand is computed on the way")
         if not isinstance(self.problem, templates.GemmProblem):
             raise Illegal("only matrix products take a prologue")
         view: View = self.step.args[0]
