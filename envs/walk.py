@@ -24,12 +24,14 @@ from ke_gym.search.tree import Node, Tree
 from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES
 
 N_STRATEGIES, N_ACTIONS = len(STRATEGIES), len(ACTIONS)
+_FIX, _RESTART, _STOP = FIX.id, RESTART.id, STOP.id
 FAST_RULES = ("best", "root")
 _ENDS = np.cumsum(list(spaces.LAYOUT.values())).tolist()
 SLICES = {name: slice(end - size, end) for (name, size), end in zip(spaces.LAYOUT.items(), _ENDS)}
 """Where each part of the observation lies in the flat vector."""
 DESCRIBED = slice(SLICES["code"].start, SLICES["profile"].stop)
 HISTORY, PER_STRATEGY = SLICES["history"], SLICES["strategies"].start
+_TASK, _HARDWARE, _CODE, _PROFILE, _, _STRATEGIES = SLICES.values()
 _LOG_10, _LAST_OUTCOME = math.log(10), len(OUTCOMES) - 1
 _COMPILE, _WRONG = OUTCOMES.index("compile"), OUTCOMES.index("correctness")
 PENALTIES = tuple(
@@ -64,7 +66,7 @@ class Prepared:
         ]
         """How often each action can be taken on each node, a recorded refusal included."""
         self.masks = (np.array(self.totals) > 0).astype(np.int8)
-        self.masks[:, FIX.id], self.masks[:, STOP.id] = 0, 1
+        self.masks[:, _FIX], self.masks[:, _STOP] = 0, 1
         self.fanout = self.masks[:, :N_STRATEGIES].sum(axis=1).tolist()
         self.correct = table.correct.tolist()
         self.outcomes = table.outcomes.tolist()
@@ -162,7 +164,7 @@ class Walk:
         self.best_dull = False
         """Whether the best is that by default, as the first correct version, and won nothing either."""
         self.last_outcome = 0
-        self.drafts_left = prepared.totals[prepared.reference][RESTART.id] > 0
+        self.drafts_left = prepared.totals[prepared.reference][_RESTART] > 0
         self.worked: set[int] = set()
         self.tries = [0] * N_STRATEGIES
         self.failures = [0] * N_STRATEGIES
@@ -184,7 +186,10 @@ class Walk:
     def observation(self) -> Observation:
         """The observation in arrays of its own."""
         flat = self.flat.copy()
-        return {name: flat[part] for name, part in SLICES.items()}
+        return {
+            "task": flat[_TASK], "hardware": flat[_HARDWARE], "code": flat[_CODE], "profile": flat[_PROFILE],
+            "history": flat[HISTORY], "strategies": flat[_STRATEGIES],
+        }  # fmt: skip
 
     def _mask_of(self, node: int) -> NDArray[np.int8]:
         mask = self.masks.get(node)
@@ -197,7 +202,7 @@ class Walk:
         if not waiting:
             return None
         failed = waiting[-1][0]
-        return failed if self.used.get((failed, FIX.id), 0) < self.prepared.totals[failed][FIX.id] else None
+        return failed if self.used.get((failed, _FIX), 0) < self.prepared.totals[failed][_FIX] else None
 
     # Steps ------------------------------------------------------------------------------------------------
 
@@ -207,13 +212,13 @@ class Walk:
         if not 0 <= action < N_ACTIONS or not self.mask[action]:
             self.flat[HISTORY.start] = 1.0 - self.steps / self.horizon
             return "illegal", reward.DUPLICATE_PENALTY, -1
-        if action == STOP.id:
+        if action == _STOP:
             self.flat[HISTORY.start] = 1.0 - self.steps / self.horizon
             return "stop", 0.0, -1
         prepared = self.prepared
-        if action == RESTART.id:
+        if action == _RESTART:
             origin = prepared.reference
-        elif action == FIX.id:
+        elif action == _FIX:
             origin = self.broken[self.parent][-1][0]
         else:
             origin = self.parent
@@ -237,7 +242,7 @@ class Walk:
 
     def _use(self, origin: int, action: int, used: int) -> None:
         self.used[origin, action] = used
-        if action == RESTART.id:
+        if action == _RESTART:
             self.drafts_left = used < self.prepared.totals[origin][action]
         if used >= self.prepared.totals[origin][action] and action < N_STRATEGIES:
             mask = self._mask_of(origin)
@@ -292,7 +297,7 @@ class Walk:
         if self.kind == "best":
             return min(max(value - before_best, 0.0), reward.CLIP) if became else 0.0
         if self.kind == "parent":
-            return reward.REPAIR_BONUS if action == FIX.id else min(max(value - against, -0.2), reward.CLIP)
+            return reward.REPAIR_BONUS if action == _FIX else min(max(value - against, -0.2), reward.CLIP)
         return 1.0 if value <= math.log(reward.MILESTONE) else 3.0 if became else 2.0
 
     def _strategy(self, action: int, correct: bool, value: float, against: float, known: bool) -> None:
@@ -305,9 +310,12 @@ class Walk:
             self.gain_counts[action] += 1
             self.gains[action] += value - against
         at, tries = PER_STRATEGY + 3 * action, self.tries[action]
-        self.flat[at] = min(tries / 5, 1.0)
-        self.flat[at + 1] = min(max(self.gains[action] / max(self.gain_counts[action], 1), -1.0), 1.0)
-        self.flat[at + 2] = self.failures[action] / tries
+        gain = self.gains[action] / (self.gain_counts[action] or 1)
+        self.flat[at : at + 3] = (
+            tries / 5 if tries < 5 else 1.0,
+            (gain if gain > -1.0 else -1.0) if gain < 1.0 else 1.0,
+            self.failures[action] / tries,
+        )
 
     def _remember(self, compiled: int, wrong: int, dull: int) -> None:
         """The sums over the latest ``RECENT`` evaluations."""
@@ -321,7 +329,7 @@ class Walk:
 
     def _repair(self, origin: int, action: int, child: int, correct: bool) -> None:
         """Keep track of failures worth a repair: the latest of a parent, at most twice in a row."""
-        if action == FIX.id:
+        if action == _FIX:
             _, repairs = self.broken[self.parent].pop()
             if not correct and repairs == 0:
                 self.broken[self.parent].append((child, 1))
@@ -338,8 +346,8 @@ class Walk:
             parent = self.open if self.open >= 0 else parent
         self.parent = parent
         mask = self.mask = self._mask_of(parent)
-        mask[RESTART.id] = self.drafts_left
-        mask[FIX.id] = bool(self.broken) and self._repairable(parent) is not None
+        mask[_RESTART] = self.drafts_left
+        mask[_FIX] = bool(self.broken) and self._repairable(parent) is not None
         flat, best, best_value, gap = self.flat, self.best, self.best_value, 0.0
         if parent != self._shown:
             self._shown = parent
