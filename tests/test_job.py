@@ -75,8 +75,10 @@ def test_three_lines_from_python(result: ke_gym.Result, module: Chain) -> None:
     assert sum(result.kernel.fallbacks.values()) >= 1
 
 
-def test_what_a_search_taught_is_kept_once_beside_the_store(result: ke_gym.Result, own_home: Path) -> None:
-    _, settings = read_run(result.run_dir)
+def test_what_a_search_taught_is_kept_beside_the_store(module: Chain, own_home: Path, tmp_path: Path) -> None:
+    example = torch.randn(512, 256)
+    made = ke_gym.optimize(module, example, budget=3, policy="round_robin", out=tmp_path)
+    _, settings = read_run(made.run_dir)
     with Store(own_home / "store.db") as store:
         lessons = distill(settings.session, "chain", "user", store.nodes(settings.session))
     folder = own_home / "learned"
