@@ -48,6 +48,7 @@ class BatchedLiveVecEnv(VecEnv):
         reward: Kind = "best",
         parent_rule: str = "best",
         extended: bool = False,
+        edits: bool = False,
         store: str | Path | None = None,
         workers: int = 2,
         open_evaluator: OpenEvaluator | None = None,
@@ -59,8 +60,8 @@ class BatchedLiveVecEnv(VecEnv):
         self.render_mode = render_mode
         self.metadata = KernelOptEnv.metadata
         self.tasks = resolve(tasks)
-        self.rules = Rules(horizon, reward, parent_rule, extended)
-        super().__init__(n_envs, spaces.observation_space(), spaces.action_space(extended))
+        self.rules = Rules(horizon, reward, parent_rule, extended, edits)
+        super().__init__(n_envs, spaces.observation_space(), spaces.action_space(extended, edits))
         self.pool = EvaluationPool(
             target, baseline, threads, proposer, store, workers, min(n_envs, len(self.tasks)), open_evaluator
         )
@@ -118,7 +119,7 @@ class BatchedLiveVecEnv(VecEnv):
         return _stack(observations), np.array(rewards, np.float32), np.array(dones, np.bool_), infos
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """The legal actions of all episodes: bool, shape (n_envs, 25), or (n_envs, 91) with ``extended``."""
+        """The legal actions of all episodes: bool, shape (n_envs, number of actions)."""
         return np.stack([episode.mask() for episode in self.episodes])
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ke_gym.envs.spaces import PARENT_SLOTS, split
+from ke_gym.envs.spaces import PARENT_SLOTS, forms, split
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import Proposer, Refusal
@@ -43,6 +43,7 @@ class Rules:
     reward: reward.Kind = "best"
     parent_rule: str = "best"
     extended: bool = False
+    edits: bool = False
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
@@ -83,13 +84,12 @@ class Episode:
     def mask(self) -> NDArray[np.bool_]:
         """The legal actions of this episode's action space; STOP always is."""
         situation = self.session.situation()
-        if not self.rules.extended:
-            return situation.mask.copy()
-        edits = np.zeros((PARENT_SLOTS, len(STRATEGIES)), dtype=np.bool_)
-        for slot, parent in enumerate(self._slots()):
+        per_slot = forms(edits=self.rules.edits)
+        blocks = np.zeros((forms(self.rules.extended, self.rules.edits), len(STRATEGIES)), dtype=np.bool_)
+        for slot, parent in enumerate(self._slots() if self.rules.extended else [situation.parent]):
             legal = situation.mask if slot == 0 else self.session.mask(parent)
-            edits[slot] = legal[: len(STRATEGIES)]
-        return np.concatenate([edits.ravel(), situation.mask[len(STRATEGIES) :]])
+            blocks[slot * per_slot : (slot + 1) * per_slot] = legal[: len(STRATEGIES)]
+        return np.concatenate([blocks.ravel(), situation.mask[len(STRATEGIES) :]])
 
     def _slots(self) -> list[Node | None]:
         if self._parents is None:
@@ -102,12 +102,12 @@ class Episode:
     def begin(self, action: int) -> Ask | Step:
         """Take one step: what is to be evaluated, or the completed step if nothing is."""
         legal = 0 <= action < len(self.mask()) and bool(self.mask()[action])
-        slot, plain = split(action, self.rules.extended)
+        slot, plain, edit = split(action, self.rules.extended, self.rules.edits)
         parent = self._slots()[slot] if legal and slot else None
         self.steps += 1
         if not legal:
             return self._step(reward.DUPLICATE_PENALTY, "illegal", reason=f"action {action} is illegal here")
-        ask = self.session.ask(plain, parent)
+        ask = self.session.ask(plain, parent, edit)
         self._parents = None
         if isinstance(ask, Refusal):
             if plain == STOP.id:

@@ -63,7 +63,9 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
     RESTART (a fresh draft) and STOP. ``action_masks()`` and ``info["action_mask"]`` say what is legal; STOP
     always is. An illegal action is a no-op that costs a step and 0.05.
     With ``extended`` also the parent is chosen: ``Discrete(91)``, action ``22 * slot + strategy`` for the
-    rule's parent (slot 0) and the three fastest others, then FIX, RESTART and STOP.
+    rule's parent (slot 0) and the three fastest others, then FIX, RESTART and STOP. With ``edits`` also the form
+    of a language model's answer: every strategy first as edits, then as a whole module (``Discrete(47)``; with
+    ``extended`` 179, slot by slot).
 
     ## Observation Space
     A flat ``Dict`` of six float32 boxes in [-1, 1], 132 values in all, named in ``ke_gym.search.observation``:
@@ -93,7 +95,8 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
       ``reset(options={"task": ...})`` chooses.
     - ``proposer``, ``target``, ``baseline``, ``threads``: who proposes and where it is measured.
     - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent`` or ``milestone``.
-    - ``parent_rule``: a name from ``ke_gym.search.parents``. ``extended``: see Action Space.
+    - ``parent_rule``: a name from ``ke_gym.search.parents``. ``extended``, ``edits``: see
+      Action Space.
     - ``store``: a file in which evaluations are kept; otherwise they are remembered while the environment lives.
     - ``open_evaluator``: opens another kind of evaluator for a task.
     - ``render_mode``: ``ansi`` (tree and best kernel) or ``rgb_array`` (speedup curve).
@@ -116,23 +119,24 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
         reward: Kind = "best",
         parent_rule: str = "best",
         extended: bool = False,
+        edits: bool = False,
         store: str | Path | None = None,
         open_evaluator: OpenEvaluator | None = None,
         render_mode: str | None = None,
     ) -> None:
         EzPickle.__init__(
             self, tasks, proposer=proposer, target=target, baseline=baseline, threads=threads, horizon=horizon,
-            reward=reward, parent_rule=parent_rule, extended=extended, store=store,
+            reward=reward, parent_rule=parent_rule, extended=extended, edits=edits, store=store,
             open_evaluator=open_evaluator, render_mode=render_mode,
         )  # fmt: skip
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UserError(f"render mode {render_mode!r} is unknown; choose ansi or rgb_array")
         parents.get(parent_rule)
         self.tasks = resolve(tasks)
-        self.rules = Rules(horizon, reward, parent_rule, extended)
+        self.rules = Rules(horizon, reward, parent_rule, extended, edits)
         self.render_mode = render_mode
         self.observation_space = spaces.observation_space()
-        self.action_space = spaces.action_space(extended)
+        self.action_space = spaces.action_space(extended, edits)
         self.episode: Episode | None = None
         self._pool: EvaluationPool | None = None
         self._pool_arguments: dict[str, Any] = {
@@ -166,7 +170,7 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
         return episode.finish(evaluation)
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """The legal actions now: bool, shape (25,), or (91,) with ``extended``."""
+        """The legal actions now: bool, shape (25,), or that of the larger action space."""
         return self._running().mask()
 
     def _running(self) -> Episode:

@@ -152,6 +152,8 @@ class EvaluationPool:
             return
         self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
+        for case in self._cases.values():
+            case.proposer.close()
         self._retired += self._evaluators.values()
         self._evaluators.clear()
         self._bury()

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ke_gym.proposers.base import EDIT_MODES, EditMode
 from ke_gym.search.observation import LAYOUT, SPACES_VERSION, flatten
 from ke_gym.strategies import ACTIONS, STRATEGIES
 
-__all__ = ["ACTION_COUNT", "EXTENDED_COUNT", "LAYOUT", "PARENT_SLOTS", "SIZE", "SPACES_VERSION", "flatten"]
+__all__ = ["ACTION_COUNT", "LAYOUT", "PARENT_SLOTS", "SIZE", "SPACES_VERSION", "flatten"]
 
 SIZE = sum(LAYOUT.values())
 ACTION_COUNT = len(ACTIONS)
 PARENT_SLOTS = 4
 """Parents an extended action can choose from: the rule's own, then the fastest others."""
 CONTROLS = ACTION_COUNT - len(STRATEGIES)
-EXTENDED_COUNT = PARENT_SLOTS * len(STRATEGIES) + CONTROLS
 
 
 def observation_space() -> spaces.Space[Any]:
@@ -30,16 +30,23 @@ def flat_space() -> spaces.Space[Any]:
     return spaces.Box(-1.0, 1.0, (SIZE,), np.float32)
 
 
-def action_space(extended: bool = False) -> spaces.Discrete:
-    """``Discrete(25)``, or with ``extended`` one edit per parent slot, then the controls: ``Discrete(91)``."""
-    return spaces.Discrete(EXTENDED_COUNT if extended else ACTION_COUNT)
+def forms(extended: bool = False, edits: bool = False) -> int:
+    """In how many ways each strategy can be asked for."""
+    return (PARENT_SLOTS if extended else 1) * (len(EDIT_MODES) if edits else 1)
 
 
-def split(action: int, extended: bool) -> tuple[int, int]:
-    """(parent slot, action of the plain space); the plain space and all controls have slot 0."""
-    edits = PARENT_SLOTS * len(STRATEGIES)
-    if not extended:
-        return 0, action
-    if action >= edits:
-        return 0, len(STRATEGIES) + action - edits
-    return action // len(STRATEGIES), action % len(STRATEGIES)
+def action_space(extended: bool = False, edits: bool = False) -> spaces.Discrete:
+    """``Discrete(25)``: the strategies, then the controls. Every strategy once per parent slot with ``extended``
+    (``Discrete(91)``), once per form of a model's answer with ``edits`` (47), or both (179)."""
+    return spaces.Discrete(forms(extended, edits) * len(STRATEGIES) + CONTROLS)
+
+
+def split(action: int, extended: bool, edits: bool = False) -> tuple[int, int, EditMode | None]:
+    """(parent slot, action of the plain space, form of the answer); controls have slot 0 and no form."""
+    block, strategy = divmod(action, len(STRATEGIES))
+    if block >= forms(extended, edits):
+        return 0, action - (forms(extended, edits) - 1) * len(STRATEGIES), None
+    if not edits:
+        return block, strategy, None
+    slot, form = divmod(block, len(EDIT_MODES))
+    return slot, strategy, EDIT_MODES[form]

@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from ke_gym.envs import LIVE, flatten
+from ke_gym.candidate import Candidate
+from ke_gym.envs import LIVE, flatten, spaces
 from ke_gym.envs.kernel_opt import KernelOptEnv
 from ke_gym.envs.wrappers import FlatObservation, LegalAction, action_masks
 from ke_gym.errors import UserError
@@ -176,6 +177,48 @@ def test_extended_actions_choose_the_parent_too() -> None:
             elsewhere += 1
     assert elsewhere > 3
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("extended", "edits", "count"),
+    [(False, False, 25), (True, False, 91), (False, True, 47), (True, True, 179)],
+)
+def test_every_action_means_one_thing(extended: bool, edits: bool, count: int) -> None:
+    assert spaces.action_space(extended, edits).n == count
+    meanings = [spaces.split(action, extended, edits) for action in range(count)]
+    assert len(set(meanings)) == count
+    assert {slot for slot, _, _ in meanings} == set(range(4 if extended else 1))
+    assert {form for _, plain, form in meanings if plain < 22} == ({"edit", "rewrite"} if edits else {None})
+    assert [m[1:] for m in meanings[-3:]] == [(FIX.id, None), (RESTART.id, None), (STOP.id, None)]
+
+
+class Forms(FakeProposer):
+    """Remembers in which form answers were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str | None] = []
+
+    def propose(
+        self, parent: Candidate | None, strategy: Strategy, draw: int, context: Context
+    ) -> Proposal | Refusal:
+        self.asked.append(context.edit)
+        return super().propose(parent, strategy, draw, context)
+
+
+def test_the_form_of_the_answer_is_chosen_with_edits() -> None:
+    made = Forms()
+    env = KernelOptEnv("softmax", horizon=30, edits=True, **{**FAKE, "proposer": lambda task: made})
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    expected: list[str | None] = []
+    for _ in range(30):
+        action = int(rng.choice(np.flatnonzero(env.action_masks()[:-1])))
+        before = len(made.asked)
+        env.step(action)
+        expected += [spaces.split(action, False, True)[2]] * (len(made.asked) - before)
+    env.close()
+    assert made.asked == expected and {"edit", "rewrite"} <= set(expected)
 
 
 def test_what_a_person_sees() -> None:
