@@ -30,6 +30,10 @@ from ke_gym.search.budget import Budget
 from ke_gym.search.result import Result
 
 
+# Why searches end; anything else is a sentence.
+STOPS = ("evaluations", "seconds", "dollars", "STOP", "interrupted", "nothing left to try")
+
+
 @dataclass(frozen=True)
 class Args:
     """Search for faster kernels for one or more tasks."""
@@ -161,6 +165,10 @@ def main(args: Args) -> int:
             continue
         results.append(result)
         console.print(result.verdict(), highlight=False, soft_wrap=True)
+        if result.stopped not in STOPS:
+            console.print(
+                f"{task.name}: the search ended early: {result.stopped}", highlight=False, soft_wrap=True
+            )
         if result.stopped == "interrupted":
             break
 

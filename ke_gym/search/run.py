@@ -107,10 +107,6 @@ def run(
         return loop.run()
     except KeyboardInterrupt:
         return "interrupted"
-    except ProposerLost as error:
-        if not len(session.tree):
-            raise
-        return str(error)
     finally:
         loop.abandon()
 
@@ -200,7 +196,10 @@ class _Loop:
             future = self.writing.submit(self.session.propose, request)
         else:
             future = Future()
-            future.set_result(self.session.propose(request))
+            try:
+                future.set_result(self.session.propose(request))
+            except ProposerLost as error:
+                future.set_exception(error)
         self.drafts.insert(0 if first else len(self.drafts), _Draft(request, situation, action, future))
 
     def take(self) -> None:
@@ -221,6 +220,13 @@ class _Loop:
         self.drafts.remove(ready)
         try:
             made = ready.future.result()
+        except ProposerLost as error:
+            self.session.withdraw(ready.request)
+            if not self.flights and not len(self.session.tree):
+                raise
+            self.session.stop_reason = str(error)  # what is being judged is still told
+            self.drop()
+            return
         except BaseException:
             self.session.withdraw(ready.request)
             raise
