@@ -123,7 +123,7 @@ def test_an_interrupted_search_keeps_what_was_told_and_goes_on(tmp_path: Path, o
         whole, stopped = search(store, again)
         assert stopped == "evaluations" and len(whole.tree) + whole.vain == 50
         assert trace(whole)[:15] == trace(part)
-        assert again.calls <= 50 + 3 * again.draws - recorded + first.draws * 50
+        assert again.calls <= again.draws * (len(store.nodes("s")) - recorded)
 
 
 def test_a_proposer_that_is_lost_ends_the_search_but_not_what_is_being_judged(tmp_path: Path) -> None:
@@ -140,14 +140,13 @@ def test_a_request_becomes_an_ask_in_three_steps(tmp_path: Path) -> None:
         session = Session(store, "s", SETTING, Slow(), budget=Budget(3))
         requests = [session.request(RESTART.id) for _ in range(3)]
         assert session.stopped() == "evaluations"  # what is being written counts
-        asks = []
+        made = []
         for request in reversed(requests):
             assert isinstance(request, Request)
-            asks.append(session.receive(request, session.propose(request)))
-        assert [ask.number for ask in asks if isinstance(ask, Ask)] == list(
-            range(sum(isinstance(a, Ask) for a in asks))
-        )
-        assert session.stopped() == "evaluations" or session.vain
+            made.append(session.receive(request, session.propose(request)))
+        numbers = [ask.number for ask in made if isinstance(ask, Ask)]
+        assert numbers and numbers == sorted(numbers)  # by receipt, whatever was asked for first
+        assert session.stopped() == "evaluations"
         other = Session(store, "t", SETTING, Slow(), budget=Budget(1))
         forgotten = other.request(RESTART.id)
         assert isinstance(forgotten, Request) and other.stopped() == "evaluations"
