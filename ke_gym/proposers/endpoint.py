@@ -89,6 +89,7 @@ class Endpoint:
         self._key = os.environ.get("OPENAI_API_KEY", "")
         self._failed = 0
         self._answered = False
+        self._refused: set[str] = set()
         self._lock = threading.Lock()
         self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -206,10 +207,11 @@ class Endpoint:
 
     async def _ask(self, request: dict[str, Any]) -> str | Failure:
         openai = self._openai
+        spoken = self._spoken(request)
         try:
             # However the attempts end, their sum does: a server can also drip.
             async with asyncio.timeout(2 * self.settings.timeout + 60):
-                raw = await self._client.chat.completions.with_raw_response.create(**request)
+                raw = await self._client.chat.completions.with_raw_response.create(**spoken)
                 return str(raw.text)
         except (openai.APITimeoutError, TimeoutError):
             return Failure("timeout", f"no answer came within {self.settings.timeout:g} s")
@@ -224,21 +226,27 @@ class Endpoint:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise await self._explained(error, request) from None
         except openai.APIStatusError as error:
-            return await self._status(error, request)
+            return await self._status(error, request, spoken)
         except (openai.OpenAIError, ValueError) as error:
             return Failure("malformed", f"the response cannot be read ({self._cause(error)})")
 
-    async def _status(self, error: Any, request: dict[str, Any]) -> str | Failure:
+    async def _status(self, error: Any, request: dict[str, Any], spoken: dict[str, Any]) -> str | Failure:
         said = self._said(error)
         if error.status_code >= 500:
             return Failure("unavailable", f"the server answered {error.status_code}: {said}")
-        # Newer models refuse settings that older servers need.
-        if "max_completion_tokens" in said and "max_tokens" in request:
-            changed = {k: v for k, v in request.items() if k != "max_tokens"}
-            return await self._ask({**changed, "max_completion_tokens": request["max_tokens"]})
-        if "temperature" in said and "temperature" in request:
-            return await self._ask({k: v for k, v in request.items() if k != "temperature"})
+        # Newer models refuse settings that older servers need; one refusal is enough to learn it.
+        for setting, hint in (("max_tokens", "max_completion_tokens"), ("temperature", "temperature")):
+            if hint in said and setting in spoken:
+                self._refused.add(setting)
+                return await self._ask(request)
         return Failure("rejected", f"the server answered {error.status_code}: {said}")
+
+    def _spoken(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request without the settings that this endpoint refuses."""
+        spoken = {key: value for key, value in request.items() if key not in self._refused}
+        if "max_tokens" in self._refused:
+            spoken["max_completion_tokens"] = request["max_tokens"]
+        return spoken
 
     async def _explained(self, error: Any, request: dict[str, Any]) -> ProposerLost:
         """What a 401, 403 or 404 means to the user."""

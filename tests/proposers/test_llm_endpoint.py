@@ -79,6 +79,26 @@ def test_what_does_not_pass_is_a_typed_failure(fault: str, kind: str, opened: li
         assert server.calls == (1 if fault == "malformed" else 2)
 
 
+def test_settings_that_a_model_refuses_are_left_out_from_then_on(opened: list[Endpoint]) -> None:
+    class Picky(RewriterEndpoint):
+        def _serve(self, handler: Any, request: dict[str, Any], fault: str) -> None:
+            for name, use in (("max_tokens", "Use 'max_completion_tokens' instead."), ("temperature", "")):
+                if name in request:
+                    handler._send(400, {"error": {"message": f"Unsupported parameter: '{name}'. {use}"}})
+                    return
+            super()._serve(handler, request, fault)
+
+    with Picky() as server:
+        endpoint = connect(opened, server)
+        for step in ("0", "1"):
+            completion, _ = endpoint.complete(step, {**request(), "temperature": 0.5})
+            assert isinstance(completion, Completion)
+        assert [("max_tokens" in r, "temperature" in r) for r in server.requests] == [
+            (True, True), (False, True), (False, False), (False, False),
+        ]  # fmt: skip
+        assert server.requests[-1]["max_completion_tokens"] == 1000
+
+
 def test_a_stalled_call_times_out(opened: list[Endpoint]) -> None:
     with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
         failure, _ = connect(opened, server, timeout=0.2, retries=0).complete("0", request())
