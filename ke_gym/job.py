@@ -122,7 +122,7 @@ def optimize(
             proposers.check(settings.proposer, again)
             settings = replace(settings, llm=again.to_dict())
     else:
-        proposers.check(proposer, llm or LLM())
+        proposers.check(proposer, llm or LLM(), dollars)
         run_dir = new_run_dir(out, loaded.name)
         spec = loaded.name if loaded.payload else loaded.path
         settings = RunSettings(

@@ -30,10 +30,11 @@ def members(name: str) -> list[str]:
     return [part.strip() for part in name.split(",")]
 
 
-def check(name: str, llm: LLM | None = None) -> None:
+def check(name: str, llm: LLM | None = None, dollars: float | None = None) -> None:
     """``UserError``, which suggests the nearest, unless every name in the list is a proposer's, each once.
 
-    With ``llm`` also unless models can be asked like that: there is a key, and an endpoint that answers.
+    With ``llm`` also unless models can be asked like that: there is a key, an endpoint that answers, and the
+    ``dollars`` (None: any sum) pay for an answer.
     """
     parts = members(name)
     for part in parts:
@@ -45,7 +46,7 @@ def check(name: str, llm: LLM | None = None) -> None:
     if llm is not None and "openai" in parts:
         from ke_gym.proposers import openai
 
-        openai.check(llm)
+        openai.check(llm, dollars)
 
 
 def make(

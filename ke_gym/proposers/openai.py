@@ -40,18 +40,39 @@ _SURE = 1.2  # token estimates are multiplied by this before money depends on th
 _WHOLESALE = ("algorithm_swap", "fission", "matrix_unit")
 
 
-def check(settings: LLM) -> None:
-    """``UserError`` unless the settings name a model, a key, an endpoint that answers, and readable files."""
-    prices.load(settings.prices)
+def check(settings: LLM, dollars: float | None = None) -> None:
+    """``UserError`` unless the settings name a model, a key, an endpoint that answers, and readable files, and
+    ``dollars`` pay for an answer."""
+    table = prices.load(settings.prices)
     Knowledge(settings.knowledge)
     if settings.record:
         writable(settings.record)
     endpoint = Endpoint(replace(settings, record=""))
     try:
-        named(settings, endpoint)
+        models = named(settings, endpoint)
+        affordable(settings, {m: prices.find(table, m, endpoint.url) for m in models}, dollars)
         endpoint.greet()
     finally:
         endpoint.close()
+
+
+def affordable(settings: LLM, known: dict[str, Price | None], dollars: float | None) -> None:
+    """``UserError`` if a limit in dollars is set for a model without a price, or pays for no answer of one."""
+    if dollars is None or settings.replay:
+        return
+    for model, price in known.items():
+        if price is None:
+            raise UserError(
+                f"--max-dollars needs a price for {model!r}, which is not in the table: give one with"
+                f' --prices FILE, as {{"{model}": [dollars per million prompt tokens, per million answer'
+                " tokens]}"
+            )
+        least = price.of(0, settings.max_tokens)
+        if least > dollars:
+            raise UserError(
+                f"one answer of {model} may cost ${least:.4f} ({settings.max_tokens} tokens), more than the"
+                f" ${max(dollars, 0):.4f} that are left; raise --max-dollars or lower --max-tokens"
+            )
 
 
 def named(settings: LLM, endpoint: Endpoint) -> tuple[str, ...]:
@@ -117,20 +138,7 @@ class OpenAI(Proposer):
         return mask
 
     def fund(self, dollars: float | None, spent: float) -> None:
-        if dollars is not None and not self.settings.replay:
-            for model, price in self.prices.items():
-                if price is None:
-                    raise UserError(
-                        f"--max-dollars needs a price for {model!r}, which is not in the table: give one with"
-                        f' --prices FILE, as {{"{model}": [dollars per million prompt tokens, per million answer'
-                        " tokens]}"
-                    )
-                least = price.of(0, self.settings.max_tokens)
-                if least > dollars - spent:
-                    raise UserError(
-                        f"one answer of {model} may cost ${least:.4f} ({self.settings.max_tokens} tokens), more than"
-                        f" the ${max(dollars - spent, 0):.4f} that are left; raise --max-dollars or lower --max-tokens"
-                    )
+        affordable(self.settings, self.prices, None if dollars is None else dollars - spent)
         self.purse.fund(dollars, spent)
 
     def assign(self) -> str:
