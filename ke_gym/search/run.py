@@ -149,7 +149,8 @@ class _Loop:
             # What was asked may need anything that was told before.
             return not self.drafts and not self.flights
         # Whoever writes before anything is judged writes drafts only: the more is known, the more are written.
-        return len(self.drafts) < min(self.writers, 2 * self.workers + len(self.session.tree))
+        first = max(2 * self.workers, self.writers // 4)
+        return len(self.drafts) < min(self.writers, first + 2 * len(self.session.tree))
 
     def late(self) -> bool:
         """Whether the time is over: what is still being written would come after it."""
