@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,5 +43,9 @@ def write(
     for message in messages:
         lines += ["", f"## {message['role']}", "", message["content"]]
     path = folder / f"{step}.md"
+    for again in itertools.count(2):  # a resumed run asks anew what was in flight
+        if not path.exists():
+            break
+        path = folder / f"{step}-again{again}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
