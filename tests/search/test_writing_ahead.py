@@ -98,7 +98,7 @@ def test_as_they_come_proposals_overlap_and_none_is_lost(tmp_path: Path) -> None
         records = store.nodes("s")
         assert [record.number for record in records] == list(range(len(records)))
         kinds = {record.kind for record in records if record.candidate is None}
-        assert kinds == {"prose", "duplicate"} or kinds == {"prose"}
+        assert kinds and kinds <= {"prose", "duplicate"}
         assert session.spent.dollars == pytest.approx(sum(record.dollars for record in records))
 
 
