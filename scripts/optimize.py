@@ -29,7 +29,6 @@ from ke_gym.report.table import summary
 from ke_gym.search.budget import Budget
 from ke_gym.search.result import Result
 
-
 # Why searches end; anything else is a sentence.
 STOPS = ("evaluations", "seconds", "dollars", "STOP", "interrupted", "nothing left to try")
 
