@@ -130,11 +130,18 @@ def test_fast_math_does_not_flush_subnormals_of_the_process(tmp_path: Path) -> N
     assert (tiny * 0.5).item() > 0
 
 
+def openmp_libraries() -> set[str]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in lines if "libgomp" in line}
+
+
 def test_kernels_share_the_thread_pool_of_torch(tmp_path: Path) -> None:
     source = '#include <omp.h>\nextern "C" void threads(int* out) { out[0] = omp_get_max_threads(); }'
     path = tmp_path / "threads.so"
     path.write_bytes(cpp.compile_unit(cpp.Unit(source)).binary)
+    pools = openmp_libraries()
     library = ctypes.CDLL(str(path))
+    assert openmp_libraries() == pools, "a pool of its own"
     out = (ctypes.c_int * 1)()
     before = torch.get_num_threads()
     try:
@@ -144,8 +151,6 @@ def test_kernels_share_the_thread_pool_of_torch(tmp_path: Path) -> None:
             assert out[0] == threads
     finally:
         torch.set_num_threads(before)
-    pools = [line for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line]
-    assert len({line.split()[-1] for line in pools}) == 1
 
 
 def test_units_are_named_by_content() -> None:
