@@ -11,10 +11,10 @@ Sources: NAS-Bench-101 (a query draws one recorded repeat and charges the record
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import lzma
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION, OUTCOMES
+from ke_gym.files import write_whole
 from ke_gym.search.observation import CODE, HARDWARE, PROFILE, SPACES_VERSION, TASK, Surroundings
 from ke_gym.strategies import ACTIONS, RESTART, STRATEGIES
 
@@ -178,11 +179,11 @@ class Table:
             for name, value in content.items()
         }
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-            temporary.replace(path)
+            write_whole(path, packed.getvalue())
         except OSError as error:
             raise UserError(f"the table {path} cannot be written: {error.strerror}") from error
 

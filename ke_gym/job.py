@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.opening import kernel_language, open_evaluator
+from ke_gym.files import write_whole
 from ke_gym.knowledge.learned import FOLDER, distill, write_back
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
@@ -359,9 +359,7 @@ def new_run_dir(out: str | Path, name: str) -> Path:
 
 def write_run(run_dir: Path, settings: RunSettings) -> None:
     """Keep the settings in the run's folder, in one step."""
-    temporary = run_dir / f".{RUN_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(settings), indent=1))
-    temporary.replace(run_dir / RUN_FILE)
+    write_whole(run_dir / RUN_FILE, json.dumps(asdict(settings), indent=1).encode())
 
 
 def read_run(path: str | Path) -> tuple[Path, RunSettings]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ke_gym.errors import UserError
+from ke_gym.files import write_whole
 from ke_gym.policies.features import SPACES_VERSION
 from ke_gym.strategies import ACTIONS
 
@@ -50,10 +50,8 @@ def write(path: str | Path, policy: str, trained_on: dict[str, Any], state: dict
         "state": encode(state),
     }
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(data, indent=1))
-        temporary.replace(path)
+        write_whole(path, json.dumps(data, indent=1).encode())
     except OSError as error:
         raise UserError(f"the policy file {path} cannot be written: {error.strerror}") from error
 

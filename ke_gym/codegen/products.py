@@ -38,6 +38,9 @@ CONVOLUTION = "aten.convolution.default"
 BIASED = "aten.addmm.default"
 KINDS = ("aten.mm.default", "aten.bmm.default", BIASED, CONVOLUTION)
 FILL = 132  # programs that keep every multiprocessor busy
+# A product with a side this short waits for memory: tf32x3 costs it nothing, and TF32's errors (the hardware
+# truncates) no longer add up along a chain of such products.
+SKINNY = 32
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,8 @@ def heuristic(shape: Shape, policy: str) -> Blocks:
     """Large tiles where there are enough of them to fill the device, else smaller ones."""
     half = shape.dtype != "f32"
     precision = "ieee" if half else {"strict": "tf32x3", "tf32": "tf32", "bf16": "bf16"}[policy]
+    if precision == "tf32" and min(shape.m, shape.n, shape.k) <= SKINNY:
+        precision = "tf32x3"
     deep = 64 if half or precision == "bf16" else 32
     drafts = [
         Blocks(128, 256, 64, 8, 3) if deep == 64 else Blocks(128, 64, 32, 4, 3),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.channel import Channel, ProtocolError
 from ke_gym.evaluation.sandbox import GIB, Sandbox, compiler_paths
 from ke_gym.evaluation.zygote import Zygote
+from ke_gym.files import write_whole
 from ke_gym.languages import cpp
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError, BuildOptions, Signature, build
@@ -127,10 +126,7 @@ def _load(path: Path) -> Artifact | None:
 
 
 def _store(path: Path, data: bytes) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
-    os.replace(partial, path)
+    write_whole(path, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
 
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:

@@ -23,6 +23,7 @@ from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.record import home
 from ke_gym.evaluation.zygote import Zygote
+from ke_gym.files import write_whole
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.device import get_arch
@@ -109,12 +110,12 @@ class Bundle:
                     end += size
                     artifacts.append(Artifact.from_bytes(blob) if blob else None)
                 packed.append(_unpacked(entry, tasks, *artifacts))
-            baseline = str(header["baseline"])
+            arch, baseline = str(header["arch"]), str(header["baseline"])
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(f"it is damaged: {error!r}") from error
         if end != len(data):
             raise ValueError("it is cut off")
-        return cls(str(header["arch"]), tasks, tuple(packed), baseline)
+        return cls(arch, tasks, tuple(packed), baseline)
 
     def write(self, path: Path) -> None:
         """Write the file in one step. Raises ``UserError`` if it can't be written."""
@@ -255,9 +256,7 @@ def read_results(text: str) -> list[Judged]:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file in one step: who waits for it never sees half of it. Raises ``UserError``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_whole(path, data)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error

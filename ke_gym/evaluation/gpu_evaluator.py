@@ -26,6 +26,7 @@ from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
 from ke_gym.evaluation.zygote import Zygote
+from ke_gym.files import write_whole
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cuda
@@ -360,9 +361,7 @@ def kept_peaks(folder: Path, measure: Any, again: bool = False) -> cuda.Peaks:
     peaks = cuda.Peaks.from_dict(measure())
     if kept is not None:
         peaks = peaks.best(kept)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(peaks.to_dict()))
-    temporary.replace(path)
+    write_whole(path, json.dumps(peaks.to_dict()).encode())
     return peaks
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ke_gym.evaluation.evaluation import HARNESS_VERSION
+from ke_gym.files import write_whole
 from ke_gym.targets.cpu import Peaks
 
 MIN_MARGIN = 0.01
@@ -72,9 +73,7 @@ class MachineRecord:
         if kept is not None:
             rates = tuple((s, max(r, dict(kept.bandwidth).get(s, 0.0))) for s, r in peaks.bandwidth)
             peaks = Peaks(threads, rates, max(kept.fp32, peaks.fp32), max(kept.fp64, peaks.fp64))
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(peaks.to_json())
-        temporary.replace(path)
+        write_whole(path, peaks.to_json().encode())
         return peaks
 
     def add(

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.stats import sign_p_interval
+from ke_gym.files import write_whole
 from ke_gym.knowledge.document import ANY, LIMITERS, Document, injection, parse
 from ke_gym.strategies import STRATEGIES
 
@@ -235,7 +234,7 @@ def write_back(folder: Path, lessons: Iterable[Lesson]) -> list[Path]:
                 path = folder / lesson.path
                 known = Lesson.read(path, folder) if path.exists() else None
                 path.parent.mkdir(exist_ok=True)
-                _replace(path, (known.merged(lesson) if known else lesson).markdown())
+                write_whole(path, (known.merged(lesson) if known else lesson).markdown().encode())
                 written.append(path)
     except OSError as error:
         raise UserError(
@@ -278,13 +277,6 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(partial, path)
 
 
 def _name(text: str) -> str:

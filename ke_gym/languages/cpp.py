@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ke_gym.files import write_whole
 from ke_gym.languages.launch import KernelError
 from ke_gym.languages.recording import Built
 from ke_gym.languages.remarks import Remark, read_clang, read_gcc
@@ -234,11 +235,7 @@ def cached(unit: Unit) -> str:
     identity = f"{path} {Path(path).stat().st_mtime_ns} {_processor()} {unit.name} {CODE_FLAGS}"
     target = _cache() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if not target.exists():
-        binary = compile_unit(unit).binary
-        handle, partial = tempfile.mkstemp(dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(binary)
-        os.replace(partial, target)
+        write_whole(target, compile_unit(unit).binary)
     return str(target)
 
 

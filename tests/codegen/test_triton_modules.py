@@ -37,6 +37,17 @@ def test_every_task_has_modules(name: str) -> None:
         compile(made.emit(seed), name, "exec")
 
 
+def test_skinny_products_of_a_tf32_task_are_more_precise() -> None:
+    """Two truncated products in a row err by more than one may; the short ones wait for memory anyway."""
+    made = program("matmul_low_rank")
+    precisions = [
+        line.split("input_precision=")[1].split(")")[0].strip('"')
+        for line in made.emit(made.seeds()[0]).splitlines()
+        if "input_precision=" in line
+    ]
+    assert precisions == ["tf32", "tf32x3", "tf32x3"]
+
+
 REWRITTEN = (
     "softmax",
     "layer_norm_backward",
