@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python scripts/optimize.py softmax bias_gelu matmul_bias_gelu --budget 25
 
 test: $(READY)
-	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
