@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -12,15 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-SCRIPT = """
-import pathlib, sys
-import ke_gym, ke_gym.envs, ke_gym.policies
-assert "site-packages" in ke_gym.__file__ and {outside!r} in ke_gym.__file__, ke_gym.__file__
-with ke_gym.Evaluator(ke_gym.Task.load("softmax"), shape_sets=["ragged"], folder=pathlib.Path("home")) as evaluator:
-    evaluation = evaluator.evaluate(ke_gym.Candidate.from_file("softmax.py"))
-print(evaluation.outcome, evaluation.trust)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +60,23 @@ def test_the_wheel_holds_what_is_needed_and_nothing_at_top_level(wheel: Path) ->
 def test_an_installed_wheel_evaluates_from_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
-    packages = next(environment.glob("lib/python*/site-packages"))
-    zipfile.ZipFile(wheel).extractall(packages)
+    python = str(environment / "bin" / "python")
+    install = ["-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run([sys.executable, *install], check=True)
     # Dependencies come from this environment: a path file adds its folder without its editable installs.
+    (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     (tmp_path / "softmax.py").write_text((ROOT / "examples" / "softmax.py").read_text())
-    done = subprocess.run(
-        [str(environment / "bin" / "python"), "-c", SCRIPT.format(outside=str(environment))],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.stdout.split() == ["correct", "plan"], done.stderr
+
+    def run(*words: str) -> str:
+        environ = {**os.environ, "KE_GYM_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [python, *words], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert str(packages) in run("-c", "import ke_gym, ke_gym.envs, ke_gym.policies; print(ke_gym.__file__)")
+    script = str(ROOT / "scripts" / "evaluate.py")  # a script's own folder is all it adds to the path
+    verdict = json.loads(run(script, "--task", "softmax", "--kernel", "softmax.py", "--json"))
+    assert verdict["outcome"] == "correct" and verdict["speedup"] > 0
