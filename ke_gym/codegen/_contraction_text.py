@@ -27,6 +27,12 @@ def register_tiles(vector_bytes: int, item: int) -> list[tuple[int, int]]:
     return [(mr, v * lanes) for v in (2, 3, 1, 4) for mr in range(28, 0, -1) if mr * v + v + 1 <= registers]
 
 
+def matrix_units(precision: Precision, *dtypes: str) -> list[bool]:
+    """Whether dot products of bf16 may be used: operands are bf16, or floats that may be rounded to it."""
+    exact = set(dtypes) == {"bf16"}
+    return [False, True] if exact or (precision == "bf16" and accumulator(dtypes[0]) == "float") else [False]
+
+
 def best_tile(m: int, n: int, vector_bytes: int, item: int) -> tuple[int, int]:
     """The tile that covers m x n with the least time per step of k.
 

@@ -17,6 +17,7 @@ from ke_gym.codegen._contraction_text import (
     call,
     closure,
     flag,
+    matrix_units,
     register_tiles,
     tile_type,
 )
@@ -95,7 +96,7 @@ class ConvSchedule:
             "tile": register_tiles(vector_bytes, ITEM_BYTES[problem.accumulator]),
             "kc": [64, 128, 192, 256, 512],
             "nc": [2, 4, 8, 16],
-            "matrix_unit": [False, True] if problem.precision == "bf16" else [False],
+            "matrix_unit": matrix_units(problem.precision, problem.x_dtype, problem.w_dtype),
             "parallel": [True, False],
         }
 

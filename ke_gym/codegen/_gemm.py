@@ -17,6 +17,7 @@ from ke_gym.codegen._contraction_text import (
     call,
     closure,
     flag,
+    matrix_units,
     register_tiles,
     tile_type,
 )
@@ -94,7 +95,7 @@ class GemmSchedule:
             "kc": [64, 128, 192, 256, 512],
             "mc": [0, 2, 4, 8, 16],
             "nc": [0] if rows_in_order else [0, 1, 2, 4, 16],
-            "matrix_unit": [False, True] if problem.precision == "bf16" else [False],
+            "matrix_unit": matrix_units(problem.precision, problem.a_dtype, problem.b_dtype),
             "parallel": [True, False],
         }
 

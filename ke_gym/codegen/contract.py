@@ -21,9 +21,11 @@ from ke_gym.codegen.expr import (
     Index,
     Indirect,
     Load,
+    Op,
     Quotient,
     Rewriter,
     Var,
+    cast,
     compute_dtype,
     constant,
     of,
@@ -33,11 +35,11 @@ from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View
 from ke_gym.codegen.schedule import Group
 
 GEMM = ("aten.mm.default", "aten.bmm.default")
+BIASED = "aten.addmm.default"  # of half precision, rounded once: after the bias
 CONVOLUTION = "aten.convolution.default"
 BAGS = ("aten._embedding_bag.default", "aten._embedding_bag_forward_only.default")
 KINDS = {
-    "aten.mm.default": "gemm",
-    "aten.bmm.default": "gemm",
+    **dict.fromkeys((*GEMM, BIASED), "gemm"),
     CONVOLUTION: "conv",
     **dict.fromkeys(BAGS, "bag"),
 }
@@ -104,8 +106,10 @@ class Store:
 
 def problem_of(graph: Graph, step: Extern, precision: str) -> Problem:
     """The contraction's sizes and strides; ``Illegal`` if the templates do not cover it."""
-    if step.target in GEMM:
-        a, b = step.args
+    if step.kwargs:
+        raise Illegal("a scaled product")
+    if step.target in (*GEMM, BIASED):
+        a, b = step.args[-2:]
         dtypes = [graph.buffers[v.buffer].dtype for v in (a, b)]
         if dtypes[0] not in ("f32", "f64", "bf16", "f16") or dtypes[0] != dtypes[1]:
             raise Illegal("operands of this dtype")
@@ -114,10 +118,10 @@ def problem_of(graph: Graph, step: Extern, precision: str) -> Problem:
             batch=a.shape[:-2], a_dtype=dtypes[0], b_dtype=dtypes[1], precision=precision,  # type: ignore[arg-type]
         )  # fmt: skip
     if step.target == CONVOLUTION:
-        x, w, bias, stride, padding, dilation, transposed, _, groups = step.args
+        x, w, _, stride, padding, dilation, transposed, _, groups = step.args
         buffers = [graph.buffers[v.buffer] for v in (x, w)]
         plain = w.offset == 0 and w.stride == _contiguous(w.shape)
-        if bias is not None or transposed or not plain or any(b.dtype not in ("f32", "f64") for b in buffers):
+        if transposed or not plain or any(b.dtype not in ("f32", "f64", "bf16", "f16") for b in buffers):
             raise Illegal("this kind of convolution")
         rank = len(x.shape) - 2
         return templates.ConvProblem(
@@ -138,7 +142,7 @@ def _bag(graph: Graph, step: Extern) -> templates.BagProblem:
     table, ids, offsets = step.args[:3]
     dtype = graph.buffers[table.buffer].dtype
     lists = [v for v in (ids, offsets, given["weights"]) if v is not None]
-    if step.kwargs or dtype not in ("f32", "f64") or any(v.stride != (1,) for v in lists):
+    if dtype not in ("f32", "f64") or any(v.stride != (1,) for v in lists):
         raise Illegal("this kind of bag")
     weights = given["weights"]
     kinds = [graph.buffers[v.buffer].dtype for v in (ids, offsets)]
@@ -235,8 +239,10 @@ class Builder:
         )  # fmt: skip
 
     def _views(self) -> tuple[View, ...]:
-        if not isinstance(self.problem, templates.BagProblem):
-            return (self.step.args[0], self.step.args[1])
+        if isinstance(self.problem, templates.GemmProblem):
+            return self.step.args[-2:]
+        if isinstance(self.problem, templates.ConvProblem):
+            return self.step.args[:2]
         weights = self.step.args[6:7] if self.problem.weighted else ()
         return (*self.step.args[:3], *weights)
 
@@ -277,12 +283,12 @@ class Builder:
         place = self._place()
         values: dict[str, Expr] = {}
         indices: dict[str, tuple[Index, ...]] = {}
-        acc = compute_dtype(self.product.dtype)
+        made = self._made(place)
         if self.product.name in self.visible and self.product.stride != _contiguous(self.product.shape):
             raise Illegal("the product is stored in another order")
         stores = []
         if self.product.name in self.visible:
-            stores.append(self._store(self.product.name, place, Load("acc", (of(STRIP),), acc), None))
+            stores.append(self._store(self.product.name, place, made, None))
         for name, node in after.items():
             binding = self._solve(node, place, indices)
             index = tuple(Rewriter(binding).index(of(v)) if v.size != 1 else constant(0) for v in node.vars)
@@ -292,7 +298,7 @@ class Builder:
                 if load.buffer == self.product.name:
                     if tuple(load.index) != place:
                         raise Illegal("the product is read elsewhere")
-                    return Load("acc", (of(STRIP),), acc)
+                    return made
                 if load.buffer in values:
                     if load.index != indices[load.buffer]:
                         raise Illegal(f"{load.buffer} is read elsewhere")
@@ -310,6 +316,26 @@ class Builder:
                     raise Illegal("a row's reduction is needed within the row")
                 stores.append(self._store(name, index, value, node.reduction))
         return stores
+
+    @property
+    def _bias(self) -> View | None:
+        """What the library's call adds to the product before it rounds."""
+        if self.step.target == BIASED:
+            return self.step.args[0]  # type: ignore[no-any-return]
+        return self.step.args[2] if self.step.target == CONVOLUTION else None  # type: ignore[no-any-return]
+
+    def _made(self, place: tuple[Index, ...]) -> Expr:
+        """What the call makes of the sums of the element at ``place``."""
+        dtype = compute_dtype(self.product.dtype)
+        acc, bias = Load("acc", (of(STRIP),), dtype), self._bias
+        if bias is None:
+            return acc
+        own = place[1:2] if self.step.target == CONVOLUTION else place[len(place) - len(bias.shape) :]
+        at = constant(bias.offset)
+        for index, size, stride in zip(own, bias.shape, bias.stride):
+            at = at + (index * stride if size != 1 else constant(0))
+        shift = Load(bias.buffer, (at,), self.graph.buffers[bias.buffer].dtype)
+        return Op("add", (acc, cast(shift, dtype)), dtype)
 
     def _store(self, name: str, index: tuple[Index, ...], expr: Expr, op: str | None) -> Store:
         flat = self._flat(name, index)
@@ -376,11 +402,11 @@ class Builder:
     def _prologue(self, before: dict[str, Node]) -> Expr | None:
         if not before:
             return None
-        if any(view.buffer in before for view in self._views()[1:]):
+        if any(view.buffer in before for view in (*self._views()[1:], self._bias) if view is not None):
             raise Illegal("only the left operand is computed on the way")
         if not isinstance(self.problem, templates.GemmProblem):
             raise Illegal("only matrix products take a prologue")
-        view: View = self.step.args[0]
+        view = self._views()[0]
         if view.buffer not in before:
             raise Illegal("nothing makes the left operand")
         node = before[view.buffer]

@@ -95,7 +95,7 @@ _F64_STD = frozenset(("exp2", "log2", "log10"))
 
 _IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 _COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "min": "min"}
-_LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63) + 1, "u8": 0, "bool": 0}
+_LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63), "u8": 0, "bool": 0}
 _GREATEST = {"i8": 127, "i16": 2**15 - 1, "i32": 2**31 - 1, "i64": 2**63 - 1, "u8": 255, "bool": 1}
 
 # In elements: what is asked for at once, how far ahead, the rows short enough to fetch the next one instead, the
@@ -161,6 +161,8 @@ def literal(value: float | int | bool, dtype: str) -> str:
     if dtype == "bool":
         return "true" if value else "false"
     if not is_float(dtype):
+        if value == -(2**63):
+            return "INT64_MIN"  # minus a literal would be minus one that is too large
         return str(int(value)) if abs(int(value)) < 2**31 else f"INT64_C({int(value)})"
     value = float(value)
     if math.isnan(value):

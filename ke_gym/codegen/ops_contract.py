@@ -1,4 +1,7 @@
-"""Lowering of contractions: the bare product stays a library call that a schedule may take over; bias is pointwise."""
+"""Lowering of contractions: the product stays a library call that a schedule may take over.
+
+A bias is a pointwise node of its own, except in half precision: there the library rounds once, after the bias.
+"""
 
 from __future__ import annotations
 

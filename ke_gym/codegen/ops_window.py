@@ -14,6 +14,7 @@ from typing import Any
 
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
+    BYTES,
     Const,
     Expr,
     Index,
@@ -42,6 +43,10 @@ def spread(value: Any, rank: int, default: int | None = None) -> tuple[int, ...]
 
 
 Sizes = tuple[int, ...]
+
+
+def least_integer(dtype: str) -> int:
+    return 0 if dtype in ("u8", "bool") else -(2 ** (8 * BYTES[dtype] - 1))
 
 
 def taps(
@@ -118,7 +123,7 @@ def max_pool(
     rank = int(str(low.current.target).split("pool")[1][0])
     shape, dtype = low.result(position)
     size = spread(kernel, rank)
-    least = -math.inf if is_float(dtype) else -(2**31)
+    least = -math.inf if is_float(dtype) else least_integer(dtype)
     steps = spread(stride, rank) if stride else size
     return window(low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ def kernel(name: str, operands: dict[str, torch.Tensor], statement: str) -> str:
 def run(header: str, operands: dict[str, torch.Tensor], statement: str) -> None:
     library = compile_library(f'#include "ke/{header}.h"\n' + kernel("kernel", operands, statement))
     call(library.kernel, list(operands.values()))
+
+
+def test_dot_products_of_bf16_are_offered_where_nothing_else_is_rounded() -> None:
+    def offered(dtype: str, precision: Any) -> bool:
+        problem = GemmProblem(64, 64, 64, (64, 1), (64, 1), (), dtype, dtype, precision)
+        return True in GemmSchedule.choices(problem)["matrix_unit"]
+
+    assert offered("f32", "bf16") and offered("bf16", "strict")
+    assert not offered("f64", "bf16") and not offered("f32", "strict") and not offered("f16", "strict")
 
 
 GEMM_CASES = [

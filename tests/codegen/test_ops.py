@@ -123,6 +123,18 @@ def half_precision(x: Tensor) -> tuple[Tensor, ...]:
     return torch.softmax(x, -1), x.sum(-1), F.layer_norm(x, x.shape[-1:]), F.gelu(x) * x
 
 
+def biased_in_half(x: Tensor, w: Tensor, b: Tensor, image: Tensor, filters: Tensor) -> tuple[Tensor, ...]:
+    return (
+        F.gelu(F.linear(x, w, b)), F.linear(x[0] * 2, w, b), torch.addmm(x[0, :, :1], x[1], w.mT), F.linear(x, w),
+        F.conv2d(image, filters, b, padding=1).relu(), F.conv2d(image, filters, stride=2),
+    )  # fmt: skip
+
+
+def biased_inputs(dtype: torch.dtype) -> Inputs:
+    shapes = ((2, 20, 37), (29, 37), (29,), (2, 5, 9, 8), (29, 5, 3, 3))
+    return lambda: [torch.randn(*shape).to(dtype) for shape in shapes]
+
+
 def softmaxes(x: Tensor) -> tuple[Tensor, ...]:
     return torch.softmax(x, 2), torch.softmax(x, 0), torch.log_softmax(x, 1), F.softmin(x, -1)
 
@@ -183,6 +195,8 @@ FAMILIES = {
     "f64": Family(lambda x: (torch.softmax(x, 1), x.exp() * x.sum()), normal(9, 70, dtype=torch.float64)),
     "bf16": Family(half_precision, normal(9, 64, dtype=torch.bfloat16)),
     "f16": Family(half_precision, normal(9, 64, dtype=torch.float16)),
+    "bf16_bias": Family(biased_in_half, biased_inputs(torch.bfloat16)),
+    "f16_bias": Family(biased_in_half, biased_inputs(torch.float16)),
     "broadcasting": Family(
         lambda a, b, c: a * b + c, lambda: [torch.randn(5, 1, 7), torch.randn(6, 1), torch.randn(7)]
     ),
@@ -199,11 +213,19 @@ FAMILIES = {
     "masks": Family(masks, normal(3, 14, 14)),
     "pads_and_joins": Family(pads_and_joins, pair(2, 6, 7)),
     "pools": Family(pools, normal(2, 3, 12, 16)),
+    "integer_pools": Family(
+        lambda x: (F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x, 7, 3, 3)),
+        lambda: [-torch.randint(2**40, 2**50, (2, 3, 9, 9))],
+    ),
     "matmul": Family(
         lambda a, b: (F.gelu(a @ b + 1), (a * 2) @ b, (a @ b).amax(1), a.T @ b.T),
         pair(30, 30),
     ),
     "bmm": Family(lambda a, b: (torch.bmm(a, b), a @ b.mT.mT + a), pair(3, 18, 18)),
+    "attention": Family(
+        lambda q, k, v: (torch.softmax(q @ k.mT * 0.3, -1) @ v, torch.softmax((q @ k.mT).tril() + 1, -1) @ v * 2),
+        lambda: [torch.randn(2, 3, 16, 8) for _ in range(3)],
+    ),
     "conv1d": Family(
         lambda x, w: (F.conv1d(x, w, stride=2), F.conv1d(x, w, padding=2, dilation=2).relu()),
         lambda: [torch.randn(2, 4, 40), torch.randn(6, 4, 3)],
