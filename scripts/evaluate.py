@@ -133,7 +133,7 @@ def judge(
                 known = None if args.again else store.evaluation(setting, candidate.id)
                 evaluation = known or evaluator.evaluate(candidate)
                 store.add_candidate(candidate)
-                store.add_evaluation(setting, evaluation)
+                store.add_evaluation(setting, evaluation, replace=args.again)
                 judged.append((machine, known is not None, evaluation))
     return judged
 
@@ -192,7 +192,8 @@ def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
         shown.add_row("time", f"{evaluation.reference_ms:.4g} ms → {evaluation.time_ms:.4g} ms")
     if evaluation.error is not None:
         error = evaluation.error
-        shown.add_row("error", f"{error.rel_l2:.1e} relative L2, {error.ratio:.2g}x the reference's own")
+        if error.ratio < 1e300:  # the store keeps infinities as 1e308
+            shown.add_row("error", f"{error.rel_l2:.1e} relative L2, {error.ratio:.2g}x the reference's own")
     for line in feedback(evaluation).splitlines()[1:]:
         key, _, value = line.partition(": ")
         if key != "speedup":

@@ -43,6 +43,10 @@ class ArmDied(Exception):
         self.log = log
 
 
+class RivalFailed(Exception):
+    """The incumbent did not build, died, hung or was wrong: nothing that the candidate should answer for."""
+
+
 def elapsed(start: int, said: int, stopped: int) -> float:
     """Seconds that count, of three clock readings in ns: started, said that it is done, stopped.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from ke_gym.evaluation.zygote import Zygote
 from ke_gym.files import write_whole
 from ke_gym.languages import cpp
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.base import BuildError, BuildOptions, Signature, build
+from ke_gym.languages.base import BuildError, BuildOptions, Signature, build, get_language
 
 ARTIFACT_LIMIT = 256 << 20
 BUILD_SECONDS = 120.0
 LOG_LIMIT = 20_000
+END_SECONDS = 5.0
+"""How long a build that has closed its connection may take to end."""
 # Part of every key. Raise it when tracing or compiling would give another artifact for the same source.
 BUILD_VERSION = 1
 _OUTCOMES = ("compile", "constraints", "correctness")
@@ -49,7 +52,11 @@ class Builder:
 
         Raises ``BuildError``: its outcome is what the language says, ``"timeout"`` when it takes longer than
         ``timeout`` seconds, ``"compile"`` when the process dies (out of memory, killed by a limit).
+        Raises ``UserError`` for a language that is unknown or not installed.
         """
+        get_language(language)
+        if language == "triton" and find_spec("triton") is None:
+            raise UserError("Triton is not installed: pip install 'ke-gym[triton]'")
         options = {"target": target, "arch": arch, "multiprocessors": multiprocessors}
         path = self._folder / f"{self._key(source, signature, language, options)}.artifact"
         known = _load(path)
@@ -80,12 +87,13 @@ class Builder:
             except ProtocolError as error:
                 raise BuildError("compile", f"the build answered nonsense: {error}") from None
             except EOFError:
-                how = worker.wait(10.0)
+                try:
+                    how = worker.wait(END_SECONDS)
+                except TimeoutError:
+                    raise BuildError("compile", "the build closed its connection and went on") from None
                 log = worker.log(2000).strip()
                 text_ = f"the build died with {how}" + (f"\n{log}" if log else "")
                 raise BuildError("compile", text_) from None
-        if "user_error" in header:
-            raise UserError(str(header["user_error"])[:LOG_LIMIT])
         if "outcome" in header:
             outcome = header["outcome"] if header["outcome"] in _OUTCOMES else "compile"
             raise BuildError(outcome, str(header.get("log", ""))[:LOG_LIMIT])
@@ -102,9 +110,9 @@ class Builder:
 
 @functools.cache
 def _toolchain() -> str:
-    """What the same source may compile differently under: compilers, processor, torch."""
+    """What the same source may compile differently under: compilers, flags, our headers, processor, torch."""
     found = sorted((c.family, c.path, c.version) for c in cpp.compilers().values())
-    return f"{found} {_triton()} {cpp.settings(cpp.Unit(''))['processor']} {torch.__version__}"
+    return f"{found} {cpp.environment_id()} {_triton()} {torch.__version__}"
 
 
 def _triton() -> str:
@@ -138,8 +146,8 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         artifact = build(source, Signature.from_bytes(signature), args["language"], options)
     except BuildError as error:
         channel.send({"outcome": error.outcome, "log": error.log})
-    except UserError as error:
-        channel.send({"user_error": str(error)})
+    except UserError as error:  # the module's: what a user can mend was looked at before the build
+        channel.send({"outcome": "constraints", "log": str(error)})
     except MemoryError:
         channel.send({"outcome": "compile", "log": "building ran out of memory"})
     else:

@@ -42,7 +42,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time goes: bytes and FLOPs counted from the graph, rates as shares of the measured peaks."""
+    """Where the time goes: bytes and FLOPs counted from the graph, rates as shares of the measured peaks.
+
+    ``flops``, ``gflops_per_s`` and ``arithmetic_share`` count elementwise operators and reductions too, at one
+    per element; ``flops_share`` counts products only, which is what a peak of FMA units can be held against.
+    """
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -50,6 +54,7 @@ class Profile:
     gflops_per_s: float = 0.0
     bandwidth_share: float = 0.0
     flops_share: float = 0.0
+    arithmetic_share: float = 0.0
     floor_ms: float = 0.0
     vectorized: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ import numpy as np
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.admission import admit
-from ke_gym.evaluation.arms import Arm, ArmDied, open_arm
+from ke_gym.evaluation.arms import Arm, ArmDied, RivalFailed, open_arm
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import BASELINES, Cost, Errors, Evaluation, Outcome, Profile
 from ke_gym.evaluation.judge_client import JudgeClient, Shape
@@ -66,12 +66,22 @@ def draw_cases(rng: random.Random) -> list[tuple[int, str, int]]:
 
 
 class Rejected(Exception):
-    """A candidate's evaluation ended early with this outcome."""
+    """A candidate's evaluation ended early with this outcome; ``error`` is what its outputs were wrong by."""
 
-    def __init__(self, outcome: Outcome, log: str) -> None:
+    def __init__(self, outcome: Outcome, log: str, error: Errors | None = None) -> None:
         super().__init__(log)
         self.outcome: Outcome = outcome
         self.log = log
+        self.error = error
+
+
+@contextmanager
+def rivals_fault() -> Iterator[None]:
+    """What fails within is the incumbent's doing. Raises ``RivalFailed``."""
+    try:
+        yield
+    except (BuildError, ArmDied) as failure:
+        raise RivalFailed(failure.log) from failure
 
 
 class Cores:
@@ -189,7 +199,7 @@ class Evaluator:
             self.hidden = [name for name in task.hidden_shapes() if name not in self.shape_sets]
             self.judge = self._open_judge(self.hidden)
             self._state.callback(lambda: self.judge.close())
-            self.peaks = self.record.peaks(self.threads, self._measure_peaks)
+            self.peaks = self._kept_peaks()
             self.cases = draw_cases(self._rng)
             self._touch_seed = self._rng.getrandbits(60)
         except BaseException:
@@ -201,6 +211,7 @@ class Evaluator:
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         """Judge ``candidate``; race it against ``incumbent`` (and the baseline), or the baseline alone.
 
+        An incumbent that fails in the race is left out of it: the log says so, and there is no gain then.
         Never raises for anything the candidate does; `UserError` for a broken task.
         """
         start = time.perf_counter()
@@ -217,36 +228,51 @@ class Evaluator:
         )
         try:
             artifact = self.build(candidate)
-            rival = self.build(incumbent) if incumbent is not None and incumbent.id != candidate.id else None
         except BuildError as error:
             spent = time.perf_counter() - start
             return base.replace(outcome=error.outcome, log=error.log, cost=Cost(compile_s=spent))
-        raced = incumbent.id if incumbent is not None and rival is not None else ""
-        base = base.replace(trust=artifact.lane, binary=artifact.binary_id, rival=raced)
+        rival, absent = None, ""
+        if incumbent is not None and incumbent.id != candidate.id:
+            try:
+                with rivals_fault():
+                    rival = self.build(incumbent)
+                base = base.replace(rival=incumbent.id)
+            except RivalFailed as failure:
+                absent = str(failure)
+        base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
         with self._cores.all():
             compiled = time.perf_counter()
             cost = Cost(compile_s=self._build_s.pop(candidate.id, 0.0))
             checked = compiled
             try:
-                with self._entries() as open_entry:
-                    entries = {name: open_entry(artifact, name) for name in self.shape_sets}
-                    errors = self._check(artifact, entries, open_entry)
-                    checked = time.perf_counter()
-                    base = base.replace(error=errors)
-                    base = self._race(base, artifact, rival, entries)
-                    base = self._describe(base, artifact, entries[self.contract])
+                while True:
+                    try:
+                        with self._entries() as open_entry:
+                            entries = {name: open_entry(artifact, name) for name in self.shape_sets}
+                            errors = self._check(artifact, entries, open_entry)
+                            checked = time.perf_counter()
+                            base = base.replace(error=errors)
+                            base = self._race(base, artifact, rival, entries)
+                            base = self._describe(base, artifact, entries[self.contract])
+                        break
+                    except RivalFailed as failure:  # once at most: from now on there is none
+                        rival, absent, base = None, str(failure), base.replace(rival="")
             except (Rejected, ArmDied) as failure:
                 if checked == compiled:
                     checked = time.perf_counter()
+                error = failure.error if isinstance(failure, Rejected) else None
                 base = base.replace(
-                    outcome=failure.outcome, log=failure.log, speedup=None, speedup_ci=None, gain=None,
-                    gain_ci=None, improved=False,
+                    outcome=failure.outcome, log=failure.log, error=error or base.error, speedup=None,
+                    speedup_ci=None, gain=None, gain_ci=None, improved=False,
                 )  # fmt: skip
             now = time.perf_counter()
             base = base.replace(cost=replace(cost, check_s=checked - compiled, race_s=now - checked))
             if base.improved:
                 self._steady = artifact
             self._maybe_aa()
+        if absent:
+            said = f"the incumbent failed ({absent.splitlines()[0]}): raced against the baseline alone"
+            base = base.alone().replace(log="\n".join(filter(None, (said, base.log))))
         return base
 
     def decide(self, candidate: Candidate, rival: Candidate) -> Evaluation:
@@ -314,6 +340,13 @@ class Evaluator:
 
     def _open_judge(self, hidden: Sequence[str] = ()) -> JudgeClient:
         return JudgeClient(self.zygote, self.task, [*self.shape_sets, *hidden], self.baseline, self.threads)
+
+    def _kept_peaks(self, again: bool = False) -> cpu.Peaks:
+        """The machine's peaks, as they bound this task."""
+        shape = self.judge.shapes[self.contract]
+        dtypes = {spec.torch_dtype for spec in (*shape.inputs, *shape.state.values(), *shape.outputs)}
+        peaks = self.record.peaks(self.threads, self._measure_peaks, again)
+        return peaks.bounded_by(dtypes, self.task.precision, self.facts.matrix_unit)
 
     def _measure_peaks(self, threads: int) -> cpu.Peaks:
         worker = self.zygote.spawn("ke_gym.targets.cpu:measure_worker", {"threads": threads})
@@ -384,7 +417,8 @@ class Evaluator:
             where = "a shape it claims to support (general = True)" if hidden else "the task's shapes"
             inputs = "inputs" if distribution == "task" else f"{distribution} inputs"
             detail = f"; wrong: {verdict['pattern']}" if verdict["pattern"] and not hidden else ""
-            raise Rejected("correctness", f"wrong on {inputs} of {where}: {verdict['reason']}{detail}")
+            reason = f"wrong on {inputs} of {where}: {verdict['reason']}{detail}"
+            raise Rejected("correctness", reason, errors_of(verdict))
         return verdict
 
     def _check_touched(self, name: str, entry: Entry) -> None:
@@ -400,6 +434,7 @@ class Evaluator:
                 "correctness",
                 f"wrong after one element of each input and parameter has changed: {verdict['reason']}; outputs "
                 "may depend on nothing but the inputs and parameters of the call",
+                errors_of(verdict),
             )
 
     def _patience(self, name: str) -> float:
@@ -434,8 +469,6 @@ class Evaluator:
                 return races[self.contract]
 
             _, _, main_improved = confirm(fresh, against, margin=margin)
-            if any(r.suspects for races in confirmed.values() for r in races):
-                raise Rejected("correctness", "wrong output in a timed call of a fresh process")
             sets = confirmed
             gain, gain_ci, _ = _over_sets(sets, against)
             improved = main_improved and gain_ci[0] > margin
@@ -475,7 +508,10 @@ class Evaluator:
         for name in self.shape_sets:
             with self._entries(judge) as open_entry:
                 own = entries[name] if entries else open_entry(artifact, name)
-                other = open_entry(rival, name) if rival is not None else None
+                other = None
+                if rival is not None:
+                    with rivals_fault():
+                        other = open_entry(rival, name)
                 races[name] = self._race_set(judge, name, own, other, rules, baseline)
         return races
 
@@ -496,7 +532,12 @@ class Evaluator:
         contestants: dict[str, Callable[[], float]] = {"candidate": lambda: judge.net(own.arm.call(patience))}
         by_number = {own.number: "candidate"}
         if other is not None:
-            contestants["incumbent"] = lambda: judge.net(other.arm.call(patience))
+
+            def call_rival() -> float:
+                with rivals_fault():
+                    return judge.net(other.arm.call(patience))
+
+            contestants["incumbent"] = call_rival
             by_number[other.number] = "incumbent"
         if baseline:
             contestants["baseline"] = lambda: judge.call_baseline(name)
@@ -520,8 +561,7 @@ class Evaluator:
             rules=rules,
             margin=self.record.margin(pace[rival]),
         )
-        if "candidate" in result.suspects:
-            raise Rejected("correctness", "right when checked, wrong in a timed call")
+        believe(result)
         return result
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
@@ -544,7 +584,7 @@ class Evaluator:
         )  # the deducted round trip is an estimate: the doubt is the kernel's
         floor_s = self.peaks.floor_s(shape.work.bytes, shape.work.floor_flops)
         if most < floor_s:
-            self.peaks = self.record.peaks(self.threads, self._measure_peaks, again=True)
+            self.peaks = self._kept_peaks(again=True)
             floor_s = self.peaks.floor_s(shape.work.bytes, shape.work.floor_flops)
             if most < floor_s:
                 raise Rejected(
@@ -593,7 +633,12 @@ class Evaluator:
         """
         self._evaluated += 1
         if self._steady is not None and self._evaluated % AA_EVERY == 1:
-            self.aa_race(self._steady)
+            try:
+                self.aa_race(self._steady)
+            except (Rejected, RivalFailed, ArmDied):
+                self._steady = (
+                    None  # not as steady as it seemed; the candidate just judged has no part in this
+                )
 
     def aa_race(self, artifact: Artifact) -> Race:
         """One race of equals in fresh processes; goes into the machine's record."""
@@ -604,6 +649,19 @@ class Evaluator:
         wrong = result.ended == "faster"
         self.record.add(self.task.name, self.threads, seconds, result.test.median, result.rounds, wrong)
         return result
+
+
+def believe(result: Race) -> None:
+    """Raise ``Rejected`` or ``RivalFailed`` for a race in which an output was wrong."""
+    if "candidate" in result.suspects:
+        raise Rejected("correctness", "right when checked, wrong in a timed call")
+    if result.suspects:
+        raise RivalFailed("right when checked, wrong in a timed call")
+
+
+def errors_of(verdict: dict[str, Any]) -> Errors:
+    """What a judge's answer says of how wrong the outputs were."""
+    return Errors(verdict["max_abs"], verdict["rel_l2"], verdict["ratio"])
 
 
 def _warm(call: Callable[[], float]) -> float:

@@ -43,6 +43,11 @@ def check(
     return answer
 
 
+def errors(verdict: Verdict) -> dict[str, float]:
+    """What a verdict measured, by the names that evaluations give it."""
+    return {key: float(getattr(verdict, key)) for key in ("max_abs", "rel_l2", "ratio")}
+
+
 class _Check:
     def __init__(self, stage: Stage, chosen: ShapeSet, runner: CudaRunner, patience: float) -> None:
         self._stage, self._chosen, self._runner, self._patience = stage, chosen, runner, patience
@@ -63,12 +68,17 @@ class _Check:
             if verdict is None:
                 continue  # the reference itself has no answer here
             if not verdict.ok:
-                return {"reason": verdict.reason, "pattern": verdict.pattern, "case": index}
-            worst = {key: max(value, float(getattr(verdict, key))) for key, value in worst.items()}
+                return {
+                    "reason": verdict.reason,
+                    "pattern": verdict.pattern,
+                    "case": index,
+                    **errors(verdict),
+                }
+            worst = {key: max(worst[key], value) for key, value in errors(verdict).items()}
         if touched:
             verdict = self._touched(cases[0], touch_seed)
             if verdict is not None and not verdict.ok:
-                return {"reason": verdict.reason, "touched": True}
+                return {"reason": verdict.reason, "touched": True, **errors(verdict)}
         return worst
 
     def _set_state(self, case: Case) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ke_gym.errors import UserError
-from ke_gym.evaluation.arms import ArmDied
+from ke_gym.evaluation.arms import ArmDied, RivalFailed
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.stats import SignTest
 from ke_gym.evaluation.work import Work
@@ -198,6 +198,8 @@ class GpuClient:
         """Raise what an answer reports instead of results."""
         if "died" in header:
             self.alive = self.alive and not header["fatal"]
+            if header["rival"]:
+                raise RivalFailed(header["log"])
             raise ArmDied(header["died"], header["log"])
         if "no_device" in header:
             raise UserError(NO_DEVICE.format(why=header["no_device"]))

@@ -20,7 +20,16 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
-from ke_gym.evaluation.evaluator import CONFIRM, SOAK, Cores, Evaluator, Rejected, draw_cases
+from ke_gym.evaluation.evaluator import (
+    CONFIRM,
+    SOAK,
+    Cores,
+    Evaluator,
+    Rejected,
+    believe,
+    draw_cases,
+    errors_of,
+)
 from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
@@ -240,7 +249,8 @@ class GpuEvaluator(Evaluator):
             touch = self._rng.getrandbits(60)
             answer = self.judge.check(entry.number, name, cases, touch, touched=name in entries)
             if "reason" in answer:
-                raise Rejected("correctness", self._wrong(name, answer, cases))
+                error = None if answer.get("damage") else errors_of(answer)
+                raise Rejected("correctness", self._wrong(name, answer, cases), error)
             worst = Errors(*(max(getattr(worst, key), answer[key]) for key in ("max_abs", "rel_l2", "ratio")))
         return worst
 
@@ -311,8 +321,7 @@ class GpuEvaluator(Evaluator):
         pace = judge.warm(name, own.number, rival, baseline)
         margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
         result, counts = judge.race(name, own.number, rival, rules, margin, baseline)
-        if "candidate" in result.suspects:
-            raise Rejected("correctness", "right when checked, wrong in a timed call")
+        believe(result)
         if counts["disputed"] > DISPUTED * max(1, result.rounds):
             raise Rejected(
                 "constraints", "the device's events claim less time than the host's clock measured"

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,12 @@ class GpuJudge:
         stage.hold(chosen)
         stage.driver.forget_persisting_lines()
         stage.watch.warm_up()
-        pace = {
-            name: min(stage.call(chosen, runner, PATIENCE).sample.seconds for _ in range(WARM_CALLS))
-            for name, runner in self._contestants(own, other, baseline).items()
-        }
+        pace = {}
+        for name, runner in self._contestants(own, other, baseline).items():
+            with answering(name):
+                pace[name] = min(
+                    stage.call(chosen, runner, PATIENCE).sample.seconds for _ in range(WARM_CALLS)
+                )
         return {"pace": pace}
 
     def _contestants(self, own: int, other: int | None, baseline: bool) -> dict[str, CudaRunner | None]:
@@ -195,7 +198,8 @@ class GpuJudge:
 
         def contestant(name: str, runner: CudaRunner | None) -> Callable[[], float]:
             def call() -> float:
-                done = stage.call(chosen, runner, patience)
+                with answering(name):
+                    done = stage.call(chosen, runner, patience)
                 samples.append(done.sample)
                 counts["disputed"] += done.sample.disputed and name == "candidate"
                 if done.out is not None:
@@ -277,7 +281,7 @@ class GpuJudge:
                 chosen.reference.randomize(state_seed)
             arguments = stage.draw(shape_set, seed, distribution)
             other = stage.draw(shape_set, seed + 1, distribution)
-            for mutant in mutants.mutants(chosen.reference, arguments, other):
+            for mutant in mutants.mutants(chosen.reference, arguments, other, self.task.precision):
                 verdict = stage.verdict(chosen, arguments, list(mutant.outputs), distribution)
                 rejected = verdict is not None and not verdict.ok
                 results[mutant.name] = results.get(mutant.name, False) or rejected
@@ -329,12 +333,22 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
             os._exit(1)  # a lost context cannot be torn down in order
 
 
+@contextmanager
+def answering(contestant: str) -> Iterator[None]:
+    """This contestant's device code runs inside: it dies under its own name."""
+    try:
+        yield
+    except Died as died:
+        died.rival = contestant == "incumbent"
+        raise
+
+
 def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) -> Any:
     """What a request comes to: its result, or what went wrong, as data."""
     try:
         return request(**header, **({"blob": blob} if blob else {}))
     except Died as died:
-        return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal}
+        return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
     except UserError as error:
         return {"user_error": str(error)}
     except torch.OutOfMemoryError as error:
@@ -342,6 +356,6 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         return {"out_of_memory": first_line(error)}
     except Exception as error:  # the parent turns it into a clear message about the task
         if isinstance(error, CudaError) and error.sticky:
-            return {"died": "runtime", "log": str(error), "fatal": True}
+            return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}
         traceback.print_exc()
         return {"task_error": f"{type(error).__name__}: {first_line(error)}"}

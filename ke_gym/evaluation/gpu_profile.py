@@ -17,14 +17,15 @@ def described(
     work: Work, peaks: Peaks, facts: Facts, seconds: float, floor_s: float, answer: dict[str, Any]
 ) -> Profile:
     """The profile from the judge's measurements."""
-    rate, flops = work.bytes / seconds, work.flops / seconds
+    rate, flops = work.bytes / seconds, work.arithmetic / seconds
     return Profile(
         bytes=work.bytes,
-        flops=work.flops,
+        flops=work.arithmetic,
         gbytes_per_s=rate / 1e9,
         gflops_per_s=flops / 1e9,
         bandwidth_share=rate / peaks.bytes_per_s(max(work.bytes, 4.0 * facts.l2_bytes)),
-        flops_share=flops / peaks.flops,
+        flops_share=work.flops / seconds / peaks.flops,
+        arithmetic_share=flops / peaks.flops,
         floor_ms=1e3 * floor_s,
         resources=tuple(_sentence(name, taken) for name, taken in answer["resources"].items()),
         steps=tuple((name, seconds) for name, seconds in answer["steps"]),

@@ -32,11 +32,11 @@ SOAK_CALLS, SOAK_CHECKS, SOAK_SECONDS = 600, 12, 1.0
 
 
 class Died(Exception):
-    """A candidate's device code ended badly. ``fatal``: this process is of no more use."""
+    """A candidate's device code ended badly, or its ``rival``'s. ``fatal``: this process is of no more use."""
 
     def __init__(self, outcome: str, log: str, fatal: bool = True) -> None:
         super().__init__(log)
-        self.outcome, self.log, self.fatal = outcome, log, fatal
+        self.outcome, self.log, self.fatal, self.rival = outcome, log, fatal, False
 
 
 @contextmanager

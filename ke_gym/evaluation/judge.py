@@ -263,7 +263,8 @@ class Judge:
             self.load(shape_set, seed, distribution, state_seed)
             assert chosen.current is not None
             other = self.task.inputs(shape_set, seed + 1, distribution)
-            for mutant in mutants.mutants(chosen.reference, self._arguments(chosen), other):
+            given = self._arguments(chosen)
+            for mutant in mutants.mutants(chosen.reference, given, other, self.task.precision):
                 rejected = any(not v.ok for v in _compare(chosen.current, list(mutant.outputs)))
                 results[mutant.name] = results.get(mutant.name, False) or rejected
             if all(results.values()):

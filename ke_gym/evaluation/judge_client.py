@@ -141,12 +141,15 @@ class JudgeClient:
         channel.sock.send(b"g")
         start = time.perf_counter_ns()
         self.worker.thaw()
-        done = channel.recv_byte(REQUEST_TIMEOUT)
+        try:
+            done = channel.recv_byte(REQUEST_TIMEOUT)
+        except TimeoutError as error:
+            raise self._broken("hangs", "while it was timed") from error
         said = time.perf_counter_ns()
         self.worker.freeze()
         stopped = time.perf_counter_ns()
         if done != b"d":
-            raise UserError(f"task {self.task.name}: its reference died while it was timed")
+            raise self._broken("crashed", "while it was timed")
         return elapsed(start, said, stopped)
 
     def _send(self, do: str, fds: tuple[int, ...] = (), **arguments: Any) -> None:
@@ -163,17 +166,19 @@ class JudgeClient:
         try:
             header, blob = self.worker.channel.recv(timeout=REQUEST_TIMEOUT)
         except (EOFError, TimeoutError) as error:
-            how = "hangs" if isinstance(error, TimeoutError) else "crashed"
-            said = self.worker.log(600).strip()
-            raise UserError(
-                f"task {self.task.name}: its reference {how} ({do}); run it by itself to see why"
-                + (f". It said: {said}" if said else "")
-            ) from error
+            raise self._broken("hangs" if isinstance(error, TimeoutError) else "crashed", do) from error
         if "user_error" in header:
             raise UserError(header["user_error"])
         if "task_error" in header:
             raise UserError(f"task {self.task.name}: its reference fails: {header['task_error']}")
         return header, blob
+
+    def _broken(self, how: str, when: str) -> UserError:
+        said = self.worker.log(600).strip()
+        return UserError(
+            f"task {self.task.name}: its reference {how} ({when}); run it by itself to see why"
+            + (f". It said: {said}" if said else "")
+        )
 
     def close(self) -> None:
         self.worker.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ke_gym.tasks.task import Reference
+from ke_gym.tasks.task import Precision, Reference
 
 MAX_SKIPPED = 12
 _LOWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
@@ -55,8 +55,13 @@ class _Skip(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def mutants(reference: Reference, arguments: list[Any], other: list[Any]) -> Iterator[Mutant]:
-    """Yield the mutants of ``reference`` on ``arguments``; ``other`` are inputs of another seed."""
+def mutants(
+    reference: Reference, arguments: list[Any], other: list[Any], precision: Precision
+) -> Iterator[Mutant]:
+    """Yield the mutants of ``reference`` on ``arguments``; ``other`` are inputs of another seed.
+
+    None is what the task's ``precision`` allows: half-precision arithmetic is no fault under "bf16".
+    """
     outputs = reference(*arguments)
     yield Mutant("zeros", tuple(torch.zeros_like(t) for t in outputs))
     frozen = reference(*other)
@@ -68,7 +73,8 @@ def mutants(reference: Reference, arguments: list[Any], other: list[Any]) -> Ite
         )
         if any(tensor.shape == t.shape for t in outputs):
             yield Mutant(f"copy of input {position}", copied)
-    yield from _half(reference, arguments, outputs)
+    if precision != "bf16":
+        yield from _half(reference, arguments, outputs)
     for index in range(MAX_SKIPPED):
         with _Skip(index) as mode:
             try:

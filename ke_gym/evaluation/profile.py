@@ -22,17 +22,18 @@ def profile(
     steps: Sequence[tuple[str, str, float]],
 ) -> Profile:
     """Rates achieved in ``seconds`` and the compiler's vectorization remarks; ``steps`` are (kind, name, s)."""
-    rate, flops = work.bytes / seconds, work.flops / seconds
+    rate, flops = work.bytes / seconds, work.arithmetic / seconds
     remarks = artifact.report.get("vectorization", [])
     done = tuple(f"line {r['line']}: {r['message']}" for r in remarks if r["width"])
     missed = tuple(f"line {r['line']}: {r['message']}" for r in remarks if not r["width"])
     return Profile(
         bytes=work.bytes,
-        flops=work.flops,
+        flops=work.arithmetic,
         gbytes_per_s=rate / 1e9,
         gflops_per_s=flops / 1e9,
         bandwidth_share=rate / peaks.bytes_per_s(work.bytes),
-        flops_share=flops / peaks.fp32,
+        flops_share=work.flops / seconds / peaks.fp32,
+        arithmetic_share=flops / peaks.fp32,
         floor_ms=1e3 * floor_s,
         vectorized=done[:_REMARKS],
         missed=missed[:_REMARKS],
@@ -74,6 +75,16 @@ _GPU_HINTS = {
 }
 
 
+_FAILURE_HINTS = {
+    "compile": "Mend the first error: what follows it is often its consequence.",
+    "constraints": "Keep to the contract: outputs of its own, inputs left alone, nothing remembered from call to call.",
+    "correctness": "Compute what the reference computes, for every element and value: look at bounds, tails, "
+    "NaN, infinities and the precision of sums.",
+    "runtime": "Look for an access out of bounds, a write to an input, and sizes or strides taken for granted.",
+    "timeout": "Look for a loop that does not end, and for work that grows faster than the task's.",
+}
+
+
 def feedback(evaluation: Evaluation) -> str:
     """What a proposer is told of an evaluation: at most 40 lines; never seeds, tolerances or hidden shapes."""
     lines = [f"outcome: {evaluation.outcome}"]
@@ -92,7 +103,7 @@ def feedback(evaluation: Evaluation) -> str:
         lines.append(
             f"limiter: {evaluation.limiter}; {shown.gbytes_per_s:.1f} GB/s "
             f"({100 * shown.bandwidth_share:.0f} % of peak), {shown.gflops_per_s:.1f} GFLOP/s "
-            f"({100 * shown.flops_share:.0f} % of peak); floor {shown.floor_ms:.3f} ms"
+            f"({100 * shown.arithmetic_share:.0f} % of peak); floor {shown.floor_ms:.3f} ms"
         )
         if evaluation.kernel_coverage is not None and evaluation.kernel_coverage < 0.999:
             lines.append(
@@ -103,4 +114,6 @@ def feedback(evaluation: Evaluation) -> str:
             lines += [f"not vectorized, {remark[:160]}" for remark in shown.missed[:4]]
         hints = _HINTS if evaluation.target == "cpu" else _GPU_HINTS
         lines.append("hint: " + hints[evaluation.limiter])
+    elif not evaluation.correct:
+        lines.append("hint: " + _FAILURE_HINTS[evaluation.outcome])
     return "\n".join(lines[:FEEDBACK_LINES])

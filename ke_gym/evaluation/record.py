@@ -81,8 +81,9 @@ class MachineRecord:
     ) -> None:
         race = AARace(time.time(), task, threads, seconds, log_ratio, rounds, false_positive)
         self._races.append(race)
-        with (self.folder / "aa.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(race)) + "\n")
+        # One write, on a line of its own even where a crash cut the last one short.
+        with (self.folder / "aa.jsonl").open("ab", buffering=0) as file:
+            file.write(f"\n{json.dumps(asdict(race))}\n".encode())
 
     @property
     def races(self) -> list[AARace]:
@@ -121,11 +122,11 @@ class MachineRecord:
     def _read(self) -> list[AARace]:
         path = self.folder / "aa.jsonl"
         races = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 race = AARace(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                continue  # a line cut short by a crash
+            except (ValueError, TypeError):
+                continue  # an empty line, or one cut short by a crash
             if race.harness == HARNESS_VERSION:
                 races.append(race)
         return races

@@ -18,19 +18,29 @@ from ke_gym.tasks.task import Reference
 _PARTIAL = ("index", "embedding", "gather", "searchsorted", "bucketize", "take", "slice", "select", "narrow")
 # Operators that sum (or otherwise fold) many elements into one, so that rounding may accumulate.
 _FOLDING = ("sum", "mean", "var", "std", "norm", "softmax", "logsumexp", "prod", "cumsum", "loss", "pool")
+# Operators whose result is one number for many, besides those that accumulate.
+_EXTREMES = ("max", "min")
+# Operators that are tagged as pointwise but compute nothing.
+_MOVING = ("clone", "copy", "fill", "zero")
 # A Winograd or FFT convolution legally does fewer multiplications than the direct count.
 _CONVOLUTION_SLACK = 0.25
 
 
 @dataclass(frozen=True)
 class Work:
-    """Least bytes moved (each input read once, each output written once) and FLOPs of one call."""
+    """Least bytes moved (each input read once, each output written once) and FLOPs of one call.
+
+    ``flops`` are those of products (matrices, convolutions, attention), ``floor_flops`` the least of them that
+    any algorithm needs; ``arithmetic`` also counts one for every element of a pointwise operator or a reduction,
+    which is no bound (a kernel may need fewer), but says how busy the processor is.
+    """
 
     bytes: float
     flops: float
     floor_flops: float
     reduction_length: float
     """About how many input elements an output element depends on."""
+    arithmetic: float = 0.0
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,6 +51,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read: dict[int, float] = defaultdict(float)
         self.flops = 0.0
         self.floor_flops = 0.0
+        self.elementwise = 0.0
         self.reduction = 1.0
         self.keep: list[Any] = list(inputs)
 
@@ -54,6 +65,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += flops
             self.floor_flops += flops * (_CONVOLUTION_SLACK if "conv" in str(func) else 1.0)
         name = func.__name__
+        if count is None:
+            self.elementwise += _elements(func, name, args, results)
         self._fold(name, args, results)
         for tensor in tree_leaves((args, kwargs)):
             source = self.alias.get(id(tensor)) if isinstance(tensor, Tensor) else None
@@ -82,6 +95,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reduction = max(self.reduction, length)
 
 
+def _elements(func: Any, name: str, args: Any, results: list[Tensor]) -> float:
+    """Elements that an operator on floating-point tensors computes with; 0 for one that only moves data."""
+    operands = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not operands or func.is_view or any(word in name for word in (*_PARTIAL, *_MOVING)):
+        return 0.0
+    if torch.Tag.pointwise in func.tags:
+        return float(max((t.numel() for t in results), default=0))
+    if any(word in name for word in (*_FOLDING, *_EXTREMES)):
+        return float(max(t.numel() for t in operands))
+    return 0.0
+
+
 def count(reference: Reference, inputs: list[Any]) -> Work:
     """Run the reference once on real tensors and count what it cannot avoid."""
     tensors = [t for t in inputs if isinstance(t, Tensor)] + list(reference.state.values())
@@ -91,4 +116,5 @@ def count(reference: Reference, inputs: list[Any]) -> Work:
     written = sum(float(t.numel() * t.element_size()) for t in outputs)
     elements_out = max(1, min((t.numel() for t in outputs if t.is_floating_point()), default=1))
     reduction = max(counter.reduction, counter.flops / 2 / elements_out)
-    return Work(read + written, counter.flops, counter.floor_flops, reduction)
+    arithmetic = counter.flops + counter.elementwise
+    return Work(read + written, counter.flops, counter.floor_flops, reduction, arithmetic)

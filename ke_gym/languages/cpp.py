@@ -229,10 +229,10 @@ def _first_errors(said: str) -> str:
 def cached(unit: Unit) -> str:
     """The path of the unit's binary in this user's cache folder, compiled if it is not there yet.
 
-    The name covers source, flags, compiler and processor, so that nothing stale is ever loaded.
+    The name covers source, flags, compiler, headers and processor, so that nothing stale is ever loaded.
     """
     path = _find(unit.compiler)
-    identity = f"{path} {Path(path).stat().st_mtime_ns} {_processor()} {unit.name} {CODE_FLAGS}"
+    identity = f"{path} {Path(path).stat().st_mtime_ns} {environment_id()} {unit.name}"
     target = _cache() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if not target.exists():
         write_whole(target, compile_unit(unit).binary)
@@ -254,6 +254,15 @@ def _cache() -> Path:
             f"{folder}: others can write here, so kernels are not loaded from it; set XDG_CACHE_HOME"
         )
     return folder
+
+
+@functools.cache
+def environment_id() -> str:
+    """A hash of what every unit is compiled with here: our flags, our headers, the processor."""
+    digest = hashlib.sha256(f"{CODE_FLAGS} {_processor()}".encode())
+    for path in sorted(INCLUDE.rglob("*.h")):
+        digest.update(path.relative_to(INCLUDE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

@@ -69,8 +69,10 @@ def _traffic(best: Evaluation) -> list[str]:
     if not best.time_ms or not best.reference_ms or shown.bytes <= 0:
         return []
     before = shown.bandwidth_share * best.time_ms / best.reference_ms
-    arithmetic = f" and {shown.flops / 1e6:.3g} MFLOP of matrix work" if shown.flops else ""
-    rate = f" and {shown.gflops_per_s:.1f} GFLOP/s ({100 * shown.flops_share:.0f} %)" if shown.flops else ""
+    arithmetic = f" and {shown.flops / 1e6:.3g} MFLOP of arithmetic" if shown.flops else ""
+    rate = (
+        f" and {shown.gflops_per_s:.1f} GFLOP/s ({100 * shown.arithmetic_share:.0f} %)" if shown.flops else ""
+    )
     sentences.append(
         f"The task takes at least {size(shown.bytes)} of traffic{arithmetic}. The kernel does it at"
         f" {shown.gbytes_per_s:.1f} GB/s ({100 * shown.bandwidth_share:.0f} % of the bandwidth measured at this"

@@ -191,10 +191,10 @@ class Store:
 
     # Evaluations ------------------------------------------------------------------------------------------
 
-    def add_evaluation(self, setting: Setting, evaluation: Evaluation) -> None:
-        """Remember an evaluation; the first one of a candidate in a setting stays."""
+    def add_evaluation(self, setting: Setting, evaluation: Evaluation, replace: bool = False) -> None:
+        """Remember an evaluation; the first one of a candidate in a setting stays, unless told to ``replace`` it."""
         with self._transaction() as db:
-            _insert_evaluation(db, setting, evaluation)
+            _insert_evaluation(db, setting, evaluation, "REPLACE" if replace else "IGNORE")
 
     def evaluation(self, setting: Setting, candidate_id: str) -> Evaluation | None:
         """The recorded evaluation of this candidate in this setting."""
@@ -333,9 +333,12 @@ def _insert_candidate(db: sqlite3.Connection, candidate: Candidate) -> None:
     )  # fmt: skip
 
 
-def _insert_evaluation(db: sqlite3.Connection, setting: Setting, evaluation: Evaluation) -> None:
+def _insert_evaluation(
+    db: sqlite3.Connection, setting: Setting, evaluation: Evaluation, otherwise: str = "IGNORE"
+) -> None:
+    """``otherwise``: what becomes of it where there is one already ("IGNORE" or "REPLACE")."""
     db.execute(
-        "INSERT OR IGNORE INTO evaluations (task, candidate, binary, target, machine, baseline, threads,"
+        f"INSERT OR {otherwise} INTO evaluations (task, candidate, binary, target, machine, baseline, threads,"
         " harness, outcome, speedup, data, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (setting.task, evaluation.candidate, evaluation.binary, setting.target, setting.machine,
          setting.baseline, setting.threads, setting.harness, evaluation.outcome, evaluation.speedup,

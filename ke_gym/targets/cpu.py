@@ -15,7 +15,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FOOTPRINTS = tuple(1 << p for p in range(18, 30))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffast-math", "-std=c++17")
 SLACK = 0.9
+BF16_TIMES = 16.0
+"""How many times the fp32 FMA rate a core may multiply bf16 at, at the most (AMX; AVX512-BF16 does twice)."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Measured ceilings with ``threads`` threads: bytes/s by footprint (bytes), FLOP/s of fp32 and fp64 FMA."""
+    """Measured ceilings with ``threads`` threads: bytes/s by footprint (bytes), FLOP/s of fp32 and fp64 FMA.
+
+    ``times`` is how many times the fp32 rate a task's products may honestly reach: see ``bounded_by``.
+    """
 
     threads: int
     bandwidth: tuple[tuple[int, float], ...]
     fp32: float
     fp64: float
+    times: float = 1.0
 
     def bytes_per_s(self, footprint: float) -> float:
         """The best rate at this footprint or any larger one (a larger footprint can't be faster)."""
@@ -67,12 +73,20 @@ class Peaks:
 
     @property
     def flops(self) -> float:
-        """The FLOP/s that bound a task."""
+        """The measured FLOP/s that a task's are compared with."""
         return self.fp32
+
+    def bounded_by(self, dtypes: set[torch.dtype], precision: str, matrix_unit: bool) -> Peaks:
+        """These peaks for a task on such tensors: what may be multiplied as bf16 is not bounded by fp32 FMA.
+
+        With a matrix unit that is everything: an fp32 product can be taken as a few of bf16.
+        """
+        half = bool(dtypes & {torch.float16, torch.bfloat16}) or precision == "bf16"
+        return replace(self, times=BF16_TIMES if half or matrix_unit else 1.0)
 
     def floor_s(self, bytes_moved: float, flops: float) -> float:
         """Seconds below which a time is impossible, with a tenth of slack for the measurement."""
-        return SLACK * max(bytes_moved / self.bytes_per_s(bytes_moved), flops / self.fp32)
+        return SLACK * max(bytes_moved / self.bytes_per_s(bytes_moved), flops / (self.times * self.fp32))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
+from ke_gym.errors import UserError
+from ke_gym.evaluation import builder as builder_module
 from ke_gym.evaluation.builder import Builder
 from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages import cpp
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError, Signature
 from ke_gym.languages.plan import TensorSpec
@@ -77,6 +81,7 @@ def test_what_the_compiler_refuses_is_told(builder: Builder, tmp_path: Path) -> 
         ("while True: pass", "timeout", "longer than 2 s"),
         ("block = bytearray(1 << 36)", "compile", "emory"),
         ("import os; os.write(3, b'forged' * 100)", "compile", "nonsense"),
+        ("from ke_gym.errors import UserError; raise UserError('not yours')", "compile", "not yours"),
     ],
 )
 def test_hostile_modules_end_with_a_typed_failure(
@@ -84,6 +89,57 @@ def test_hostile_modules_end_with_a_typed_failure(
 ) -> None:
     failure = fails(builder, module(head=head), timeout=2.0 if outcome == "timeout" else 60.0)
     assert failure.outcome == outcome and message in failure.log
+
+
+def test_a_build_that_hangs_up_and_goes_on_is_killed(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder_module, "END_SECONDS", 0.5)
+    failure = fails(builder, "import os, time\nos.closerange(3, 64)\ntime.sleep(99)\n")
+    assert failure.outcome == "compile" and "went on" in failure.log
+
+
+def test_no_module_can_blame_the_user(builder: Builder) -> None:
+    raised = (
+        "from ke_gym.errors import UserError\ndef __getattr__(name):\n    raise UserError('broken task')\n"
+    )
+    assert fails(builder, raised).outcome in ("compile", "constraints")
+    forged = """
+import gc, os
+for thing in gc.get_objects():
+    if type(thing).__name__ == "Channel":
+        thing.send({"user_error": "broken task"})
+        os._exit(0)
+"""
+    assert fails(builder, forged).outcome == "compile"
+
+
+def test_an_unknown_language_is_the_users_mistake(builder: Builder) -> None:
+    with pytest.raises(UserError, match="did you mean 'cpp'"):
+        builder.build(module(), SIGNATURE, language="cppp")
+
+
+def test_what_was_built_with_other_headers_is_built_again(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> tuple[str, str]:
+        cpp.environment_id.cache_clear()
+        builder_module._toolchain.cache_clear()
+        return builder._key(module(), SIGNATURE, "cpp", {}), cpp.environment_id()
+
+    before = key()
+    headers = tmp_path / "include"
+    shutil.copytree(cpp.INCLUDE, headers)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp, "INCLUDE", headers)
+        assert key() == before
+        header = headers / "ke" / "math.h"
+        header.write_text(header.read_text() + "// changed\n")
+        changed = key()
+        assert changed[0] != before[0] and changed[1] != before[1]
+        patch.setattr(cpp, "CODE_FLAGS", (*cpp.CODE_FLAGS, "-g"))
+        assert key()[0] not in (before[0], changed[0])
+    assert key() == before
 
 
 def test_a_compiler_that_does_not_end_is_killed(builder: Builder) -> None:

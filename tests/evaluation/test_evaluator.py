@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation import evaluator as module
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.profile import FEEDBACK_LINES, feedback
+from ke_gym.targets.cpu import Peaks
 from ke_gym.tasks.task import Task
 
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "softmax.py").read_text()
@@ -52,6 +56,9 @@ def test_what_is_wrong_is_said(evaluator: Evaluator, old: str, new: str, outcome
     assert evaluation.outcome == outcome, evaluation.log
     assert words in evaluation.log
     assert evaluation.speedup is None
+    if outcome == "correctness" and words != "outside":
+        assert evaluation.error is not None and evaluation.error.ratio > 2
+    assert feedback(evaluation).splitlines()[-1].startswith("hint: ")
     assert len(feedback(evaluation).splitlines()) <= FEEDBACK_LINES
 
 
@@ -82,6 +89,61 @@ def test_a_clearly_slower_candidate_never_counts_as_a_gain(evaluator: Evaluator)
     evaluation = evaluator.evaluate(slow, incumbent=Candidate(EXAMPLE))
     assert evaluation.outcome == "correct", evaluation.log
     assert not evaluation.improved
+
+
+def later(what: str) -> Candidate:
+    """The example, which does ``what`` in every call after the first five."""
+    head = 'extern "C" void softmax(const float* x, float* out, int64_t rows, int64_t n) {'
+    assert head in EXAMPLE
+    changed = f"#include <unistd.h>\nstatic int calls;\n{head}\n    if (++calls > 5) {what};"
+    return Candidate(EXAMPLE.replace("#include", "#include <cstdlib>\n#include", 1).replace(head, changed))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("abort()", "abort"), ("sleep(99)", "no answer"), ("{ out[0] = 7; return; }", "wrong")],
+)
+def test_an_incumbent_that_fails_is_left_out(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, what: str, words: str
+) -> None:
+    monkeypatch.setattr(evaluator, "_call_timeout", 2.0)
+    monkeypatch.setattr(module, "RACE", replace(module.RACE, hopeless=math.inf, slow=math.inf))
+    evaluation = evaluator.evaluate(Candidate(EXAMPLE), incumbent=later(what))
+    assert evaluation.outcome == "correct", evaluation.log
+    said = evaluation.log.splitlines()[0]
+    assert "incumbent failed" in said and words in said and "baseline alone" in said
+    assert evaluation.speedup is not None and evaluation.gain is None and not evaluation.improved
+    assert evaluation.rival == ""
+
+
+def test_an_incumbent_that_does_not_build_is_left_out(evaluator: Evaluator) -> None:
+    evaluation = evaluator.evaluate(Candidate(EXAMPLE), incumbent=variant("float sum = 0;", "float sum = ;"))
+    assert evaluation.outcome == "correct", evaluation.log
+    assert "incumbent failed" in evaluation.log
+    assert evaluation.speedup is not None and evaluation.gain is None
+
+
+def test_an_earlier_winner_that_dies_in_its_own_race_costs_nobody_a_verdict(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "_steady", evaluator.build(later("abort()")))
+    monkeypatch.setattr(evaluator, "_evaluated", 0)
+    races = len(evaluator.record.races)
+    evaluation = evaluator.evaluate(variant("1 / sum", "1 / sum /* again */"))
+    assert evaluation.outcome == "correct", evaluation.log
+    assert len(evaluator.record.races) == races
+    assert evaluator._steady is None or evaluation.improved
+
+
+def test_what_is_faster_than_the_machine_is_not_believed(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Peaks(evaluator.threads, ((1 << 18, 1e3), (1 << 29, 1e3)), 1e12, 1e12)
+    monkeypatch.setattr(evaluator, "peaks", tiny)
+    monkeypatch.setattr(evaluator.record, "peaks", lambda *_: tiny)
+    evaluation = evaluator.evaluate(Candidate(EXAMPLE))
+    assert evaluation.outcome == "constraints"
+    assert "faster than this machine" in evaluation.log and evaluation.speedup is None
 
 
 def test_several_threads_share_one_evaluator(evaluator: Evaluator) -> None:

@@ -119,7 +119,11 @@ def test_the_record_survives_and_widens_the_margin_of_a_noisy_machine(tmp_path: 
     assert "MORE than an honest machine" in again.sentence(1e-3)
     with (tmp_path / "machines" / "m" / "aa.jsonl").open("a") as file:
         file.write('{"when": 1.0, "tas')  # cut short by a crash
-    assert len(MachineRecord("m", tmp_path).races) == 60
+    after = MachineRecord("m", tmp_path)
+    assert len(after.races) == 60
+    after.add("t", 2, 1e-3, 0.1, 12, False)
+    (tmp_path / "machines" / "m" / "aa.jsonl").open("ab").write(b"\xff\xfe[1, 2]")
+    assert MachineRecord("m", tmp_path).races == after.races, "what follows damage is not lost"
 
 
 def test_peaks_are_measured_once_and_only_ever_raised(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,9 @@ def test_what_a_compile_worker_leaves_behind_dies_with_it(zygote: Zygote) -> Non
     box = Sandbox("compile")
     with zygote.spawn("hostile_workers:daemonize", {"seconds": marker}, sandbox=box) as worker:
         assert worker.channel.recv(20)[0] == {"started": True}
+        patience = time.monotonic() + 20
+        while not running() and time.monotonic() < patience:  # its name shows a moment after it has started
+            time.sleep(0.01)
         assert running()
     assert not running()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ke_gym.evaluation.evaluator import draw_cases
+from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.selfcheck import check
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.targets import cpu
@@ -26,6 +29,25 @@ def test_every_task_proves_itself(name: str, zygote: Zygote) -> None:
     # Not `result.ok`: its race against its own copy is a time, which a loaded machine may spoil.
     assert not result.survivors and "rejected" not in result.reason, result.reason
     assert result.mutants >= 2
+
+
+@pytest.mark.parametrize(("precision", "judged"), [("strict", True), ("bf16", False)])
+def test_half_precision_is_a_fault_only_where_it_is_not_allowed(
+    precision: str, judged: bool, tmp_path: Path, zygote: Zygote
+) -> None:
+    path = tmp_path / "product.py"
+    path.write_text(
+        f"import torch\nprecision = {precision!r}\nclass Model(torch.nn.Module):\n"
+        "    def forward(self, x, y):\n        return torch.relu(x @ y)\n"
+        "def get_inputs():\n    return [torch.randn(64, 64), torch.randn(64, 64)]\n"
+    )
+    judge = JudgeClient(zygote, Task.load(str(path)), ["default"], "eager", 1)
+    try:
+        rejected = judge.mutants("default", draw_cases(random.Random(0)))
+    finally:
+        judge.close()
+    assert ("half precision" in rejected) == judged
+    assert all(rejected.values()) and len(rejected) >= 3
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ def test_a_verdict_is_printed_and_not_paid_for_twice(folder: Path) -> None:
     assert json.loads(again.stdout) == verdict, "the very numbers: nothing was measured"
     shown = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py")
     assert "chain: correct" in shown.stdout and "judged before on this machine" in shown.stdout
+    anew = json.loads(
+        evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json", "--again").stdout
+    )
+    assert anew["cost"] != verdict["cost"]
+    kept = json.loads(evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json").stdout)
+    assert kept == anew, "what was measured last is what is remembered"
 
 
 def test_a_speedup_over_torch_compile_says_so(folder: Path) -> None:
@@ -101,6 +107,10 @@ def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
     verdict = json.loads(done.stdout)
     assert (verdict["outcome"], verdict["speedup"]) == ("correctness", None)
     assert "element" in verdict["log"]
+    assert verdict["error"]["max_abs"] == pytest.approx(1.0, rel=1e-3)  # 2 in place of 1
+    assert verdict["error"]["rel_l2"] > 0.1 and verdict["error"]["ratio"] > 100
+    shown = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py")
+    assert "relative L2" in shown.stdout and "hint" in shown.stdout
 
 
 @pytest.mark.parametrize(

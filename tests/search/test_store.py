@@ -67,6 +67,13 @@ def test_the_first_evaluation_stays(store: Store) -> None:
     assert store.evaluation(SETTING, first.candidate) == first
 
 
+def test_an_evaluation_made_again_takes_the_place_of_the_first(store: Store) -> None:
+    first = evaluation(Candidate("GENES = [1]"), 1.5)
+    store.add_evaluation(SETTING, first)
+    store.add_evaluation(SETTING, replace(first, speedup=9.0), replace=True)
+    assert [one.speedup for one in store.evaluations(SETTING.task)] == [9.0]
+
+
 def test_artifacts_come_back_byte_for_byte(store: Store) -> None:
     data = bytes(range(256)) * 100
     store.add_artifact("a1", data)
