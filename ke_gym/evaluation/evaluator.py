@@ -260,9 +260,9 @@ class Evaluator:
             except (Rejected, ArmDied) as failure:
                 if checked == compiled:
                     checked = time.perf_counter()
-                error = failure.error if isinstance(failure, Rejected) else None
+                wrong_by = failure.error if isinstance(failure, Rejected) else None
                 base = base.replace(
-                    outcome=failure.outcome, log=failure.log, error=error or base.error, speedup=None,
+                    outcome=failure.outcome, log=failure.log, error=wrong_by or base.error, speedup=None,
                     speedup_ci=None, gain=None, gain_ci=None, improved=False,
                 )  # fmt: skip
             now = time.perf_counter()

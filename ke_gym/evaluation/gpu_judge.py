@@ -281,7 +281,7 @@ class GpuJudge:
                 chosen.reference.randomize(state_seed)
             arguments = stage.draw(shape_set, seed, distribution)
             other = stage.draw(shape_set, seed + 1, distribution)
-            for mutant in mutants.mutants(chosen.reference, arguments, other, self.task.precision):
+            for mutant in mutants.mutants(chosen.reference, arguments, other, stage.task.precision):
                 verdict = stage.verdict(chosen, arguments, list(mutant.outputs), distribution)
                 rejected = verdict is not None and not verdict.ok
                 results[mutant.name] = results.get(mutant.name, False) or rejected

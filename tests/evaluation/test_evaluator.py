@@ -1,21 +1,19 @@
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation import evaluator as module
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.profile import FEEDBACK_LINES, feedback
 from ke_gym.targets.cpu import Peaks
 from ke_gym.tasks.task import Task
 
+LIBRARY = Candidate("def forward(x):\n    return x.softmax(-1)\n")
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "softmax.py").read_text()
 
 
@@ -69,7 +67,7 @@ def test_a_module_that_does_not_compute_in_plan_is_in_the_host_lane(evaluator: E
 
 
 def test_aten_calls_are_allowed_and_reported(evaluator: Evaluator) -> None:
-    evaluation = evaluator.evaluate(Candidate("def forward(x):\n    return x.softmax(-1)\n"))
+    evaluation = evaluator.evaluate(LIBRARY)
     assert evaluation.outcome == "correct"
     assert evaluation.kernel_coverage == 0.0
 
@@ -92,10 +90,10 @@ def test_a_clearly_slower_candidate_never_counts_as_a_gain(evaluator: Evaluator)
 
 
 def later(what: str) -> Candidate:
-    """The example, which does ``what`` in every call after the first five."""
+    """The example, which does ``what`` in every call after the first."""
     head = 'extern "C" void softmax(const float* x, float* out, int64_t rows, int64_t n) {'
     assert head in EXAMPLE
-    changed = f"#include <unistd.h>\nstatic int calls;\n{head}\n    if (++calls > 5) {what};"
+    changed = f"#include <unistd.h>\nstatic int calls;\n{head}\n    if (++calls > 1) {what};"
     return Candidate(EXAMPLE.replace("#include", "#include <cstdlib>\n#include", 1).replace(head, changed))
 
 
@@ -107,8 +105,7 @@ def test_an_incumbent_that_fails_is_left_out(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
     monkeypatch.setattr(evaluator, "_call_timeout", 2.0)
-    monkeypatch.setattr(module, "RACE", replace(module.RACE, hopeless=math.inf, slow=math.inf))
-    evaluation = evaluator.evaluate(Candidate(EXAMPLE), incumbent=later(what))
+    evaluation = evaluator.evaluate(LIBRARY, incumbent=later(what))
     assert evaluation.outcome == "correct", evaluation.log
     said = evaluation.log.splitlines()[0]
     assert "incumbent failed" in said and words in said and "baseline alone" in said
@@ -117,7 +114,7 @@ def test_an_incumbent_that_fails_is_left_out(
 
 
 def test_an_incumbent_that_does_not_build_is_left_out(evaluator: Evaluator) -> None:
-    evaluation = evaluator.evaluate(Candidate(EXAMPLE), incumbent=variant("float sum = 0;", "float sum = ;"))
+    evaluation = evaluator.evaluate(LIBRARY, incumbent=variant("float sum = 0;", "float sum = ;"))
     assert evaluation.outcome == "correct", evaluation.log
     assert "incumbent failed" in evaluation.log
     assert evaluation.speedup is not None and evaluation.gain is None
@@ -129,10 +126,9 @@ def test_an_earlier_winner_that_dies_in_its_own_race_costs_nobody_a_verdict(
     monkeypatch.setattr(evaluator, "_steady", evaluator.build(later("abort()")))
     monkeypatch.setattr(evaluator, "_evaluated", 0)
     races = len(evaluator.record.races)
-    evaluation = evaluator.evaluate(variant("1 / sum", "1 / sum /* again */"))
-    assert evaluation.outcome == "correct", evaluation.log
-    assert len(evaluator.record.races) == races
-    assert evaluator._steady is None or evaluation.improved
+    evaluation = evaluator.evaluate(variant("1 / sum", "1.01f / sum"))
+    assert evaluation.outcome == "correctness" and "element" in evaluation.log
+    assert len(evaluator.record.races) == races and evaluator._steady is None
 
 
 def test_what_is_faster_than_the_machine_is_not_believed(
