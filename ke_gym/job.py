@@ -7,9 +7,11 @@ import itertools
 import json
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,7 +96,8 @@ def optimize(
             or a suite task's name, a KernelBench-format file, or a ``Task``.
         budget, seconds, dollars: limits; the first that is reached ends the search.
         target: the device to optimize for.
-        baseline: ``"eager"`` or ``"compile"``: what speedups are against.
+        baseline: what speedups are against: ``"eager"``, ``"compile"`` (``torch.compile``) or ``"max-autotune"``
+            (its mode of that name).
         policy: a name from ``ke_gym.policies`` or a saved policy's file.
         proposer: a name from ``ke_gym.proposers``, or several, as "rewriter,openai".
         seed: of the search's choices; equal seeds repeat a search.
@@ -105,7 +108,8 @@ def optimize(
         learned: add what this search teaches to the lessons beside the store, and tell models of earlier ones.
         warm_start: how often a draft is the best recorded kernel of this or a similar task, from 0 to 1.
         out: the folder in which the run's own folder is made.
-        resume: a run's folder: continue that search with what it recorded.
+        resume: a run's folder: continue that search with what it recorded, and with its own target, baseline,
+            policy, proposer, seed and threads.
         watch: hooks for progress.
 
     Raises:
@@ -130,13 +134,11 @@ def optimize(
             threads, workers, llm.to_dict() if llm and "openai" in proposers.members(proposer) else None,
             str(Path(exchange).absolute()) if exchange else "", learned, warm_start,
         )  # fmt: skip
-        if loaded.payload:
-            (run_dir / TASK_FILE).write_bytes(loaded.to_bytes())
     module = task if isinstance(task, nn.Module) else None
     try:
         return _search(loaded, module, settings, limits, run_dir, watch or Watch())
-    except UserError:
-        if not (run_dir / RUN_FILE).exists():  # refused before it began
+    except (UserError, KeyboardInterrupt):
+        if not (run_dir / RUN_FILE).exists():  # refused or interrupted before it began
             shutil.rmtree(run_dir)
         raise
 
@@ -152,6 +154,19 @@ def _task(task: Task | nn.Module | str | Path, example_inputs: Any) -> Task:
     if example_inputs is not None:
         raise UserError("example inputs go with a module; a task file brings its own (get_inputs)")
     return task if isinstance(task, Task) else Task.load(task)
+
+
+def recorded_task(run_dir: Path, settings: RunSettings) -> Task:
+    """The task of a run: the live module pickled with it, or what its spec names now.
+
+    ``UserError`` if the spec names nothing any more, or the pickle cannot be read.
+    """
+    if not (run_dir / TASK_FILE).exists():
+        return Task.load(settings.spec)
+    try:
+        return Task.from_bytes((run_dir / TASK_FILE).read_bytes())
+    except Exception as error:  # whatever a damaged pickle brings
+        raise UserError(f"{run_dir / TASK_FILE} is damaged: {error}; start a new run") from error
 
 
 def _recorded_task(task: Task, run_dir: Path, settings: RunSettings) -> Task:
@@ -186,6 +201,7 @@ def _search(
     from ke_gym import policies
 
     policy = policies.make(settings.policy, settings.seed)
+    _check_store(settings, run_dir)
     with (
         Store(settings.store or None) as store,
         open_evaluator(
@@ -212,6 +228,8 @@ def _search(
             surroundings=Surroundings.of(evaluator),
         )
         store.add_task(task)
+        if task.payload:
+            write_whole(run_dir / TASK_FILE, task.to_bytes())
         write_run(run_dir, RunSettings(**{**asdict(settings), "store": str(store.path.absolute())}))
         evaluate = remembering(store, setting, evaluator)
         stopped = run(session, policy, evaluate, workers=settings.workers, watch=watch)
@@ -227,6 +245,19 @@ def _search(
             lessons = distill(settings.session, task.name, task.family, store.nodes(settings.session))
             write_back(store.path.parent / FOLDER, lessons)
     return result
+
+
+def _check_store(settings: RunSettings, run_dir: Path) -> None:
+    """``UserError`` if a run is to be continued whose search is no longer in its store."""
+    if not settings.store:
+        return
+    if Path(settings.store).exists():
+        with Store(settings.store) as store:
+            if store.session_settings(settings.session) is not None:
+                return
+    raise UserError(
+        f"{run_dir} cannot be continued: the store {settings.store} no longer holds its search; start a new run"
+    )
 
 
 def _proposer(
@@ -256,18 +287,33 @@ def remembering(
     """``evaluator.evaluate``, except that a binary judged before is not judged again.
 
     Different sources often compile to the same machine code: the second takes over the first one's times, as
-    no gain.
+    no gain. It waits for them if the first one is being judged.
     """
+    judged: dict[str, Future[Evaluation]] = {}
+    lock = threading.Lock()
 
     def evaluate(candidate: Candidate, rival: Candidate | None) -> Evaluation:
         try:
             binary = evaluator.build(candidate).binary_id
         except BuildError:
             return evaluator.evaluate(candidate, rival)
-        twin = store.evaluation_of_binary(setting, binary)
-        if twin is None:
-            return evaluator.evaluate(candidate, rival)
-        return twin.alone().replace(candidate=candidate.id)
+        with lock:
+            twin = store.evaluation_of_binary(setting, binary)
+            first = judged.get(binary)
+            mine: Future[Evaluation] = judged.setdefault(binary, Future())
+        if twin is None and first is not None:
+            twin = first.result()
+        if twin is not None:
+            return twin.alone().replace(candidate=candidate.id)
+        try:
+            evaluation = evaluator.evaluate(candidate, rival)
+        except BaseException as error:
+            with lock:
+                del judged[binary]
+            mine.set_exception(error)
+            raise
+        mine.set_result(evaluation)
+        return evaluation
 
     return evaluate
 
@@ -276,7 +322,7 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch) -> None:
     """Race the closest challengers against the best, then measure the winner anew.
 
     The best of many noisy measurements flatters itself: what is reported was measured after the choice. A
-    winner that fails this time gives way to the next fastest.
+    winner that fails this time gives way to the next fastest; if ``FINALISTS`` in a row fail, nothing is best.
     """
     tree = session.tree
     if tree.best is None:
@@ -289,12 +335,14 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch) -> None:
             watch.confirming(session, node)
             if evaluator.evaluate(node.candidate, champion.candidate).improved:
                 champion = node
-    for node in [champion, *(node for node in ranked if node is not champion)]:
+    finalists = [champion, *(node for node in ranked if node is not champion)][:FINALISTS]
+    for node in finalists:
         watch.confirming(session, node)
-        final = evaluator.evaluate(node.candidate)
-        if final.correct and final.speedup_ci is not None:
-            tree.crown(replace(node, evaluation=final))
+        final = replace(node, evaluation=evaluator.evaluate(node.candidate))
+        if final.correct and final.evaluation.speedup_ci is not None:
+            tree.crown(final)
             return
+        tree.depose(final)
 
 
 def _result(

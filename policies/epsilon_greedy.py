@@ -1,8 +1,8 @@
 """Epsilon-greedy tree search: the default policy of the main job.
 
-Which node to extend is the parent rule's part (``parents.epsilon_greedy``: the best node mostly, a cap on
-drafts, dead branches left alone; STARK, arXiv 2510.16996). This class chooses the strategy: first a few
-drafts, then mostly the strategy with the highest optimistic gain so far.
+Which node to extend is the parent rule's part (``parents.epsilon_greedy``: the best node mostly, dead branches
+left alone; STARK, arXiv 2510.16996). This class chooses the strategy: first ``parents.ROOT_CAP`` drafts and no
+more, then mostly the strategy with the highest optimistic gain so far.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ke_gym.policies.base import Observation, Policy, transformations
+from ke_gym.search.parents import ROOT_CAP
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS, FIX, RESTART
 
-DRAFTS = 4
 EPSILON = 0.25
 OPTIMISM = 0.10  # expected gain of a strategy not tried yet, in log-speedup
-DRAFT_APPEAL = 0.02  # a later draft competes with the strategies at this expected gain
 
 
 class EpsilonGreedy(Policy):
@@ -38,14 +37,15 @@ class EpsilonGreedy(Policy):
     def begin(self) -> None:
         self.drafts = 0
         self.gains = [OPTIMISM] * len(ACTIONS)
-        self.gains[RESTART.id] = DRAFT_APPEAL
         self.tries = [0] * len(ACTIONS)
 
     def choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
-        if mask[RESTART.id] and self.drafts < DRAFTS:
+        if mask[RESTART.id] and self.drafts < ROOT_CAP:
             self.drafts += 1
             return RESTART.id
         legal = transformations(mask)
+        if len(legal) > 1:
+            legal = legal[legal != RESTART.id]
         if not deterministic and self.rng.random() < EPSILON:
             return int(self.rng.choice(legal))
         if mask[FIX.id] and self.tries[FIX.id] < 2:

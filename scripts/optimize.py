@@ -11,26 +11,38 @@ others are still optimized), 130 after Ctrl-C (what was found until then is repo
 from __future__ import annotations
 
 import json
+import re
 import sys
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from ke_gym import policies, proposers, tasks
 from ke_gym.errors import UserError
-from ke_gym.job import check_out, optimize, read_run
-from ke_gym.proposers import warm
+from ke_gym.job import RunSettings, check_out, optimize, read_run, recorded_task
+from ke_gym.policies.tracking import Mode, Tracker
+from ke_gym.proposers import Refusal, warm
 from ke_gym.proposers.llm import LLM, Memory, models
 from ke_gym.report.live import LiveView, PlainView
 from ke_gym.report.table import summary
 from ke_gym.search.budget import Budget
 from ke_gym.search.result import Result
+from ke_gym.search.run import Watch
+from ke_gym.search.session import Ask, Request, Session
+from ke_gym.search.tree import Node
+from ke_gym.tasks import Task
 
 # Why searches end; anything else is a sentence.
 STOPS = ("evaluations", "seconds", "dollars", "STOP", "interrupted", "nothing left to try")
+# What makes a search what it is, unless the arguments or the run to be resumed say otherwise.
+DEFAULTS = {
+    "target": "cpu", "baseline": "eager", "policy": "epsilon_greedy", "proposer": "rewriter", "seed": 0,
+    "threads": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,13 @@ class Args:
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Suite tasks, "suite", a family, KernelBench-format files or folders of them."""
-    target: str = "cpu"
-    """The device to optimize for."""
-    policy: str = "epsilon_greedy"
-    """Which search policy chooses the transformations: a name, or the file of a saved one."""
-    proposer: str = "rewriter"
-    """What writes the candidates: rewriter, openai (a language model), or both: rewriter,openai."""
+    target: str | None = None
+    """The device to optimize for; cpu by default."""
+    policy: str | None = None
+    """Which search policy chooses the transformations: a name (epsilon_greedy by default), or the file of a saved
+    one."""
+    proposer: str | None = None
+    """What writes the candidates: rewriter (the default), openai (a language model), or both: rewriter,openai."""
     model: str = ""
     """For openai: the model, or several, as "small,large", of which a bandit chooses. The endpoint and its key are
     taken from OPENAI_BASE_URL and OPENAI_API_KEY."""
@@ -77,10 +90,11 @@ class Args:
     """Evaluations per task, failures included."""
     seconds: float | None = None
     """Seconds per task; the first limit that is reached ends the search."""
-    seed: int = 0
-    """Seed of the search's choices."""
-    baseline: str = "eager"
-    """What speedups are against: eager, compile (torch.compile) or max-autotune (its mode of that name)."""
+    seed: int | None = None
+    """Seed of the search's choices; 0 by default."""
+    baseline: str | None = None
+    """What speedups are against: eager (the default), compile (torch.compile) or max-autotune (its mode of that
+    name)."""
     threads: int | None = None
     """CPU threads for kernels and reference alike; all cores by default."""
     exchange: Path | None = None
@@ -88,16 +102,122 @@ class Args:
     out: Path = Path("runs")
     """The folder that gets a folder per run."""
     resume: Path | None = None
-    """The folder of an earlier run: continue that search (give a larger --budget to extend it)."""
+    """The folder of an earlier run: continue that search as it was (give a larger --budget to extend it)."""
+    wandb: Mode = "disabled"
+    """Report every search to Weights & Biases, as a run of its own: online, offline, or disabled."""
     json: bool = False
     """Print one JSON list of results instead of progress and a table."""
+
+
+def settings(args: Args) -> dict[str, Any]:
+    """What of a search is not to change when it is resumed, as ``optimize`` takes it."""
+    given = {name: getattr(args, name) for name in DEFAULTS}
+    return {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
+
+
+def check_unchanged(args: Args, folder: Path, recorded: RunSettings) -> None:
+    """``UserError`` for an argument that differs from what the run to be resumed was made with."""
+    for name in DEFAULTS:
+        given, before = getattr(args, name), getattr(recorded, name)
+        if given is not None and given != before:
+            raise UserError(
+                f"{folder} was made with --{name} {before}, and a search is resumed as it was: leave out"
+                f" --{name} {given}, or start a new run"
+            )
+
+
+def tasks_of(args: Args) -> list[Task]:
+    """The tasks to optimize, after checks that need none of them."""
+    if args.resume is not None:
+        folder, recorded = read_run(args.resume)
+        check_unchanged(args, folder, recorded)
+        if not args.tasks:
+            return [recorded_task(folder, recorded)]
+    elif not args.tasks:
+        raise UserError("name at least one task, for example softmax (scripts/tasks.py list shows them all)")
+    chosen = [task for spec in args.tasks for task in tasks.resolve(spec)]
+    if len(chosen) != 1 and args.resume is not None:
+        raise UserError(f"--resume continues one run, but {len(chosen)} tasks were named")
+    if len(chosen) != 1 and (args.record or args.replay):
+        raise UserError(
+            f"a cassette holds the conversation of one search, but {len(chosen)} tasks were named"
+        )
+    return chosen
+
+
+class Tracked(Watch):
+    """Passes on what it watches, and reports every candidate to a W&B run."""
+
+    columns = ("number", "parent", "strategy", "outcome", "speedup", "improved", "candidate", "source")
+
+    def __init__(self, view: Watch, tracker: Tracker) -> None:
+        self.view, self.tracker = view, tracker
+        self.rows: list[list[Any]] = []
+
+    def asked(self, session: Session, ask: Ask) -> None:
+        self.view.asked(session, ask)
+
+    def refused(self, session: Session, request: Request, refusal: Refusal) -> None:
+        self.view.refused(session, request, refusal)
+
+    def confirming(self, session: Session, node: Node) -> None:
+        self.view.confirming(session, node)
+
+    def tick(self, session: Session) -> None:
+        self.view.tick(session)
+
+    def told(self, session: Session, node: Node, improved: bool) -> None:
+        best = session.tree.best
+        figures = {"speedup": node.speedup, "best speedup": best.speedup if best else 0.0}
+        self.tracker.log(figures | {"dollars": session.spent.dollars}, step=len(session.tree))
+        self.rows.append(
+            [node.number, node.parent, node.strategy, node.evaluation.outcome, node.speedup, improved,
+             node.candidate.id, node.candidate.source]
+        )  # fmt: skip
+        self.view.told(session, node, improved)
+
+    def finish(self, result: Result) -> None:
+        """The table of candidates, the outcome, and the best kernel."""
+        self.tracker.table("candidates", self.columns, self.rows)
+        self.tracker.summary(result.to_dict())
+        if result.best is not None:
+            name = re.sub(r"[^\w.-]", "-", result.task.name)
+            self.tracker.artifact(f"{name}-kernel", "kernel", result.run_dir / "best.py")
+
+
+def search(args: Args, task: Task, limits: Budget, llm: LLM, view: LiveView | PlainView) -> Result:
+    """Optimize one task."""
+    config = settings(args) | {"task": task.name, "family": task.family, **asdict(limits)}
+    tracker = Tracker(
+        args.wandb, kind="search", name=task.name, group="optimize", config=config, folder=args.out
+    )
+    tracked = Tracked(view, tracker)
+    with ExitStack() as stack:
+        stack.callback(tracker.finish)
+        stack.enter_context(view)
+        result = optimize(
+            task,
+            budget=limits.evaluations,
+            seconds=limits.seconds,
+            dollars=limits.dollars,
+            **settings(args),
+            llm=llm,
+            exchange=args.exchange,
+            learned=args.learned,
+            warm_start=args.warm_start,
+            out=args.out,
+            resume=args.resume,
+            watch=tracked if args.wandb != "disabled" else view,
+        )
+        tracked.finish(result)
+    return result
 
 
 def main(args: Args) -> int:
     limits = Budget(args.budget, args.seconds, args.max_dollars)
     warm.check(args.warm_start)
-    policies.make(args.policy)
-    proposers.check(args.proposer)
+    policies.make(settings(args)["policy"])
+    proposers.check(settings(args)["proposer"])
     llm = LLM(
         models=models(args.model),
         edit_mode=args.edit_mode,
@@ -110,19 +230,7 @@ def main(args: Args) -> int:
         record=args.record,
         replay=args.replay,
     )
-    specs = args.tasks
-    if args.resume is not None:
-        _, recorded = read_run(args.resume)
-        specs = specs or (recorded.spec,)
-    elif not specs:
-        raise UserError("name at least one task, for example softmax (scripts/tasks.py list shows them all)")
-    chosen = [task for spec in specs for task in tasks.resolve(spec)]
-    if args.resume is not None and len(chosen) != 1:
-        raise UserError(f"--resume continues one run, but {len(chosen)} tasks were named")
-    if (args.record or args.replay) and len(chosen) != 1:
-        raise UserError(
-            f"a cassette holds the conversation of one search, but {len(chosen)} tasks were named"
-        )
+    chosen = tasks_of(args)
     if args.resume is None:
         check_out(args.out)
 
@@ -130,46 +238,31 @@ def main(args: Args) -> int:
     if not console.is_terminal:
         console.width = 120
     results: list[Result] = []
-    refused = 0
-    for number, task in enumerate(chosen, 1):
-        title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
-        view = LiveView(console, title) if console.is_terminal else PlainView(console, title)
-        try:
-            with view:
-                result = optimize(
-                    task,
-                    budget=limits.evaluations,
-                    seconds=limits.seconds,
-                    dollars=limits.dollars,
-                    target=args.target,
-                    baseline=args.baseline,
-                    policy=args.policy,
-                    proposer=args.proposer,
-                    seed=args.seed,
-                    threads=args.threads,
-                    llm=llm,
-                    exchange=args.exchange,
-                    learned=args.learned,
-                    warm_start=args.warm_start,
-                    out=args.out,
-                    resume=args.resume,
-                    watch=view,
+    refused, interrupted = 0, False
+    try:
+        for number, task in enumerate(chosen, 1):
+            title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
+            view = LiveView(console, title) if console.is_terminal else PlainView(console, title)
+            try:
+                result = search(args, task, limits, llm, view)
+            except UserError as error:
+                # One task that is refused costs the others nothing.
+                if len(chosen) == 1:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                refused += 1
+                continue
+            results.append(result)
+            console.print(result.verdict(), highlight=False, soft_wrap=True)
+            interrupted = result.stopped == "interrupted"
+            if interrupted:
+                break
+            if result.stopped not in STOPS:
+                console.print(
+                    f"{task.name}: the search ended early: {result.stopped}", highlight=False, soft_wrap=True
                 )
-        except UserError as error:
-            # One task that is refused costs the others nothing.
-            if len(chosen) == 1:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            refused += 1
-            continue
-        results.append(result)
-        console.print(result.verdict(), highlight=False, soft_wrap=True)
-        if result.stopped not in STOPS:
-            console.print(
-                f"{task.name}: the search ended early: {result.stopped}", highlight=False, soft_wrap=True
-            )
-        if result.stopped == "interrupted":
-            break
+    except KeyboardInterrupt:  # before or after a search; one that runs ends by itself
+        interrupted = True
 
     if args.json:
         print(json.dumps([result.to_dict() for result in results], indent=1))
@@ -177,7 +270,7 @@ def main(args: Args) -> int:
         console.print(summary(results))
         for result in results:
             console.print(f"report: {result.report()}", highlight=False, soft_wrap=True)
-    if results and results[-1].stopped == "interrupted":
+    if interrupted:
         return 130
     return 2 if refused else 0
 
@@ -188,3 +281,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first search
+        sys.exit(130)

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import ke_gym
+from ke_gym import job
 from ke_gym.errors import UserError
 from ke_gym.job import read_run
 from ke_gym.knowledge.learned import Lesson, distill
@@ -48,6 +54,18 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     patch.setenv("KE_GYM_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """``scripts/optimize.py``."""
+    path = Path(__file__).parents[1] / "scripts" / "optimize.py"
+    spec = importlib.util.spec_from_file_location("script_optimize", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    spec.loader.exec_module(made)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +151,83 @@ def test_when_nothing_is_faster_it_says_how_close_to_the_floor_the_reference_is(
     x = torch.randn(512, 256)
     with torch.no_grad():
         assert torch.equal(none.kernel(x), module(x))  # the reference itself
-    failed = replace(result, evaluation=None, best=None, artifact=None)
+    unconfirmed = replace(result, evaluation=None, best=None, artifact=None)
+    assert "no candidate was confirmed" in unconfirmed.verdict() and unconfirmed.speedup == 1.0
+    failed = replace(unconfirmed, valid=0.0)
     assert "none of 3 candidates was correct; the reference stays" in failed.verdict()
+
+
+def test_a_run_cut_off_before_it_began_leaves_no_folder(
+    module: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "open_evaluator", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ke_gym.optimize(module, torch.randn(512, 256), out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_resumes_a_run_of_a_live_module_as_it_was(
+    result: ke_gym.Result, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others: tuple[dict[str, Any], ...] = (
+        {"seed": 1}, {"policy": "uct"}, {"threads": 1}, {"baseline": "compile"}
+    )  # fmt: skip
+    for other in others:
+        with pytest.raises(UserError, match=f"made with --{next(iter(other))} .* resumed as it was"):
+            script.main(script.Args(resume=result.run_dir, **other))
+    same = {"seed": 0, "policy": "epsilon_greedy", "target": "cpu", "proposer": "rewriter"}
+    assert script.main(script.Args(resume=result.run_dir, budget=3, json=True, **same)) == 0
+    (again,) = json.loads(capsys.readouterr().out)
+    assert (again["task"], again["evaluations"]) == (result.task.name, 3)
+    assert again["run_dir"] == str(result.run_dir)
+
+
+def test_a_search_is_a_run_of_weights_and_biases(
+    result: ke_gym.Result, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    told: dict[str, Any] = {"log": []}
+
+    class Tracker(script.Tracker):  # type: ignore[name-defined,misc]
+        def log(self, figures: dict[str, Any], step: int | None = None) -> None:
+            told["log"].append((step, figures["best speedup"]))
+            super().log(figures, step)
+
+        def table(self, name: str, columns: tuple[str, ...], rows: list[list[Any]]) -> None:
+            told[name] = [dict(zip(columns, row, strict=True)) for row in rows]
+            super().table(name, columns, rows)
+
+        def artifact(self, name: str, kind: str, path: Path) -> None:
+            told[kind] = (name, path.read_text())
+            super().artifact(name, kind, path)
+
+    monkeypatch.setattr(script, "Tracker", Tracker)
+    args = script.Args(resume=result.run_dir, budget=3, json=True, wandb="offline", out=tmp_path)
+    assert script.main(args) == 0
+    assert [step for step, _ in told["log"]] == [1, 2, 3]
+    assert [row["number"] for row in told["candidates"]] == [0, 1, 2]
+    assert all("def forward" in row["source"] for row in told["candidates"])
+    name, source = told["kernel"]
+    assert name == f"{result.task.name}-kernel" and source == (result.run_dir / "best.py").read_text()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+
+
+def test_a_run_is_not_started_over_when_its_store_is_gone(
+    result: ke_gym.Result, module: Chain, tmp_path: Path
+) -> None:
+    Store(tmp_path / "other.db").close()
+    for number, store in enumerate(("missing.db", "other.db")):
+        run_dir = tmp_path / str(number)
+        shutil.copytree(result.run_dir, run_dir)
+        settings = json.loads((run_dir / "run.json").read_text()) | {"store": str(tmp_path / store)}
+        (run_dir / "run.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"{store} no longer holds its search"):
+            ke_gym.optimize(module, torch.randn(512, 256), budget=4, resume=run_dir)
+    assert not (tmp_path / "missing.db").exists()
 
 
 def test_bad_input_is_refused_in_one_sentence(result: ke_gym.Result, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from ke_gym.codegen import CodegenError, Group, Program, Schedule, rewrites, rew
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.proposers import text, tuning
-from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal
+from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal, Trial
 from ke_gym.proposers.schedules import attach, recover, without
 from ke_gym.strategies import FIX, RESTART, STRATEGIES, Strategy
 from ke_gym.tasks import Task
@@ -103,7 +103,7 @@ class Rewriter(Proposer):
     def _on_text(self, parent: Candidate) -> Callable[[Strategy], bool]:
         def applies(strategy: Strategy) -> bool:
             if strategy.name == "param_tune":
-                return bool(text.knobs(parent.source))
+                return _space(text.space(without(parent.source), self.fast_math)) > 1
             return bool(self._texts(parent, strategy))
 
         return applies
@@ -141,8 +141,9 @@ class Rewriter(Proposer):
         space, current = self._knobs(parent.source, schedule)
         if _space(space) < 2:
             return Refusal("this kernel exposes no knob")
-        tried = []
-        for trial in context.siblings:
+        tried, known = [], {parent.id}
+        for trial in (*tuned_from(parent, context.ancestors), *context.siblings):
+            known.add(trial.candidate.id)
             _, setting = self._knobs(trial.candidate.source, self._schedule(trial.candidate.source))
             judged = trial.evaluation
             gain = judged.log_speedup - base if judged is not None and judged.correct else None
@@ -155,25 +156,27 @@ class Rewriter(Proposer):
             if values is not None:
                 return self._from_text(parent, text.turned(without(parent.source), values), strategy)
         else:
-            values = tuning.suggest(space, current, tried, seed, partial(self._changes, parent, schedule))
+            values = tuning.suggest(space, current, tried, seed, partial(self._new, parent, schedule, known))
             if values is not None:
                 return self._printed(parent, strategy, rewrites.with_knobs(self.program, schedule, values))
         return Refusal("no setting of the knobs is left to try")
 
-    def _changes(self, parent: Candidate, schedule: Schedule, values: tuning.Values) -> bool:
-        """Whether the setting is legal and says anything in this kernel."""
+    def _new(
+        self, parent: Candidate, schedule: Schedule, known: Collection[str], values: tuning.Values
+    ) -> bool:
+        """Whether the setting is legal and makes another kernel of the parent than those ``known`` by their ids."""
         try:
             tuned = rewrites.with_knobs(self.program, schedule, dict(values))
         except Illegal:
             return False
         proposal = self._printed(parent, strategies.get("param_tune"), tuned)
-        return isinstance(proposal, Proposal) and proposal.candidate.id != parent.id
+        return isinstance(proposal, Proposal) and proposal.candidate.id not in known
 
     def _knobs(self, source: str, schedule: Schedule | None) -> tuple[tuning.Knobs, tuning.Values]:
         """The space of settings, and the present one."""
         if schedule is None:
-            found = text.knobs(source)
-            return {k.name: k.choices for k in found}, {k.name: k.value for k in found}
+            plain = without(source)
+            return text.space(plain, self.fast_math), text.setting(plain)
         return rewrites.knobs(self.program, schedule), present(self.program, schedule)
 
     # Text and repairs -------------------------------------------------------------------------------------
@@ -244,6 +247,17 @@ def present(program: Program, schedule: Schedule) -> dict[str, Any]:
         else:
             values[name] = getattr(group, knob)
     return values
+
+
+def tuned_from(candidate: Candidate, ancestors: Sequence[Trial]) -> list[Trial]:
+    """The nearest ancestors that differ from ``candidate`` in knobs alone."""
+    found: list[Trial] = []
+    for trial in reversed(ancestors):
+        if candidate.strategy != "param_tune":
+            break
+        found.append(trial)
+        candidate = trial.candidate
+    return found[::-1]
 
 
 def _in_all_groups(schedule: Schedule, **changes: Any) -> Schedule:

@@ -7,6 +7,7 @@ stand there; a strategy is a choice of knobs by name.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ke_gym.strategies import Strategy
@@ -24,8 +25,8 @@ _LAUNCH = re.compile(
 _CPP = re.compile(r"(?P<open>\blang\.cpp\(\s*r?(?P<q>'''|\"\"\").*?(?P=q))(?P<rest>[^()]*)\)", re.S)
 _FLAGS = re.compile(r"flags\s*=\s*(['\"])(?P<flags>[^'\"]*)\1")
 
-FLAGS = ("-O3", "-O2", "-funroll-loops", "-mprefer-vector-width=256", "-mprefer-vector-width=512")
 FAST_FLAGS = ("-ffast-math",)
+FLAGS = "compiler_flags"  # the knob's name
 
 # Which names a strategy turns, by what such constants are usually called.
 _NAMES = {
@@ -41,6 +42,7 @@ _STRATEGY_FLAGS = {
     "unroll_ilp": ("-funroll-loops",),
     "precision_math": FAST_FLAGS,
 }
+_TUNED_FLAGS = ("-O3", "-O2", *(flag for flags in _STRATEGY_FLAGS.values() for flag in flags))
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,31 @@ def knobs(source: str) -> list[Knob]:
     return sorted(found.values(), key=lambda knob: knob.start)
 
 
-def turned(source: str, values: dict[str, int]) -> str:
+def space(source: str, fast_math: bool) -> dict[str, tuple[int | str, ...]]:
+    """What tuning may turn: the knobs and, where there is one ``lang.cpp`` call, one flag of its compiler."""
+    choices: dict[str, tuple[int | str, ...]] = {knob.name: knob.choices for knob in knobs(source)}
+    present = flags(source)
+    if present is not None:
+        offered = [flag for flag in _TUNED_FLAGS if fast_math or flag not in FAST_FLAGS]
+        sets = [present, *(_joined(present, flag) for flag in offered)]
+        choices[FLAGS] = tuple(dict.fromkeys(" ".join(words) for words in sets))
+    return choices
+
+
+def setting(source: str) -> dict[str, int | str]:
+    """Where ``source`` stands in its ``space``."""
+    values: dict[str, int | str] = {knob.name: knob.value for knob in knobs(source)}
+    present = flags(source)
+    return values if present is None else values | {FLAGS: " ".join(present)}
+
+
+def turned(source: str, values: Mapping[str, int | str]) -> str:
     """``source`` with these knobs set."""
     for knob in reversed(knobs(source)):
         if knob.name in values:
             source = f"{source[: knob.start]}{values[knob.name]}{source[knob.end :]}"
+    if FLAGS in values:
+        source = with_flags(source, tuple(str(values[FLAGS]).split()))
     return source
 
 
@@ -83,6 +105,15 @@ def flags(source: str) -> tuple[str, ...] | None:
         return None
     given = _FLAGS.search(calls[0]["rest"])
     return tuple(given["flags"].split()) if given else ()
+
+
+def _joined(present: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    """``present`` with ``flag``, which takes the place of one that says otherwise."""
+    return (*(other for other in present if _stem(other) != _stem(flag)), flag)
+
+
+def _stem(flag: str) -> str:
+    return "-O" if re.fullmatch(r"-O\w*", flag) else flag.split("=")[0]
 
 
 def with_flags(source: str, new: tuple[str, ...]) -> str:
@@ -107,9 +138,7 @@ def alternatives(source: str, strategy: Strategy, fast_math: bool) -> list[str]:
     if present is not None:
         for flag in _STRATEGY_FLAGS.get(strategy.name, ()):
             if flag not in present and (fast_math or flag not in FAST_FLAGS):
-                stem = flag.split("=")[0]
-                kept = tuple(f for f in present if f.split("=")[0] != stem)
-                made.append(with_flags(source, (*kept, flag)))
+                made.append(with_flags(source, _joined(present, flag)))
     return list(dict.fromkeys(text for text in made if text != source))
 
 

@@ -17,6 +17,7 @@ from pygments.lexers import CppLexer, PythonLexer
 
 from ke_gym import strategies
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.files import write_whole
 from ke_gym.proposers.schedules import without
 from ke_gym.report import svg, words
 from ke_gym.report.models import asked
@@ -25,6 +26,11 @@ from ke_gym.search.session import Session
 from ke_gym.search.tree import Node, Tree
 
 TEMPLATES = Path(__file__).parent / "templates"
+BASELINE_NAMES = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "max-autotune": 'torch.compile(mode="max-autotune")',
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def write_report(result: Result, session: Session, evaluator: Evaluator) -> Path
     )  # fmt: skip
     page = environment.get_template("report.html.jinja").render(_context(result, session, evaluator))
     path = result.report()
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page.encode())
     return path
 
 
@@ -66,6 +72,7 @@ def _context(result: Result, session: Session, evaluator: Evaluator) -> dict[str
     return {
         "result": result,
         "best": result.evaluation,
+        "baseline": BASELINE_NAMES[result.baseline],
         "tree": tree,
         "nodes": list(tree),
         "progress": Markup(svg.progress(tree)) if len(tree) else "",

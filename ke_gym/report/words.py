@@ -76,8 +76,7 @@ def _traffic(best: Evaluation) -> list[str]:
     sentences.append(
         f"The task takes at least {size(shown.bytes)} of traffic{arithmetic}. The kernel does it at"
         f" {shown.gbytes_per_s:.1f} GB/s ({100 * shown.bandwidth_share:.0f} % of the bandwidth measured at this"
-        f" size){rate}. The baseline came to {100 * before:.0f} % of that bandwidth: further passes over"
-        " memory, narrower code and call overhead took the rest."
+        f" size){rate}. The baseline came to {100 * before:.0f} % of that bandwidth."
     )
     if best.limiter:
         sentences.append(f"What limits it now: {_LIMITS.get(best.limiter, best.limiter)}.")

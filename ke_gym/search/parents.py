@@ -18,7 +18,7 @@ from ke_gym.search.tree import Node, Tree
 ParentRule = Callable[[Tree, Mapping[int | None, int], np.random.Generator], Node | None]
 
 EPSILON = 0.3  # STARK's best range is 0.3-0.4
-ROOT_CAP = 5  # drafts before the tree only deepens
+ROOT_CAP = 4  # drafts before the tree only deepens
 PATIENCE = 4  # fruitless children after which a branch is dead
 WIDENING = 1.5  # children per square root of visits
 UCT_EXPLORATION = 0.3  # in log-speedup

@@ -11,6 +11,7 @@ from typing import Any
 from ke_gym.candidate import Candidate
 from ke_gym.deploy import Kernel
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.files import write_whole
 from ke_gym.languages.artifact import Artifact
 from ke_gym.proposers.base import NOTHING, Usage
 from ke_gym.tasks import Reference, Task
@@ -108,6 +109,11 @@ class Result:
         """One or two sentences: what was found, or that nothing was, and how close to the floor one is."""
         name = self.task.name
         if self.evaluation is None:
+            if self.valid:
+                return (
+                    f"{name}: no candidate was confirmed: the best of {self.evaluations} failed when measured again"
+                    " after the search; the reference stays."
+                )
             return f"{name}: none of {self.evaluations} candidates was correct; the reference stays."
         low, high = self.speedup_ci
         if self.faster:
@@ -134,9 +140,9 @@ class Result:
     def write(self) -> None:
         """``best.py``, ``artifact.bin`` and ``result.json`` into the run's folder."""
         if self.best is not None:
-            (self.run_dir / "best.py").write_text(self.best.source)
+            write_whole(self.run_dir / "best.py", self.best.source.encode())
         if self.artifact is not None:
-            (self.run_dir / "artifact.bin").write_bytes(self.artifact.to_bytes())
+            write_whole(self.run_dir / "artifact.bin", self.artifact.to_bytes())
         data = {
             "format": FORMAT,
             **self.to_dict(),
@@ -148,4 +154,4 @@ class Result:
             "usage": self.usage.to_dict(),
             "evaluation": json.loads(self.evaluation.to_json()) if self.evaluation else None,
         }
-        (self.run_dir / "result.json").write_text(json.dumps(data, indent=1))
+        write_whole(self.run_dir / "result.json", json.dumps(data, indent=1).encode())

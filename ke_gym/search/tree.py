@@ -75,11 +75,22 @@ class Tree:
 
     def crown(self, node: Node) -> None:
         """Make ``node`` the best, with the evaluation it carries now (a measurement after the search)."""
+        self._revise(node)
+        self.leaders.append(node)
+        self.best = node
+
+    def depose(self, node: Node) -> None:
+        """``node`` did not stand up to a measurement after the search, whose outcome it carries now: nothing is best
+        until another node is crowned."""
+        self._revise(node)
+        self.best = None
+
+    def _revise(self, node: Node) -> None:
+        """Put ``node`` in the place of the one with its number."""
         self.nodes[node.number] = node
         siblings = self._children[node.parent]
         siblings[[n.number for n in siblings].index(node.number)] = node
-        self.leaders = [leader for leader in self.leaders if leader.number != node.number] + [node]
-        self.best = node
+        self.leaders = [leader for leader in self.leaders if leader.number != node.number]
 
     def children(self, number: int | None) -> list[Node]:
         return self._children.get(number, [])

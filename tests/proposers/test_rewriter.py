@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from ke_gym.candidate import Candidate
 from ke_gym.codegen import Group, Schedule
 from ke_gym.codegen.schedule import Plan
 from ke_gym.errors import UserError
-from ke_gym.proposers import Context, Proposal, Refusal, Trial
-from ke_gym.proposers.rewriter import Rewriter, present, simpler
+from ke_gym.proposers import Context, Proposal, Refusal, Trial, text
+from ke_gym.proposers.rewriter import Rewriter, present, simpler, tuned_from
 from ke_gym.proposers.schedules import attach, recover, without
 from ke_gym.strategies import FIX, RESTART, STRATEGIES
 from ke_gym.tasks import Task
@@ -128,6 +129,34 @@ def test_tuning_never_repeats_a_setting_and_learns_from_its_siblings(
         present(rewriter.program, schedule) for t in trials if (schedule := recover(t.candidate.source))
     ]
     assert len({repr(sorted(setting.items())) for setting in settings}) == 12
+
+
+def test_tuning_goes_on_where_the_tuning_of_its_parent_stood(rewriter: Rewriter, draft: Candidate) -> None:
+    tune = strategies.get("param_tune")
+    child = made(rewriter.propose(draft, tune, 0, Context(0, evaluation(draft, 1.0))))
+    judged = evaluation(child, 1.2)
+    ancestors = (Trial(draft, evaluation(draft, 1.0)),)
+    for draw in range(12):  # never back to where the draft stood
+        again = rewriter.propose(child, tune, draw, Context(0, judged, ancestors=ancestors))
+        assert made(again).id not in (draft.id, child.id)
+    assert tuned_from(child, ancestors) == list(ancestors)
+    assert tuned_from(replace(child, strategy="fuse"), ancestors) == []
+
+
+def test_tuning_of_text_turns_compiler_flags_too(rewriter: Rewriter) -> None:
+    foreign = Candidate(FOREIGN.replace("constexpr", "").replace("#define UNROLL 4\n", ""))
+    assert text.flags(foreign.source) == ("-O2",)
+    tune, trials = strategies.get("param_tune"), []
+    while isinstance(
+        child := rewriter.propose(foreign, tune, len(trials), Context(0, None, tuple(trials))), Proposal
+    ):
+        trials.append(Trial(child.candidate, evaluation(child.candidate, 1.0)))
+    seen = {text.flags(trial.candidate.source) for trial in trials}
+    legal = {
+        ("-O3",), ("-O2", "-funroll-loops"), ("-O2", "-mprefer-vector-width=256"),
+        ("-O2", "-mprefer-vector-width=512"),
+    }  # fmt: skip
+    assert seen == legal  # each once; fast math only where the task allows it
 
 
 def test_repairs_simplify_and_run_out(rewriter: Rewriter, draft: Candidate) -> None:

@@ -5,10 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
+
+from ke_gym.job import RunSettings, write_run
+from ke_gym.search.store import NodeRecord, Store
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -81,6 +86,57 @@ def test_ctrl_c_ends_with_what_was_found(tmp_path: Path, task: Path) -> None:
     assert json.loads((run_dir / "result.json").read_text())["stopped"] == "interrupted"
 
 
+def lines_until(stream: IO[str], start: str) -> list[str]:
+    """The lines up to the first one that starts so."""
+    seen = []
+    for line in stream:
+        seen.append(line)
+        if line.startswith(start):
+            return seen
+    raise AssertionError("".join(seen))
+
+
+def test_ctrl_c_before_the_first_evaluation_leaves_nothing_behind(tmp_path: Path, task: Path) -> None:
+    line, env = command(tmp_path, str(task), "--budget", "500", "--out", str(tmp_path / "runs"))
+    child = subprocess.Popen(
+        line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    runs = tmp_path / "runs"
+    while not list(runs.glob("*chain")):
+        assert child.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(child.pid, signal.SIGINT)
+    rest, _ = child.communicate(timeout=120)
+    assert child.returncode == 130, rest
+    assert "Traceback" not in rest
+    assert all((run_dir / "run.json").exists() for run_dir in runs.glob("*chain"))
+
+
+def test_ctrl_c_in_the_second_task_prints_the_first(tmp_path: Path, task: Path) -> None:
+    (tmp_path / "zzz.py").write_text(TASK)
+    line, env = command(tmp_path, str(task), "zzz.py", "--budget", "1", "--json")
+    child = subprocess.Popen(
+        line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert child.stderr is not None
+    lines_until(child.stderr, "chain: ")  # the verdict on the first: the second begins
+    os.killpg(child.pid, signal.SIGINT)
+    out, rest = child.communicate(timeout=120)
+    assert child.returncode == 130, rest
+    assert "Traceback" not in rest
+    assert next(result["task"] for result in json.loads(out)) == "chain"
+
+
+def recorded(home: Path, run_dir: Path) -> list[NodeRecord]:
+    """The nodes of a run whose evaluation is in the store."""
+    with Store(home / "store.db") as store:
+        nodes = store.nodes(json.loads((run_dir / "run.json").read_text())["session"])
+    return [node for node in nodes if node.evaluation is not None]
+
+
 def test_kill_9_then_resume_continues_the_search(tmp_path: Path, task: Path) -> None:
     line, env = command(tmp_path, str(task), "--budget", "3", "--out", str(tmp_path / "runs"))
     child = subprocess.Popen(line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -91,9 +147,13 @@ def test_kill_9_then_resume_continues_the_search(tmp_path: Path, task: Path) -> 
             break
     child.communicate()
     (run_dir,) = (tmp_path / "runs").iterdir()
-    done = optimize(tmp_path, "--resume", str(run_dir), "--budget", "3")
+    before = recorded(tmp_path, run_dir)
+    assert before
+    done = optimize(tmp_path, "--resume", str(run_dir), "--budget", "3", "--seed", "0")
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
+    after = recorded(tmp_path, run_dir)
+    assert len(after) == 3 and after[: len(before)] == before
 
 
 BAD_INPUT = {
@@ -107,6 +167,7 @@ BAD_INPUT = {
     "too many threads": (["softmax", "--threads", "100000"], "cores"),
     "output not writable": (["softmax", "--out", "/proc/none"], "cannot be written"),
     "resume of no run": (["softmax", "--resume", "."], "not a run's folder"),
+    "resume with another seed": (["--resume", "kept", "--seed", "1"], "was made with --seed 0"),
     "resume of another version": (["--resume", "old"], "was recorded by another version (format 99"),
     "a shape that depends on data": (["shapes.py"], "torch.export gives the model at "),
     "a branch that depends on data": (["branch.py"], "torch.export refused the model at "),
@@ -119,6 +180,9 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
     home = tmp_path_factory.mktemp("refused")
     (home / "old").mkdir()
     (home / "old" / "run.json").write_text('{"format": 99}')
+    (home / "kept").mkdir()
+    kept = RunSettings(1, "s", "store.db", "softmax", "t", "cpu", "eager", "uct", "rewriter", 0, None, 2)
+    write_run(home / "kept", kept)
     (home / "shapes.py").write_text(TASK.replace(BODY, "return x * x[x > 0].numel()"))
     (home / "branch.py").write_text(TASK.replace(BODY, "return x if x.sum() > 0 else -x"))
     with ThreadPoolExecutor(2) as pool:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from ke_gym import policies
+from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.policies.epsilon_greedy import EpsilonGreedy
 from ke_gym.proposers.base import Refusal
 from ke_gym.search.budget import Budget
-from ke_gym.search.run import Watch, run
+from ke_gym.search.parents import ROOT_CAP
+from ke_gym.search.run import Transition, Watch, run
 from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node
@@ -96,6 +99,40 @@ def test_the_same_search_repeats_exactly_whatever_the_threads_do(tmp_path: Path)
 def test_another_seed_searches_differently(tmp_path: Path) -> None:
     with Store(tmp_path / "a.db") as a, Store(tmp_path / "b.db") as b:
         assert trace(search(a, seed=0)) != trace(search(b, seed=1))
+
+
+def test_a_search_drafts_at_most_as_often_as_the_root_has_room(tmp_path: Path) -> None:
+    for seed in range(4):
+        with Store(tmp_path / f"{seed}.db") as store:
+            made = policies.make("epsilon_greedy", seed=seed)
+            searched = session(store, rule=made.parent_rule, budget=60, seed=seed)
+            run(searched, made, Judge())
+            drafts = [node for node in searched.tree if node.strategy == "RESTART"]
+            assert len(searched.tree) == 60 and 1 < len(drafts) <= ROOT_CAP
+
+
+def test_a_draft_is_paid_for_what_it_adds_to_the_best_so_far(store: Store) -> None:
+    class Drafts(EpsilonGreedy):
+        def begin(self) -> None:
+            super().begin()
+            self.rewards: list[float] = []
+
+        def update(self, transition: Transition) -> None:
+            self.rewards.append(transition.reward)
+
+    races = iter(((2.0, 1.0), (1.8, 2.0), (2.2, 2.0)))  # speedups of the draft and of its rival
+    made, searched = Drafts(), session(store, budget=3)
+
+    def evaluate(candidate: Candidate, rival: Candidate | None) -> Evaluation:
+        speedup, other = next(races)
+        return evaluation(candidate, speedup, rival=other)
+
+    run(searched, made, evaluate, workers=1)
+    assert [node.strategy for node in searched.tree] == ["RESTART"] * 3
+    first, slower, faster = made.rewards
+    assert first == pytest.approx(np.log(2.0))
+    assert slower == pytest.approx(np.log(1.8 / 2.0)) and slower < 0.0
+    assert faster == pytest.approx(np.log(2.2 / 2.0))
 
 
 class StopAfter(Watch):

@@ -1,0 +1,104 @@
+"""The suite benchmark counts every task, and mixes no rows of other settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ke_gym.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmarks import suite
+
+    monkeypatch.setattr(suite.console, "width", 200)
+    return suite
+
+
+def row(suite: Any, task: str = "softmax", speedup: float = 2.0, **changes: Any) -> Any:
+    made = suite.Row(
+        task, "norm", 60, 1.0, 30.0, True, 1.0, 1.0 / speedup, speedup, (0.9 * speedup, 1.1 * speedup), 1.0,
+        {"compile": 1.5, "max-autotune": 3.0}, "folder",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def failed(suite: Any, task: str) -> Any:
+    return row(
+        suite, task, 1.0, best_ms=None, reference_ms=None, speedup_ci=(1.0, 1.0), over={}, seed_correct=False
+    )
+
+
+def test_a_faster_kernel_is_delivered_and_a_slower_one_is_not(suite: Any) -> None:
+    faster = row(suite)
+    assert faster.delivered("eager") == 2.0
+    assert (faster.delivered("compile"), faster.delivered("max-autotune")) == (1.5, 3.0)
+    assert faster.compiled == 1.5
+    slower = row(suite, speedup=0.5, over={"compile": 0.25, "max-autotune": 1.0})
+    assert slower.delivered("eager") == 1.0  # eager stays, and compilers are held against that
+    assert (slower.delivered("compile"), slower.delivered("max-autotune")) == (0.5, 2.0)
+    assert slower.compiled == 0.5
+
+
+def test_a_task_without_a_kernel_counts_as_one_everywhere(
+    suite: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = failed(suite, "median")
+    assert [none.delivered(name) for name in ("eager", "compile", "max-autotune")] == [1.0, 1.0, 1.0]
+    assert none.compiled == 1.0
+    rows = [row(suite), row(suite, "gelu", 8.0, over={"compile": 6.0, "max-autotune": 4.0}), none]
+    suite.report(rows)
+    lines = capsys.readouterr().out.splitlines()
+    (overall,) = (line for line in lines if line.split()[1:2] == ["all"])
+    means = {"eager": "2.52x (2.00x)", "compile": "2.08x (1.50x)", "max-autotune": "2.29x (3.00x)"}
+    for shown in means.values():
+        assert shown in overall
+    assert "1.82x (1.50x)" in overall  # the better compiler: 1.5, 4 and 1
+    assert any(line.startswith("... over the better torch.compile: 1.82x") for line in lines)
+    assert any(line.startswith("tasks whose first candidate fails: median") for line in lines)
+
+
+def test_without_compilers_nothing_is_said_of_them(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    suite.report([row(suite, over={}), failed(suite, "median")])
+    printed = capsys.readouterr().out
+    assert "over the better" not in printed and "1.41x (1.50x)" in printed
+
+
+def test_a_refused_task_is_a_row_and_the_suite_goes_on(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        raise UserError("torch.export refused it")
+
+    monkeypatch.setattr(suite, "optimize", refused)
+    suite.Suite(("softmax", "layer_norm"), out=tmp_path).run()
+    rows = [json.loads(line) for line in (tmp_path / "suite.jsonl").read_text().splitlines()]
+    assert [(r["task"], r["speedup"], r["seed_correct"]) for r in rows] == [
+        ("softmax", 1.0, False),
+        ("layer_norm", 1.0, False),
+    ]
+    assert "softmax: torch.export refused it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"budget": 20}, {"seed": 1}, {"policy": "uct"}])
+def test_rows_of_other_settings_are_refused(suite: Any, tmp_path: Path, other: dict[str, Any]) -> None:
+    (tmp_path / "suite.jsonl").write_text(json.dumps(asdict(row(suite))) + "\n")
+    with pytest.raises(UserError, match=f"measured with --{next(iter(other))}"):
+        suite.Suite(("softmax",), out=tmp_path, **other).run()
+
+
+def test_rows_from_before_settings_were_kept_are_the_defaults(
+    suite: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {k: v for k, v in asdict(row(suite)).items() if k not in ("target", "budget", "policy", "seed")}
+    (tmp_path / "suite.jsonl").write_text(json.dumps(old) + "\n")
+    suite.Suite(("softmax",), out=tmp_path).run()  # nothing is done again
+    assert "1/1 softmax: 2.00x eager, 1.50x compile" in capsys.readouterr().out
