@@ -33,7 +33,8 @@ _LOG_10, _LOG_MILESTONE = math.log(10), math.log(reward.MILESTONE)
 class BatchedReplayVecEnv(VecEnv):
     """``KernelOptReplayEnv`` N times as one of stable-baselines3's vector environments.
 
-    Arguments are those of ``KernelOptReplayEnv``; parent rules are ``best`` and ``root``. Episodes begin anew by
+    Arguments are those of ``KernelOptReplayEnv``; parent rules are ``best`` and ``root``, and of several horizons
+    each environment has one, in turn. Episodes begin anew by
     themselves; the last observation is then in ``info["terminal_observation"]``, beside ``task``, ``best_speedup``,
     ``evaluations``, ``clock_s`` and ``TimeLimit.truncated``. Other infos are empty. Episode i is the one that the
     single environment makes of seed + i.
@@ -44,7 +45,7 @@ class BatchedReplayVecEnv(VecEnv):
         n_envs: int,
         tables: TableSpec | Sequence[TableSpec] = "all",
         *,
-        horizon: int = 20,
+        horizon: int | Sequence[int] = 20,
         reward: Kind = "best",
         parent_rule: str = "best",
         noise: Noise = "sample",
@@ -57,15 +58,20 @@ class BatchedReplayVecEnv(VecEnv):
         self.render_mode = None
         self.tables = catalog.load(tables)
         self.bank = bank_of(tuple(self.tables))
-        self.rules = Rules(horizon, reward, parent_rule)
+        listed = (horizon,) if isinstance(horizon, int) else tuple(horizon)
+        if not listed:
+            raise UserError("a replay needs a horizon")
+        self.rules = Rules(min(listed), reward, parent_rule)  # checks all three
+        self.horizons = np.resize(np.array(listed, dtype=np.int64), n_envs)
         self.noise = noise
         super().__init__(n_envs, spaces.observation_space(), spaces.action_space())
         n, width = n_envs, self.bank.width
         self._all = np.arange(n)
         self._rngs = [np.random.default_rng() for _ in range(n)]
-        self._uniforms = np.zeros((n, EPISODES, horizon + 2))
+        longest = max(listed)
+        self._uniforms = np.zeros((n, EPISODES, longest + 2))
         self._episode = np.full(n, EPISODES)
-        self._drawn = np.zeros((n, horizon))
+        self._drawn = np.zeros((n, longest))
         self._actions = np.zeros(n, np.int64)
         self.table = np.zeros(n, np.int64)
         self._offset = np.zeros(n, np.int64)
@@ -116,7 +122,8 @@ class BatchedReplayVecEnv(VecEnv):
     def _begin(self, which: Indices, options: Sequence[dict[str, Any]] = ()) -> None:
         bank = self.bank
         for i in which[self._episode[which] >= EPISODES].tolist():
-            self._uniforms[i] = self._rngs[i].random((EPISODES, self.rules.horizon + 2))
+            size = int(self.horizons[i]) + 2
+            self._uniforms[i, :, :size] = self._rngs[i].random((EPISODES, size))
             self._episode[i] = 0
         uniforms = self._uniforms[which, self._episode[which]]
         self._episode[which] += 1
@@ -158,7 +165,7 @@ class BatchedReplayVecEnv(VecEnv):
         if len(acting):
             rewards[acting] = self._act(acting, actions[acting])
         self._settle()
-        ended = stopped | (self._steps >= self.rules.horizon)
+        ended = stopped | (self._steps >= self.horizons)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if ended.any():
             which = np.flatnonzero(ended)
@@ -243,7 +250,8 @@ class BatchedReplayVecEnv(VecEnv):
             drawn = self._drawn[who, self._steps[who] - 1] * bank.noise_count[made]
             value = value + bank.noise[bank.noise_first[made] + drawn.astype(np.int64)]
         best, before = self._best[who], self._best_value[who]
-        against = np.where(base, 0.0, self._value[who, origin])
+        # A fresh draft has no parent: it is compared with the best so far.
+        against = np.where(base, np.where(best >= 0, before, 0.0), self._value[who, origin])
         self._value[who, child] = value
         self._visited[who, child] = True
         number = self._evaluations[who]
@@ -277,15 +285,16 @@ class BatchedReplayVecEnv(VecEnv):
         self._count(who, actions, correct, value - against, ~base & bank.correct[row])
         for at in np.flatnonzero(~correct | (actions == FIX.id)).tolist():
             self._repair(int(who[at]), int(origin[at]), int(actions[at]), int(child[at]), bool(correct[at]))
-        if self.rules.reward == "best":
-            gained = np.where(became, np.clip(value - before * (best >= 0), 0.0, reward.CLIP), 0.0)
-        elif self.rules.reward == "parent":
-            gained = np.where(
+        kind = self.rules.reward
+        if kind != "milestone":
+            new = np.where(became, np.clip(value - before * (best >= 0), 0.0, reward.CLIP), 0.0)
+            over = np.where(
                 actions == FIX.id, reward.REPAIR_BONUS, np.clip(value - against, -0.2, reward.CLIP)
             )
+            gained = new if kind == "best" else over if kind == "parent" else new + reward.DENSITY * over
         else:
             gained = np.where(value <= _LOG_MILESTONE, 1.0, np.where(became, 3.0, 2.0))
-        failed = -1.0 if self.rules.reward == "milestone" else bank.penalties[made]
+        failed = -1.0 if kind == "milestone" else bank.penalties[made]
         return np.where(correct, gained, failed)
 
     def _count(
@@ -347,7 +356,7 @@ class BatchedReplayVecEnv(VecEnv):
         count = np.minimum(np.maximum(self._evaluations, 1), RECENT)
         since = self._evaluations - self._best_at - 1
         seen = np.empty((self.num_envs, 12))
-        seen[:, 0] = 1.0 - self._steps / self.rules.horizon
+        seen[:, 0] = 1.0 - self._steps / self.horizons
         seen[:, 1] = since / 10
         seen[:, 2] = self._best_value / _LOG_10
         seen[:, 3] = np.where(

@@ -76,8 +76,9 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
 
     ## Rewards
     ``best`` (default): the clipped log-gain of a verified new best, which sums to the final log-speedup.
-    ``parent``: the clipped log-gain over the parent. ``milestone``: -1 wrong, 1 correct, 2 beyond 5 % faster,
-    3 and a new best. The first two charge 0.05 for what does not compile, 0.10 for what fails otherwise and
+    ``parent``: the clipped log-gain over the parent, of a fresh draft over the best so far. ``dense``: ``best`` and a
+    fifth of ``parent``. ``milestone``: -1 wrong, 1 correct, 2 beyond 5 % faster,
+    3 and a new best. All but the last charge 0.05 for what does not compile, 0.10 for what fails otherwise and
     0.05 for what is refused or illegal, a model's unusable answer included. A lost evaluation and an endpoint
     that failed are worth 0.
 
@@ -94,7 +95,7 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
     - ``tasks``: a task, a suite or family name, a file, or a list of them, sampled anew every episode;
       ``reset(options={"task": ...})`` chooses.
     - ``proposer``, ``target``, ``baseline``, ``threads``: who proposes and where it is measured.
-    - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent`` or ``milestone``.
+    - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent``, ``dense`` or ``milestone``.
     - ``parent_rule``: a name from ``ke_gym.search.parents``. ``extended``, ``edits``: see
       Action Space.
     - ``store``: a file in which evaluations are kept; otherwise they are remembered while the environment lives.

@@ -69,7 +69,7 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
     No candidate; the reference is the parent, and only RESTART (a first draft) and STOP are legal.
 
     ## Rewards
-    As live: ``best`` (default), ``parent`` or ``milestone``. A version becomes the best as a remembered one does live:
+    As live: ``best`` (default), ``parent``, ``dense`` or ``milestone``. A version becomes the best as a remembered one does live:
     if its recorded race was against the present best, that race decides; else its whole interval has to lie above.
 
     ## Episode End
@@ -85,7 +85,7 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
     - ``tables``: ``"all"`` that ship, a split (``"train"``, ``"validation"``, ``"test"``), a family, a task, a file
       or folder of ``scripts/record.py``, or a list of these; every episode draws one, and
       ``reset(options={"task": ...})`` chooses.
-    - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent`` or ``milestone``.
+    - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent``, ``dense`` or ``milestone``.
     - ``parent_rule``: a name from ``ke_gym.search.parents``; ``best`` and ``root`` are fast.
     - ``noise``: ``sample`` draws one of the recorded repeats at every evaluation, ``verdict`` takes the verdict.
     - ``render_mode``: ``ansi`` (tree and best kernel) or ``rgb_array`` (speedup curve).

@@ -262,7 +262,7 @@ class Walk:
             value += noise[int(self.uniforms[self.steps - 1] * len(noise))]
         base = origin == prepared.reference
         before_best = self.best_value if self.best >= 0 else 0.0
-        against = 0.0 if base else self.values[origin] if prepared.correct[origin] else 0.0
+        against = before_best if base else self.values[origin] if prepared.correct[origin] else 0.0
         self.values[child] = value if correct else 0.0
         self.order.append(child)
         self.evaluations += 1
@@ -294,10 +294,16 @@ class Walk:
             self._grow(self._tree, self._told[-1])
         if not correct:
             return -1.0 if self.kind == "milestone" else PENALTIES[outcome]
-        if self.kind == "best":
-            return min(max(value - before_best, 0.0), reward.CLIP) if became else 0.0
-        if self.kind == "parent":
-            return reward.REPAIR_BONUS if action == _FIX else min(max(value - against, -0.2), reward.CLIP)
+        if self.kind != "milestone":
+            best = min(max(value - before_best, 0.0), reward.CLIP) if became else 0.0
+            over = reward.REPAIR_BONUS if action == _FIX else min(max(value - against, -0.2), reward.CLIP)
+            return (
+                best
+                if self.kind == "best"
+                else over
+                if self.kind == "parent"
+                else best + reward.DENSITY * over
+            )
         return 1.0 if value <= math.log(reward.MILESTONE) else 3.0 if became else 2.0
 
     def _strategy(self, action: int, correct: bool, value: float, against: float, known: bool) -> None:

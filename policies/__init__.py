@@ -77,21 +77,30 @@ def make(spec: str, seed: int = 0) -> Policy:
         policy.reseed(seed)
         return policy
     kind = find(name)
-    options = _options(kind, text)
-    shipped = PRETRAINED / f"{kind.pretrained or name}.json"
     if text == "untrained":
         return kind(seed)
-    if "weights" not in options and kind.pretrained:
+    options = _options(kind, text)
+    shipped = PRETRAINED / f"{kind.pretrained or name}.json"
+    if kind.pretrained and "weights" not in options:
         if not shipped.exists():
             raise UserError(
                 f"{name} has to be trained before it is used: python scripts/train.py --policy {name} --out"
                 f" {name}.json, then name that file as the policy"
             )
-        options["weights"] = str(shipped)
+        return kind(seed, **options, weights=str(shipped))
+    if not shipped.exists() or kind.pretrained:
         return kind(seed, **options)
-    if not options and shipped.exists():
-        return make(str(shipped), seed)
-    return kind(seed, **options)
+    policy = load(shipped)
+    policy.reseed(seed)
+    for option, value in options.items():
+        if option not in policy.learned:
+            raise UserError(
+                f"the option {option} of {name} is for training, and the one that ships is trained; its options are"
+                f" {', '.join(o for o in options_of(kind) if o in policy.learned)}, or train your own:"
+                f" python scripts/train.py --policy {name}"
+            )
+        setattr(policy, option, value)
+    return policy
 
 
 def load(path: str | Path) -> Policy:
@@ -100,13 +109,18 @@ def load(path: str | Path) -> Policy:
     return find(data.policy).from_file(data)
 
 
-def _options(kind: type[Policy], text: str) -> dict[str, Any]:
-    """Constructor arguments from ``"c=0.5,soft_mask=1"``, converted to the type of their defaults."""
-    known = {
+def options_of(kind: type[Policy]) -> dict[str, Any]:
+    """The options of a policy and their defaults."""
+    return {
         name: parameter.default
         for name, parameter in inspect.signature(kind.__init__).parameters.items()
         if name not in ("self", "seed")
     }
+
+
+def _options(kind: type[Policy], text: str) -> dict[str, Any]:
+    """Constructor arguments from ``"c=0.5,soft_mask=1"``, converted to the type of their defaults."""
+    known = options_of(kind)
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",") if text != "untrained" else ()):
         name, equals, value = item.partition("=")

@@ -126,6 +126,11 @@ def transformations(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     return others if len(others) else legal
 
 
+def forced(transition: Transition) -> bool:
+    """Whether there was no choice, as with a search's first draft: that says nothing about what to choose."""
+    return len(transformations(np.asarray(transition.mask, dtype=np.bool_))) < 2
+
+
 def _batch_size(observation: Observation) -> int | None:
     """How many environments an observation holds; None for one."""
     first = next(iter(observation.values())) if isinstance(observation, Mapping) else observation

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
 from ke_gym.policies.bandit import Scores, ScoringPolicy
-from ke_gym.policies.base import Observation
+from ke_gym.policies.base import Observation, forced
 from ke_gym.policies.features import SIZE, vector
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS, FAMILIES
@@ -53,6 +53,8 @@ class BoostedTrees(ScoringPolicy):
         return scores
 
     def update(self, transition: Transition) -> None:
+        if forced(transition):
+            return
         row = np.append(vector(transition.observation), float(transition.action))
         self.inputs = np.vstack([self.inputs, row])
         self.gains = np.append(self.gains, transition.reward)

@@ -54,11 +54,18 @@ class Score:
 
 
 class Comparison:
-    """Scores of ``episodes``: policy to runs, each a list with one episode per task (the same order for all)."""
+    """Scores of ``episodes``: policy to runs, each a list with one episode per task (the same order for all).
+
+    ``seen`` names the tasks that a policy was trained or chosen on: no verdict is given with such a one.
+    """
 
     def __init__(
-        self, episodes: Mapping[str, Sequence[Sequence[Episode]]], best: Mapping[str, float]
+        self,
+        episodes: Mapping[str, Sequence[Sequence[Episode]]],
+        best: Mapping[str, float],
+        seen: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        self.seen = dict(seen or {})
         self.episodes = episodes
         self.policies = list(episodes)
         self.tasks = [episode.task for episode in episodes[CHANCE][0]]
@@ -132,6 +139,8 @@ class Comparison:
 
     def verdict(self) -> str:
         """Which policies beat both baselines, or that none does."""
+        if self.seen:
+            return f"No verdict: {', '.join(self.seen)} had seen some of these tasks before."
         names = [
             score.policy
             for score in self.scores

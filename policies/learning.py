@@ -6,29 +6,25 @@ tasks) that it does not learn from, and the best one so far is kept.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import gymnasium
 import numpy as np
 
 from ke_gym import policies
 from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
-from ke_gym.envs.replay import KernelOptReplayEnv
-from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION
 from ke_gym.policies import files
 from ke_gym.policies.base import Policy
-from ke_gym.policies.comparison import ROOM
 from ke_gym.policies.network import NetworkPolicy
-from ke_gym.policies.playing import Episode, play
+from ke_gym.policies.playing import play
+from ke_gym.policies.yardstick import Yardstick
 from ke_gym.search.reward import Kind
 
 if TYPE_CHECKING:
@@ -49,6 +45,8 @@ PPO: dict[str, Any] = {"n_epochs": 4, "ent_coef": 0.01, "learning_rate": 5e-4, "
 GAMMA = 0.95
 BATCH = 8192
 """Steps of a PPO update on a replay, over all environments."""
+SMOOTHED = 3
+"""Validations that a score is averaged over."""
 CHECKPOINT, STATE, BEST = "checkpoint", "state.json", "best.json"
 
 Watch = Callable[[dict[str, Any]], None]
@@ -63,7 +61,8 @@ class Plan:
     tasks: tuple[str, ...]
     validation: tuple[str, ...]
     steps: int
-    horizon: int
+    horizon: tuple[int, ...]
+    """Steps of a search; of several, searches of all lengths take part alike."""
     reward: Kind
     seed: int
     n_envs: int
@@ -72,9 +71,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         policies.find(self.policy)
-        for name in ("steps", "horizon", "n_envs", "every"):
+        for name in ("steps", "n_envs", "every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} trains nothing; give a positive number")
+        if min(self.horizon, default=0) < 1:
+            raise UserError(f"horizon = {self.horizon} trains nothing; give positive numbers")
+        if self.env == "live" and len(self.horizon) > 1:
+            raise UserError("live searches have one horizon; give a single number")
 
 
 @dataclass
@@ -86,6 +89,7 @@ class State:
     steps: int = 0
     seconds: float = 0.0
     best: float = float("-inf")
+    """The highest smoothed validation score so far."""
     wandb: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -106,54 +110,6 @@ class State:
             raise UserError(f"{folder / STATE} is damaged ({error}); start a new training") from error
 
 
-class Yardstick:
-    """Scores a policy on tables by the normalized area under its curve: 0 is masked random, 1 the best known.
-
-    Normalized by the room of all tables together: those where chance leaves little weigh little.
-    """
-
-    def __init__(self, tables: Sequence[Table], horizon: int, runs: int = 5) -> None:
-        self.tables, self.runs = list(tables), runs
-        self.horizon = horizon
-        chance = policies.make("masked_random")
-        self.chance = [
-            np.median([episode.curve for episode in self._episodes(chance, table, 4 * runs)], axis=0)
-            for table in self.tables
-        ]
-        self.room = sum(float((np.log(t.optimum) - c).mean()) for t, c in zip(self.tables, self.chance))
-
-    def _episodes(self, policy: Policy, table: Table, runs: int) -> list[Episode]:
-        env = make(
-            REPLAY, tables=table, horizon=self.horizon, parent_rule=policy.parent_rule, reward=policy.reward
-        )
-        made = []
-        for run in range(runs):
-            policy.reseed(run)
-            made.append(play(policy, env, seed=run))
-        return made
-
-    def score(self, policy: Policy) -> dict[str, float]:
-        """``auc``, ``log_speedup`` and ``validity`` (share of correct evaluations) over tables and runs.
-
-        The policy itself learns nothing of it.
-        """
-        probe = copy.deepcopy(policy)
-        probe.training = False
-        gained, finals, correct, evaluations = 0.0, [], 0, 0
-        for table, chance in zip(self.tables, self.chance):
-            episodes = self._episodes(probe, table, self.runs)
-            correct += sum(episode.correct for episode in episodes)
-            evaluations += sum(episode.evaluations for episode in episodes)
-            curves = np.array([episode.curve for episode in episodes])
-            finals.append(float(curves[:, -1].mean()))
-            gained += float((curves - chance).mean())
-        return {
-            "auc": gained / max(self.room, ROOM),
-            "log_speedup": float(np.mean(finals)),
-            "validity": correct / max(evaluations, 1),
-        }
-
-
 class Trainer:
     """One training: ``run`` it, interrupt it, ``resume`` it; ``best`` is the policy to use."""
 
@@ -170,6 +126,7 @@ class Trainer:
         self.tables = catalog.load(plan.tasks) if plan.env == "replay" else []
         held = catalog.load(plan.validation) if plan.validation else []
         self.yardstick = Yardstick(held, plan.horizon) if held else None
+        self.validated_on = [table.task for table in held]
         hashes = {table.task: table.hash for table in self.tables}
         if resume:
             self.state = State.load(folder)
@@ -212,22 +169,34 @@ class Trainer:
         """What the policy's file says of its training."""
         plan = self.plan
         return {
-            "env": plan.env, "tables": self.state.tables, "tasks": list(plan.tasks), "steps": self.state.steps,
-            "horizon": plan.horizon, "reward": plan.reward, "seed": plan.seed, "harness": HARNESS_VERSION,
-        }  # fmt: skip
+            "env": plan.env,
+            "tables": self.state.tables,
+            "tasks": list(plan.tasks),
+            "validated_on": self.validated_on,
+            "steps": self.state.steps,
+            "horizon": list(plan.horizon),
+            "reward": plan.reward,
+            "seed": plan.seed,
+            "harness": HARNESS_VERSION,
+        }
 
     def validated(self, policy: Policy, steps: int, figures: dict[str, Any], watch: Watch) -> None:
-        """Score the policy, keep it if it is the best, and write down how far the training is."""
+        """Score the policy, keep it unless an earlier one was better, and write down how far the training is.
+
+        Scores are averaged over the latest validations; of policies that differ by less than the score's noise the
+        later one is kept, which has seen more.
+        """
         self.state.steps = steps
         policy.trained_on = self.trained_on
         record = {"steps": steps, "seconds": round(self.state.seconds, 1), **figures}
-        score = float(steps)  # without a validation, the latest is the best
+        score, noise = float(steps), 0.0  # without a validation, the latest is the best
         if self.yardstick is not None:
             record |= {f"validation_{name}": value for name, value in self.yardstick.score(policy).items()}
-            score = record["validation_auc"]
-        record["best"] = score > self.state.best or not self.best.exists()
+            earlier = [past["validation_auc"] for past in self.state.history[1 - SMOOTHED :]]
+            score, noise = float(np.mean([*earlier, record["validation_auc"]])), record["validation_noise"]
+        record["best"] = score >= self.state.best - noise or not self.best.exists()
+        self.state.best = max(self.state.best, score)
         if record["best"]:
-            self.state.best = score
             policy.trained_on = {**policy.trained_on, "validation_auc": record.get("validation_auc")}
             policy.save(self.best)
         self.state.history.append(record)
@@ -243,43 +212,52 @@ class Trainer:
             policies.load(saved) if self.state.steps else policies.make(_untrained(plan.policy), plan.seed)
         )
         policy.training = True
-        arguments = {"horizon": plan.horizon, "reward": plan.reward, "parent_rule": policy.parent_rule}
+        arguments = {"reward": plan.reward, "parent_rule": policy.parent_rule}
         if plan.env == "replay":
-            env: gymnasium.Env[Any, Any] = KernelOptReplayEnv(self.tables, **arguments)  # type: ignore[arg-type]
+            envs = [
+                make(REPLAY, tables=self.tables, horizon=horizon, **arguments) for horizon in plan.horizon
+            ]
         else:
-            env = make(LIVE, tasks=list(plan.tasks), **arguments, **self.live)
+            envs = [make(LIVE, tasks=list(plan.tasks), horizon=plan.horizon[0], **arguments, **self.live)]
+        # The shorter a search, the more of them, so that all lengths have as many steps.
+        spent = [0] * len(envs)
         started, steps, recent = time.monotonic() - self.state.seconds, self.state.steps, []
         try:
             while steps < plan.steps:
-                recent.append(play(policy, env, seed=plan.seed + steps).returned)
-                before, steps = steps, steps + plan.horizon
+                next_ = spent.index(min(spent))
+                recent.append(play(policy, envs[next_], seed=plan.seed + steps).returned)
+                spent[next_] += plan.horizon[next_]
+                before, steps = steps, steps + plan.horizon[next_]
                 if steps // plan.every > before // plan.every or steps >= plan.steps:
                     self.state.seconds = time.monotonic() - started
                     policy.save(saved)
                     self.validated(policy, steps, {"reward": float(np.mean(recent))}, watch)
                     recent = []
         finally:
-            env.close()
+            for env in envs:
+                env.close()
 
     # Networks ---------------------------------------------------------------------------------------------
 
     def _envs(self) -> VecEnv:
-        from ke_gym.envs.vector import FlatVecObservation
-
         plan = self.plan
         seed = plan.seed + self.state.steps
-        arguments: dict[str, Any] = {"horizon": plan.horizon, "reward": plan.reward}
+        arguments: dict[str, Any] = {"seed": seed, "reward": plan.reward}
         if plan.env == "replay":
-            return FlatVecObservation(
-                make_vec_env(REPLAY, plan.n_envs, seed=seed, tables=self.tables, **arguments)
-            )
-        return FlatVecObservation(
-            make_vec_env(LIVE, plan.n_envs, seed=seed, tasks=list(plan.tasks), **arguments, **self.live)
-        )
+            arguments |= {"tables": self.tables, "horizon": plan.horizon}
+        else:
+            arguments |= {"tasks": list(plan.tasks), "horizon": plan.horizon[0], **self.live}
+        return training_envs(plan.policy, LIVE if plan.env == "live" else REPLAY, plan.n_envs, **arguments)
 
     def _network(self, watch: Watch) -> None:
         """Let stable-baselines3 train; every so often, take the weights out and validate them."""
-        from stable_baselines3.common.callbacks import BaseCallback
+        try:
+            import torch
+            from stable_baselines3.common.callbacks import BaseCallback
+        except ImportError as error:
+            raise UserError(
+                f"training {self.plan.policy} needs stable-baselines3: pip install 'ke-gym[rl]'"
+            ) from error
 
         plan, saved, trainer = self.plan, self.folder / f"{CHECKPOINT}.zip", self
         algorithm, changed = _algorithm(plan.policy)
@@ -289,7 +267,7 @@ class Trainer:
         else:
             settings: dict[str, Any] = {"gamma": GAMMA, **changed}
             if plan.policy != "dqn":
-                batch = max(BATCH, plan.n_envs) if plan.env == "replay" else plan.n_envs * plan.horizon
+                batch = max(BATCH, plan.n_envs) if plan.env == "replay" else plan.n_envs * plan.horizon[0]
                 settings |= {**PPO, "n_steps": batch // plan.n_envs, "batch_size": max(batch // 4, 2)}
             log = str(self.tensorboard) if self.tensorboard is not None else None
             model = algorithm(
@@ -316,6 +294,8 @@ class Trainer:
                 trainer.validated(export(self.model, plan), self.num_timesteps, figures, watch)
 
         callback = Validate()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so small a network learns no faster on more, and slower where others work
         try:
             model.learn(
                 plan.steps - self.state.steps, callback, reset_num_timesteps=not self.state.steps,
@@ -324,7 +304,17 @@ class Trainer:
             if self.state.steps < model.num_timesteps:
                 callback.keep()
         finally:
+            torch.set_num_threads(threads)
             envs.close()
+
+
+def training_envs(policy: str, env_id: str, n_envs: int, *, seed: int, **arguments: Any) -> VecEnv:
+    """What the network ``policy`` is trained on: ``TrainingVecEnv``, and legal actions for those that know no masks."""
+    made = make_vec_env(env_id, n_envs, seed=seed, **arguments)
+    from ke_gym.envs.vector import FlatVecObservation, LegalActionVecEnv, TrainingVecEnv
+
+    made = TrainingVecEnv(FlatVecObservation(made), seed)
+    return made if policy == "maskable_ppo" else LegalActionVecEnv(made, seed)
 
 
 def _untrained(name: str) -> str:

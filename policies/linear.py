@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ke_gym.policies.bandit import Scores, ScoringPolicy
-from ke_gym.policies.base import Observation
+from ke_gym.policies.base import Observation, forced
 from ke_gym.policies.features import SIZE, irrelevance, vector
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
@@ -55,6 +55,8 @@ class LinearBandit(ScoringPolicy):
         raise NotImplementedError
 
     def update(self, transition: Transition) -> None:
+        if forced(transition):
+            return
         x = np.append(vector(transition.observation), 1.0)
         inverse = self.inverse[transition.action]
         projected = inverse @ x

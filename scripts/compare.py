@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from rich.table import Table
 from ke_gym import policies, tasks
 from ke_gym.envs import LIVE, catalog, make
 from ke_gym.errors import UserError
-from ke_gym.policies import plots
+from ke_gym.policies import Policy, plots
 from ke_gym.policies.comparison import BASELINES, Comparison
 from ke_gym.policies.playing import Episode, play, replay_runs
 from ke_gym.policies.tracking import Mode, Tracker
@@ -62,18 +64,19 @@ def main(args: Args) -> int:
     if args.seeds < 1 or args.budget < 1:
         raise UserError("--seeds and --budget have to be positive")
     names = list(dict.fromkeys((*args.policies, *BASELINES)))
-    for name in names:
-        policies.make(name)
+    called = labels(names)
+    seen = seen_in_training(args, {called[name]: policies.make(name) for name in names})
     console = Console()
     if not console.is_terminal:
         console.width = 200
+    few = scarce(args)
     title = args.workload or f"{args.env}: {' '.join(args.tasks)}, {args.budget} evaluations"
     tracker = Tracker(
         args.wandb, kind="compare", name=title, group=args.group, config=asdict(args) | {"out": str(args.out)},
         folder=args.out,
     )  # fmt: skip
     episodes, best = (replayed if args.env == "replay" else measured)(args, names, console)
-    comparison = Comparison({_short(name): runs for name, runs in episodes.items()}, best)
+    comparison = Comparison({called[name]: runs for name, runs in episodes.items()}, best, seen)
     if not comparison.telling:
         raise UserError(
             "masked random reaches the best known at once on all these tasks: they separate no policies"
@@ -82,16 +85,50 @@ def main(args: Args) -> int:
     for row in plots.rows(comparison):
         table.add_row(*row)
     console.print(table)
+    for name, overlap in seen.items():
+        console.print(f"{name} was trained on {', '.join(overlap)}", highlight=False)
+    for task, drafts in few.items():
+        console.print(f"{task} holds {drafts} drafts only: best-of-N has no more of them", highlight=False)
     console.print(comparison.verdict(), highlight=False)
     page = plots.write(comparison, args.out, title)
-    (args.out / "compare.json").write_text(json.dumps(comparison.to_dict(), indent=1))
+    data = comparison.to_dict() | {
+        "seen_in_training": seen,
+        "fewer_drafts_than_budget": few,
+    }
+    (args.out / "compare.json").write_text(json.dumps(data, indent=1))
     console.print(f"figures: {page}", highlight=False, soft_wrap=True)
-    log(tracker, comparison, episodes, args.out)
+    log(tracker, comparison, episodes, called, args.out)
     return 0
 
 
-def _short(name: str) -> str:
-    return Path(name).stem if name.endswith(".json") else name
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """What each policy is called in tables and figures: a file by its stem, unless another is called so too."""
+    stems = {name: Path(name).stem if name.endswith(".json") else name for name in names}
+    counts = Counter(stems.values())
+    return {name: stem if counts[stem] == 1 else name for name, stem in stems.items()}
+
+
+def seen_in_training(args: Args, compared: dict[str, Policy]) -> dict[str, list[str]]:
+    """Policy to the tasks of this comparison that it was trained or chosen on."""
+    if args.env == "replay":
+        here = [table.task for table in catalog.load(args.tasks)]
+    else:
+        here = [task.name for spec in args.tasks for task in tasks.resolve(spec)]
+    found = {}
+    for name, policy in compared.items():
+        known = {*policy.trained_on.get("tables", {}), *policy.trained_on.get("tasks", ())}
+        known |= {*policy.trained_on.get("validated_on", ())}
+        overlap = sorted(known & {*here})
+        if overlap:
+            found[name] = overlap
+    return found
+
+
+def scarce(args: Args) -> dict[str, int]:
+    """Task to its number of recorded drafts where that is below the budget; live, drafts never run out."""
+    if args.env == "live":
+        return {}
+    return {t.task: len(t.drafts) for t in catalog.load(args.tasks) if len(t.drafts) < args.budget}
 
 
 def replayed(
@@ -153,7 +190,11 @@ def best_kernels(episodes: dict[str, list[list[Episode]]], out: Path) -> list[Pa
 
 
 def log(
-    tracker: Tracker, comparison: Comparison, episodes: dict[str, list[list[Episode]]], out: Path
+    tracker: Tracker,
+    comparison: Comparison,
+    episodes: dict[str, list[list[Episode]]],
+    called: dict[str, str],
+    out: Path,
 ) -> None:
     """The same to Weights & Biases: curves, scores, figures, and every candidate of live runs."""
     for step in range(comparison.budget):
@@ -179,7 +220,7 @@ def log(
     tracker.artifact("comparison", "comparison", out / "compare.json")
     for spec in episodes:
         if spec.endswith(".json"):
-            tracker.artifact(_short(spec), "policy", Path(spec))
+            tracker.artifact(called[spec].replace("/", "-"), "policy", Path(spec))
     tracker.finish()
 
 

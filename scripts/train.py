@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ke_gym import policies, tasks
 from ke_gym.envs import catalog
 from ke_gym.errors import UserError
-from ke_gym.policies.learning import Plan, Trainer
+from ke_gym.policies.learning import NETWORKS, Plan, Trainer
 from ke_gym.policies.tracking import Mode, Tracker
 
 
@@ -41,11 +41,11 @@ class Args:
     Live: tasks."""
     validation: tuple[str, ...] = ("validation",)
     """Tables on which the best policy is chosen; they are never learned from."""
-    steps: int = 300_000
-    """Environment steps in all."""
-    horizon: int = 30
-    """Steps of one search."""
-    reward: Literal["auto", "best", "parent", "milestone"] = "auto"
+    steps: int | None = None
+    """Environment steps in all; by default 3,000,000 for networks and 60,000 for others."""
+    horizon: tuple[int, ...] = ()
+    """Steps of one search. By default 20, 50 and 100 in replay, all lengths alike, and 20 live."""
+    reward: Literal["auto", "best", "parent", "dense", "milestone"] = "auto"
     """What a step pays; auto is what the policy prefers."""
     seed: int = 0
     """Of the policy and the environments."""
@@ -73,29 +73,33 @@ def plan(args: Args) -> Plan:
         if not chosen:
             raise UserError("live training needs --tasks, for example softmax")
         chosen = tuple(task.path or task.name for spec in chosen for task in tasks.resolve(spec))
+    steps = args.steps if args.steps is not None else 3_000_000 if args.policy in NETWORKS else 60_000
     return Plan(
         policy=args.policy,
         env=args.env,
         tasks=chosen,
         validation=args.validation,
-        steps=args.steps,
-        horizon=args.horizon,
+        steps=steps,
+        horizon=args.horizon or ((20, 50, 100) if args.env == "replay" else (20,)),
         reward=kind.reward if args.reward == "auto" else args.reward,  # type: ignore[arg-type]
         seed=args.seed,
         n_envs=args.n_envs or (256 if args.env == "replay" else 4),
-        every=args.every or max(args.steps // 20, 1),
+        every=args.every or max(steps // 20, 1),
     )
 
 
 def main(args: Args) -> int:
     made = plan(args)
+    held = {table.task for table in catalog.load(made.validation)} if made.validation else set()
     if made.env == "replay":
-        held = {table.hash for table in catalog.load(made.validation)} if made.validation else set()
-        both = [table.task for table in catalog.load(made.tasks) if table.hash in held]
-        if both:
-            raise UserError(
-                f"{', '.join(both)}: both to learn from and to validate on; name others with --validation"
-            )
+        learned = [table.task for table in catalog.load(made.tasks)]
+    else:
+        learned = [task.name for spec in made.tasks for task in tasks.resolve(spec)]
+    both = [task for task in learned if task in held]
+    if both:
+        raise UserError(
+            f"{', '.join(both)}: both to learn from and to validate on; name others with --validation"
+        )
     out = args.out or Path("runs") / f"{args.policy}.json"
     trainer = Trainer(made, out.with_suffix(""), resume=args.resume, tensorboard=args.tensorboard)
     tracker = Tracker(

@@ -72,7 +72,7 @@ class PolicyConformance:
         policy = self.make()
         assert policy.name.isidentifier()
         assert policy.parent_rule in parents.RULES
-        assert policy.reward in ("parent", "best")
+        assert policy.reward in ("parent", "best", "dense")
 
     def test_chooses_legal_actions_only_and_stops_only_when_nothing_else_is_left(self) -> None:
         policy, rng = self.make(), np.random.default_rng(1)

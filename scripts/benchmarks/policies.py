@@ -26,6 +26,7 @@ from ke_gym.search.observation import LAYOUT
 
 TRAINED = ("maskable_ppo", "ppo_guided", "linucb")
 UNTRAINED = ("epsilon_greedy", "ucb1", "thompson", "hill_climb", "round_robin", "linucb:untrained", "uct")
+HORIZONS = (20, 50, 100)
 Makers = dict[str, Callable[[int], Policy]]
 
 
@@ -94,7 +95,16 @@ class Policies:
 
     def _trained(self, folder: Path, kind: str, reward: Any) -> NetworkPolicy:
         plan = Plan(
-            kind, "replay", self.train, ("validation",), self.steps, 30, reward, 0, 256, self.steps // 10
+            kind,
+            "replay",
+            self.train,
+            ("validation",),
+            self.steps,
+            HORIZONS,
+            reward,
+            0,
+            256,
+            self.steps // 10,
         )
         trainer = Trainer(plan, folder)
         trainer.run()

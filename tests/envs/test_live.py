@@ -251,7 +251,7 @@ def test_bad_arguments_are_refused_in_one_sentence(env: KernelOptEnv) -> None:
     for bad, message in (
         ({"tasks": "softmaxx"}, "softmax"),
         ({"tasks": []}, "at least one task"),
-        ({"reward": "most"}, "choose best, parent, milestone"),
+        ({"reward": "most"}, "choose best, parent, dense, milestone"),
         ({"horizon": 0}, "positive"),
         ({"parent_rule": "bets"}, "'best'"),
         ({"render_mode": "human"}, "ansi"),

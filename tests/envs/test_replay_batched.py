@@ -55,6 +55,44 @@ def test_each_episode_is_what_the_single_environment_makes_of_it(
     assert rule == "root" or {"refused", "compile", "correctness"} <= outcomes
 
 
+def test_a_further_draft_is_paid_for_what_it_gains_over_the_best() -> None:
+    losses = 0
+    for seed in range(6):
+        env = KernelOptReplayEnv(tables()[0], horizon=12, reward="parent")
+        env.reset(seed=seed)
+        rng, best, drafts = np.random.default_rng(seed), 1.0, 0
+        for step in range(12):
+            legal = np.flatnonzero(env.action_masks()[: STOP.id])
+            action = RESTART.id if RESTART.id in legal and step in (0, 5, 9) else int(rng.choice(legal))
+            _, paid, _, _, info = env.step(action)
+            if action == RESTART.id and info["outcome"] == "correct":
+                assert paid == pytest.approx(np.clip(np.log(info["speedup"] / best), -0.2, reward.CLIP))
+                drafts += 1
+                losses += paid < 0
+            best = info["best_speedup"]
+        assert drafts
+    assert losses > 2
+
+
+def test_environments_of_several_horizons_take_turns() -> None:
+    batch = BatchedReplayVecEnv(3, tables(), horizon=(4, 7))
+    batch.seed(3)
+    batch.reset()
+    singles = [KernelOptReplayEnv(tables(), horizon=horizon) for horizon in (4, 7, 4)]
+    for i, env in enumerate(singles):
+        env.reset(seed=3 + i)
+    for _ in range(20):
+        actions = np.array([np.flatnonzero(mask)[0] for mask in action_masks(batch)])
+        _, rewards, dones, _ = batch.step(actions)
+        for i, env in enumerate(singles):
+            _, paid, terminated, truncated, _ = env.step(actions[i])
+            assert rewards[i] == pytest.approx(paid) and dones[i] == (terminated or truncated)
+            if dones[i]:
+                env.reset()
+    with pytest.raises(UserError, match="a horizon of 0"):
+        BatchedReplayVecEnv(2, tables(), horizon=(4, 0))
+
+
 def test_observations_are_never_written_to_again() -> None:
     envs = BatchedReplayVecEnv(3, tables(), horizon=5)
     envs.seed(0)

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import numpy as np
 import pytest
 
 from ke_gym import policies
+from ke_gym.envs import catalog
+from ke_gym.envs.replay import KernelOptReplayEnv
+from ke_gym.errors import UserError
 from ke_gym.policies import Policy
+from ke_gym.policies.linucb import LinUCB
+from ke_gym.policies.playing import play
 from ke_gym.testing.policies import PolicyConformance
 from tests.policies.endpoint import Endpoint
 
@@ -100,6 +106,34 @@ class TestLLMChooser(PolicyConformance):
 
     def make(self, seed: int = 0) -> Policy:
         return policies.find("llm_chooser")(seed)
+
+
+SHIPPED = sorted(path.stem for path in policies.PRETRAINED.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "ppo_guided"])
+def test_the_shipped_files_load_and_play(name: str) -> None:
+    policy = policies.make(name, seed=1)
+    assert policy.trained_on["tables"] and policy.trained_on["harness"]
+    table = catalog.load("validation")[0]
+    env = KernelOptReplayEnv(table, horizon=8, parent_rule=policy.parent_rule, reward=policy.reward)  # type: ignore[arg-type]
+    episode = play(policy, env, seed=1)
+    assert episode.evaluations + episode.vain == 8 and episode.correct
+    catalogued = {table.task: table.hash for table in catalog.load("train")}
+    assert policy.trained_on["tables"] == catalogued, "trained on the tables that ship"
+
+
+def test_a_policy_and_the_baselines_ship() -> None:
+    assert {"linucb", "maskable_ppo"} <= {*SHIPPED}
+
+
+def test_options_change_a_shipped_policy_and_leave_it_trained() -> None:
+    plain, bold = policies.make("linucb"), policies.make("linucb:alpha=0.7")
+    assert isinstance(plain, LinUCB) and isinstance(bold, LinUCB) and bold.alpha == 0.7 != plain.alpha
+    assert np.array_equal(plain.moments, bold.moments) and bold.moments.any()
+    assert bold.trained_on == plain.trained_on
+    with pytest.raises(UserError, match="ridge of linucb is for training"):
+        policies.make("linucb:ridge=2")
 
 
 def test_every_policy_of_the_registry_is_covered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import partial
@@ -14,12 +15,13 @@ import pytest
 from ke_gym import policies
 from ke_gym.envs.replay import KernelOptReplayEnv
 from ke_gym.errors import UserError
-from ke_gym.policies import Policy, Transition, plots
+from ke_gym.policies import Policy, Transition, files, plots
 from ke_gym.policies.comparison import BASELINES, Comparison
-from ke_gym.policies.learning import NETWORKS, Plan, Trainer, export
+from ke_gym.policies.learning import NETWORKS, Plan, Trainer, export, training_envs
 from ke_gym.policies.playing import play, replay_runs
 from ke_gym.policies.tracking import Tracker
-from ke_gym.strategies import RESTART
+from ke_gym.policies.yardstick import Yardstick
+from ke_gym.strategies import RESTART, STOP
 from ke_gym.testing.policies import PolicyConformance
 from tests.envs.live import FAKE
 from tests.envs.recorded import tables
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(folder: Path, policy: str, **changes: Any) -> Plan:
     arguments: dict[str, Any] = {
         "policy": policy, "env": "replay", "tasks": (str(folder / "rms_norm.npz"),),
-        "validation": (str(folder / "softmax.npz"),), "steps": 400, "horizon": 8, "reward": "best", "seed": 0,
+        "validation": (str(folder / "softmax.npz"),), "steps": 400, "horizon": (8,), "reward": "best", "seed": 0,
         "n_envs": 4, "every": 200,
     }  # fmt: skip
     return Plan(**{**arguments, **changes})
@@ -54,7 +56,12 @@ def test_training_validates_keeps_the_best_and_says_what_it_was_trained_on(
     best = policies.load(trainer.best)
     assert best.name == policy
     assert best.trained_on["tables"] == {"rms_norm": tables()[1].hash}
-    assert best.trained_on["validation_auc"] == max(record["validation_auc"] for record in records)
+    assert best.trained_on["validated_on"] == ["softmax"]
+    kept = [record for record in records if record["best"]][-1]
+    assert (best.trained_on["steps"], best.trained_on["validation_auc"]) == (
+        kept["steps"],
+        kept["validation_auc"],
+    )
     with pytest.raises(UserError, match="holds a training"):
         Trainer(plan(folder, policy), tmp_path / "run")
 
@@ -78,8 +85,8 @@ def test_an_interrupted_training_goes_on_and_only_as_the_same_one(
     assert again.run(records.append) == "complete"
     assert [record["steps"] > state["steps"] for record in records] == [True] * len(records)
     assert again.state.steps >= 400 and len(again.state.history) == len(records) + 1
-    with pytest.raises(UserError, match="horizon = 8"):
-        Trainer(plan(folder, policy, horizon=9), tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"horizon = \[8\]"):
+        Trainer(plan(folder, policy, horizon=(9,)), tmp_path / "run", resume=True)
     other = {"rms_norm": tables()[0].hash}
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     (tmp_path / "run" / "state.json").write_text(json.dumps(state | {"tables": other}))
@@ -87,9 +94,68 @@ def test_an_interrupted_training_goes_on_and_only_as_the_same_one(
         Trainer(plan(folder, policy), tmp_path / "run", resume=True)
 
 
+class Scripted(Yardstick):
+    """Says what it is told to, one score after the other."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = list(scores)
+
+    def score(self, policy: Policy) -> dict[str, float]:
+        return {"auc": self.scores.pop(0), "noise": 0.02}
+
+
+def test_a_lucky_validation_does_not_outlast_equals_and_a_clear_loss_is_not_kept(
+    folder: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(plan(folder, "linucb"), tmp_path / "run")
+    trainer.yardstick = Scripted(0.30, 0.20, 0.24, 0.29, 0.0)
+    kept = []
+    for step in range(5):
+        trainer.validated(
+            policies.make("linucb:untrained"), step, {}, lambda record: kept.append(record["best"])
+        )
+    # Means of three: 0.30, 0.25, 0.247, 0.243, 0.177; noise 0.02.
+    assert kept == [True, False, False, False, False]
+    trainer.yardstick = Scripted(0.40, 0.40, 0.40, 0.39)
+    kept.clear()
+    for step in range(5, 9):
+        trainer.validated(
+            policies.make("linucb:untrained"), step, {}, lambda record: kept.append(record["best"])
+        )
+    assert kept == [False, False, True, True]
+    assert policies.load(trainer.best).trained_on["steps"] == 8
+
+
+@pytest.mark.parametrize("policy", ["linucb:untrained", "boosted_trees", "ucb1"])
+def test_validation_teaches_a_policy_nothing_and_no_run_helps_the_next(policy: str) -> None:
+    yardstick = Yardstick(tables()[:1], (12,), runs=2)
+    made = policies.make(policy)
+    made.training = True
+    before = files.encode(made.state_dict())
+    first = yardstick.score(made)
+    assert files.encode(made.state_dict()) == before
+    # A second run after another first one is the same run.
+    second = Yardstick(tables()[:1], (12,), runs=2)._episodes(made, tables()[0], 12, 2)[1]
+    made.reseed(1)
+    alone = copy.deepcopy(made)
+    alone.training = False
+    env = KernelOptReplayEnv(tables()[0], horizon=12, reward=made.reward)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(play(alone, env, seed=1).curve, second.curve)
+    assert yardstick.score(made) == first
+
+
 @pytest.mark.parametrize("policy", ["maskable_ppo", "linucb"])
 def test_live_training_needs_no_tables(policy: str, folder: Path, tmp_path: Path) -> None:
-    live = plan(folder, policy, env="live", tasks=("softmax",), validation=(), steps=32, every=16, n_envs=2)
+    live = plan(
+        folder,
+        policy,
+        env="live",
+        tasks=("softmax",),
+        validation=(),
+        steps=32,
+        every=16,
+        n_envs=2,
+    )
     trainer = Trainer(live, tmp_path / "run", live=FAKE)
     records: list[dict[str, Any]] = []
     assert trainer.run(records.append) == "complete"
@@ -118,6 +184,38 @@ def test_an_exported_network_computes_what_the_trained_one_does(name: str, folde
             expected = model.policy.action_net(model.policy.mlp_extractor.forward_actor(tensor))
     for row, values in zip(seen, expected.numpy()):
         np.testing.assert_allclose(policy.outputs(row), values, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["maskable_ppo", "ppo"])
+def test_networks_train_where_only_choices_count(name: str) -> None:
+    pytest.importorskip("stable_baselines3")
+    from ke_gym.envs import REPLAY
+    from ke_gym.envs.vector import IDENTITY
+    from ke_gym.envs.wrappers import action_masks
+
+    envs = training_envs(name, REPLAY, 8, seed=0, tables=tables(), horizon=(5, 9))
+    seen = envs.reset()
+    rng = np.random.default_rng(0)
+    shown, ends, fresh = set(), [0, 0], np.ones(8, np.bool_)
+    steps = np.zeros(8, np.int64)
+    for _ in range(46):
+        steps += 1
+        masks = action_masks(envs)
+        others = masks[:, : STOP.id].any(axis=1)
+        assert (masks[:, STOP.id] == ~others).all()
+        shown |= {bool(row[IDENTITY].any()) for row in seen}
+        legal = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
+        # Without masks, whatever is asked for, a legal action is taken.
+        actions = legal if name == "maskable_ppo" else rng.integers(0, 25, 8)
+        seen, rewards, dones, infos = envs.step(actions)
+        assert not rewards[fresh].any(), "the first draft pays nothing"
+        fresh = dones.copy()
+        for i in np.flatnonzero(dones):
+            assert infos[i]["TimeLimit.truncated"] is False
+            assert not others[i] or steps[i] == (5, 9)[i % 2], "an episode ends with its horizon"
+            ends[i % 2] += 1
+            steps[i] = 0
+    assert shown == {True, False} and min(ends) >= 4 * 5
 
 
 class Best(Policy):

@@ -69,12 +69,16 @@ def test_a_policy_is_trained_and_compared(
     out = tmp_path / "linucb.json"
     arguments: dict[str, Any] = {
         "policy": "linucb", "tasks": (str(folder / "rms_norm.npz"),), "out": out,
-        "validation": (str(folder / "softmax.npz"),), "steps": 60, "horizon": 10,
+        "validation": (str(folder / "softmax.npz"),), "steps": 60, "horizon": (10,),
     }  # fmt: skip
     assert train.main(train.Args(**arguments)) == 0
     said = capsys.readouterr().out
     assert "validation AUC" in said and "policy: " in said
     assert policies.load(out).trained_on["steps"] in range(10, 61, 10)
+    with pytest.raises(UserError, match="softmax: both to learn"):
+        train.main(
+            train.Args(**{**arguments, "env": "live", "tasks": ("softmax",), "out": tmp_path / "b.json"})
+        )
     with pytest.raises(UserError, match="both to learn from and to validate on"):
         train.main(train.Args(**{**arguments, "validation": (str(folder),), "out": tmp_path / "b.json"}))
     both = compare.Args((str(out),), (str(folder),), budget=10, seeds=3, out=tmp_path / "c", wandb="offline")
@@ -82,6 +86,11 @@ def test_a_policy_is_trained_and_compared(
     assert "linucb" in capsys.readouterr().out
     data = json.loads((tmp_path / "c" / "compare.json").read_text())
     assert {score["policy"] for score in data["scores"]} == {"linucb", "masked_random", "best_of_n"}
+    assert data["seen_in_training"] == {"linucb": ["rms_norm", "softmax"]} and "No verdict" in data["verdict"]
+    assert data["fewer_drafts_than_budget"] == {t.task: len(t.drafts) for t in tables() if len(t.drafts) < 10}
+    assert compare.labels(["linucb", str(out), "x/ucb1.json"]) == {
+        "linucb": "linucb", str(out): str(out), "x/ucb1.json": "ucb1",
+    }  # fmt: skip
     assert {path.name for path in (tmp_path / "c").iterdir()} >= {"index.html", "curves.png", "wandb"}
 
 
