@@ -87,7 +87,8 @@ def make(spec: str, seed: int = 0) -> Policy:
                 f"{name} has to be trained before it is used: python scripts/train.py --policy {name} --out"
                 f" {name}.json, then name that file as the policy"
             )
-        return kind(seed, **options, weights=str(shipped))
+        options["weights"] = str(shipped)
+        return kind(seed, **options)
     if not shipped.exists() or kind.pretrained:
         return kind(seed, **options)
     policy = load(shipped)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ke_gym.policies.base import Observation, Policy, transformations
+from ke_gym.policies.base import Observation, Policy, forced, transformations
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
 
@@ -59,6 +59,8 @@ class Bandit(ScoringPolicy):
         self._reset()
 
     def update(self, transition: Transition) -> None:
+        if forced(transition):
+            return
         value = self.value(transition)
         self.observe(transition.action, value)
         if self.training:
