@@ -25,7 +25,10 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A stored tensor; ``stride`` in elements, ``dtype`` one of ``expr.DTYPES``."""
+    """A stored tensor; ``stride`` in elements, ``dtype`` one of ``expr.DTYPES``, or "c64" or "c128".
+
+    What is complex is only handed from one library call to the next.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -45,11 +45,14 @@ TORCH_DTYPES = {
     torch.bool: "bool",
 }
 
+# Tensors that only library calls make and read: no loop computes with their elements.
+OPAQUE = {torch.complex64: "c64", torch.complex128: "c128"}
+
 Rule = Callable[..., Any]
 RuleT = TypeVar("RuleT", bound=Rule)
 RULES: dict[str, Rule] = {}
 
-MAX_CONSTANT = 4096
+MAX_CONSTANT = 16 << 20  # bytes; as text, it must fit into the header of an artifact
 
 # Names a parameter, buffer or local of the printed module must not take.
 RESERVED = frozenset(
@@ -166,6 +169,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return TORCH_DTYPES[dtype]
 
 
+def stored_dtype(dtype: torch.dtype) -> str:
+    return OPAQUE.get(dtype) or dtype_name(dtype)
+
+
+def _opaque(arguments: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(arguments)
+    return any(isinstance(leaf, Tensor) and leaf.dtype in OPAQUE.values() for leaf in leaves)
+
+
 class Lowering:
     """State of one lowering: the graph so far, and the tensor each FX node stands for."""
 
@@ -204,9 +216,11 @@ class Lowering:
             return value
         if name in self.captured.constants:
             value = self.captured.constants[name]
-            if value.numel() > MAX_CONSTANT:
+            value = value.detach().resolve_conj().contiguous()
+            if value.nbytes > MAX_CONSTANT:
                 raise CodegenError(
-                    f"the model makes a constant tensor of {value.numel()} elements; register it as a buffer"
+                    f"the model holds a tensor of {value.nbytes} bytes that is neither parameter nor buffer; "
+                    "register it as a buffer"
                 )
             self.graph.constants[name] = value
         return self._stored(name, value)
@@ -222,7 +236,7 @@ class Lowering:
 
     def _stored(self, name: str, value: torch.Tensor) -> Tensor:
         shape = tuple(int(n) for n in value.shape)
-        buffer = Buffer(name, shape, tuple(int(s) for s in value.stride()), dtype_name(value.dtype))
+        buffer = Buffer(name, shape, tuple(int(s) for s in value.stride()), stored_dtype(value.dtype))
         self.graph.inputs[name] = buffer
         return self.tensor_of(buffer)
 
@@ -233,6 +247,8 @@ class Lowering:
         value = self.values[arg] if isinstance(arg, torch.fx.Node) else arg
         if not isinstance(value, Tensor):
             value = full((), "f32" if isinstance(value, float) else "i64", value)
+        if value.dtype in OPAQUE.values():
+            value = self._cloned(value)
         name = self._whole_buffer(value)
         if name is None or name not in self.graph.producer or name in self.graph.outputs:
             # A view, a constant, or an input returned as it is: outputs are fresh tensors.
@@ -242,6 +258,15 @@ class Lowering:
         self.graph.shapes[name] = value.shape
         self.graph.memo.clear()
         return name
+
+    def _cloned(self, tensor: Tensor) -> Tensor:
+        """A fresh contiguous tensor of a dtype that no loop copies."""
+        dtype = next(d for d, name in OPAQUE.items() if name == tensor.dtype)
+        result = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        made: Tensor = self.extern(
+            "aten.clone.default", (tensor,), {"memory_format": torch.contiguous_format}, result
+        )
+        return made
 
     def _whole_buffer(self, tensor: Tensor) -> str | None:
         """The computed buffer that holds exactly these elements in order, perhaps under another shape."""
@@ -265,15 +290,15 @@ class Lowering:
         if "val" not in node.meta:
             return None  # an assertion about metadata
         lower = RULES.get(target)
-        if lower is not None:
-            args, kwargs = self._resolve((node.args, node.kwargs))
+        args, kwargs = self._resolve((node.args, node.kwargs))
+        if lower is not None and not _opaque((args, kwargs)):
             steps = set(self.graph.steps)
             try:
                 return lower(self, *args, **kwargs)
             except Illegal:
                 for name in set(self.graph.steps) - steps:  # what the rule had begun
                     del self.graph.steps[name]
-        return self._extern(node, target)
+        return self._extern(node, target, args, kwargs)
 
     def _resolve(self, arg: Any) -> Any:
         if isinstance(arg, torch.fx.Node):
@@ -284,11 +309,11 @@ class Lowering:
             return {k: self._resolve(v) for k, v in arg.items()}
         return arg
 
-    def _extern(self, node: torch.fx.Node, target: str) -> Any:
+    def _extern(self, node: torch.fx.Node, target: str, args: Any, kwargs: Any) -> Any:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise CodegenError(f"the model calls {target}, which is no ATen operation")
         result = node.meta["val"]
-        return self.extern(target, self._resolve(node.args), self._resolve(node.kwargs), result)
+        return self.extern(target, args, kwargs, result)
 
     def extern(self, target: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Call ``target``; ``result`` (fake tensors) says what comes back."""
@@ -306,11 +331,11 @@ class Lowering:
             if fake is None:
                 buffers.append(Buffer(name, (), (), "f32"))
                 continue
-            if not isinstance(fake, torch.Tensor) or fake.dtype not in TORCH_DTYPES:
+            if not isinstance(fake, torch.Tensor) or fake.dtype not in (*TORCH_DTYPES, *OPAQUE):
                 raise CodegenError(f"the model calls {target}, whose result no kernel can take")
             shape = tuple(int(n) for n in fake.shape)
             stride = tuple(int(s) for s in fake.stride())
-            buffers.append(Buffer(name, shape, stride, dtype_name(fake.dtype)))
+            buffers.append(Buffer(name, shape, stride, stored_dtype(fake.dtype)))
         name = buffers[0].name
         arguments = tuple(self.argument(a) for a in args)
         keywords = tuple((k, self.argument(v)) for k, v in kwargs.items())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import re
 import textwrap
+import zlib
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph, View, contiguous_stride
 from ke_gym.codegen.nest import Nest
 from ke_gym.codegen.schedule import Plan, Schedule
+from ke_gym.languages.artifact import span_bytes
 
 _TORCH = {
     "f32": "torch.float32", "f64": "torch.float64", "bf16": "torch.bfloat16", "f16": "torch.float16",
@@ -33,7 +37,8 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
         sources, lines = _shape_set(graph, plan, schedule, suffix, used)
         kernels.extend(sources)
         bodies.append((graph, lines))
-    parts = [f'"""{name}, generated from its reference."""\n\nimport torch\n']
+    imports, data = held(graphs)
+    parts = [f'"""{name}, generated from its reference."""\n\n{imports}\n']
     if kernels:
         parts.append("\nfrom ke_gym import lang\n")
         text = _prelude(kernels, used) + "\n" + "\n\n".join(kernels)
@@ -42,6 +47,7 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
             options.append(f"compiler={schedule.compiler!r}")
         tail = "".join(f", {o}" for o in options)
         parts.append(f"\nkernels = lang.cpp(\n    r'''\n{text}\n'''{tail}\n)\n")
+    parts += [f"\n{statement}\n" for statement in data]
     parts.append("\n\n" + _forward(bodies))
     return "".join(parts)
 
@@ -96,11 +102,45 @@ def _shape_set(
                 flush()
             batch.append(cached_nest(graph, unit, visible))
     flush()
-    for name, value in graph.constants.items():
-        literal = f"torch.tensor({value.tolist()!r}, dtype={value.dtype})"
-        lines.insert(0, f"{name} = {literal}")
     lines.append(_return(graph))
-    return sources, lines
+    return sources, [*constants(graph, suffix)[1], *lines]
+
+
+LITERAL = 64  # elements of a constant that are spelled out
+
+
+def constants(graph: Graph, suffix: str, device: str = "") -> tuple[list[str], list[str]]:
+    """Statements of the module, and of ``forward``, that make the tensors the model holds by itself.
+
+    Small ones are literals; the bytes of larger ones are text of the module.
+    """
+    outside, inside = [], []
+    for name, value in graph.constants.items():
+        if value.numel() <= LITERAL:
+            literal = re.sub(r"\b(inf|nan)\b", r'float("\1")', repr(value.tolist()))
+            on = f", device={device}" if device else ""
+            inside.append(f"{name} = torch.tensor({literal}, dtype={value.dtype}{on})")
+            continue
+        data = f"{name}{suffix}".upper()
+        text = graph.memo.get(("packed", name))
+        if text is None:
+            text = base64.b64encode(zlib.compress(span_bytes(value))).decode()
+            graph.memo["packed", name] = text
+        outside.append(
+            f"{data} = torch.frombuffer(  # {' x '.join(map(str, value.shape))} values\n"
+            f'    bytearray(zlib.decompress(base64.b64decode("{text}"))), dtype={value.dtype}\n'
+            f").view({_tuple(value.shape)})"
+        )
+        inside.append(f"{name} = {data}.to({device})" if device else f"{name} = {data}")
+    return outside, inside
+
+
+def held(graphs: tuple[Graph, ...], device: str = "") -> tuple[str, list[str]]:
+    """The module's imports, and its statements that make large constants."""
+    made = []
+    for number, graph in enumerate(graphs):
+        made += constants(graph, f"_{number}" if len(graphs) > 1 else "", device)[0]
+    return ("import base64\nimport zlib\n\nimport torch" if made else "import torch"), made
 
 
 # ---------------------------------------------------------------------------------------------- kernels

@@ -33,13 +33,15 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
         sources, lines = _shape_set(graph, plan, suffix, used)
         kernels.extend(sources)
         bodies.append((graph, lines))
-    imports = ["import torch"]
+    needed, data = module.held(graphs)
+    imports = [needed]
     if kernels:
         imports += ["import triton", "import triton.language as tl"]
         if "libdevice" in used:
             imports.append("from triton.language.extra import libdevice")
     helpers = [HELPERS[h] for h in sorted(used) if h in HELPERS]
     parts = [f'"""{name}, generated from its reference."""\n\n' + "\n".join(imports)]
+    parts += data
     parts += [helper.rstrip() for helper in helpers]
     parts += kernels
     parts.append(module._forward(bodies).rstrip())
@@ -73,10 +75,8 @@ def _shape_set(graph: Graph, plan: Plan, suffix: str, used: set[str]) -> tuple[l
                 lines.append(f"{buffer.name} = {_empty(graph, buffer, device)}")
                 allocated.add(buffer.name)
         lines.append(launch)
-    for name, value in graph.constants.items():
-        lines.insert(0, f"{name} = torch.tensor({value.tolist()!r}, dtype={value.dtype}, device={device})")
     lines.append(module._return(graph))
-    return sources, lines
+    return sources, [*module.constants(graph, suffix, device)[1], *lines]
 
 
 def _device(graph: Graph) -> str:

@@ -33,7 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
     str(d).removeprefix("torch."): d
     for d in (
         torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
-        torch.int64, torch.uint8, torch.bool,
+        torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128,
     )
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ class TensorMap:
     nan_fill: bool = False
 
 
-# An argument is a Ref, a Scratch, a TensorMap, a plain scalar (int, float, bool, str, None), a torch
+# An argument is a Ref, a Scratch, a TensorMap, a plain scalar (int, float, complex, bool, str, None), a torch
 # dtype/device/layout/memory format, or a tuple of arguments.
 Arg = Any
 
@@ -236,6 +236,8 @@ def _encode_arg(arg: Arg) -> Any:
         return {"map": [arg.value, spec, list(arg.box), arg.swizzle, arg.nan_fill]}
     if isinstance(arg, float) and not math.isfinite(arg):
         return {"float": repr(arg)}
+    if isinstance(arg, complex):
+        return {"complex": [repr(arg.real), repr(arg.imag)]}
     if arg is None or isinstance(arg, (bool, int, float, str)):
         return arg
     if isinstance(arg, torch.dtype):
@@ -272,8 +274,10 @@ def _decode_arg(data: Any) -> Arg:
         return _decode_map(*value)
     if kind == "float":
         return float(value)
+    if kind == "complex":
+        return complex(*map(float, value))
     if kind == "dtype":
-        return getattr(torch, value) if value in ("complex64", "complex128") else DTYPES[value]
+        return DTYPES[value]
     if kind == "device":
         return torch.device(value)
     if kind == "enum":
@@ -287,6 +291,8 @@ def _decode_map(value: Any, spec: Any, box: Any, swizzle: Any, nan_fill: Any) ->
     rank = len(tensor.shape)
     if not 1 <= rank <= 5 or len(size) != rank or any(not 1 <= n <= 256 for n in size):
         raise ValueError(f"a TMA box of {list(size)} elements over {rank} dimensions; up to 256 over 1 to 5")
+    if tensor.torch_dtype.is_complex:
+        raise ValueError("a TMA descriptor of complex numbers")
     if tensor.stride[-1] != 1 or any(s * tensor.torch_dtype.itemsize % 16 for s in tensor.stride[:-1]):
         raise ValueError("a TMA descriptor needs a last stride of 1 and others of whole 16 bytes")
     if swizzle not in (0, 32, 64, 128) or type(nan_fill) is not bool:

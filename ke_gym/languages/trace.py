@@ -377,7 +377,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return Ref(self._numbers[id(value)])
         if isinstance(value, (list, tuple)):
             return tuple(self._argument(target, v) for v in value)
-        plain = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+        plain = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
         if value is None or isinstance(value, plain):
             return value
         raise self.rejection(

@@ -157,7 +157,7 @@ def _launched(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         (lambda x: x.to("meta"), "constraints", "the target is a CPU"),
         (lambda x: torch.zeros(3, device="cuda"), "constraints", "gives a tensor on cuda"),
         (lambda x: x.to_sparse(), "constraints", "a plan holds dense ones"),
-        (lambda x: torch.empty(3, dtype=torch.complex64), "constraints", "cannot allocate complex64"),
+        (lambda x: torch.empty(3, dtype=torch.uint16), "constraints", "cannot allocate uint16"),
         (lambda x: torch.ops.aten.set_(x), "constraints", r"aten\.set_\.default is not allowed"),
         (lambda x: torch.rand(3, generator=torch.Generator()), "constraints", "a plan cannot hold"),
     ],
