@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
 from ke_gym.knowledge.document import Document
+from ke_gym.proposers.redaction import redactor, shown
 
 Embed = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 """Texts to vectors of one length, in order."""
@@ -42,16 +43,19 @@ def endpoint(model: str, base_url: str = "") -> Embed:
     except ImportError as error:
         raise UserError("embeddings need the openai package: pip install 'ke-gym[llm]'") from error
     url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=url, timeout=60)
+    key = os.environ.get("OPENAI_API_KEY", "")
+    client = openai.OpenAI(api_key=key or "none", base_url=url, timeout=60)
+    redact = redactor(key, url)
 
     def embed(texts: Sequence[str]) -> Sequence[Sequence[float]]:
         try:
             answer = client.embeddings.create(model=model, input=list(texts), encoding_format="float")
         except openai.OpenAIError as error:
+            said = redact(" ".join(str(error).split()))[:200]
             raise UserError(
-                f"{url} gives no embeddings from {model!r} ({' '.join(str(error).split())[:200]}); check the name of"
-                " the model, OPENAI_BASE_URL and OPENAI_API_KEY"
-            ) from error
+                f"{shown(url, redact)} gives no embeddings from {model!r} ({said}); check the name of the model,"
+                " OPENAI_BASE_URL and OPENAI_API_KEY"
+            ) from None  # the cause would quote the key
         return [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
 
     return embed

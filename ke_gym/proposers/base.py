@@ -164,6 +164,9 @@ class Proposer(ABC):
         """Which model the next request goes to ("": it makes no difference); asked in the search's thread."""
         return ""
 
+    def release(self, model: str) -> None:  # noqa: B027
+        """A request for which ``assign`` named ``model`` is written or given up; once for each ``assign``."""
+
     def learn(self, gain: float, dollars: float, usage: Usage) -> None:  # noqa: B027
         """What became of a request: the log-speedup over the parent, 0 for a failure."""
 

@@ -68,6 +68,13 @@ class Brief:
             machine(evaluator.facts, evaluator.peaks),
         )
 
+    @classmethod
+    def unmeasured(cls, task: Task, machine: Sequence[str]) -> Brief:
+        """The brief of a search on a CPU for a task that nobody has prepared: no least work, the rest is there."""
+        signature, names = Signature.of(task), input_names(task.source)
+        shapes = {name: _shape(signature, name, names) for name in signature.shape_sets}
+        return cls(task, "cpu", "eager", task.contract("cpu"), shapes, 0.0, 0.0, 0.0, tuple(machine))
+
     @property
     def inputs(self) -> tuple[Argument, ...]:
         return self.shapes[self.timed][0]

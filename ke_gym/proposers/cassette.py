@@ -32,7 +32,7 @@ class Cassette:
     """A recording at ``path``; replayed from if ``replay``, else written. Thread-safe.
 
     ``diverged`` counts the replayed answers that were given to another request than the recorded one; ``model``
-    is whom the first request of a replayed cassette went to.
+    is whom the first request of a replayed cassette went to, ``left`` what has not been given yet.
     """
 
     def __init__(self, path: str | Path, replay: bool, redact: Callable[[str], str] = str) -> None:
@@ -40,7 +40,7 @@ class Cassette:
         self.diverged = 0
         self.model = ""
         self._lock = threading.Lock()
-        self._left: list[Exchange] = []
+        self.left: list[Exchange] = []
         if replay:
             self._load()
         else:
@@ -53,9 +53,9 @@ class Cassette:
                 raise UserError(f"{self.path} is a cassette of another version; record it anew")
             for line in lines:
                 entry = json.loads(line)
-                self._left.append(Exchange(entry["step"], entry["request"], entry["response"]))
-            if self._left:
-                self.model = json.loads(self._left[0].request)["model"]
+                self.left.append(Exchange(entry["step"], entry["request"], entry["response"]))
+            if self.left:
+                self.model = json.loads(self.left[0].request)["model"]
         except OSError as error:
             raise UserError(f"the cassette {self.path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -69,13 +69,13 @@ class Cassette:
             return 2 * (exchange.request == request) + (exchange.step == step)
 
         with self._lock:
-            best = max(self._left, key=fit, default=None)
+            best = max(self.left, key=fit, default=None)
             if best is None or fit(best) == 0:
                 raise UserError(
                     f"the cassette {self.path} has no answer for step {step}: the search goes on beyond what was"
                     " recorded; give it the budget it was recorded with"
                 )
-            self._left.remove(best)
+            self.left.remove(best)
             self.diverged += best.request != request
             return best.response
 

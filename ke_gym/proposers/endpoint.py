@@ -1,8 +1,9 @@
 """An OpenAI-compatible endpoint, asked through the official client: many calls in flight from plain threads.
 
 The client lives on an event loop in a thread of its own; ``complete`` may be called from any other. Rate limits,
-server errors and broken connections are retried by the client with growing pauses (it heeds ``Retry-After``),
-other refusals never. What goes wrong is a typed ``Failure``; what can't get better raises ``ProposerLost``.
+server errors and broken connections are retried here (the client's own retries could not be paid for one by one)
+with growing pauses, as long as ``Retry-After`` says; timeouts and other refusals never. What goes wrong is a typed
+``Failure``; what can't get better raises ``ProposerLost``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import difflib
 import json
 import os
+import random
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -24,11 +26,15 @@ from ke_gym.proposers import prices
 from ke_gym.proposers.base import Kind, ProposerLost
 from ke_gym.proposers.cassette import Cassette
 from ke_gym.proposers.llm import LLM
+from ke_gym.proposers.prices import FREE, Price, Purse
+from ke_gym.proposers.redaction import redactor, shown
 
 PATIENCE = 8
 """Calls in a row that the endpoint may fail before it is given up."""
-REDACTED = "[key]"
 _REMEMBERED = 300  # characters of an error message
+_PAUSES = (0.5, 8.0)  # seconds before the first retry, doubled for each one after, and the most
+_LONGEST_WAIT = 60.0  # seconds that a server may ask for
+_GATEWAYS = (502, 504, 524)  # what waited for the model gave up, which the model need not know
 
 T = TypeVar("T")
 
@@ -49,10 +55,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer, and why."""
+    """No answer, and why. ``billed``: the endpoint may charge for it nevertheless; ``again``: seconds after which
+    it may be asked again (None: asking again is of no use, 0: as it pleases you)."""
 
     kind: Kind
     reason: str
+    billed: bool = False
+    again: float | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a call came to: the result, the response as it came ("" where there was none), and what all attempts
+    cost or may have cost."""
+
+    result: Completion | Failure
+    response: str = ""
+    dollars: float = 0.0
 
 
 def read(response: str, request: dict[str, Any]) -> Completion | Failure:
@@ -67,7 +86,8 @@ def read(response: str, request: dict[str, Any]) -> Completion | Failure:
         text, declined = str(content or ""), str(message.get("refusal") or "")
         finish = str(choice.get("finish_reason") or "stop")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        return Failure("malformed", f"the response is no chat completion ({type(error).__name__}: {error})")
+        reason = f"the response is no chat completion ({type(error).__name__}: {error})"
+        return Failure("malformed", reason, billed=True)
     used = data.get("usage")
     counts = [
         used.get(name) if isinstance(used, dict) else None for name in ("prompt_tokens", "completion_tokens")
@@ -87,6 +107,8 @@ class Endpoint:
         self.settings = settings
         self.url = settings.base_url or os.environ.get("OPENAI_BASE_URL", "") or "https://api.openai.com/v1"
         self._key = os.environ.get("OPENAI_API_KEY", "")
+        self.redact = redactor(self._key, self.url)
+        """Text without the key, in case an endpoint echoes it."""
         self._failed = 0
         self._answered = False
         self._refused: set[str] = set()
@@ -129,21 +151,13 @@ class Endpoint:
             api_key=self._key or "none",
             base_url=self.url,
             timeout=self.settings.timeout,
-            max_retries=self.settings.retries,
+            max_retries=0,
         )
 
     @property
     def shown(self) -> str:
         """The address without what may be secret in it."""
-        parts = urlsplit(self.url)
-        host = parts.hostname or ""
-        with contextlib.suppress(ValueError):
-            host += f":{parts.port}" if parts.port else ""
-        return self.redact(parts._replace(netloc=host, query="", fragment="").geturl())
-
-    def redact(self, text: str) -> str:
-        """``text`` without the key, in case an endpoint echoes it."""
-        return text.replace(self._key, REDACTED) if len(self._key) >= 6 else text
+        return shown(self.url, self.redact)
 
     # Calls ------------------------------------------------------------------------------------------------
 
@@ -167,13 +181,51 @@ class Endpoint:
         ).models.list()
         return [model.id for model in page.data]
 
-    def complete(self, step: str, request: dict[str, Any]) -> tuple[Completion | Failure, str]:
-        """Ask, and wait; returns the answer and the response as it came ("" where there was none).
+    def complete(
+        self, step: str, request: dict[str, Any], price: Price = FREE, purse: Purse | None = None
+    ) -> Reply:
+        """Ask, again if that may help, and wait.
 
-        Raises ``ProposerLost`` for what no further call can mend, ``concurrent.futures.CancelledError`` after
-        ``close``.
+        Each attempt is paid from ``purse`` in advance, at the worst that ``price`` makes of it; one that may be
+        charged for without an answer stays booked so. Raises ``ProposerLost`` for what no further call can mend,
+        ``concurrent.futures.CancelledError`` after ``close``.
         """
         body = json.dumps(request, ensure_ascii=False, sort_keys=True)
+        purse, worst = purse or Purse(), price.worst(request)
+        dollars = pause = 0.0
+        for attempt in range(self.settings.retries + 1):
+            if not purse.reserve(worst):
+                return Reply(
+                    Failure("dollars", "the dollars that are left do not pay for another answer"), "", dollars
+                )
+            paid = worst  # unless it is known to be less
+            try:
+                result, response = self._once(step, request, body, pause)
+                if isinstance(result, Completion):
+                    paid = price.of(result.prompt_tokens, result.completion_tokens)
+                elif not result.billed:
+                    paid = 0.0
+            except ProposerLost:
+                paid = 0.0
+                raise
+            finally:
+                purse.settle(worst, paid)
+            dollars += paid
+            if isinstance(result, Completion) or result.again is None or attempt == self.settings.retries:
+                break
+            pause = result.again or min(_PAUSES[0] * 2**attempt, _PAUSES[1]) * random.uniform(0.75, 1.0)
+        if isinstance(result, Failure):
+            self._count(result)
+        elif self._client is not None:
+            self._failed, self._answered = 0, True
+            if self.cassette is not None:
+                self.cassette.keep(step, body, response)
+        return Reply(result, response, dollars)
+
+    def _once(
+        self, step: str, request: dict[str, Any], body: str, pause: float
+    ) -> tuple[Completion | Failure, str]:
+        """One attempt, ``pause`` seconds from now."""
         if self._client is None:
             assert self.cassette is not None
             try:
@@ -181,19 +233,11 @@ class Endpoint:
             except UserError as error:
                 raise ProposerLost(str(error)) from error
             return read(response, request), response
-        result = self._run(self._ask(request))
-        if isinstance(result, Failure):
-            self._count(result)
-            return result, ""
-        response = self.redact(result)
-        completion = read(response, request)
-        if isinstance(completion, Failure):
-            self._count(completion)
-            return completion, response
-        self._failed, self._answered = 0, True
-        if self.cassette is not None:
-            self.cassette.keep(step, body, response)
-        return completion, response
+        got = self._run(self._ask(request, pause))
+        if isinstance(got, Failure):
+            return got, ""
+        response = self.redact(got)
+        return read(response, request), response
 
     def _count(self, failure: Failure) -> None:
         """Give an endpoint up that fails again and again."""
@@ -205,41 +249,46 @@ class Endpoint:
                     f" {failure.reason}"
                 )
 
-    async def _ask(self, request: dict[str, Any]) -> str | Failure:
+    async def _ask(self, request: dict[str, Any], pause: float = 0.0) -> str | Failure:
         openai = self._openai
+        await asyncio.sleep(pause)
         spoken = self._spoken(request)
         try:
-            # However the attempts end, their sum does: a server can also drip.
-            async with asyncio.timeout(2 * self.settings.timeout + 60):
+            # The client's timeout is for each piece of an answer, and a server can drip.
+            async with asyncio.timeout(self.settings.timeout):
                 raw = await self._client.chat.completions.with_raw_response.create(**spoken)
                 return str(raw.text)
         except (openai.APITimeoutError, TimeoutError):
-            return Failure("timeout", f"no answer came within {self.settings.timeout:g} s")
+            return Failure("timeout", f"no answer came within {self.settings.timeout:g} s", billed=True)
         except openai.APIConnectionError as error:
-            if not self._answered:
+            # By its name: which HTTP library raises it depends on the client's version.
+            reached = type(error.__cause__).__name__ != "ConnectError"
+            if not self._answered and not reached:
                 raise ProposerLost(self._unreachable(error)) from None
-            return Failure("unavailable", f"the connection broke ({self._cause(error)})")
+            return Failure("unavailable", f"the connection broke ({self._cause(error)})", reached, 0.0)
         except openai.RateLimitError as error:
             if getattr(error, "code", None) == "insufficient_quota":
                 raise self._lost(error) from None
-            return Failure("rate_limited", "the rate limit held through all retries")
+            return Failure("rate_limited", "the rate limit held through all retries", again=_wait(error))
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise await self._explained(error, request) from None
         except openai.APIStatusError as error:
             return await self._status(error, request, spoken)
         except (openai.OpenAIError, ValueError) as error:
-            return Failure("malformed", f"the response cannot be read ({self._cause(error)})")
+            reason = f"the response cannot be read ({self._cause(error)})"
+            return Failure("malformed", reason, billed=True)
 
     async def _status(self, error: Any, request: dict[str, Any], spoken: dict[str, Any]) -> str | Failure:
-        said = self._said(error)
-        if error.status_code >= 500:
-            return Failure("unavailable", f"the server answered {error.status_code}: {said}")
+        said, status = self._said(error), error.status_code
+        if status >= 500:
+            reason = f"the server answered {status}: {said}"
+            return Failure("unavailable", reason, status in _GATEWAYS, _wait(error))
         # Newer models refuse settings that older servers need; one refusal is enough to learn it.
         for setting, hint in (("max_tokens", "max_completion_tokens"), ("temperature", "temperature")):
             if hint in said and setting in spoken:
                 self._refused.add(setting)
                 return await self._ask(request)
-        return Failure("rejected", f"the server answered {error.status_code}: {said}")
+        return Failure("rejected", f"the server answered {status}: {said}")
 
     def _spoken(self, request: dict[str, Any]) -> dict[str, Any]:
         """The request without the settings that this endpoint refuses."""
@@ -318,3 +367,13 @@ class Endpoint:
         self._thread.join(5)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _wait(error: Any) -> float:
+    """The seconds that a response asks to wait; 0 if none, or if it asks for too much."""
+    headers = error.response.headers
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        with contextlib.suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * scale
+            return seconds if 0 < seconds <= _LONGEST_WAIT else 0.0
+    return 0.0

@@ -77,6 +77,10 @@ class Mixed(Proposer):
     def assign(self) -> str:
         return next((model for member in self.members if (model := member.assign())), "")
 
+    def release(self, model: str) -> None:
+        for member in self.members:
+            member.release(model)
+
     def learn(self, gain: float, dollars: float, usage: Usage) -> None:
         for member in self.members:
             member.learn(gain, dollars, usage)

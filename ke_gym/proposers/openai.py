@@ -35,7 +35,6 @@ from ke_gym.strategies import FIX, STRATEGIES, Strategy, get
 MENDABLE: tuple[Kind, ...] = ("edit", "syntax", "contract")
 """Flaws that a model can mend when it is told of them; all others end the proposal."""
 _EXPECTED_ANSWER = 3000  # tokens, as long as no answer has come
-_SURE = 1.2  # token estimates are multiplied by this before money depends on them
 # Strategies that change most of a module: an edit would quote all of it.
 _WHOLESALE = ("algorithm_swap", "fission", "matrix_unit")
 
@@ -144,6 +143,9 @@ class OpenAI(Proposer):
     def assign(self) -> str:
         return self.tiers.choose()
 
+    def release(self, model: str) -> None:
+        self.tiers.release(model)
+
     def learn(self, gain: float, dollars: float, usage: Usage) -> None:
         self.tiers.learn(usage.model, gain, dollars)
 
@@ -245,32 +247,17 @@ class _Conversation:
         if settings.temperature is not None:
             request["temperature"] = settings.temperature
         price = self.proposer.prices[self.model] or prices.FREE
-        worst = self._worst(price)
-        if not self.proposer.purse.reserve(worst):
-            return self._refusal("dollars", "the dollars that are left do not pay for another answer")
-        start, paid = time.monotonic(), 0.0
-        try:
-            completion, _ = self.proposer.endpoint.complete(step, request)
-            if isinstance(completion, Completion):
-                paid = price.of(completion.prompt_tokens, completion.completion_tokens)
-            elif completion.kind == "timeout":
-                paid = worst  # whoever waits no longer may be charged nevertheless
-        finally:
-            self.proposer.purse.settle(worst, paid)
-        self.dollars += paid
-        seconds = time.monotonic() - start
-        if isinstance(completion, Failure):
-            self.usage = self.usage.plus(Usage(self.model, 1, seconds=seconds))
-            return self._refusal(completion.kind, completion.reason)
-        counted = Usage(self.model, 1, completion.prompt_tokens, completion.completion_tokens, seconds)
+        start = time.monotonic()
+        reply = self.proposer.endpoint.complete(step, request, price, self.proposer.purse)
+        seconds, got = time.monotonic() - start, reply.result
+        self.dollars += reply.dollars
+        if isinstance(got, Failure):
+            self.usage = self.usage.plus(Usage(self.model, int(got.kind != "dollars"), seconds=seconds))
+            return self._refusal(got.kind, got.reason)
+        counted = Usage(self.model, 1, got.prompt_tokens, got.completion_tokens, seconds)
         self.usage = self.usage.plus(counted)
-        self.messages.append({"role": "assistant", "content": completion.text or completion.declined})
-        return completion
-
-    def _worst(self, price: Price) -> float:
-        """The most that the next call may cost."""
-        sent = sum(prices.tokens(message["content"]) for message in self.messages)
-        return price.of(_SURE * sent, self.proposer.settings.max_tokens)
+        self.messages.append({"role": "assistant", "content": got.text or got.declined})
+        return got
 
     def _refusal(self, kind: Kind, reason: str) -> Refusal:
         return Refusal(reason, self.dollars, kind, self.usage)

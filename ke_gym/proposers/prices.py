@@ -9,12 +9,14 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ke_gym.errors import UserError
 
 CHARACTERS_PER_TOKEN = 3.5
 """Of code and technical English; a little on the low side, so that estimates err upwards."""
+_SURE = 1.2  # token estimates are multiplied by this before money depends on them
 _TABLE = Path(__file__).with_name("prices.json")
 # What providers append to a model's name without changing its price.
 _SUFFIX = re.compile(r"^(-\d{4}-\d{2}-\d{2}|-\d{8}|-\d{3,4}|-latest|@\w+|:\w+)$")
@@ -34,6 +36,11 @@ class Price:
 
     def of(self, prompt_tokens: float, answer_tokens: float) -> float:
         return self.prompt * prompt_tokens + self.answer * answer_tokens
+
+    def worst(self, request: dict[str, Any]) -> float:
+        """The most that a chat completion may cost: its ``messages`` and ``max_tokens`` of answer."""
+        sent = sum(tokens(message["content"]) for message in request["messages"])
+        return self.of(_SURE * sent, request["max_tokens"])
 
 
 FREE = Price(0.0, 0.0)

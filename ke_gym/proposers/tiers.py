@@ -24,7 +24,10 @@ class _Tier:
 
 
 class Tiers:
-    """``choose`` a model for a proposal, ``learn`` what it gained. Not thread-safe: for the search's thread."""
+    """``choose`` a model for a proposal, ``release`` it when that is written or given up, ``learn`` what it gained.
+
+    Not thread-safe: for the search's thread.
+    """
 
     def __init__(self, models: tuple[str, ...]) -> None:
         self._tiers = {model: _Tier() for model in models}
@@ -35,7 +38,7 @@ class Tiers:
         self._guess[model] = dollars
 
     def choose(self) -> str:
-        """The model with the best bound; those in flight count as tries that have gained nothing yet."""
+        """The model with the best bound; those being asked count as tries that have gained nothing yet."""
         total = sum(tier.tries + tier.pending for tier in self._tiers.values())
         dearest = max(self._cost(model) for model in self._tiers) or 1.0
 
@@ -51,6 +54,16 @@ class Tiers:
         self._tiers[chosen].pending += 1
         return chosen
 
+    def release(self, model: str) -> None:
+        """A request for which ``choose`` named ``model`` is over, however it ended and whoever wrote the answer."""
+        if model in self._tiers:
+            self._tiers[model].pending -= 1
+
+    @property
+    def pending(self) -> int:
+        """How many requests have been given a model and are not over."""
+        return sum(tier.pending for tier in self._tiers.values())
+
     def _cost(self, model: str) -> float:
         tier = self._tiers[model]
         return tier.dollars / tier.tries if tier.tries else self._guess[model]
@@ -59,7 +72,6 @@ class Tiers:
         """A proposal of ``model`` gained ``gain`` (log-speedup over its parent, 0 for a failure)."""
         if model in self._tiers:
             tier = self._tiers[model]
-            tier.pending = max(tier.pending - 1, 0)
             tier.tries += 1
             tier.gain += max(gain, 0.0)
             tier.dollars += dollars

@@ -177,6 +177,9 @@ class WarmStart(Proposer):
     def assign(self) -> str:
         return self.inner.assign()
 
+    def release(self, model: str) -> None:
+        self.inner.release(model)
+
     def learn(self, gain: float, dollars: float, usage: Usage) -> None:
         self.inner.learn(gain, dollars, usage)
 

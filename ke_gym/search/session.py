@@ -387,11 +387,13 @@ class Session:
     def withdraw(self, request: Request) -> None:
         """Forget a request that will not be received (an interrupt)."""
         self._situation = None
-        self._writing.pop(request.number, None)
+        if self._writing.pop(request.number, None):
+            self.proposer.release(request.context.model)
 
     def _settle(self, request: Request, made: Proposal | Refusal) -> int:
         """Book what was spent; returns the number of the ask."""
         del self._writing[request.number]
+        self.proposer.release(request.context.model)
         number = self._number
         self._number += 1
         self._dollars += made.dollars
@@ -424,7 +426,7 @@ class Session:
         number = self._settle(request, made)
         self.refusals += 1
         self.duplicates += made.kind == "duplicate"
-        if made.attempt:
+        if made.attempt or made.usage.calls:  # a model that only repeats itself gains nothing either
             self.proposer.learn(0.0, made.dollars, made.usage)
         if made.kind == "dollars":
             if request.recorded is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -40,6 +42,9 @@ def test_documents_close_to_the_query_rise_and_each_is_embedded_once() -> None:
 class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if request["model"] == "echo":
+            self._send(401, {"error": {"message": f"bad key {self.headers['Authorization']} at {self.path}"}})
+            return
         if request["model"] != "toy":
             self._send(404, {"error": {"message": "no such model"}})
             return
@@ -78,3 +83,15 @@ def test_an_endpoint_embeds_in_order(server: str) -> None:
 def test_a_refusal_is_one_clear_sentence(server: str) -> None:
     with pytest.raises(UserError, match="no embeddings from 'other'"):
         endpoint("other", server)(["text"])
+
+
+@pytest.mark.parametrize("login", ["", "me:planted-password@"])
+def test_an_endpoint_that_echoes_secrets_is_censored(
+    login: str, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-0a1b2c")
+    with pytest.raises(UserError, match=r"no embeddings from 'echo' .*\[key\]") as caught:
+        endpoint("echo", server.replace("http://", f"http://{login}"))(["text"])
+    told = "".join(traceback.format_exception(caught.value))
+    assert "planted" not in told and "me:" not in told and server in told
+    assert base64.b64encode(login.removesuffix("@").encode()).decode() not in told or not login

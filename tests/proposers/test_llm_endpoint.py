@@ -17,6 +17,7 @@ from ke_gym.proposers import openai, prompt
 from ke_gym.proposers.base import Context, ProposerLost
 from ke_gym.proposers.endpoint import Completion, Endpoint, Failure, read
 from ke_gym.proposers.llm import LLM
+from ke_gym.proposers.prices import Price, Purse
 from ke_gym.strategies import RESTART
 from ke_gym.testing.rewriter_endpoint import FAULTS, MODEL, RewriterEndpoint
 from tests.proposers.llm import KEY, brief
@@ -52,7 +53,8 @@ def test_a_completion_comes_back_with_its_tokens(opened: list[Endpoint]) -> None
     with RewriterEndpoint(key=KEY) as server:
         endpoint = connect(opened, server)
         endpoint.greet()
-        completion, response = endpoint.complete("0", request())
+        reply = endpoint.complete("0", request())
+    completion, response = reply.result, reply.response
     assert isinstance(completion, Completion) and completion.counted
     assert "def forward(x)" in completion.text and completion.finish == "stop"
     assert completion.prompt_tokens > 1000 and completion.completion_tokens > 100
@@ -63,8 +65,8 @@ def test_a_completion_comes_back_with_its_tokens(opened: list[Endpoint]) -> None
 def test_what_passes_is_retried(fault: str, opened: list[Endpoint]) -> None:
     with RewriterEndpoint(faults={fault: 0.5}) as server:
         endpoint = connect(opened, server, retries=6)
-        got = [endpoint.complete(str(i), {**request(), "seed": i})[0] for i in range(4)]
-        assert all(isinstance(completion, Completion) for completion in got)
+        got = [endpoint.complete(str(i), {**request(), "seed": i}) for i in range(4)]
+        assert all(isinstance(reply.result, Completion) for reply in got)
         assert server.injected[fault] == server.calls - 4 > 0
 
 
@@ -74,7 +76,7 @@ def test_what_passes_is_retried(fault: str, opened: list[Endpoint]) -> None:
 def test_what_does_not_pass_is_a_typed_failure(fault: str, kind: str, opened: list[Endpoint]) -> None:
     with RewriterEndpoint(faults={fault: 1.0}) as server:
         endpoint = connect(opened, server, retries=1)
-        failure, _ = endpoint.complete("0", request())
+        failure = endpoint.complete("0", request()).result
         assert isinstance(failure, Failure) and failure.kind == kind
         assert server.calls == (1 if fault == "malformed" else 2)
 
@@ -91,8 +93,8 @@ def test_settings_that_a_model_refuses_are_left_out_from_then_on(opened: list[En
     with Picky() as server:
         endpoint = connect(opened, server)
         for step in ("0", "1"):
-            completion, _ = endpoint.complete(step, {**request(), "temperature": 0.5})
-            assert isinstance(completion, Completion)
+            reply = endpoint.complete(step, {**request(), "temperature": 0.5})
+            assert isinstance(reply.result, Completion)
         assert [("max_tokens" in r, "temperature" in r) for r in server.requests] == [
             (True, True), (False, True), (False, False), (False, False),
         ]  # fmt: skip
@@ -101,8 +103,64 @@ def test_settings_that_a_model_refuses_are_left_out_from_then_on(opened: list[En
 
 def test_a_stalled_call_times_out(opened: list[Endpoint]) -> None:
     with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
-        failure, _ = connect(opened, server, timeout=0.2, retries=0).complete("0", request())
+        failure = connect(opened, server, timeout=0.2, retries=3).complete("0", request()).result
+        assert server.calls == 1  # it may be paid for already: another would be paid for again
     assert isinstance(failure, Failure) and failure.kind == "timeout"
+
+
+class Answers(RewriterEndpoint):
+    """Answers the n-th call with the n-th status; 0 breaks the connection, 200 completes."""
+
+    def __init__(self, *statuses: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.statuses, self.headers = list(statuses), {"Retry-After-Ms": "5", **(headers or {})}
+
+    def _serve(self, handler: Any, request: dict[str, Any], fault: str) -> None:
+        status = self.statuses.pop(0)
+        if status in (0, 200):
+            super()._serve(handler, request, "half" if status == 0 else "")
+        else:
+            handler._send(status, {"error": {"message": "no"}}, self.headers)
+
+
+@pytest.mark.parametrize("status", [400, 408, 409, 413, 422])
+def test_what_the_client_did_wrong_is_never_retried(status: int, opened: list[Endpoint]) -> None:
+    with Answers(status, 200) as server:
+        failure = connect(opened, server).complete("0", request()).result
+        assert isinstance(failure, Failure) and failure.kind == "rejected" and server.calls == 1
+
+
+PRICE = Price(2e-6, 8e-6)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "billed"),
+    [((429, 500, 503, 200), 0), ((0, 0, 200), 2), ((504, 200), 1), ((0, 0), 2), ((500, 400), 0)],
+)
+def test_every_attempt_that_may_be_charged_for_is_booked(
+    statuses: tuple[int, ...], billed: int, opened: list[Endpoint]
+) -> None:
+    purse, asked = Purse(), request()
+    purse.fund(1.0, 0.0)
+    with Answers(*statuses) as server:
+        reply = connect(opened, server, retries=len(statuses) - 1).complete("0", asked, PRICE, purse)
+        assert server.calls == len(statuses)
+    expected = billed * PRICE.worst(asked)
+    if statuses[-1] == 200:
+        assert isinstance(reply.result, Completion)
+        expected += PRICE.of(reply.result.prompt_tokens, reply.result.completion_tokens)
+    assert reply.dollars == purse.spent == pytest.approx(expected)
+
+
+def test_attempts_end_where_the_dollars_do(opened: list[Endpoint]) -> None:
+    purse, asked = Purse(), request()
+    worst = PRICE.worst(asked)
+    purse.fund(2.5 * worst, 0.0)
+    with Answers(0, 0, 0, 200) as server:
+        reply = connect(opened, server, retries=3).complete("0", asked, PRICE, purse)
+        assert server.calls == 2
+    assert isinstance(reply.result, Failure) and reply.result.kind == "dollars"
+    assert reply.dollars == purse.spent == pytest.approx(2 * worst)
 
 
 def test_an_endpoint_that_only_fails_is_given_up(opened: list[Endpoint]) -> None:

@@ -86,6 +86,7 @@ def test_the_dear_model_is_asked_only_while_it_gains_more() -> None:
         for _ in range(200):
             model = tiers.choose()
             counts[model] += 1
+            tiers.release(model)
             tiers.learn(model, gains[model], dollars[model])
         return counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,24 @@ from ke_gym import policies
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.policies.tracking import Tracker
 from ke_gym.proposers.base import ANSWER_KINDS, ENDPOINT_KINDS, Context, Proposal, Proposer, Refusal
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.mixed import Mixed
 from ke_gym.proposers.openai import OpenAI
 from ke_gym.proposers.rewriter import Rewriter
+from ke_gym.proposers.warm import WarmStart
 from ke_gym.search.budget import Budget
 from ke_gym.search.run import Watch, run
-from ke_gym.search.session import Ask, Session
+from ke_gym.search.session import Ask, Request, Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node
 from ke_gym.strategies import RESTART, get
 from ke_gym.testing.rewriter_endpoint import ANSWER_FAULTS, MODEL, RewriterEndpoint
 from tests.proposers.llm import KEY, brief
 from tests.search.fakes import SETTING, Judge
+
+KERNEL = "import torch\n\n\ndef forward(x):\n    return torch.softmax(x, dim=-1)\n"
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +114,11 @@ def test_the_key_is_nowhere_but_in_the_environment(
         session, _ = search(store, made, Budget(8))
         made.close()
     store.close()
+    if importlib.util.find_spec("wandb"):
+        tracked = {"kind": "search", "name": "s", "group": "g", "folder": tmp_path / "tracked"}
+        tracker = Tracker("offline", config={"llm": made.settings.to_dict()}, **tracked)
+        tracker.summary(session.usage.to_dict())
+        tracker.finish()
     assert len(session.tree) > 0
     seen = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"store.db", "talk.jsonl"} <= {path.name for path in seen} and len(seen) > 8
@@ -232,6 +242,27 @@ def test_several_models_are_asked_and_learned_from(store: Store) -> None:
     assert asked == set(names) and len(session.tree) > 0
 
 
+def test_no_request_stays_pending_however_it_ends(store: Store, tmp_path: Path) -> None:
+    """Duplicates, refusals, the rewriter's proposals, warm starts, requests withdrawn and requests replayed."""
+    names, kept = (MODEL, MODEL + "-large"), Candidate(KERNEL, strategy=RESTART.name, proposer="warm")
+    faults = dict.fromkeys(ANSWER_FAULTS, 0.05)
+    with RewriterEndpoint(models=names, faults=faults) as server:
+        for attempt in range(2):
+            llm = proposer(server, models=names)
+            made = WarmStart(Mixed([Rewriter(brief().task), llm]), [kept], 1.0)
+            watch = StopAfter(4) if attempt == 0 else None
+            session, stopped = search(store, made, Budget(24), watch=watch)
+            assert stopped == ("evaluations" if attempt else "interrupted") and llm.tiers.pending == 0
+            request = session.request(RESTART.id)
+            assert isinstance(request, Request) and llm.tiers.pending == 1
+            session.withdraw(request)
+            session.withdraw(request)
+            assert llm.tiers.pending == 0
+            made.close()
+    assert session.refusals and session.usage.calls
+    assert {"warm", "rewriter"} <= {node.candidate.proposer for node in session.tree}
+
+
 # One proposal at a time -----------------------------------------------------------------------------------
 
 
@@ -252,9 +283,6 @@ def answer(
         got = made.propose(parent, chosen, 0, Context())
         made.close()
         return got, server.requests
-
-
-KERNEL = "import torch\n\n\ndef forward(x):\n    return torch.softmax(x, dim=-1)\n"
 
 
 def test_flaws_that_can_be_mended_are_asked_about_once() -> None:
