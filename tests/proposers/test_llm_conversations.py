@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ke_gym.languages.module import load
+from ke_gym.proposers.brief import Argument, Brief
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.openai import OpenAI
 from ke_gym.proposers.prompt import docstring
@@ -22,10 +24,24 @@ from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node
 from ke_gym.strategies import get
+from ke_gym.tasks import Task
 from tests.proposers.llm import brief
 from tests.search.fakes import SETTING, evaluation
 
 CASSETTES = Path(__file__).parent / "cassettes"
+ROWS, INNER, COLS = 8192, 4096, 16384
+GPU = Brief(
+    Task.load("matmul_bias_gelu"), "cuda", "eager", "gpu",
+    {
+        "gpu": (
+            (Argument("x", f"float32 [{ROWS}, {INNER}]"),),
+            (Argument("linear_weight", f"float32 [{COLS}, {INNER}]"), Argument("linear_bias", f"float32 [{COLS}]")),
+            (f"float32 [{ROWS}, {COLS}]",),
+        )
+    },
+    0.0, 0.0, 0.0, (),
+)  # fmt: skip
+"""What the answer in Triton was asked with."""
 ON_CPU = sorted(path.stem for path in CASSETTES.glob("*.jsonl") if not path.stem.endswith("_triton"))
 
 
@@ -37,11 +53,33 @@ def strategies(name: str) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def replayed(name: str, tmp_path: Path) -> list[Node]:
-    """The nodes of a search that takes the recorded actions, each on the kernel before."""
+def stable(request: str) -> tuple[dict[str, Any], list[str]]:
+    """A request without what differs from machine to machine and from run to run: the machine and what its peaks
+    make of the work, notes, times."""
+    data = json.loads(request)
+    text = "\n\n".join(message["content"] for message in data.pop("messages"))
+    text = re.sub(r"^Least work: .*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^How it was judged:\n(.+\n?)*", "", text, flags=re.MULTILINE)
+    parts = re.split(r"^(?=# )", text, flags=re.MULTILINE)
+    return data, [part for part in parts if not part.startswith(("# Machine", "# Notes that may help"))]
+
+
+def replayed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Node]:
+    """The nodes of a search that takes the recorded actions, each on the kernel before.
+
+    The prompts have to be the recorded ones, but for what varies.
+    """
     task = name.removesuffix("_triton")
     language = "triton" if name.endswith("_triton") else "cpp"
-    made = OpenAI(brief(task), language, LLM(replay=str(CASSETTES / f"{name}.jsonl"), in_flight=1))
+    made = OpenAI(
+        GPU if language == "triton" else brief(task), language, LLM(replay=str(CASSETTES / f"{name}.jsonl"))
+    )
+    cassette = made.endpoint.cassette
+    assert cassette is not None
+    recorded = {exchange.step: exchange.request for exchange in cassette.left}
+    asked: dict[str, str] = {}
+    answer = cassette.answer
+    monkeypatch.setattr(cassette, "answer", lambda step, body: answer(step, asked.setdefault(step, body)))
     with Store(tmp_path / "store.db") as store:
         session = Session(store, name, SETTING, made, budget=Budget(50))
         nodes: list[Node] = []
@@ -50,12 +88,17 @@ def replayed(name: str, tmp_path: Path) -> list[Node]:
             assert isinstance(ask, Ask), ask
             nodes.append(session.tell(ask, evaluation(ask.candidate, 1.0 + len(nodes))))
     made.close()
+    assert {step: stable(body) for step, body in asked.items()} == {
+        step: stable(body) for step, body in recorded.items()
+    }
     return nodes
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_kernels_answered_by_hand_are_right(name: str, tmp_path: Path) -> None:
-    nodes = replayed(name, tmp_path)
+def test_kernels_answered_by_hand_are_right(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = replayed(name, tmp_path, monkeypatch)
     assert len(nodes) == len(strategies(name)) >= 1
     torch.manual_seed(0)
     task = brief(name).task
@@ -70,7 +113,10 @@ def test_kernels_answered_by_hand_are_right(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_kernel_in_triton_was_answered_by_hand_too(tmp_path: Path) -> None:
-    (node,) = replayed("matmul_bias_gelu_triton", tmp_path)
+def test_a_kernel_in_triton_was_answered_by_hand_too(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (node,) = replayed("matmul_bias_gelu_triton", tmp_path, monkeypatch)
     assert node.candidate.language == "triton" and "@triton.jit" in node.candidate.source
     assert docstring(node.candidate.source).startswith("Grouped 128x128 tiles")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,8 @@ from ke_gym.proposers.openai import OpenAI
 from ke_gym.proposers.prices import tokens
 from ke_gym.proposers.prompt import BUDGETS, Prompt, build, docstring, line, shortened
 from ke_gym.strategies import FIX, RESTART, Strategy, get
-from ke_gym.tasks import Task
+from ke_gym.tasks import Task, resolve
+from ke_gym.testing.prompts import sample
 from tests.proposers.llm import brief
 
 VECTORIZE = get("vectorize")
@@ -226,3 +228,11 @@ def test_names_of_inputs_come_from_the_reference() -> None:
     ) == ("x",)
     assert input_names("class Net:\n  def forward(self, q): pass\nclass Part: pass") == ("q",)
     assert input_names("not python (") == () and published("not python (") == "not python ("
+
+
+def test_prompts_for_the_suite_are_as_short_as_promised() -> None:
+    """Every sixth task, to be quick; ``scripts/benchmark.py llm`` takes them all."""
+    asked = [p for task in resolve("suite")[::6] for p in sample(brief(task.name), (RESTART, VECTORIZE))]
+    sizes = [p.tokens for p in asked]
+    assert len(sizes) > 12 and median(sizes) <= 6000
+    assert all(part.template and part.version and part.origin for p in asked for part in p.parts)
