@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -13,6 +14,8 @@ from ke_gym.errors import UserError
 from ke_gym.policies import Transition
 from ke_gym.policies.features import LAYOUT
 from ke_gym.policies.llm_chooser import LLMChooser, parse
+from ke_gym.proposers import prices
+from ke_gym.proposers.prices import Price
 from ke_gym.strategies import get
 from tests.policies.endpoint import Answer, Endpoint
 
@@ -27,7 +30,7 @@ def fixed(text: str, status: int = 200) -> Answer:
 def choose(answer: Answer, monkeypatch: pytest.MonkeyPatch, mask: np.ndarray = ALL) -> tuple[int, Any, Any]:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with Endpoint(answer) as endpoint:
-        policy = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=10, retries=0)
         policy.update(Transition(ZERO, 8, 0.25, ZERO, False, ALL, {"outcome": "correct"}))
         return int(policy.predict(ZERO, action_masks=mask)[0]), policy, endpoint
 
@@ -67,14 +70,19 @@ def test_what_is_no_choice_is_replaced_loudly(
     assert policy.state_dict()["fallbacks"] == policy.fallbacks
 
 
-def test_a_dead_endpoint_is_a_fallback_and_a_missing_one_a_users_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_lost_endpoint_and_a_missing_one_are_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     with Endpoint() as endpoint:
         url = endpoint.url
-    policy = LLMChooser(url=url, model="m")
-    policy.predict(ZERO, action_masks=ALL)
-    assert "refused" in policy.fallbacks[0]
+    with pytest.raises(UserError, match="cannot be reached"):
+        LLMChooser(url=url, model="m").predict(ZERO, action_masks=ALL)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-planted")
+    with (
+        Endpoint(fixed("you sent secret-planted", status=401)) as endpoint,
+        pytest.raises(UserError, match="refused the key") as caught,
+    ):
+        LLMChooser(url=endpoint.url, model="m").predict(ZERO, action_masks=ALL)
+    assert "planted" not in str(caught.value)
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(UserError, match="OPENAI_BASE_URL"):
         policies.make("llm_chooser").predict(ZERO, action_masks=ALL)
@@ -88,3 +96,14 @@ def test_answers_are_parsed_strictly() -> None:
         parse("vectorization", legal)
     with pytest.raises(ValueError, match="'tile_block', which is not legal"):
         parse("tile_block", legal)
+
+
+def test_passing_faults_are_retried_and_choices_are_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = iter([500, 200])
+    monkeypatch.setattr(prices, "find", lambda *_: Price(0.0, 1.0))
+    with Endpoint(lambda request: (next(statuses), '{"strategy": "fuse"}')) as endpoint:
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=10, retries=1)
+        action, _ = policy.predict(ZERO, action_masks=ALL)
+    assert action == get("fuse").id and not policy.fallbacks and len(endpoint.requests) == 2
+    assert copy.deepcopy(policy).dollars == policy.dollars
+    assert policy.dollars == prices.tokens('{"strategy": "fuse"}') == policy.state_dict()["dollars"]
