@@ -3,6 +3,7 @@
     python scripts/benchmark.py evaluation      can verdicts be trusted, and how fast are they
     python scripts/benchmark.py suite           how fast does every built-in task become
     python scripts/benchmark.py env             how many steps a second do the environments make
+    python scripts/benchmark.py llm             what prompts, faults and waiting for models cost
     python scripts/benchmark.py policies        do trained policies beat chance on families they never saw
 
 Leave the machine alone while one runs. Every table in docs/results.md names the command that made it.
@@ -15,6 +16,7 @@ import sys
 import tyro
 from benchmarks.env import Env
 from benchmarks.evaluation import Evaluation
+from benchmarks.llm import Llm
 from benchmarks.policies import Policies
 from benchmarks.suite import Suite
 
@@ -23,7 +25,8 @@ from ke_gym.errors import UserError
 if __name__ == "__main__":
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"evaluation": Evaluation, "suite": Suite, "env": Env, "policies": Policies}, description=__doc__
+            {"evaluation": Evaluation, "suite": Suite, "env": Env, "llm": Llm, "policies": Policies},
+            description=__doc__,
         ).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
