@@ -77,6 +77,8 @@ class Args:
     """For openai: seconds one call may take."""
     knowledge: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """For openai: a folder of your own documents, which overlay the built-in ones. May be given several times."""
+    use_knowledge: bool = True
+    """For openai: quote documents of the knowledge base in prompts."""
     learned: bool = True
     """Keep what this search teaches as lessons beside the store, and tell models of those kept before."""
     warm_start: float = 0.0
@@ -227,6 +229,7 @@ def main(args: Args) -> int:
         in_flight=args.in_flight,
         prices=args.prices,
         knowledge=args.knowledge,
+        use_knowledge=args.use_knowledge,
         record=args.record,
         replay=args.replay,
     )

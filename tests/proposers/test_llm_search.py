@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from ke_gym import policies
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
-from ke_gym.policies.tracking import Tracker
 from ke_gym.proposers.base import ANSWER_KINDS, ENDPOINT_KINDS, Context, Proposal, Proposer, Refusal
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.mixed import Mixed
@@ -114,11 +112,6 @@ def test_the_key_is_nowhere_but_in_the_environment(
         session, _ = search(store, made, Budget(8))
         made.close()
     store.close()
-    if importlib.util.find_spec("wandb"):
-        tracked = {"kind": "search", "name": "s", "group": "g", "folder": tmp_path / "tracked"}
-        tracker = Tracker("offline", config={"llm": made.settings.to_dict()}, **tracked)
-        tracker.summary(session.usage.to_dict())
-        tracker.finish()
     assert len(session.tree) > 0
     seen = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"store.db", "talk.jsonl"} <= {path.name for path in seen} and len(seen) > 8

@@ -40,6 +40,8 @@ def test_a_search_with_a_model_from_the_command_line(tmp_path: Path, task: Path)
     tape, prices = str(tmp_path / "talk.jsonl"), tmp_path / "prices.json"
     prices.write_text(json.dumps({MODEL: [1.0, 4.0]}))
     options = ("--budget", "3", "--proposer", "rewriter,openai", "--model", MODEL, "--max-dollars", "0.5")
+    tracked = importlib.util.find_spec("wandb") is not None
+    options += ("--wandb", "offline", "--no-use-knowledge") if tracked else ("--no-use-knowledge",)
     with RewriterEndpoint(key=KEY, tasks={"chain": Task.from_file(task)}) as server:
         done = optimize(
             tmp_path, str(task), *options, "--prices", str(prices), "--record", tape,
@@ -47,11 +49,14 @@ def test_a_search_with_a_model_from_the_command_line(tmp_path: Path, task: Path)
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert server.calls >= 1
-    (run,) = (tmp_path / "runs").iterdir()
+    folders = {path.name: path for path in (tmp_path / "runs").iterdir()}
+    assert ("wandb" in folders) is tracked
+    (run,) = (path for name, path in folders.items() if name != "wandb")
     result = json.loads((run / "result.json").read_text())
     assert 0 < result["dollars"] < 0.5 and result["usage"]["calls"] >= 1
     assert "What models were asked" in (run / "report.html").read_text()
-    assert list((run / "transcripts").glob("*.md")) and Path(tape).exists()
+    talks = [path.read_text() for path in (run / "transcripts").glob("*.md")]
+    assert talks and not any("# Notes that may help" in talk for talk in talks) and Path(tape).exists()
     assert KEY not in done.stdout + done.stderr
     for path in tmp_path.rglob("*"):
         if path.is_file():
