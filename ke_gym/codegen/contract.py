@@ -241,7 +241,7 @@ class Builder:
     def _views(self) -> tuple[View, ...]:
         if isinstance(self.problem, templates.GemmProblem):
             return self.step.args[-2:]
-        if isinstance(self.problem, templates.ConvProblem):
+        if not isinstance(self.problem, templates.BagProblem):
             return self.step.args[:2]
         weights = self.step.args[6:7] if self.problem.weighted else ()
         return (*self.step.args[:3], *weights)
@@ -322,7 +322,7 @@ class Builder:
         """What the library's call adds to the product before it rounds."""
         if self.step.target == BIASED:
             return self.step.args[0]  # type: ignore[no-any-return]
-        return self.step.args[2] if self.step.target == CONVOLUTION else None  # type: ignore[no-any-return]
+        return self.step.args[2] if self.step.target == CONVOLUTION else None
 
     def _made(self, place: tuple[Index, ...]) -> Expr:
         """What the call makes of the sums of the element at ``place``."""

@@ -23,6 +23,7 @@ from ke_gym.codegen.variants import (
     with_knob,
     writes_streams,
 )  # fmt: skip
+from ke_gym.languages import cpp
 
 
 def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
@@ -34,6 +35,9 @@ def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
         "unroll_loops": [False, True],
         "merged": [False, True],
     }
+    offered = sorted({*cpp.compilers(), schedule.compiler})
+    if len(offered) > 1:
+        found["compiler"] = offered
     for p, g, group, nest in loop_nests(program, schedule):
         at = f"{p}.{g}"
         found[f"{at}.grain"] = _with(GRAINS, group.grain)
@@ -73,7 +77,11 @@ def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> 
         *([f"-mprefer-vector-width={width}"] if isinstance(width, int) else [width] if width else []),
     ]
     result = replace(result, flags=(*chosen, *(["-funroll-loops"] if unroll else [])))
-    result = replace(result, merged=values.get("merged", result.merged))
+    result = replace(
+        result,
+        merged=values.get("merged", result.merged),
+        compiler=values.get("compiler", result.compiler),
+    )
     settings: dict[tuple[int, int], dict[str, Any]] = {}
     for name, value in values.items():
         if name.count(".") == 2:

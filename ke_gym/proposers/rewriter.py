@@ -236,7 +236,10 @@ def present(program: Program, schedule: Schedule) -> dict[str, Any]:
         "unroll_loops": "-funroll-loops" in schedule.flags,
         "merged": schedule.merged,
     }
-    for name in rewrites.knobs(program, schedule).keys() - values.keys():
+    space = rewrites.knobs(program, schedule)
+    if "compiler" in space:
+        values["compiler"] = schedule.compiler
+    for name in space.keys() - values.keys():
         plan, number, knob = name.split(".")
         group = schedule.plans[int(plan)].groups[int(number)]
         nest = rewrites.nest_of(program, schedule, int(plan), int(number))

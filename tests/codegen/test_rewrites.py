@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ke_gym.codegen import Program, Schedule, emit_cpp, module, rewrites
+from ke_gym.languages import cpp
 from ke_gym.strategies import STRATEGIES
 from ke_gym.tasks import Task
 from tests.codegen.test_program import wrong
@@ -32,6 +34,14 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "columns": (lambda x: (x * 2).mean(0), [torch.randn(700, 1100)]),
     "divide": (lambda x, y: x / (y.abs() + 1), [torch.randn(50, 60), torch.randn(50, 60)]),
     "large": (lambda x: torch.relu(x) + 1, [torch.randn(600, 601)]),
+    "apart": (
+        lambda x, y: (x.sort(-1).values * 2, y.cumsum(0) + 1),
+        [torch.randn(9, 40), torch.randn(50, 7)],
+    ),
+    "rows": (lambda x: torch.softmax(x, -1), [torch.randn(20, 6000)]),
+    "borders": (lambda x: (F.pad(x, (3, 5)), F.pad(x, (3, 5)) * x.sum()), [torch.randn(40, 50)]),
+    "few_rows": (lambda a, b: a @ b, [torch.randn(4, 96), torch.randn(96, 128)]),
+    "bf16": (lambda a, b: a @ b, [torch.randn(24, 40).bfloat16(), torch.randn(40, 32).bfloat16()]),
     "matmul": (lambda a, b: torch.relu(a @ b), [torch.randn(96, 40), torch.randn(40, 64)]),
 }
 
@@ -65,7 +75,7 @@ def test_every_strategy_has_a_rewrite() -> None:
         ("cache_hint", ["large"], ["softmax", "divide", "sum", "matmul"]),
         ("precision_math", ["softmax", "sum", "divide"], ["transpose"]),
         ("specialize", ["columns", "matmul"], ["softmax", "divide"]),
-        ("predicate_peel", [], ["softmax", "matmul"]),
+        ("predicate_peel", ["borders"], ["softmax", "matmul"]),
     ],
 )
 def test_a_strategy_applies_where_there_is_something_for_it(
@@ -111,6 +121,67 @@ def test_what_applies_is_legal_prints_differently_and_repeats(
             assert made == rewrites.apply(program, seed, strategy, draw)
             if made is not None:
                 assert program.legal(made) and program.emit(made) != text, strategy
+
+
+def test_the_compiler_is_a_knob_where_there_is_a_choice(
+    programs: dict[str, tuple[Task, Program]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, program = programs["softmax"]
+    seed = program.seeds()[0]
+    for families in (("g++",), ("clang++", "g++")):
+        monkeypatch.setattr(cpp, "compilers", lambda families=families: dict.fromkeys(families))
+        assert rewrites.knobs(program, seed).get("compiler", [seed.compiler]) == list(families)
+    changed = rewrites.with_knobs(program, seed, {"compiler": "clang++"})
+    assert "compiler='clang++'" in program.emit(changed) and "compiler=" not in program.emit(seed)
+    assert rewrites.with_knobs(program, changed, {"compiler": "g++"}) == seed
+
+
+# Every strategy, and one case to which it applies, some of them after another one.
+AFTER = {"fuse": "fission", "traversal_swizzle": "layout_coalesce"}
+APPLIES = {
+    "tile_block": "columns",
+    "stage_local": "columns",
+    "layout_coalesce": "transpose",
+    "vectorize": "sum",
+    "loop_order": "transpose",
+    "traversal_swizzle": "transpose",
+    "cache_hint": "large",
+    "prefetch_pipeline": "rows",
+    "fuse": "softmax",
+    "fission": "softmax",
+    "recompute": "softmax",
+    "unroll_ilp": "sum",
+    "matrix_unit": "bf16",
+    "precision_math": "divide",
+    "algebra_hoist": "softmax",
+    "algorithm_swap": "few_rows",
+    "predicate_peel": "borders",
+    "work_partition": "matmul",
+    "split_reduce": "columns",
+    "sync_launch": "apart",
+    "specialize": "matmul",
+    "param_tune": "softmax",
+}
+
+
+def test_every_strategy_is_shown_where_it_applies() -> None:
+    assert set(APPLIES) == set(rewrites.STRATEGIES)
+
+
+@pytest.mark.parametrize("strategy", APPLIES)
+def test_a_strategy_makes_another_module_that_is_correct(
+    programs: dict[str, tuple[Task, Program]], strategy: str
+) -> None:
+    task, program = programs[APPLIES[strategy]]
+    before: Schedule | None = program.seeds()[0]
+    if strategy in AFTER:
+        before = rewrites.apply(program, program.seeds()[0], AFTER[strategy], 0)
+    assert before is not None
+    made = rewrites.apply(program, before, strategy, 0)
+    assert made is not None
+    source = program.emit(made)
+    assert source != program.emit(before)
+    assert not wrong(task, source), source
 
 
 def test_applicability_prints_no_module_and_prints_no_kernel_twice(
