@@ -26,7 +26,6 @@ class PPOGuided(UCT):
     """
 
     name = "ppo_guided"
-    parent_rule = "best"
     pretrained = "maskable_ppo"
     learned: ClassVar[tuple[str, ...]] = (*UCT.learned, "temperature")
 
