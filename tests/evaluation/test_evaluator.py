@@ -44,7 +44,7 @@ def test_an_honest_kernel_is_correct_and_measured(evaluator: Evaluator) -> None:
         ("float sum = 0;", "float sum = ;", "compile", "error"),
         ("*x.shape)", "x.shape[0])", "compile", "argument"),
         ("kernels.softmax", "kernels.sofmax", "compile", "softmax"),
-        ("y[j] *= scale;", "y[j + 100000000] *= scale;", "runtime", "fault"),
+        ("y[j] *= scale;", "y[j + (1LL << 45)] *= scale;", "runtime", "fault"),
         ("y[j] *= scale;", "y[j] *= scale; y[n] = 0;", "correctness", "outside"),
         ("y[j] *= scale;", "y[j] *= scale; const_cast<float*>(a)[0] = 1;", "runtime", "fault"),
     ],
