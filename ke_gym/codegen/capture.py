@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,9 @@ class Captured:
     arguments: tuple[str, ...]
 
 
+# torch.export keeps state of the whole process (modes, caches), and so does `_quiet`.
+_exporting = threading.Lock()
+
 INSTEAD = (
     "a kernel written by hand can still be judged: scripts/evaluate.py --task TASK --kernel FILE runs one whose "
     "Python cannot be traced in the host lane"
@@ -136,7 +140,7 @@ def capture(task: Task, shape_set: str) -> Captured:
     reference = task.reference(shape_set)
     inputs = task.inputs(shape_set, seed=0)
     try:
-        with _quiet():
+        with _exporting, _quiet():
             captured = _joint(reference, inputs) if task.backward else _exported(reference, inputs)
     except CodegenError as error:
         raise CodegenError(f"{task.name}: {error}; {INSTEAD}") from error
