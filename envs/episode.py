@@ -19,7 +19,7 @@ from ke_gym.search.observation import Observation, Surroundings
 from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Setting, Store
 from ke_gym.search.tree import Node
-from ke_gym.strategies import FIX, RESTART, STOP, STRATEGIES
+from ke_gym.strategies import FIX, STOP, STRATEGIES
 from ke_gym.tasks import Task
 
 Step = tuple[Observation, float, bool, bool, dict[str, Any]]
@@ -125,15 +125,12 @@ class Episode:
         """Complete the step that asked."""
         ask, self._asked = self._take(), None
         best = self.session.tree.best
-        best_speedup = best.speedup if best else 1.0
-        # A fresh draft has no parent: it is compared with what there was, or every RESTART would pay again.
-        fallback = best_speedup if ask.strategy is RESTART else 1.0
         node = self.session.tell(ask, evaluation)
         gain = reward.reward(
             self.rules.reward,
             evaluation,
-            parent_speedup=ask.parent.speedup if ask.parent and ask.parent.correct else fallback,
-            best_speedup=best_speedup,
+            parent_speedup=ask.baseline(best),
+            best_speedup=best.speedup if best else 1.0,
             became_best=self.session.tree.best is node,
             repair=ask.strategy is FIX,
         )

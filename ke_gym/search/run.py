@@ -25,7 +25,7 @@ from ke_gym.search import reward
 from ke_gym.search.observation import Observation
 from ke_gym.search.session import Ask, Request, Session, Situation
 from ke_gym.search.tree import Node
-from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP
+from ke_gym.strategies import ACTIONS, FIX, STOP
 
 Evaluate = Callable[[Candidate, Candidate | None], Evaluation]
 
@@ -274,10 +274,7 @@ class _Loop:
         ask, best = flight.ask, self.session.tree.best
         node = self.session.tell(ask, evaluation)
         improved = self.session.tree.best is node
-        # A draft is made from nothing, and is worth what it adds to what there is.
-        before = best if ask.strategy is RESTART else ask.parent
-        baseline = before.speedup if before and before.correct else 1.0
-        step = reward.parent_gain(evaluation, baseline, repair=ask.strategy is FIX)
+        step = reward.parent_gain(evaluation, ask.baseline(best), repair=ask.strategy is FIX)
         info = {
             "outcome": evaluation.outcome,
             "candidate": ask.candidate.id,

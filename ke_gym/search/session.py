@@ -80,6 +80,14 @@ class Ask:
     def rival_candidate(self) -> Candidate | None:
         return self.rival.candidate if self.rival else None
 
+    def baseline(self, best: Node | None) -> float:
+        """The speedup its own is compared with: its parent's, and a fresh draft's that of the ``best`` before it.
+
+        1 where that is the reference or was not correct: a draft is worth what it adds to what there is.
+        """
+        before = best if self.strategy is RESTART else self.parent
+        return before.speedup if before and before.correct else 1.0
+
 
 @dataclass(frozen=True)
 class Request:

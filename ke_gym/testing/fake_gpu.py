@@ -6,14 +6,19 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ke_gym.evaluation import gpu_judge, gpu_stage
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Alloc, Geometry, Launch, Plan, PlanInput, Ref, TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.targets.cuda_driver import CudaError
+
+if TYPE_CHECKING:
+    from pytest import MonkeyPatch
 
 FACTS = cuda.Facts(
     model="Fake", arch="sm_90", cores=4, l1_bytes=1 << 16, l2_bytes=1 << 16, memory_bytes=1 << 34,
@@ -142,3 +147,19 @@ def one_launch(name: str, spec: TensorSpec, **options: Any) -> Artifact:
     )
     plan = Plan((PlanInput("input", "0", spec),), (Alloc(1, spec), launch), (1,), (spec,), "cuda")
     return Artifact("cuda", "plan", "", {"k": name.encode()}, {"default": plan}, arch="sm_90a")
+
+
+def stand_in(patch: MonkeyPatch) -> None:
+    """Let the judge of a GPU find this one: its driver, clocks, facts, and what it calls in ``torch.cuda``."""
+    for name, fake in {
+        "Event": FakeEvent,
+        "synchronize": lambda *_: None,
+        "_sleep": lambda _: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda *_: (1 << 34, 1 << 34),
+        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
+    }.items():
+        patch.setattr(torch.cuda, name, fake)
+    patch.setattr(gpu_judge, "Driver", FakeDriver)
+    patch.setattr(gpu_stage, "Clocks", FakeClocks)
+    patch.setattr(cuda, "facts", lambda _: FACTS)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ke_gym.evaluation import gpu_judge, gpu_stage
 from ke_gym.evaluation.gpu_judge import GpuJudge
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.race import Rules
@@ -18,15 +16,13 @@ from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, TensorSpec
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
-    FACTS,
     FakeClocks,
-    FakeDriver,
-    FakeEvent,
     floats,
     integer,
     kernel,
     one_launch,
     pointer,
+    stand_in,
 )  # fmt: skip
 
 ROWS, COLS = 6, 40
@@ -124,18 +120,7 @@ ctypes_byte = ctypes.c_uint8
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuJudge:
-    for name, fake in {
-        "Event": FakeEvent,
-        "synchronize": lambda *_: None,
-        "_sleep": lambda _: None,
-        "empty_cache": lambda: None,
-        "mem_get_info": lambda *_: (1 << 34, 1 << 34),
-        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(gpu_judge, "Driver", FakeDriver)
-    monkeypatch.setattr(gpu_stage, "Clocks", FakeClocks)
-    monkeypatch.setattr(gpu_stage.cuda, "facts", lambda _: FACTS)
+    stand_in(monkeypatch)
     monkeypatch.setattr(FakeClocks, "now", 1000)
     COUNT.clear()
     COUNT["calls"] = 0

@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ke_gym.candidate import Candidate
-from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_stage
+from ke_gym.evaluation import gpu_evaluator, gpu_judge
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
@@ -23,13 +22,11 @@ from ke_gym.targets.cuda import Peaks
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
     FACTS,
-    FakeClocks,
-    FakeDriver,
-    FakeEvent,
     floats,
     integer,
     kernel,
     one_launch,
+    stand_in,
 )  # fmt: skip
 
 SPEC = TensorSpec((8, 16), (16, 1), "float32")
@@ -96,18 +93,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuEvaluator
     path = folder / "wave.py"
     path.write_text(TASK)
     patch = pytest.MonkeyPatch()
-    for name, fake in {
-        "Event": FakeEvent,
-        "synchronize": lambda *_: None,
-        "_sleep": lambda _: None,
-        "empty_cache": lambda: None,
-        "mem_get_info": lambda *_: (1 << 34, 1 << 34),
-        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
-    }.items():
-        patch.setattr(torch.cuda, name, fake)
-    patch.setattr(gpu_judge, "Driver", FakeDriver)
-    patch.setattr(gpu_stage, "Clocks", FakeClocks)
-    patch.setattr(gpu_stage.cuda, "facts", lambda _: FACTS)
+    stand_in(patch)
     patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
     patch.setattr(gpu_evaluator, "GpuClient", InProcess)
     OPENED.clear()
