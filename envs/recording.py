@@ -1,12 +1,14 @@
 """Breadth-first recording: every strategy on the fastest versions of each depth, for replay tables.
 
+The first correct draft is extended too, fast or not: it is where an episode begins.
+
 A search follows its policy, so what it leaves behind says little about the choices it did not make. A recording
 makes all of them, level by level, and keeps everything in a store, from which ``ke_gym.envs.table`` compiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ class Breadth:
     depth: int = 5
     """Edges from the reference to the deepest versions."""
     width: int = 2
-    """How many versions of each depth are extended, the fastest first."""
+    """How many versions of each depth are extended, the fastest first; at depth 1 the first draft besides."""
     draws: int = 1
     """Alternatives of each strategy on each of them."""
     repeats: int = 1
@@ -73,8 +75,8 @@ def record(
     try:
         recorder.told([(None, RESTART.id)] * breadth.drafts)
         level: list[Node] = list(session.tree)
-        for _ in range(breadth.depth - 1):
-            parents = sorted((n for n in level if n.correct), key=lambda n: -n.speedup)[: breadth.width]
+        for depth in range(1, breadth.depth):
+            parents = _extended(level, breadth.width, first=depth == 1)
             known = len(session.tree)
             recorder.told([(p, s.id) for p in parents for s in STRATEGIES for _ in range(breadth.draws)])
             recorder.told([(p, FIX.id) for p in parents])
@@ -84,6 +86,13 @@ def record(
         return "interrupted"
     finally:
         recorder.close()
+
+
+def _extended(level: Sequence[Node], width: int, first: bool) -> list[Node]:
+    """The correct versions of a level that are built upon: the fastest, and the ``first`` one if asked."""
+    correct = [node for node in level if node.correct]
+    fastest = sorted(correct, key=lambda node: -node.speedup)[:width]
+    return [*(node for node in correct[:1] if first and node not in fastest), *fastest]
 
 
 class _Recorder:

@@ -77,6 +77,20 @@ def test_a_recording_goes_on_where_it_stopped_and_a_greater_breadth_adds_to_it(t
     assert set(extended.candidates) >= set(compiling.build([wide]).candidates)
 
 
+def test_the_first_draft_is_built_upon_however_slow_it_is(tmp_path: Path) -> None:
+    """An episode begins there: without it a replay would offer nothing but further drafts."""
+    with Store(tmp_path / "a.db") as store:
+        search(store, "softmax", Breadth(drafts=6, depth=2, width=1))
+        (one,) = compiling.searches(store)
+    table = compiling.build([one])
+    correct = [int(node) for node in table.drafts if table.correct[node]]
+    fastest = max(correct, key=lambda node: float(table.log_speedup[node]))
+    extended = {int(parent) for parent in table.edges[:, 0] if parent >= 0}
+    assert len(extended) == 2 and fastest in extended
+    slower = (extended - {fastest}).pop()
+    assert slower in correct and table.log_speedup[slower] < table.log_speedup[fastest]
+
+
 def test_any_finished_search_becomes_a_table(tmp_path: Path) -> None:
     task = Task.load("softmax")
     racer = Racer(task)
