@@ -69,7 +69,7 @@ class Tiers:
         return tier.dollars / tier.tries if tier.tries else self._guess[model]
 
     def learn(self, model: str, gain: float, dollars: float) -> None:
-        """A proposal of ``model`` gained ``gain`` (log-speedup over its parent, 0 for a failure)."""
+        """A proposal of ``model`` gained ``gain``: log-speedup over its parent, a draft's over the best; or 0."""
         if model in self._tiers:
             tier = self._tiers[model]
             tier.tries += 1

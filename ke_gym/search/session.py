@@ -478,8 +478,8 @@ class Session:
             ask.usage,
         )
         self.store.told(self.id, ask.number, self.setting, evaluation, self.spent.seconds)
+        before = ask.baseline(self.tree.best)
         self.tree.add(node, ask.rival)
-        before = ask.parent.speedup if ask.parent and ask.parent.correct else 1.0
         gain = max(math.log(node.speedup / before), 0.0) if node.speedup else 0.0
         self.proposer.learn(gain, ask.dollars, ask.usage)
         return node

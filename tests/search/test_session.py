@@ -122,6 +122,8 @@ def test_a_draft_is_paid_for_what_it_adds_to_the_best_so_far(store: Store) -> No
 
     races = iter(((2.0, 1.0), (1.8, 2.0), (2.2, 2.0)))  # speedups of the draft and of its rival
     made, searched = Drafts(), session(store, budget=3)
+    learned: list[float] = []
+    searched.proposer.learn = lambda gain, dollars, usage: learned.append(gain)  # type: ignore[method-assign]
 
     def evaluate(candidate: Candidate, rival: Candidate | None) -> Evaluation:
         speedup, other = next(races)
@@ -133,6 +135,7 @@ def test_a_draft_is_paid_for_what_it_adds_to_the_best_so_far(store: Store) -> No
     assert first == pytest.approx(np.log(2.0))
     assert slower == pytest.approx(np.log(1.8 / 2.0)) and slower < 0.0
     assert faster == pytest.approx(np.log(2.2 / 2.0))
+    assert learned == pytest.approx([first, 0.0, faster])  # and what writes them learns the same
 
 
 class StopAfter(Watch):
