@@ -26,6 +26,12 @@ class Errors:
     rel_l2: float
     ratio: float
 
+    def or_worse(self, other: Errors) -> Errors:
+        """The larger of each."""
+        return Errors(
+            max(self.max_abs, other.max_abs), max(self.rel_l2, other.rel_l2), max(self.ratio, other.ratio)
+        )
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -6,16 +6,12 @@ rests on (clock, order, seeds, statistics) lives in this process, everything exp
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 import secrets
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +20,26 @@ import numpy as np
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.admission import admit
-from ke_gym.evaluation.arms import Arm, ArmDied, RivalFailed, open_arm
+from ke_gym.evaluation.arms import ArmDied, RivalFailed, open_arm
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
-from ke_gym.evaluation.evaluation import BASELINES, Cost, Errors, Evaluation, Outcome, Profile
+from ke_gym.evaluation.builds import Builds, Cores
+from ke_gym.evaluation.checking import Entry, Rejected, check_case, check_touched, draw_cases
+from ke_gym.evaluation.contest import (
+    AA,
+    CONFIRM,
+    RACE,
+    SOAK,
+    measured,
+    over_sets,
+    race_entries,
+    remark,
+    rivals_fault,
+)
+from ke_gym.evaluation.evaluation import BASELINES, Cost, Errors, Evaluation, Profile
 from ke_gym.evaluation.judge_client import JudgeClient, Shape
 from ke_gym.evaluation.profile import limiter, profile
-from ke_gym.evaluation.race import Race, Rules, confirm, planned, pooled, race
+from ke_gym.evaluation.race import Race, Rules, confirm, planned
 from ke_gym.evaluation.record import MachineRecord, home
-from ke_gym.evaluation.stats import confidence_sequence
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -39,104 +47,8 @@ from ke_gym.languages.plan import Call, Launch
 from ke_gym.targets import cpu
 from ke_gym.tasks.task import Task
 
-CASES = (
-    ("task", False),
-    ("task", True),
-    ("ties", False),
-    ("offset", False),
-    ("sparse", True),
-    ("lognormal", False),
-    ("zeros", True),
-    ("special", False),
-)
-RACE = Rules()
-CONFIRM = Rules(futile=1000, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
-# The first fresh process goes on for longer: a kernel that is honest only for its first calls shows itself.
-SOAK = Rules(40, 1000, 40, max_seconds=6.0, hopeless=math.inf, slow=math.inf)
-AA = Rules(min_rounds=48, futile=1000, max_rounds=48, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 AA_EVERY = 10
 COVERAGE_ROUNDS = 12
-WARM_CALLS, WARM_SECONDS = 4, 0.05
-KEPT_ARTIFACTS = 64
-
-
-def draw_cases(rng: random.Random) -> list[tuple[int, str, int]]:
-    """Secret (seed, distribution, state seed) of what every candidate of a session is checked on."""
-    return [(rng.getrandbits(60), d, rng.getrandbits(60) if fresh_state else 0) for d, fresh_state in CASES]
-
-
-class Rejected(Exception):
-    """A candidate's evaluation ended early with this outcome; ``error`` is what its outputs were wrong by."""
-
-    def __init__(self, outcome: Outcome, log: str, error: Errors | None = None) -> None:
-        super().__init__(log)
-        self.outcome: Outcome = outcome
-        self.log = log
-        self.error = error
-
-
-@contextmanager
-def rivals_fault() -> Iterator[None]:
-    """What fails within is the incumbent's doing. Raises ``RivalFailed``."""
-    try:
-        yield
-    except (BuildError, ArmDied) as failure:
-        raise RivalFailed(failure.log) from failure
-
-
-class Cores:
-    """The machine's cores: builds take one each, a race takes them all. Knows how long anything held one."""
-
-    def __init__(self, cores: int) -> None:
-        self._condition = threading.Condition()
-        self._cores = cores
-        self._builds = 0
-        self._racing = False
-        self._since = 0.0
-        self.busy_s = 0.0
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        with self._condition:
-            self._condition.wait_for(lambda: not self._racing and self._builds < self._cores)
-            self._start()
-            self._builds += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._builds -= 1
-                self._stop()
-
-    @contextmanager
-    def all(self) -> Iterator[None]:
-        with self._condition:
-            self._condition.wait_for(lambda: not self._racing and not self._builds)
-            self._start()
-            self._racing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._racing = False
-                self._stop()
-
-    def _start(self) -> None:
-        if not self._builds:
-            self._since = time.perf_counter()
-
-    def _stop(self) -> None:
-        if not self._builds:
-            self.busy_s += time.perf_counter() - self._since
-        self._condition.notify_all()
-
-
-@dataclass
-class Entry:
-    """One contestant: its artifact, its process, and the number the judge knows its outputs by."""
-
-    arm: Arm
-    number: int
 
 
 class Evaluator:
@@ -184,9 +96,7 @@ class Evaluator:
         self._call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
         self._cores = Cores(self.facts.cores)
-        self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
-        self._build_s: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._builds = Builds(self._cores)
         self._evaluated = 0
         self._steady: Artifact | None = None
         self._state = ExitStack()
@@ -242,7 +152,7 @@ class Evaluator:
         base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
         with self._cores.all():
             compiled = time.perf_counter()
-            cost = Cost(compile_s=self._build_s.pop(candidate.id, 0.0))
+            cost = Cost(compile_s=self._builds.seconds(candidate.id))
             checked = compiled
             try:
                 while True:
@@ -285,19 +195,7 @@ class Evaluator:
 
     def build(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""
-        with self._lock:
-            known = self._artifacts.get(candidate.id)
-            if known is not None and known.source == candidate.source:
-                self._artifacts.move_to_end(candidate.id)
-                return known
-        with self._cores.one():
-            start = time.perf_counter()
-            artifact = self._compile(candidate)
-            spent = time.perf_counter() - start
-        self.adopt(candidate, artifact)
-        with self._lock:
-            self._build_s[candidate.id] = spent
-        return artifact
+        return self._builds.build(candidate, self._compile, self.adopt)
 
     def adopt(self, candidate: Candidate, artifact: Artifact) -> None:
         """Take an artifact as the candidate's, wherever it was built; raises `BuildError` if it can't be."""
@@ -307,10 +205,7 @@ class Evaluator:
             if artifact.general or name not in self.hidden
         }
         admit(artifact, candidate.source, candidate.language, wanted)
-        with self._lock:
-            self._artifacts[candidate.id] = artifact
-            while len(self._artifacts) > KEPT_ARTIFACTS:
-                self._artifacts.popitem(last=False)
+        self._builds.keep(candidate, artifact)
 
     def _compile(self, candidate: Candidate) -> Artifact:
         return self.builder.build(
@@ -319,8 +214,7 @@ class Evaluator:
 
     def artifact(self, candidate_id: str) -> Artifact | None:
         """The artifact of a recently built candidate."""
-        with self._lock:
-            return self._artifacts.get(candidate_id)
+        return self._builds.artifact(candidate_id)
 
     @property
     def busy_s(self) -> float:
@@ -388,54 +282,15 @@ class Evaluator:
             sets[name] = open_entry(artifact, name)
         for name, entry in sets.items():
             cases = self.cases if name == self.contract else self.cases[:2]
-            for index, (seed, distribution, state_seed) in enumerate(cases):
-                verdict = self._check_case(name, entry, seed, distribution, state_seed, poison=index)
-                worst = Errors(
-                    max(worst.max_abs, verdict["max_abs"]),
-                    max(worst.rel_l2, verdict["rel_l2"]),
-                    max(worst.ratio, verdict["ratio"]),
+            for index, case in enumerate(cases):
+                errors = check_case(
+                    self.judge, entry, name, case, index % 2, self._patience(name), name in self.hidden
                 )
+                worst = worst.or_worse(errors)
         for name, entry in entries.items():
-            self._check_touched(name, entry)
+            check_touched(self.judge, entry, name, self.cases[0], self._touch_seed, self._patience(name))
             entry.arm.check_mode(None)
         return worst
-
-    def _check_case(
-        self, name: str, entry: Entry, seed: int, distribution: str, state_seed: int, poison: int
-    ) -> dict[str, Any]:
-        finite = self.judge.load(name, seed, distribution, state_seed)
-        if finite < 0.5:
-            return {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}  # the reference itself has no answer here
-        entry.arm.check_mode(poison % 2)
-        entry.arm.call(self._patience(name))
-        damage = entry.arm.damage()
-        if damage:
-            raise Rejected("correctness", damage)
-        verdict = self.judge.check(name, entry.number)
-        if not verdict["ok"]:
-            hidden = name in self.hidden
-            where = "a shape it claims to support (general = True)" if hidden else "the task's shapes"
-            inputs = "inputs" if distribution == "task" else f"{distribution} inputs"
-            detail = f"; wrong: {verdict['pattern']}" if verdict["pattern"] and not hidden else ""
-            reason = f"wrong on {inputs} of {where}: {verdict['reason']}{detail}"
-            raise Rejected("correctness", reason, errors_of(verdict))
-        return verdict
-
-    def _check_touched(self, name: str, entry: Entry) -> None:
-        """Two calls whose inputs and parameters differ in one element each: what is remembered shows."""
-        self.judge.load(name, *self.cases[0])
-        entry.arm.check_mode(0)
-        entry.arm.call(self._patience(name))
-        self.judge.touch(name, self._touch_seed)
-        entry.arm.call(self._patience(name))
-        verdict = self.judge.check(name, entry.number)
-        if not verdict["ok"]:
-            raise Rejected(
-                "correctness",
-                f"wrong after one element of each input and parameter has changed: {verdict['reason']}; outputs "
-                "may depend on nothing but the inputs and parameters of the call",
-                errors_of(verdict),
-            )
 
     def _patience(self, name: str) -> float:
         """Seconds one call may take before it counts as hung."""
@@ -453,46 +308,28 @@ class Evaluator:
         first = self._race_sets(self.judge, artifact, rival, RACE, entries)
         main = first[self.contract]
         margin = self.record.margin(main.median(against))
-        base = base.replace(rounds=sum(r.rounds for r in first.values()), log=_remark(main, against))
         sets: dict[str, list[Race]] = {name: [r] for name, r in first.items()}
         won = all(r.test.median > -margin for r in first.values()) and main.ended == "faster"
-        gain, gain_ci, improved = _over_sets(sets, against)
+        improved, log = False, remark(main, against)
         if won:
-            confirmed: dict[str, list[Race]] = {name: [] for name in first}
+            sets = {name: [] for name in first}
             rounds = planned(main, against, margin)
             rules = replace(CONFIRM, min_rounds=rounds, max_rounds=rounds)
 
             def fresh(index: int) -> Race:
                 races = self._fresh_race(artifact, rival, rules if index else SOAK)
                 for name, one in races.items():
-                    confirmed[name].append(one)
+                    sets[name].append(one)
                 return races[self.contract]
 
             _, _, main_improved = confirm(fresh, against, margin=margin)
-            sets = confirmed
-            gain, gain_ci, _ = _over_sets(sets, against)
-            improved = main_improved and gain_ci[0] > margin
+            improved = main_improved and over_sets(sets, against)[1][0] > margin
             if not improved:
-                base = base.replace(log="a first lead did not hold in fresh processes")
-        else:
-            improved = False
-        speedup, speedup_ci, _ = _over_sets(sets, "baseline")
-        times = [s for r in sets[self.contract] for s in r.seconds["candidate"]]
-        reference = [s for r in sets[self.contract] for s in r.seconds["baseline"]]
-        return base.replace(
-            time_ms=1e3 * float(np.median(times)),
-            reference_ms=1e3 * float(np.median(reference)),
-            times_ms=tuple(round(1e3 * t, 6) for t in times),
-            reference_times_ms=tuple(round(1e3 * t, 6) for t in reference),
-            races=tuple(r.rounds for r in sets[self.contract]),
-            speedup=math.exp(speedup),
-            speedup_ci=_factors(speedup_ci),
-            gain=math.exp(gain),
-            gain_ci=_factors(gain_ci),
-            improved=improved,
-            confirmed=won,
-            shapes={n: math.exp(_over_sets({n: r}, "baseline")[0]) for n, r in sets.items()},
+                log = "a first lead did not hold in fresh processes"
+        raced = base.replace(
+            rounds=sum(r.rounds for r in first.values()), log=log, improved=improved, confirmed=won
         )
+        return measured(raced, sets, self.contract, against)
 
     def _race_sets(
         self,
@@ -524,45 +361,9 @@ class Evaluator:
         rules: Rules,
         baseline: bool = True,
     ) -> Race:
-        patience = self._patience(name)
-        judge.renew(name, self._rng.getrandbits(60))
-        # One timed output is compared with the oracle in full, and nobody knows which; others at random.
-        full = {self._rng.randrange(rules.min_rounds)}
-        rounds = itertools.count()
-        contestants: dict[str, Callable[[], float]] = {"candidate": lambda: judge.net(own.arm.call(patience))}
-        by_number = {own.number: "candidate"}
-        if other is not None:
-
-            def call_rival() -> float:
-                with rivals_fault():
-                    return judge.net(other.arm.call(patience))
-
-            contestants["incumbent"] = call_rival
-            by_number[other.number] = "incumbent"
-        if baseline:
-            contestants["baseline"] = lambda: judge.call_baseline(name)
-        rival = "incumbent" if other is not None else "baseline"
-        pace = {contestant: _warm(call) for contestant, call in contestants.items()}
-
-        def inspect() -> set[str]:
-            suspects = judge.fingerprint(name, list(by_number)) if baseline else []
-            wrong = {n for n in suspects if not judge.check(name, n)["ok"]}
-            due = next(rounds) in full or self._rng.random() < 0.04
-            if baseline and due and own.number not in wrong and not judge.check(name, own.number)["ok"]:
-                wrong.add(own.number)
-            return {by_number[n] for n in wrong}
-
-        result = race(
-            contestants,
-            rival,
-            draw=lambda: judge.draw(name, self._rng.getrandbits(60)),
-            inspect=inspect,
-            rng=self._rng,
-            rules=rules,
-            margin=self.record.margin(pace[rival]),
+        return race_entries(
+            judge, name, own, other, rules, self.record, self._patience(name), self._rng, baseline
         )
-        believe(result)
-        return result
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
         """The same race with new processes for everybody, the judge included, on new seeds."""
@@ -649,66 +450,3 @@ class Evaluator:
         wrong = result.ended == "faster"
         self.record.add(self.task.name, self.threads, seconds, result.test.median, result.rounds, wrong)
         return result
-
-
-def believe(result: Race) -> None:
-    """Raise ``Rejected`` or ``RivalFailed`` for a race in which an output was wrong."""
-    if "candidate" in result.suspects:
-        raise Rejected("correctness", "right when checked, wrong in a timed call")
-    if result.suspects:
-        raise RivalFailed("right when checked, wrong in a timed call")
-
-
-def errors_of(verdict: dict[str, Any]) -> Errors:
-    """What a judge's answer says of how wrong the outputs were."""
-    return Errors(verdict["max_abs"], verdict["rel_l2"], verdict["ratio"])
-
-
-def _warm(call: Callable[[], float]) -> float:
-    """Call until the heap has its size and the caches are as they will be; a slow contestant only once.
-
-    Returns the seconds of the quickest call.
-    """
-    times: list[float] = []
-    while len(times) < WARM_CALLS and sum(times) <= WARM_SECONDS:
-        times.append(call())
-    return min(times)
-
-
-def _over_sets(sets: dict[str, list[Race]], over: str) -> tuple[float, tuple[float, float], bool]:
-    """Mean log-ratio of ``over`` to the candidate over shape sets, with an interval.
-
-    Within one process the interval is the e-process's confidence sequence, across fresh processes Student's.
-    """
-    means, lows, highs = [], [], []
-    for races in sets.values():
-        if len(races) == 1:
-            ratios = races[0].log_ratios(over, "candidate")
-            mean = float(np.median(ratios))
-            low, high = confidence_sequence(ratios)
-        else:
-            mean, (low, high) = pooled(races, over, "candidate")
-        means.append(mean)
-        lows.append(low)
-        highs.append(high)
-    low, high = float(np.mean(lows)), float(np.mean(highs))
-    return float(np.mean(means)), (low, high), low > 0
-
-
-def _factors(interval: tuple[float, float]) -> tuple[float, float] | None:
-    """A log-interval as factors; None where there were too few rounds for one."""
-    low, high = interval
-    return (math.exp(low), math.exp(high)) if math.isfinite(low) and math.isfinite(high) else None
-
-
-def _remark(result: Race, against: str) -> str:
-    words = {
-        "hopeless": f"dropped after one call: more than three times the {against}'s time",
-        "slow": f"dropped after three rounds: slower than the {against}",
-        "slower": f"slower than the {against}",
-        "no gain": f"no gain over the {against} beyond the machine's margin",
-        "rounds": f"no clear gain over the {against} within the race's rounds",
-        "time": f"no clear gain over the {against} within the race's time",
-        "faster": "",
-    }
-    return words[result.ended]

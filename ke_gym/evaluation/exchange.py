@@ -12,7 +12,6 @@ import os
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,9 +22,10 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_signature
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
+from ke_gym.evaluation.builds import Builds, Cores
 from ke_gym.evaluation.bundle import Bundle, Packed, judge, read_results, results, write_file
 from ke_gym.evaluation.evaluation import Cost, Evaluation
-from ke_gym.evaluation.evaluator import Cores, Evaluator
+from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import described_shapes
 from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.zygote import Zygote
@@ -70,8 +70,7 @@ class ExchangeEvaluator(Evaluator):
         self._orders = 0
         self._build_timeout = BUILD_SECONDS
         self._cores = Cores(len(os.sched_getaffinity(0)))
-        self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
-        self._build_s: dict[str, float] = {}
+        self._builds = Builds(self._cores)
         self._lock = threading.Lock()
         self._state = ExitStack()
         try:
@@ -109,7 +108,7 @@ class ExchangeEvaluator(Evaluator):
         answer = self._order(Bundle(artifact.arch, (self.task,), (packed,), self.baseline))
         (judged,) = read_results(json.dumps(answer))
         spent = Cost(
-            self._build_s.pop(candidate.id, 0.0),
+            self._builds.seconds(candidate.id),
             judged.evaluation.cost.check_s,
             judged.evaluation.cost.race_s,
         )

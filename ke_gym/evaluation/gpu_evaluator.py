@@ -6,7 +6,6 @@ import os
 import random
 import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,17 +18,11 @@ import torch
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
+from ke_gym.evaluation.builds import Builds, Cores
+from ke_gym.evaluation.checking import Rejected, draw_cases, errors_of, refusal
+from ke_gym.evaluation.contest import CONFIRM, SOAK, believe
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
-from ke_gym.evaluation.evaluator import (
-    CONFIRM,
-    SOAK,
-    Cores,
-    Evaluator,
-    Rejected,
-    believe,
-    draw_cases,
-    errors_of,
-)
+from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
@@ -116,13 +109,11 @@ class GpuEvaluator(Evaluator):
         self._call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
         self._cores = Lanes(len(os.sched_getaffinity(0)))
-        self._artifacts: OrderedDict[str, Artifact] = OrderedDict()
+        self._builds = Builds(self._cores)
         self._settled: dict[str, Artifact] = {}
         self._signature = b""
         self._too_large = ""
         self._spares: list[GpuClient] = []
-        self._build_s: dict[str, float] = {}
-        self._lock = threading.Lock()
         self._evaluated = 0
         self._steady: Artifact | None = None
         self._state = ExitStack()
@@ -251,24 +242,14 @@ class GpuEvaluator(Evaluator):
             if "reason" in answer:
                 error = None if answer.get("damage") else errors_of(answer)
                 raise Rejected("correctness", self._wrong(name, answer, cases), error)
-            worst = Errors(*(max(getattr(worst, key), answer[key]) for key in ("max_abs", "rel_l2", "ratio")))
+            worst = worst.or_worse(errors_of(answer))
         return worst
 
     def _wrong(self, name: str, answer: dict[str, Any], cases: list[tuple[int, str, int]]) -> str:
-        reason = str(answer["reason"])
-        if answer.get("touched"):
-            return (
-                f"wrong after one element of each input and parameter has changed: {reason}; outputs may depend on "
-                "nothing but the inputs and parameters of the call"
-            )
         if answer.get("damage"):
-            return reason
-        hidden = name in self.hidden
-        where = "a shape it claims to support (general = True)" if hidden else "the task's shapes"
-        distribution = cases[answer["case"]][1]
-        inputs = "inputs" if distribution == "task" else f"{distribution} inputs"
-        detail = f"; wrong: {answer['pattern']}" if answer["pattern"] and not hidden else ""
-        return f"wrong on {inputs} of {where}: {reason}{detail}"
+            return str(answer["reason"])
+        distribution = "" if answer.get("touched") else cases[answer["case"]][1]
+        return refusal(answer, distribution, name in self.hidden)
 
     def _race(  # type: ignore[override]
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ke_gym.evaluation.evaluator import draw_cases
+from ke_gym.evaluation.checking import draw_cases
 from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.stats import sign_p_interval
 from ke_gym.evaluation.zygote import Zygote

@@ -18,6 +18,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.codegen import Program
 from ke_gym.errors import UserError
 from ke_gym.evaluation import evaluator
+from ke_gym.evaluation.checking import draw_cases
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.zygote import Zygote
@@ -32,7 +33,7 @@ class Check(Evaluator):
     def __init__(self, task: Task) -> None:
         super().__init__(task, threads=2)
         rng = random.Random(1)
-        self.cases, self._touch_seed = evaluator.draw_cases(rng), rng.getrandbits(60)
+        self.cases, self._touch_seed = draw_cases(rng), rng.getrandbits(60)
 
     def _race(self, base: Evaluation, *args: Any) -> Evaluation:
         return base

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ke_gym.evaluation.evaluator import draw_cases
+from ke_gym.evaluation.checking import draw_cases
 from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.selfcheck import check
 from ke_gym.evaluation.zygote import Zygote
