@@ -62,14 +62,15 @@ def test_an_installed_wheel_evaluates_from_outside_the_checkout(wheel: Path, tmp
     venv.create(environment, with_pip=False)
     python = str(environment / "bin" / "python")
     install = ["-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", str(wheel)]
-    subprocess.run([sys.executable, *install], check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of the checkout
+    subprocess.run([sys.executable, *install], env=clean, check=True)
     # Dependencies come from this environment: a path file adds its folder without its editable installs.
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     (tmp_path / "softmax.py").write_text((ROOT / "examples" / "softmax.py").read_text())
 
     def run(*words: str) -> str:
-        environ = {**os.environ, "KE_GYM_HOME": str(tmp_path / "home")}
+        environ = {**clean, "KE_GYM_HOME": str(tmp_path / "home")}
         done = subprocess.run(
             [python, *words], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
         )

@@ -39,7 +39,7 @@ def paid(policy: Policy, steps: int, pays: int, mask: np.ndarray = ALL) -> list[
 
 LEARNERS = (
     "auc_bandit", "beta_thompson", "boosted_trees", "discounted_ucb", "epsilon_greedy", "islands_map_elites",
-    "kernelband:c=0.2", "linucb:untrained", "lints:untrained", "puct", "thompson", "ucb1", "uct",
+    "kernelband:c=0.2", "linucb:untrained", "lints:untrained", "puct:untrained", "thompson", "ucb1", "uct",
     "ppo_guided:untrained",
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_hill_climb_tries_every_neighbour_once_before_it_repeats_one() -> None:
     assert sorted(paid(policies.make("hill_climb"), 24, pays=24)) == [*range(24)]
 
 
-@pytest.mark.parametrize("spec", ["ucb1", "thompson", "puct", "linucb:untrained", "boosted_trees"])
+@pytest.mark.parametrize("spec", ["ucb1", "thompson", "puct:untrained", "linucb:untrained", "boosted_trees"])
 def test_training_carries_over_to_the_next_search(spec: str) -> None:
     policy = policies.make(spec, seed=0)
     policy.training = True
@@ -211,7 +211,9 @@ def test_the_soft_mask_prefers_what_limits_the_parent_and_fades_by_half_of_the_b
     assert irrelevance(profiled(dram=0.1))[get("sync_launch").id] == 0.0
 
 
-@pytest.mark.parametrize("spec", ["ucb1:soft_mask=1", "thompson:soft_mask=5", "puct", "linucb:soft_mask=1"])
+@pytest.mark.parametrize(
+    "spec", ["ucb1:soft_mask=1", "thompson:soft_mask=5", "puct:untrained", "linucb:soft_mask=1"]
+)
 def test_policies_take_the_soft_mask(spec: str) -> None:
     policy, seen = policies.make(spec), profiled(dram=0.9)
     for _ in range(5):
