@@ -25,6 +25,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.opening import kernel_language, open_evaluator
+from ke_gym.evaluation.selfcheck import Proof, prove
 from ke_gym.files import write_whole
 from ke_gym.knowledge.learned import FOLDER, distill, write_back
 from ke_gym.languages.base import BuildError
@@ -38,6 +39,7 @@ from ke_gym.search.run import Watch, run
 from ke_gym.search.session import Session
 from ke_gym.search.store import Setting, Store
 from ke_gym.tasks import Reference, Task
+from ke_gym.tasks.loader import built_in
 
 RUN_FORMAT = 1
 RUN_FILE = "run.json"
@@ -216,6 +218,9 @@ def _search(
         setting = Setting(
             task.id, settings.target, evaluator.facts.fingerprint, settings.baseline, evaluator.threads
         )
+        proof = proven(task, store, setting, evaluator)
+        if proof is not None:
+            watch.proved(task, proof)
         session = Session(
             store,
             settings.session,
@@ -238,7 +243,7 @@ def _search(
                 confirm_best(session, evaluator, watch)
             except KeyboardInterrupt:
                 stopped = "interrupted"
-        result = _result(task, module, session, evaluator, stopped, run_dir)
+        result = _result(task, module, session, evaluator, stopped, run_dir, proof)
         result.write()
         write_report(result, session, evaluator)
         if settings.learned:
@@ -279,6 +284,26 @@ def _proposer(
         return made
     kernels = warm.choose(task, settings.target, store.leaders(settings.target))
     return warm.WarmStart(made, kernels, settings.warm_start)
+
+
+def proven(task: Task, store: Store, setting: Setting, evaluator: Evaluator) -> Proof | None:
+    """How far a user's own task can be trusted on this CPU, found out once per task text and machine.
+
+    None for the built-in suite, which is checked before it ships, and on GPUs. Raises ``UserError`` for a task by
+    which a kernel that computes nothing would be accepted, or none at all.
+    """
+    if evaluator.target != "cpu" or built_in(task):
+        return None
+    proof = store.proof(setting)
+    if proof is None:
+        proof = prove(evaluator.judge, evaluator.contract, evaluator.cases)
+        store.add_proof(setting, proof)
+    if proof.useless:
+        raise UserError(
+            f"{task.name} cannot judge a kernel: {proof}; give it inputs that its outputs depend on, and no tolerance"
+            " that hides errors"
+        )
+    return proof
 
 
 def remembering(
@@ -346,7 +371,13 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch) -> None:
 
 
 def _result(
-    task: Task, module: nn.Module | None, session: Session, evaluator: Evaluator, stopped: str, run_dir: Path
+    task: Task,
+    module: nn.Module | None,
+    session: Session,
+    evaluator: Evaluator,
+    stopped: str,
+    run_dir: Path,
+    proof: Proof | None,
 ) -> Result:
     best = session.tree.best
     artifact = None
@@ -374,6 +405,7 @@ def _result(
         reference=reference,
         usage=session.usage,
         dollars=session.spent.dollars,
+        proof=proof,
     )
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ke_gym import policies, proposers, tasks
 from ke_gym.errors import UserError
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.job import RunSettings, check_out, optimize, read_run, recorded_task
 from ke_gym.policies.tracking import Mode, Tracker
 from ke_gym.proposers import Refusal, warm
@@ -155,6 +156,9 @@ class Tracked(Watch):
     def __init__(self, view: Watch, tracker: Tracker) -> None:
         self.view, self.tracker = view, tracker
         self.rows: list[list[Any]] = []
+
+    def proved(self, task: Task, proof: Proof) -> None:
+        self.view.proved(task, proof)
 
     def asked(self, session: Session, ask: Ask) -> None:
         self.view.asked(session, ask)

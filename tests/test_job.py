@@ -17,12 +17,15 @@ from torch import nn
 import ke_gym
 from ke_gym import job
 from ke_gym.errors import UserError
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.job import read_run
 from ke_gym.knowledge.learned import Lesson, distill
 from ke_gym.search.run import Watch
 from ke_gym.search.session import Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node
+from ke_gym.tasks import Task
+from ke_gym.tasks.loader import built_in
 
 
 class Chain(nn.Module):
@@ -155,6 +158,56 @@ def test_when_nothing_is_faster_it_says_how_close_to_the_floor_the_reference_is(
     assert "no candidate was confirmed" in unconfirmed.verdict() and unconfirmed.speedup == 1.0
     failed = replace(unconfirmed, valid=0.0)
     assert "none of 3 candidates was correct; the reference stays" in failed.verdict()
+
+
+class Proofs(Watch):
+    def __init__(self) -> None:
+        self.seen: list[Proof] = []
+
+    def proved(self, task: Task, proof: Proof) -> None:
+        self.seen.append(proof)
+
+
+def own_task(folder: Path, name: str, forward: str) -> Path:
+    """A task file with a tolerance that hides errors of almost any size."""
+    path = folder / f"{name}.py"
+    path.write_text(
+        "import torch\ntolerance = 0.9\nclass Model(torch.nn.Module):\n"
+        f"    def forward(self, x):\n        return {forward}\n"
+        "def get_inputs():\n    return [torch.randn(64, 64)]\n"
+    )
+    return path
+
+
+def test_a_module_of_ones_own_is_checked_before_the_search(result: ke_gym.Result) -> None:
+    assert built_in(Task.load("softmax")) and not built_in(result.task)
+    assert result.proof is not None and result.proof.ok and result.proof.mutants >= 5
+    assert "Warning" not in result.verdict()
+    assert "wrong versions of it are rejected" in result.report().read_text()
+
+
+def test_a_task_that_lets_lesser_faults_through_is_searched_under_a_warning(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_task(tmp_path, "loose", "torch.tanh(x * 1.5)")
+    seen = Proofs()
+    weak = ke_gym.optimize(path, budget=1, out=tmp_path, watch=seen)
+    assert weak.proof == seen.seen[0] and "skipped mul (0)" in weak.proof.survivors
+    assert "Warning: the checks of loose accept wrong versions of it" in weak.verdict()
+    assert "skipped mul (0)" in json.loads((weak.run_dir / "result.json").read_text())["proof"]["survivors"]
+    assert "mutants survive: half precision, skipped mul" in weak.report().read_text()
+    monkeypatch.setattr(job, "prove", None)  # not to be called again
+    assert script.main(script.Args(tasks=(str(path),), budget=1, out=tmp_path)) == 0
+    assert (
+        "loose task check: WARNING: mutants survive: half precision, skipped mul" in capsys.readouterr().out
+    )
+
+
+def test_a_task_that_lets_anything_through_is_refused(tmp_path: Path) -> None:
+    path = own_task(tmp_path, "useless", "torch.zeros_like(x)")
+    with pytest.raises(UserError, match=r"useless cannot judge a kernel: mutants survive: .*zeros"):
+        ke_gym.optimize(path, budget=1, out=tmp_path / "runs")
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_run_cut_off_before_it_began_leaves_no_folder(

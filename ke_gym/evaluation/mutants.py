@@ -1,7 +1,8 @@
 """Wrong versions of a reference that every task must reject (design rule 8).
 
 Zeros, a copy of an input, one operator skipped, half-precision arithmetic, and an output frozen from other
-inputs. A task whose check lets one of them through can be cheated, so it is not used.
+inputs. A task whose check lets one of them through can be cheated: none such ships with the project. A user's own is
+searched all the same, with a warning, unless the one let through computes nothing at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ke_gym.tasks.task import Precision, Reference
 
 MAX_SKIPPED = 12
+ZEROS, FROZEN, COPY = "zeros", "frozen output", "copy of input"
 _LOWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
 
 
@@ -63,16 +65,16 @@ def mutants(
     None is what the task's ``precision`` allows: half-precision arithmetic is no fault under "bf16".
     """
     outputs = reference(*arguments)
-    yield Mutant("zeros", tuple(torch.zeros_like(t) for t in outputs))
+    yield Mutant(ZEROS, tuple(torch.zeros_like(t) for t in outputs))
     frozen = reference(*other)
     if _differ(outputs, frozen):
-        yield Mutant("frozen output", frozen)
+        yield Mutant(FROZEN, frozen)
     for position, tensor in enumerate(a for a in arguments if isinstance(a, Tensor)):
         copied = tuple(
             tensor.to(t.dtype, copy=True) if tensor.shape == t.shape else torch.zeros_like(t) for t in outputs
         )
         if any(tensor.shape == t.shape for t in outputs):
-            yield Mutant(f"copy of input {position}", copied)
+            yield Mutant(f"{COPY} {position}", copied)
     if precision != "bf16":
         yield from _half(reference, arguments, outputs)
     for index in range(MAX_SKIPPED):
@@ -85,6 +87,11 @@ def mutants(
             return
         if all(a.shape == b.shape for a, b in zip(outputs, skipped)) and _differ(outputs, skipped):
             yield Mutant(f"skipped {mode.name} ({index})", tuple(skipped))
+
+
+def computes_nothing(mutant: str) -> bool:
+    """Whether a mutant of this name gives an answer without computing anything."""
+    return mutant.startswith((ZEROS, FROZEN, COPY))
 
 
 def _differ(outputs: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:

@@ -1,18 +1,22 @@
 """Every task proves itself before use (DESIGN section 5, rule 8).
 
-Its own reference must be accepted and race its own copy at 1.0 within noise; every mutant must be rejected.
+Its own reference must be accepted and race its own copy at 1.0 within noise; every mutant must be rejected. The
+race is for the tasks that ship with the project; a user's own task is proven without it, before its first search.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ke_gym.evaluation.checking import draw_cases
+from ke_gym.evaluation.checking import Case, draw_cases
 from ke_gym.evaluation.judge_client import JudgeClient
+from ke_gym.evaluation.mutants import computes_nothing
 from ke_gym.evaluation.stats import sign_p_interval
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.targets import cpu
@@ -22,6 +26,59 @@ ROUNDS = 15
 ATTEMPTS = 3
 # Two processes of the same program may differ by this much on a shared machine (page placement, caches).
 NOISE = 0.10
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far a task's checks can be trusted: the mutants they were tried on, and those that survived.
+
+    ``rejected`` is why its own reference is not accepted, if it is not.
+    """
+
+    mutants: int
+    survivors: tuple[str, ...] = ()
+    rejected: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.mutants > 0 and not self.survivors and not self.rejected
+
+    @property
+    def useless(self) -> bool:
+        """Whether a kernel that computes nothing would be accepted, or none at all."""
+        return bool(self.rejected) or not self.mutants or any(map(computes_nothing, self.survivors))
+
+    def reasons(self) -> list[str]:
+        """What is wrong with the task; nothing if all is well."""
+        reasons = []
+        if self.rejected:
+            reasons.append(f"its own reference is rejected: {self.rejected}")
+        if self.survivors:
+            reasons.append(f"mutants survive: {', '.join(self.survivors)}")
+        if not self.mutants:
+            reasons.append("no mutant could be made: nothing about it can be checked")
+        return reasons
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"all {self.mutants} wrong versions of it are rejected"
+        return "; ".join(self.reasons())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Proof:
+        data = json.loads(text)
+        return Proof(data["mutants"], tuple(data["survivors"]), data["rejected"])
+
+
+def prove(judge: JudgeClient, shape_set: str, cases: Sequence[Case]) -> Proof:
+    """The part of the check that takes no race; the mutants are judged on ``cases`` until all are rejected."""
+    verdict = judge.self_verdict(shape_set)
+    results = judge.mutants(shape_set, list(cases))
+    survivors = tuple(name for name, rejected in results.items() if not rejected)
+    return Proof(len(results), survivors, "" if verdict["ok"] else str(verdict["reason"]))
 
 
 @dataclass(frozen=True)
@@ -62,22 +119,14 @@ def check(
 def _check(
     task: Task, contract: str, first: JudgeClient, second: JudgeClient, rng: random.Random
 ) -> SelfCheck:
-    verdict = first.self_verdict(contract)
-    results = first.mutants(contract, draw_cases(rng))
-    survivors = tuple(name for name, rejected in results.items() if not rejected)
+    proof = prove(first, contract, draw_cases(rng))
     for _ in range(ATTEMPTS):
         ratios, seconds = _race(contract, first, second, rng)
         low, high = sign_p_interval(ratios)
         if low <= NOISE and high >= -NOISE:
             break
     median = float(np.median(ratios))
-    reasons = []
-    if not verdict["ok"]:
-        reasons.append(f"its own reference is rejected: {verdict['reason']}")
-    if survivors:
-        reasons.append(f"mutants survive: {', '.join(survivors)}")
-    if not results:
-        reasons.append("no mutant could be made: nothing about it can be checked")
+    reasons = proof.reasons()
     if low > NOISE or high < -NOISE:
         reasons.append(f"its reference races its own copy at {math.exp(median):.2f}x")
     return SelfCheck(
@@ -86,8 +135,8 @@ def _check(
         1e3 * float(np.median(seconds)),
         math.exp(median),
         (math.exp(low), math.exp(high)),
-        len(results),
-        survivors,
+        proof.mutants,
+        proof.survivors,
         "; ".join(reasons),
     )
 

@@ -14,10 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.proposers.base import Refusal
 from ke_gym.search.run import Watch
 from ke_gym.search.session import Ask, Request, Session
 from ke_gym.search.tree import Node
+from ke_gym.tasks import Task
 
 
 class Pace:
@@ -69,6 +71,11 @@ def cost(session: Session) -> str:
     return f" | {used.prompt_tokens + used.completion_tokens:,} tokens, ${session.spent.dollars:.4f}"
 
 
+def proof_line(title: str, proof: Proof) -> str:
+    """What the check of a user's own task found."""
+    return f"{title} task check: {'' if proof.ok else 'WARNING: '}{proof}"
+
+
 class PlainView(Watch):
     """One line per evaluation, for logs and pipes."""
 
@@ -82,6 +89,9 @@ class PlainView(Watch):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    def proved(self, task: Task, proof: Proof) -> None:
+        self.console.print(proof_line(self.title, proof), highlight=False, soft_wrap=True)
 
     def refused(self, session: Session, request: Request, refusal: Refusal) -> None:
         if refusal.attempt:
@@ -125,6 +135,9 @@ class LiveView(Watch):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def proved(self, task: Task, proof: Proof) -> None:
+        self._live.console.print(proof_line(self.title, proof), highlight=False, soft_wrap=True)
 
     def asked(self, session: Session, ask: Ask) -> None:
         self._session = session

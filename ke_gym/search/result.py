@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ke_gym.candidate import Candidate
 from ke_gym.deploy import Kernel
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.files import write_whole
 from ke_gym.languages.artifact import Artifact
 from ke_gym.proposers.base import NOTHING, Usage
@@ -46,6 +47,8 @@ class Result:
     usage: Usage = NOTHING
     """What models were asked in all; nothing where none was."""
     dollars: float = 0.0
+    proof: Proof | None = None
+    """How far the task's checks can be trusted; None where that was not tried here: for the built-in suite, on GPUs."""
 
     @property
     def speedup(self) -> float:
@@ -106,7 +109,19 @@ class Result:
         }
 
     def verdict(self) -> str:
-        """One or two sentences: what was found, or that nothing was, and how close to the floor one is."""
+        """What was found, or that nothing was, and how close to the floor one is; a warning if the task is weak."""
+        return " ".join(filter(None, (self._found(), self.warning())))
+
+    def warning(self) -> str:
+        """What a reader has to know of a task whose checks let wrong versions of it through; "" if they don't."""
+        if self.proof is None or self.proof.ok:
+            return ""
+        return (
+            f"Warning: the checks of {self.task.name} accept wrong versions of it ({', '.join(self.proof.survivors)}),"
+            " so a kernel may be as wrong."
+        )
+
+    def _found(self) -> str:
         name = self.task.name
         if self.evaluation is None:
             if self.valid:
@@ -152,6 +167,7 @@ class Result:
             "floor_ms": self.floor_ms,
             "dollars": self.dollars,
             "usage": self.usage.to_dict(),
+            "proof": asdict(self.proof) if self.proof else None,
             "evaluation": json.loads(self.evaluation.to_json()) if self.evaluation else None,
         }
         write_whole(self.run_dir / "result.json", json.dumps(data, indent=1).encode())

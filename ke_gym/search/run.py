@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.proposers.base import Proposal, ProposerLost, Refusal
 from ke_gym.search import reward
 from ke_gym.search.observation import Observation
 from ke_gym.search.session import Ask, Request, Session, Situation
 from ke_gym.search.tree import Node
 from ke_gym.strategies import ACTIONS, FIX, STOP
+from ke_gym.tasks import Task
 
 Evaluate = Callable[[Candidate, Candidate | None], Evaluation]
 
@@ -60,6 +62,9 @@ class Chooser(Protocol):
 
 class Watch:
     """Hooks of a search, called in the thread that runs it. The default ones do nothing."""
+
+    def proved(self, task: Task, proof: Proof) -> None:
+        """``task``, a user's own, has been checked before the search."""
 
     def asked(self, session: Session, ask: Ask) -> None:
         """``ask`` has been handed out for evaluation."""

@@ -23,6 +23,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION, Evaluation
 from ke_gym.evaluation.record import home
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.proposers.base import NOTHING, Usage
 from ke_gym.proposers.warm import Record
 from ke_gym.tasks import Task
@@ -65,6 +66,13 @@ MIGRATIONS = (
     """
     ALTER TABLE nodes ADD COLUMN kind TEXT NOT NULL DEFAULT '';
     ALTER TABLE nodes ADD COLUMN usage TEXT;
+    """,
+    # What came of the self-check of a user's own task.
+    """
+    CREATE TABLE proofs (
+        task TEXT NOT NULL, machine TEXT NOT NULL, harness INTEGER NOT NULL, data TEXT NOT NULL, created REAL NOT
+        NULL, PRIMARY KEY (task, machine, harness)
+    ) WITHOUT ROWID;
     """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -234,6 +242,22 @@ class Store:
             Record(task, source, Candidate(kernel, language), speedup)
             for task, source, kernel, language, speedup in rows
         ]
+
+    def add_proof(self, setting: Setting, proof: Proof) -> None:
+        """Remember how far the setting's task can be trusted on its machine."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO proofs VALUES (?, ?, ?, ?, ?)",
+                (setting.task, setting.machine, setting.harness, proof.to_json(), time.time()),
+            )
+
+    def proof(self, setting: Setting) -> Proof | None:
+        """What is remembered of the setting's task on its machine."""
+        rows = self._rows(
+            "SELECT data FROM proofs WHERE task = ? AND machine = ? AND harness = ?",
+            setting.task, setting.machine, setting.harness,
+        )  # fmt: skip
+        return Proof.from_json(rows[0][0]) if rows else None
 
     # Searches ---------------------------------------------------------------------------------------------
 

@@ -22,6 +22,11 @@ def library() -> dict[str, Task]:
     return {task.name: task for task in sorted(tasks, key=lambda task: (task.family, task.name))}
 
 
+def built_in(task: Task) -> bool:
+    """Whether a task is one of the suite that ships with the project."""
+    return Path(task.path).parent == LIBRARY
+
+
 def resolve(spec: str | Path) -> list[Task]:
     """The tasks a specification names, at least one.
 
