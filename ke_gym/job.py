@@ -21,6 +21,9 @@ from torch import nn
 
 from ke_gym import proposers
 from ke_gym.candidate import Candidate
+from ke_gym.codegen.capture import capture
+from ke_gym.codegen.errors import CodegenError
+from ke_gym.codegen.features import Features
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
@@ -280,9 +283,10 @@ def _proposer(
         llm=llm,
         transcripts=run_dir / "transcripts",
     )
+    graph = _graph(task, settings.target, made, store)
     if not settings.warm_start:
         return made
-    kernels = warm.choose(task, settings.target, store.leaders(settings.target))
+    kernels = warm.choose(task, settings.target, store.leaders(settings.target), graph)
     return warm.WarmStart(made, kernels, settings.warm_start)
 
 
@@ -304,6 +308,20 @@ def proven(task: Task, store: Store, setting: Setting, evaluator: Evaluator) -> 
             " that hides errors"
         )
     return proof
+
+
+def _graph(task: Task, target: str, proposer: Proposer, store: Store) -> Features | None:
+    """What the task's graph is made of: as recorded, as the proposer captured it, or captured now, once for all
+    searches; None for a module that cannot be captured."""
+    known = store.features(task.id, target)
+    if known is not None:
+        return known
+    try:
+        graph = proposer.features or Features.of(capture(task, task.contract(target)))
+    except CodegenError:
+        return None
+    store.add_features(task.id, target, graph)
+    return graph
 
 
 def remembering(

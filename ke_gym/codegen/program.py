@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ke_gym.codegen import fusion, module, module_triton
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
+from ke_gym.codegen.features import Features
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
@@ -21,24 +22,28 @@ LANGUAGES = {"cpp": ("cpu", module.emit), "triton": ("cuda", module_triton.emit)
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What a task computes, one graph per public shape set (the contract first)."""
+    """What a task computes, one graph per public shape set (the contract first), and the first one's features."""
 
     name: str
     graphs: tuple[Graph, ...]
+    features: Features | None = None
 
     @classmethod
     def from_task(cls, task: Task, target: str = "cpu") -> Program:
         """Capture and lower; raises ``CodegenError`` naming what ``torch.export`` refused and where."""
-        graphs = []
+        graphs: list[Graph] = []
+        features = None
         for shape_set in task.public_shapes(target):
             try:
-                graph = lower(capture(task, shape_set), task.precision)
+                captured = capture(task, shape_set)
+                features = features or Features.of(captured)
+                graph = lower(captured, task.precision)
                 if target == "cuda":
                     graph = for_gpu(graph)
                 graphs.append(graph)
             except Illegal as reason:
                 raise CodegenError(f"{task.name}: {reason}; no kernel can be generated") from reason
-        return cls(task.name, tuple(graphs))
+        return cls(task.name, tuple(graphs), features)
 
     @classmethod
     def for_language(cls, task: Task, language: str) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.strategies import STRATEGIES, Strategy
+
+if TYPE_CHECKING:
+    from ke_gym.codegen.features import Features
 
 EditMode = Literal["edit", "rewrite"]
 """How a model may answer: with search/replace edits of the parent, or with a whole module."""
@@ -156,6 +159,11 @@ class Proposer(ABC):
     def ordered(self) -> bool:
         """Whether proposals are to be taken in the order they were asked for, so that a search repeats."""
         return True
+
+    @property
+    def features(self) -> Features | None:
+        """The task's graph, where the proposer has captured it anyway."""
+        return None
 
     def fund(self, dollars: float | None, spent: float) -> None:  # noqa: B027
         """A session starts: it may spend ``dollars`` in all (None: any sum), and has spent ``spent`` before."""

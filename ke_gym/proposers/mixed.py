@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from ke_gym.candidate import Candidate
 from ke_gym.proposers.base import NOTHING, Context, Proposal, Proposer, Refusal, Usage
 from ke_gym.strategies import RESTART, STRATEGIES, Strategy
+
+if TYPE_CHECKING:
+    from ke_gym.codegen.features import Features
 
 
 class Mixed(Proposer):
@@ -69,6 +73,10 @@ class Mixed(Proposer):
             if made.kind != "inapplicable":
                 break
         return refusal
+
+    @property
+    def features(self) -> Features | None:
+        return next((known for member in self.members if (known := member.features)), None)
 
     def fund(self, dollars: float | None, spent: float) -> None:
         for member in self.members:

@@ -23,6 +23,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.codegen import CodegenError, Group, Program, Schedule, rewrites, rewrites_gpu
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.features import Features
 from ke_gym.proposers import text, tuning
 from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal, Trial
 from ke_gym.proposers.schedules import attach, recover, without
@@ -71,6 +72,10 @@ class Rewriter(Proposer):
         if changed is None:
             return Refusal(f"{strategy.name} does not apply to this schedule")
         return self._printed(parent, strategy, changed)
+
+    @property
+    def features(self) -> Features | None:
+        return self.program.features
 
     def _schedule(self, source: str) -> Schedule | None:
         """What the text carries, unless it is of another task, or of a version that knew other nests."""

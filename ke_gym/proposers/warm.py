@@ -1,8 +1,9 @@
 """Warm starts: the best kernels of earlier searches, offered as drafts.
 
 A draft is, at a set rate, the best recorded kernel of the same task (perhaps from another machine or baseline), or of a
-similar one that it can stand in for. Similar means: the references use the same operators about as often, on sizes
-of the same magnitude. Kernels for other sizes are offered only if they claim to be general.
+similar one that it can stand in for. Similar means: the captured graphs consist of the same operations, reductions and
+products, on sizes of the same magnitude. Where a module cannot be captured, the calls and sizes in its text stand for
+them. Kernels for other sizes are offered only if they claim to be general.
 
 Reuse is a trade: in the one published ablation it brought a first gain ten times sooner, and a worse best kernel in
 the end, since searches that start alike stay alike (arXiv 2606.29823). Hence a rate, and off by default.
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,13 @@ from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal, Usage
 from ke_gym.strategies import RESTART, Strategy
 from ke_gym.tasks import Task
 
+if TYPE_CHECKING:
+    from ke_gym.codegen.features import Features
+
 ALIKE = 0.8
 """The least similarity of two tasks whose kernels may stand in for each other."""
+OTHER_DTYPES = 0.9
+"""What is left of the similarity of two tasks that differ in the types of what goes in and comes out."""
 MOST = 4
 """How many kernels are offered in one search."""
 _GENERAL = re.compile(r"^general\s*=\s*True\b", re.MULTILINE)
@@ -40,18 +46,26 @@ _SCAFFOLD = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What two references are compared by: operators with their counts, and named sizes."""
+    """What two references are compared by: operators with their weights, sizes by name, the exact shapes, and dtypes
+    where they are known."""
 
-    operators: Counter[str]
+    operators: Mapping[str, float]
     sizes: Mapping[str, int]
+    shapes: tuple[str, ...] = ()
+    dtypes: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, source: str, target: str) -> Profile:
+    def of_graph(cls, graph: Features) -> Profile:
+        """The profile of a captured graph."""
+        return cls(graph.weighted(), graph.sizes, (*graph.inputs, "->", *graph.outputs), graph.dtypes)
+
+    @classmethod
+    def of_text(cls, source: str, target: str) -> Profile:
         """The profile of a task file on ``target``; nothing for text that is not Python."""
         try:
             tree = ast.parse(source)
         except SyntaxError:
-            return cls(Counter(), {})
+            return cls({}, {})
         model = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Model"), None)
         operators: Counter[str] = Counter()
         for node in ast.walk(model) if model else ():
@@ -60,7 +74,8 @@ class Profile:
                 operators[name.lower()] += name not in _SCAFFOLD
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
                 operators["matmul"] += 1
-        return cls(+operators, _sizes(tree, target))
+        sizes = _sizes(tree, target)
+        return cls(+operators, sizes, tuple(f"{name}={sizes[name]}" for name in sorted(sizes)))
 
 
 def _sizes(tree: ast.Module, target: str) -> dict[str, int]:
@@ -87,39 +102,51 @@ def _sizes(tree: ast.Module, target: str) -> dict[str, int]:
 
 
 def similarity(one: Profile, other: Profile) -> float:
-    """From 0 to 1: the cosine between the operator counts, times how close the sizes of the same name are (a
-    factor of two apart in all of them: 0.8)."""
+    """From 0 to 1: the cosine between the operators, times how close the sizes of the same name are (a factor of two
+    apart in all of them: 0.8), times ``OTHER_DTYPES`` if the types differ."""
     norms = [math.sqrt(sum(n * n for n in p.operators.values())) for p in (one, other)]
     if not all(norms):
         return 0.0
-    dot = sum(count * other.operators[name] for name, count in one.operators.items())
+    dot = sum(weight * other.operators.get(name, 0.0) for name, weight in one.operators.items())
     shared = one.sizes.keys() & other.sizes.keys()
     apart = [abs(math.log2(one.sizes[name] / other.sizes[name])) for name in shared]
     distance = sum(apart) / len(apart) if apart else 0.0
-    return dot / (norms[0] * norms[1]) * math.pow(0.8, distance)
+    types = 1.0 if one.dtypes == other.dtypes else OTHER_DTYPES
+    return dot / (norms[0] * norms[1]) * math.pow(0.8, distance) * types
 
 
 @dataclass(frozen=True)
 class Record:
-    """A recorded kernel: the task it was made for (id and source), and its speedup there."""
+    """A recorded kernel: the task it was made for (id, source, and its graph if it could be captured), and its
+    speedup there."""
 
     task: str
     source: str
     candidate: Candidate
     speedup: float
+    graph: Features | None = None
 
 
-def choose(task: Task, target: str, records: Iterable[Record]) -> list[Candidate]:
-    """The recorded kernels worth offering for ``task``, best first: its own by speedup, then those of tasks at
-    least ``ALIKE``, by similarity."""
-    mine = Profile.of(task.source, target)
+def profiles(task: Task, target: str, graph: Features | None, record: Record) -> tuple[Profile, Profile]:
+    """The task's and the record's, by their graphs, or by their text where one of them has none."""
+    if graph is not None and record.graph is not None:
+        return Profile.of_graph(graph), Profile.of_graph(record.graph)
+    return Profile.of_text(task.source, target), Profile.of_text(record.source, target)
+
+
+def choose(
+    task: Task, target: str, records: Iterable[Record], graph: Features | None = None
+) -> list[Candidate]:
+    """The recorded kernels worth offering for ``task`` (``graph``: its own, if it could be captured), best first:
+    its own by speedup, then those of tasks at least ``ALIKE``, by similarity."""
     ranked = []
     for record in records:
-        theirs = Profile.of(record.source, target)
-        alike = 1.0 if record.task == task.id else similarity(mine, theirs)
-        same_sizes = record.task == task.id or (theirs.sizes == mine.sizes and bool(mine.sizes))
+        mine, theirs = profiles(task, target, graph, record)
+        own = record.task == task.id
+        alike = 1.0 if own else similarity(mine, theirs)
+        same_sizes = own or (theirs.shapes == mine.shapes and bool(mine.shapes))
         if alike >= ALIKE and (same_sizes or _GENERAL.search(record.candidate.source)):
-            ranked.append((record.task != task.id, -alike, -record.speedup, record.candidate))
+            ranked.append((not own, -alike, -record.speedup, record.candidate))
     ranked.sort(key=lambda item: item[:3])
     unique = {candidate.id: candidate for *_, candidate in ranked}
     return [replace(c, parent=None, strategy=RESTART.name, proposer="warm") for c in unique.values()][:MOST]
@@ -162,6 +189,10 @@ class WarmStart(Proposer):
 
     def mask(self, parent: Candidate) -> NDArray[np.bool_]:
         return self.inner.mask(parent)
+
+    @property
+    def features(self) -> Features | None:
+        return self.inner.features
 
     @property
     def in_flight(self) -> int:

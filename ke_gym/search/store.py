@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
@@ -27,6 +27,9 @@ from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.proposers.base import NOTHING, Usage
 from ke_gym.proposers.warm import Record
 from ke_gym.tasks import Task
+
+if TYPE_CHECKING:
+    from ke_gym.codegen.features import Features
 
 # One script per schema version; a database at version v is brought forward by MIGRATIONS[v:].
 MIGRATIONS = (
@@ -72,6 +75,12 @@ MIGRATIONS = (
     CREATE TABLE proofs (
         task TEXT NOT NULL, machine TEXT NOT NULL, harness INTEGER NOT NULL, data TEXT NOT NULL, created REAL NOT
         NULL, PRIMARY KEY (task, machine, harness)
+    ) WITHOUT ROWID;
+    """,
+    # A task's captured graph on one kind of target (``codegen.features.Features`` as JSON).
+    """
+    CREATE TABLE features (
+        task TEXT NOT NULL, target TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (task, target)
     ) WITHOUT ROWID;
     """,
 )
@@ -174,6 +183,18 @@ class Store:
                 (task.id, task.name, task.family, task.source, time.time()),
             )
 
+    def add_features(self, task_id: str, target: str, features: Features) -> None:
+        """Remember what the task's graph is made of on this kind of target."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO features VALUES (?, ?, ?)", (task_id, target, features.to_json())
+            )
+
+    def features(self, task_id: str, target: str) -> Features | None:
+        """What ``add_features`` was given; None if nothing was, or by another version."""
+        rows = self._rows("SELECT data FROM features WHERE task = ? AND target = ?", task_id, target)
+        return _features(rows[0][0]) if rows else None
+
     def add_candidate(self, candidate: Candidate) -> None:
         """Remember the candidate; the first parent and strategy that led to it are the ones kept."""
         with self._transaction() as db:
@@ -229,18 +250,20 @@ class Store:
     def leaders(self, target: str, per_task: int = 2) -> list[Record]:
         """The fastest correct kernels of every task on this kind of target, whatever the machine."""
         rows = self._rows(
-            "SELECT t.id, t.source, c.source, c.language, ranked.speedup FROM ("
+            "SELECT t.id, t.source, c.source, c.language, ranked.speedup, f.data FROM ("
             "  SELECT task, candidate, max(speedup) AS speedup,"
             "    row_number() OVER (PARTITION BY task ORDER BY max(speedup) DESC) AS place"
             "  FROM evaluations WHERE target = ? AND outcome = 'correct' AND speedup > 1 GROUP BY task, candidate"
             ") AS ranked JOIN tasks t ON t.id = ranked.task JOIN candidates c ON c.id = ranked.candidate"
+            " LEFT JOIN features f ON f.task = t.id AND f.target = ?"
             " WHERE place <= ? ORDER BY t.created, place",
+            target,
             target,
             per_task,
         )
         return [
-            Record(task, source, Candidate(kernel, language), speedup)
-            for task, source, kernel, language, speedup in rows
+            Record(task, source, Candidate(kernel, language), speedup, _features(data) if data else None)
+            for task, source, kernel, language, speedup, data in rows
         ]
 
     def add_proof(self, setting: Setting, proof: Proof) -> None:
@@ -347,6 +370,12 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _features(data: str) -> Features | None:
+    from ke_gym.codegen.features import Features  # the code generator is loaded only where tasks are compared
+
+    return Features.from_json(data)
 
 
 def _insert_candidate(db: sqlite3.Connection, candidate: Candidate) -> None:

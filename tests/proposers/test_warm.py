@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ke_gym.candidate import Candidate
+from ke_gym.codegen.capture import capture
+from ke_gym.codegen.features import Features
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import Context, Proposal
@@ -23,7 +26,123 @@ SUITE = {task.name: task for task in resolve("suite")}
 
 
 def profile(name: str) -> Profile:
-    return Profile.of(SUITE[name].source, "cpu")
+    return Profile.of_text(SUITE[name].source, "cpu")
+
+
+NORM = """
+import torch
+from torch import nn
+
+
+class {model}(nn.Module):
+    def __init__(self, {size}):
+        super().__init__()
+        self.{weight} = nn.Parameter(torch.ones({size}))
+
+    def forward(self, {x}):
+        {body}
+
+
+Model = {model}
+N, D = {rows}, 2048
+
+
+def get_inputs():
+    return [torch.randn(N, D)]
+
+
+def get_init_inputs():
+    return [D]
+"""
+BY_HAND = (
+    "{s} = {x}.pow(2).mean(-1, keepdim=True)\n        return {x} * torch.rsqrt({s} + 1e-6) * self.{weight}"
+)
+BY_NAME = "return nn.functional.rms_norm({x}, ({x}.shape[-1],), self.{weight}, 1e-6)"
+
+
+def norm(body: str, rows: int, **names: str) -> str:
+    return NORM.format(body=body.format(**names), rows=rows, **names)
+
+
+def graph(task: Task) -> Features:
+    return Features.of(capture(task, task.contract("cpu")))
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, Features]:
+    chosen = ("rms_norm", "rms_norm_bf16", "layer_norm", "group_norm", "residual_scale", "bias_gelu",
+              "activation_chain", "swiglu", "softmax", "conv1d", "matmul_bias_gelu", "matmul_skinny")  # fmt: skip
+    return {name: graph(SUITE[name]) for name in chosen}
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Task]]:
+    """A norm; the same one under other names; the same one spelled otherwise; the same one for other sizes."""
+    folder = tmp_path_factory.mktemp("norms")
+    plain = {"model": "Model", "size": "size", "weight": "weight", "x": "x", "s": "s"}
+    renamed = {"model": "Squash", "size": "wide", "weight": "alpha", "x": "values", "s": "energy"}
+    sources = {
+        "norm": norm(BY_HAND, 1500, **plain),
+        "renamed": norm(BY_HAND, 1500, **renamed),
+        "spelled": norm(BY_NAME, 1500, **plain),
+        "smaller": norm(BY_HAND, 512, **plain),
+    }
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    yield {name: Task.load(folder / f"{name}.py") for name in sources}
+
+
+def nearest(one: Features, others: dict[str, Features]) -> list[str]:
+    mine = Profile.of_graph(one)
+    return sorted(others, key=lambda name: -similarity(mine, Profile.of_graph(others[name])))
+
+
+def test_a_renamed_copy_is_nearest_by_its_graph_which_its_text_does_not_show(
+    graphs: dict[str, Features], variants: dict[str, Task]
+) -> None:
+    found = {name: graph(task) for name, task in variants.items()}
+    others = {**graphs, **{name: known for name, known in found.items() if name != "norm"}}
+    assert nearest(found["norm"], others)[0] == "renamed" and found["renamed"] == found["norm"]
+    assert set(nearest(found["norm"], others)[:4]) >= {"renamed", "spelled", "rms_norm"}
+    # Calls in the text are other ones where F.rms_norm is called.
+    texts = [Profile.of_text(variants[name].source, "cpu") for name in ("norm", "spelled")]
+    assert (
+        similarity(*texts) < ALIKE <= similarity(*(Profile.of_graph(found[n]) for n in ("norm", "spelled")))
+    )
+
+
+def test_a_norm_is_nearer_to_norms_than_to_what_is_pointwise(graphs: dict[str, Features]) -> None:
+    order = nearest(graphs["rms_norm"], graphs)
+    assert order[:2] == ["rms_norm", "rms_norm_bf16"]
+    first_pointwise = min(
+        order.index(n) for n in ("residual_scale", "bias_gelu", "activation_chain", "swiglu")
+    )
+    assert max(order.index(n) for n in ("layer_norm", "group_norm")) < first_pointwise
+    assert graphs["rms_norm"].structure == {"reduces:last": 1} and graphs["rms_norm"].sizes["reduced"] == 2048
+    assert nearest(graphs["matmul_bias_gelu"], graphs)[1] == "matmul_skinny"
+    assert graphs["matmul_bias_gelu"].structure == {"contracts:product": 1}
+    assert graphs["matmul_bias_gelu"].sizes["contracted"] == 512
+
+
+def test_features_survive_the_store_and_choose_the_kernels(
+    tmp_path: Path, graphs: dict[str, Features], variants: dict[str, Task]
+) -> None:
+    with Store(tmp_path / "store.db") as store:
+        for number, name in enumerate(("renamed", "smaller")):
+            task, candidate = variants[name], Candidate(f"x = {number}")
+            store.add_task(task)
+            store.add_features(task.id, "cpu", graph(task))
+            store.add_candidate(candidate)
+            verdict = Evaluation(task.name, "cpu", "cpp", candidate.id, "correct", speedup=2.0)
+            store.add_evaluation(Setting(task.id, "cpu", "a", "eager", 2), verdict)
+        task = variants["norm"]
+        assert store.features(task.id, "cpu") is None
+        store.add_features(task.id, "cpu", graph(task))
+        mine = store.features(task.id, "cpu")
+        assert mine == graph(task)
+        # The other sizes' kernel does not claim to be general.
+        assert [c.source for c in choose(task, "cpu", store.leaders("cpu"), mine)] == ["x = 0"]
+    assert Features.from_json(graph(task).to_json().replace('"format": 1', '"format": 0')) is None
 
 
 def record(task: Task, number: int, speedup: float, head: str = "", task_id: str = "") -> Record:
@@ -34,8 +153,8 @@ def test_the_profile_is_of_operators_and_of_the_sizes_on_the_target() -> None:
     found = profile("softmax")
     assert found.operators == {"softmax": 1}
     assert found.sizes == {"ROWS": 2048, "COLS": 2048}
-    assert Profile.of(SUITE["softmax"].source, "cuda").sizes == {"ROWS": 16384, "COLS": 32768}
-    assert Profile.of("not python (", "cpu") == Profile.of("", "cpu")
+    assert Profile.of_text(SUITE["softmax"].source, "cuda").sizes == {"ROWS": 16384, "COLS": 32768}
+    assert Profile.of_text("not python (", "cpu") == Profile.of_text("", "cpu")
 
 
 def test_similar_tasks_are_told_from_others() -> None:
