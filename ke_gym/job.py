@@ -38,7 +38,7 @@ from ke_gym.report import write_report
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
 from ke_gym.search.result import Result
-from ke_gym.search.run import Watch, run
+from ke_gym.search.run import Paying, Watch, run
 from ke_gym.search.session import Session
 from ke_gym.search.store import Setting, Store
 from ke_gym.tasks import Reference, Task
@@ -70,6 +70,7 @@ class RunSettings:
     exchange: str = ""
     learned: bool = True
     warm_start: float = 0.0
+    prices: str = ""
 
 
 def optimize(
@@ -137,7 +138,7 @@ def optimize(
         settings = RunSettings(
             RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
             threads, workers, llm.to_dict() if llm and "openai" in proposers.members(proposer) else None,
-            str(Path(exchange).absolute()) if exchange else "", learned, warm_start,
+            str(Path(exchange).absolute()) if exchange else "", learned, warm_start, llm.prices if llm else "",
         )  # fmt: skip
     module = task if isinstance(task, nn.Module) else None
     try:
@@ -235,6 +236,8 @@ def _search(
             settings={"policy": settings.policy, "workers": settings.workers},
             surroundings=Surroundings.of(evaluator),
         )
+        if isinstance(policy, Paying):
+            policy.fund(session.purse, settings.prices)
         store.add_task(task)
         if task.payload:
             write_whole(run_dir / TASK_FILE, task.to_bytes())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 import weakref
 from typing import Any
 
@@ -20,8 +21,10 @@ from ke_gym.errors import UserError
 from ke_gym.policies.base import Observation, Policy, transformations
 from ke_gym.policies.features import part, pressures
 from ke_gym.proposers import prices
+from ke_gym.proposers.base import NOTHING, OutOfDollars, Usage
 from ke_gym.proposers.endpoint import Endpoint, Failure
 from ke_gym.proposers.llm import LLM
+from ke_gym.proposers.prices import Account, Price, Purse
 from ke_gym.search.run import Transition
 from ke_gym.strategies import ACTIONS
 
@@ -42,7 +45,8 @@ class LLMChooser(Policy):
     Where the endpoint fails or names no legal strategy, a legal action is drawn at random: logged as a
     warning, and kept in ``fallbacks`` (one sentence each), which the saved policy carries. One that is lost (it
     can't be reached, refuses the key, or fails again and again) raises ``UserError``. ``dollars`` is what the
-    choices have cost, as far as the price of the model is known.
+    choices have cost, as far as the price of the model is known; in a search they count toward its budget, and
+    ``OutOfDollars`` says that no further choice can be paid.
     """
 
     name = "llm_chooser"
@@ -64,20 +68,49 @@ class LLMChooser(Policy):
         self.dollars = 0.0
         self._settings = LLM((self.model,), url, max_tokens=ANSWER, timeout=timeout, retries=retries)
         self._endpoint: Endpoint | None = None
+        self._purse = Purse()
+        self._prices = ""
+        self._bill: tuple[float, Usage] = (0.0, NOTHING)
         self.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_endpoint": None}  # a copy opens its own
+        # A copy opens its own, and has no money that is not its own.
+        return self.__dict__ | {"_endpoint": None, "_purse": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_purse": Purse()})
+
+    def fund(self, purse: Purse, prices: str = "") -> None:
+        """Pay for choices from ``purse``, by the price table that the file ``prices`` overrules; ``UserError``
+        where there is a limit, and the model has no known price or one answer may cost more than is left."""
+        self._purse, self._prices = purse, prices
+        self._check_model()
+        self._open()
+        price = self._price()
+        if purse.left is None:
+            return
+        if price is None:
+            raise UserError(
+                f"--max-dollars needs a price for {self.model!r}, which chooses the strategies (OPENAI_MODEL) and"
+                " is not in the table: give one with --prices FILE"
+            )
+        least = price.of(0, ANSWER)
+        if least > purse.left:
+            raise UserError(
+                f"one choice by {self.model} may cost ${least:.4f}, more than the ${max(purse.left, 0):.4f} that are"
+                " left; raise --max-dollars or use another policy"
+            )
+
+    def bill(self) -> tuple[float, Usage]:
+        """Dollars and usage since the last bill."""
+        owed, self._bill = self._bill, (0.0, NOTHING)
+        return owed
 
     def begin(self) -> None:
         self.history: list[str] = []
 
     def choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
-        if not self.model:
-            raise UserError(
-                "the policy llm_chooser needs a model: set OPENAI_MODEL (and OPENAI_BASE_URL and OPENAI_API_KEY),"
-                " or use another policy"
-            )
+        self._check_model()
         legal = transformations(mask)
         if len(legal) == 1:
             return int(legal[0])
@@ -112,23 +145,51 @@ class LLMChooser(Policy):
         lines += self.history[-REMEMBERED:]
         return "\n".join(lines)
 
-    def _ask(self, prompt: str) -> str:
-        """The answer; ``ValueError`` says why there is none."""
+    def _check_model(self) -> None:
+        if not self.model:
+            raise UserError(
+                "the policy llm_chooser needs a model: set OPENAI_MODEL (and OPENAI_BASE_URL and OPENAI_API_KEY),"
+                " or use another policy"
+            )
+
+    def _open(self) -> Endpoint:
         if self._endpoint is None:
             self._endpoint = Endpoint(self._settings)
             weakref.finalize(self, self._endpoint.close)
+        return self._endpoint
+
+    def _price(self) -> Price | None:
+        return prices.find(prices.load(self._prices), self.model, self._open().url)
+
+    def _ask(self, prompt: str) -> str:
+        """The answer; ``ValueError`` says why there is none."""
         request = {
             "model": self.model,
             "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}],
             "max_tokens": ANSWER,
             "temperature": 0.0,
         }
-        price = prices.find(prices.load(), self.model, self._endpoint.url) or prices.FREE
-        reply = self._endpoint.complete(str(len(self.history)), request, price)
-        self.dollars += reply.dollars
-        if isinstance(reply.result, Failure):
-            raise ValueError(reply.result.reason)
-        return reply.result.text
+        account, start, asked, tokens = Account(self._purse), time.monotonic(), 1, (0, 0)
+        try:
+            got = (
+                self._open()
+                .complete(str(len(self.history)), request, self._price() or prices.FREE, account)
+                .result
+            )
+            if isinstance(got, Failure):
+                asked = int(got.kind != "dollars")
+            else:
+                tokens = got.prompt_tokens, got.completion_tokens
+        finally:  # Ctrl-C may come while the model thinks, which costs nevertheless
+            seconds = time.monotonic() - start
+            used = Usage(self.model, asked, *tokens, seconds, unconfirmed=account.unconfirmed)
+            self.dollars += account.paid
+            self._bill = (self._bill[0] + account.paid, self._bill[1].plus(used))
+        if isinstance(got, Failure):
+            if got.kind == "dollars":
+                raise OutOfDollars
+            raise ValueError(got.reason)
+        return got.text
 
 
 def parse(answer: str, legal: NDArray[np.int64]) -> int:

@@ -153,7 +153,7 @@ def _reduced(node: torch.fx.Node, name: str) -> tuple[str, int]:
     if name in _ALONG:
         dims = [next((a for a in node.args[1:] if isinstance(a, int)), -1) % max(rank, 1)]
     else:
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         listed = [given] if isinstance(given, int) else list(given or ())
         dims = sorted({int(dim) % max(rank, 1) for dim in listed}) or list(range(rank))
     where = "all" if len(dims) == rank else "inner"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.proposers.prices import Purse
 from ke_gym.strategies import STRATEGIES, Strategy
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ EDIT_MODES: tuple[EditMode, ...] = ("edit", "rewrite")
 Kind = Literal[
     "inapplicable", "duplicate",
     "truncated", "declined", "empty", "prose", "edit", "syntax", "contract",
-    "rate_limited", "timeout", "unavailable", "rejected", "malformed", "dollars",
+    "rate_limited", "timeout", "unavailable", "rejected", "malformed", "dollars", "cancelled",
 ]  # fmt: skip
 """Why there is no candidate. The first two need no model; then what is wrong with a model's answer; then what
-is wrong with its endpoint, or with the money."""
+is wrong with its endpoint, or with the money, or that the search ended first."""
 ANSWER_KINDS: tuple[Kind, ...] = ("truncated", "declined", "empty", "prose", "edit", "syntax", "contract")
 ENDPOINT_KINDS: tuple[Kind, ...] = ("rate_limited", "timeout", "unavailable", "rejected", "malformed")
 
@@ -63,8 +64,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Usage:
-    """What asking a model took: tokens as its endpoint counts them, seconds from question to answer, and which
-    knowledge documents the prompt quoted."""
+    """What asking a model took: tokens as its endpoint counts them, seconds from question to answer, which
+    knowledge documents the prompt quoted, and how many of the dollars are ``unconfirmed``: an upper bound (prompt and
+    longest answer) for calls that ended without an answer, but may be charged."""
 
     model: str = ""
     calls: int = 0
@@ -72,6 +74,7 @@ class Usage:
     completion_tokens: int = 0
     seconds: float = 0.0
     documents: tuple[str, ...] = ()
+    unconfirmed: float = 0.0
 
     def plus(self, other: Usage) -> Usage:
         """Both together; the names are the later one's, where it has any."""
@@ -82,6 +85,7 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.seconds + other.seconds,
             tuple(dict.fromkeys(self.documents + other.documents)),
+            self.unconfirmed + other.unconfirmed,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +125,17 @@ class Refusal:
 
 
 class ProposerLost(UserError):
-    """The proposer can't go on (its endpoint is gone, its key was refused): a search ends with what it has."""
+    """The proposer can't go on (its endpoint is gone, its key was refused): a search ends with what it has.
+
+    ``dollars`` and ``usage`` are what the last request cost until then.
+    """
+
+    dollars: float = 0.0
+    usage: Usage = NOTHING
+
+
+class OutOfDollars(Exception):
+    """What is left of the budget pays for no further question to a model."""
 
 
 class Proposer(ABC):
@@ -165,8 +179,8 @@ class Proposer(ABC):
         """The task's graph, where the proposer has captured it anyway."""
         return None
 
-    def fund(self, dollars: float | None, spent: float) -> None:  # noqa: B027
-        """A session starts: it may spend ``dollars`` in all (None: any sum), and has spent ``spent`` before."""
+    def fund(self, purse: Purse) -> None:  # noqa: B027
+        """A session starts: all that it pays for comes from ``purse``; ``UserError`` if that pays for nothing."""
 
     def assign(self) -> str:
         """Which model the next request goes to ("": it makes no difference); asked in the search's thread."""

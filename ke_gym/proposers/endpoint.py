@@ -26,7 +26,7 @@ from ke_gym.proposers import prices
 from ke_gym.proposers.base import Kind, ProposerLost
 from ke_gym.proposers.cassette import Cassette
 from ke_gym.proposers.llm import LLM
-from ke_gym.proposers.prices import FREE, Price, Purse
+from ke_gym.proposers.prices import FREE, Account, Price, Purse
 from ke_gym.proposers.redaction import redactor, shown
 
 PATIENCE = 8
@@ -67,11 +67,12 @@ class Failure:
 @dataclass(frozen=True)
 class Reply:
     """What a call came to: the result, the response as it came ("" where there was none), and what all attempts
-    cost or may have cost."""
+    cost, or (``unconfirmed`` dollars of these, an upper bound) may have cost without an answer."""
 
     result: Completion | Failure
     response: str = ""
     dollars: float = 0.0
+    unconfirmed: float = 0.0
 
 
 def read(response: str, request: dict[str, Any]) -> Completion | Failure:
@@ -182,50 +183,58 @@ class Endpoint:
         return [model.id for model in page.data]
 
     def complete(
-        self, step: str, request: dict[str, Any], price: Price = FREE, purse: Purse | None = None
+        self, step: str, request: dict[str, Any], price: Price = FREE, account: Account | None = None
     ) -> Reply:
         """Ask, again if that may help, and wait.
 
-        Each attempt is paid from ``purse`` in advance, at the worst that ``price`` makes of it; one that may be
-        charged for without an answer stays booked so. Raises ``ProposerLost`` for what no further call can mend,
-        ``concurrent.futures.CancelledError`` after ``close``.
+        Each attempt is paid from ``account`` in advance, at the worst that ``price`` makes of it; one that may be
+        charged for without an answer stays booked so: the prompt's tokens and the longest answer it permits. So does
+        one that ``close`` cancels or Ctrl-C cuts short once it is on its way. Raises ``ProposerLost`` for what no
+        further call can mend.
         """
         body = json.dumps(request, ensure_ascii=False, sort_keys=True)
-        purse, worst = purse or Purse(), price.worst(request)
-        dollars = pause = 0.0
+        account, worst = account or Account(Purse()), price.worst(request)
+        paid_before, unconfirmed_before, pause = account.paid, account.unconfirmed, 0.0
+        response = ""
         for attempt in range(self.settings.retries + 1):
-            if not purse.reserve(worst):
-                return Reply(
-                    Failure("dollars", "the dollars that are left do not pay for another answer"), "", dollars
+            if not account.reserve(worst):
+                result: Completion | Failure = Failure(
+                    "dollars", "the dollars that are left do not pay for another answer"
                 )
-            paid = worst  # unless it is known to be less
+                break
+            sent = threading.Event()
+            paid: float | None = None  # not known
             try:
-                result, response = self._once(step, request, body, pause)
+                result, response = self._once(step, request, body, pause, sent)
                 if isinstance(result, Completion):
                     paid = price.of(result.prompt_tokens, result.completion_tokens)
                 elif not result.billed:
                     paid = 0.0
+            except concurrent.futures.CancelledError:
+                result, response = Failure("cancelled", "the search ended before an answer came"), ""
             except ProposerLost:
                 paid = 0.0
                 raise
             finally:
-                purse.settle(worst, paid)
-            dollars += paid
+                if paid is None and not sent.is_set():
+                    paid = 0.0
+                account.settle(worst, worst if paid is None else paid, confirmed=paid is not None)
             if isinstance(result, Completion) or result.again is None or attempt == self.settings.retries:
                 break
             pause = result.again or min(_PAUSES[0] * 2**attempt, _PAUSES[1]) * random.uniform(0.75, 1.0)
         if isinstance(result, Failure):
-            self._count(result)
+            if result.kind not in ("dollars", "cancelled"):
+                self._count(result)
         elif self._client is not None:
             self._failed, self._answered = 0, True
             if self.cassette is not None:
                 self.cassette.keep(step, body, response)
-        return Reply(result, response, dollars)
+        return Reply(result, response, account.paid - paid_before, account.unconfirmed - unconfirmed_before)
 
     def _once(
-        self, step: str, request: dict[str, Any], body: str, pause: float
+        self, step: str, request: dict[str, Any], body: str, pause: float, sent: threading.Event
     ) -> tuple[Completion | Failure, str]:
-        """One attempt, ``pause`` seconds from now."""
+        """One attempt, ``pause`` seconds from now; ``sent`` is set when it is on its way."""
         if self._client is None:
             assert self.cassette is not None
             try:
@@ -233,7 +242,7 @@ class Endpoint:
             except UserError as error:
                 raise ProposerLost(str(error)) from error
             return read(response, request), response
-        got = self._run(self._ask(request, pause))
+        got = self._run(self._ask(request, sent, pause))
         if isinstance(got, Failure):
             return got, ""
         response = self.redact(got)
@@ -249,9 +258,10 @@ class Endpoint:
                     f" {failure.reason}"
                 )
 
-    async def _ask(self, request: dict[str, Any], pause: float = 0.0) -> str | Failure:
+    async def _ask(self, request: dict[str, Any], sent: threading.Event, pause: float = 0.0) -> str | Failure:
         openai = self._openai
         await asyncio.sleep(pause)
+        sent.set()
         spoken = self._spoken(request)
         try:
             # The client's timeout is for each piece of an answer, and a server can drip.
@@ -273,12 +283,14 @@ class Endpoint:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise await self._explained(error, request) from None
         except openai.APIStatusError as error:
-            return await self._status(error, request, spoken)
+            return await self._status(error, request, spoken, sent)
         except (openai.OpenAIError, ValueError) as error:
             reason = f"the response cannot be read ({self._cause(error)})"
             return Failure("malformed", reason, billed=True)
 
-    async def _status(self, error: Any, request: dict[str, Any], spoken: dict[str, Any]) -> str | Failure:
+    async def _status(
+        self, error: Any, request: dict[str, Any], spoken: dict[str, Any], sent: threading.Event
+    ) -> str | Failure:
         said, status = self._said(error), error.status_code
         if status >= 500:
             reason = f"the server answered {status}: {said}"
@@ -287,7 +299,7 @@ class Endpoint:
         for setting, hint in (("max_tokens", "max_completion_tokens"), ("temperature", "temperature")):
             if hint in said and setting in spoken:
                 self._refused.add(setting)
-                return await self._ask(request)
+                return await self._ask(request, sent)
         return Failure("rejected", f"the server answered {status}: {said}")
 
     def _spoken(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -346,6 +358,9 @@ class Endpoint:
             self._tasks.add(future)
         try:
             return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
         finally:
             with self._lock:
                 self._tasks.discard(future)

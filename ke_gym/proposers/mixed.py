@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ke_gym.candidate import Candidate
 from ke_gym.proposers.base import NOTHING, Context, Proposal, Proposer, Refusal, Usage
+from ke_gym.proposers.prices import Purse
 from ke_gym.strategies import RESTART, STRATEGIES, Strategy
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Mixed(Proposer):
         self.draws = max(member.draws for member in members)
         self.stochastic = any(member.stochastic for member in members)
         self._alone = threading.RLock()
+        self._closed = False
 
     @property
     def in_flight(self) -> int:
@@ -65,6 +67,8 @@ class Mixed(Proposer):
                 made = member.propose(parent, strategy, draw, context)
             else:
                 with self._alone:
+                    if self._closed:  # those that stand in line have no time any more
+                        return Refusal("the search ended", dollars, "cancelled", usage)
                     made = member.propose(parent, strategy, draw, context)
             dollars, usage = dollars + made.dollars, usage.plus(made.usage)
             if isinstance(made, Proposal):
@@ -78,9 +82,9 @@ class Mixed(Proposer):
     def features(self) -> Features | None:
         return next((known for member in self.members if (known := member.features)), None)
 
-    def fund(self, dollars: float | None, spent: float) -> None:
+    def fund(self, purse: Purse) -> None:
         for member in self.members:
-            member.fund(dollars, spent)
+            member.fund(purse)
 
     def assign(self) -> str:
         return next((model for member in self.members if (model := member.assign())), "")
@@ -94,5 +98,6 @@ class Mixed(Proposer):
             member.learn(gain, dollars, usage)
 
     def close(self) -> None:
+        self._closed = True
         for member in self.members:
             member.close()

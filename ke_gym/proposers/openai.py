@@ -22,11 +22,20 @@ from ke_gym.errors import UserError
 from ke_gym.knowledge import Document, Knowledge, Situation
 from ke_gym.proposers import answers, prefilter, prices, prompt, transcript
 from ke_gym.proposers.answers import Flaw
-from ke_gym.proposers.base import Context, EditMode, Kind, Proposal, Proposer, Refusal, Usage
+from ke_gym.proposers.base import (
+    Context,
+    EditMode,
+    Kind,
+    Proposal,
+    Proposer,
+    ProposerLost,
+    Refusal,
+    Usage,
+)
 from ke_gym.proposers.brief import Brief
 from ke_gym.proposers.endpoint import Completion, Endpoint, Failure
 from ke_gym.proposers.llm import LLM, writable
-from ke_gym.proposers.prices import Price, Purse
+from ke_gym.proposers.prices import Account, Price, Purse
 from ke_gym.proposers.prompt import Prompt
 from ke_gym.proposers.schedules import without
 from ke_gym.proposers.tiers import Tiers
@@ -136,9 +145,9 @@ class OpenAI(Proposer):
         mask[get("precision_math").id] = task.tolerance is not None or task.precision != "strict"
         return mask
 
-    def fund(self, dollars: float | None, spent: float) -> None:
-        affordable(self.settings, self.prices, None if dollars is None else dollars - spent)
-        self.purse.fund(dollars, spent)
+    def fund(self, purse: Purse) -> None:
+        affordable(self.settings, self.prices, purse.left)
+        self.purse = purse
 
     def assign(self) -> str:
         return self.tiers.choose()
@@ -221,7 +230,11 @@ class _Conversation:
         self.proposer, self.model, self.step, self.asked = proposer, model, step, asked
         self.messages: list[dict[str, str]] = asked.messages
         self.usage = Usage(model, documents=asked.documents)
-        self.dollars = 0.0
+        self.account = Account(proposer.purse)
+
+    @property
+    def dollars(self) -> float:
+        return self.account.paid
 
     def candidate(self, parent: Candidate | None, strategy: Strategy) -> Proposal | Refusal:
         """Ask, read, and if need be ask once to mend it."""
@@ -248,13 +261,30 @@ class _Conversation:
             request["temperature"] = settings.temperature
         price = self.proposer.prices[self.model] or prices.FREE
         start = time.monotonic()
-        reply = self.proposer.endpoint.complete(step, request, price, self.proposer.purse)
+        before = self.account.unconfirmed
+        try:
+            reply = self.proposer.endpoint.complete(step, request, price, self.account)
+        except ProposerLost as error:
+            self.usage = self.usage.plus(
+                Usage(
+                    self.model,
+                    1,
+                    seconds=time.monotonic() - start,
+                    unconfirmed=self.account.unconfirmed - before,
+                )
+            )
+            error.dollars, error.usage = self.dollars, self.usage
+            raise
         seconds, got = time.monotonic() - start, reply.result
-        self.dollars += reply.dollars
         if isinstance(got, Failure):
-            self.usage = self.usage.plus(Usage(self.model, int(got.kind != "dollars"), seconds=seconds))
+            called = int(got.kind != "dollars")
+            self.usage = self.usage.plus(
+                Usage(self.model, called, seconds=seconds, unconfirmed=reply.unconfirmed)
+            )
             return self._refusal(got.kind, got.reason)
-        counted = Usage(self.model, 1, got.prompt_tokens, got.completion_tokens, seconds)
+        counted = Usage(
+            self.model, 1, got.prompt_tokens, got.completion_tokens, seconds, unconfirmed=reply.unconfirmed
+        )
         self.usage = self.usage.plus(counted)
         self.messages.append({"role": "assistant", "content": got.text or got.declined})
         return got

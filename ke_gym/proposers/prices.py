@@ -114,6 +114,11 @@ class Purse:
         with self._changed:
             self.limit, self.spent, self._reserved = limit, spent, 0.0
 
+    @property
+    def left(self) -> float | None:
+        """What may still be spent; None: any sum."""
+        return None if self.limit is None else self.limit - self.spent
+
     def reserve(self, most: float) -> bool:
         """Set ``most`` dollars aside; False, and nothing happens, if there is less.
 
@@ -139,3 +144,22 @@ class Purse:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+class Account:
+    """What one payer takes from a purse: ``paid`` in all, of which ``unconfirmed`` is the most that calls without an
+    answer may be charged. It tells so even where a call ended by an exception. For one thread."""
+
+    def __init__(self, purse: Purse) -> None:
+        self.purse = purse
+        self.paid = self.unconfirmed = 0.0
+
+    def reserve(self, most: float) -> bool:
+        """As ``Purse.reserve``."""
+        return self.purse.reserve(most)
+
+    def settle(self, reserved: float, paid: float, confirmed: bool = True) -> None:
+        """As ``Purse.settle``; not ``confirmed``: ``paid`` is an upper bound."""
+        self.purse.settle(reserved, paid)
+        self.paid += paid
+        self.unconfirmed += 0.0 if confirmed else paid

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal, Usage
+from ke_gym.proposers.prices import Purse
 from ke_gym.strategies import RESTART, Strategy
 from ke_gym.tasks import Task
 
@@ -202,8 +203,8 @@ class WarmStart(Proposer):
     def ordered(self) -> bool:
         return self.inner.ordered
 
-    def fund(self, dollars: float | None, spent: float) -> None:
-        self.inner.fund(dollars, spent)
+    def fund(self, purse: Purse) -> None:
+        self.inner.fund(purse)
 
     def assign(self) -> str:
         return self.inner.assign()

@@ -6,6 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ke_gym.search.session import Session
+from ke_gym.search.store import Expense, Purpose
+
+PURPOSES: dict[Purpose, str] = {
+    "choices": "asked to choose strategies",
+    "unused": "still being written at the end",
+    "lessons": "asked for lessons",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class Asked:
 
 
 def asked(session: Session) -> list[Asked]:
-    """One row per model, the one with the most requests first; none where no model was asked."""
+    """One row per model, the one with the most requests first, then one for each other purpose; none where no
+    model was asked."""
     rows = []
     records = [record for record in session.store.nodes(session.id) if record.usage.calls]
     leaders = {node.number for node in session.tree.leaders}
@@ -47,4 +55,24 @@ def asked(session: Session) -> list[Asked]:
                 sum(record.dollars for record in mine),
             )
         )
-    return rows
+    expenses: dict[tuple[str, Purpose], list[Expense]] = {}
+    for expense in session.store.expenses(session.id):
+        expenses.setdefault((expense.usage.model, expense.purpose), []).append(expense)
+    return rows + [_besides(model, purpose, mine) for (model, purpose), mine in expenses.items()]
+
+
+def _besides(model: str, purpose: Purpose, mine: list[Expense]) -> Asked:
+    """What one model was asked besides proposals that were received."""
+    calls = sum(expense.usage.calls for expense in mine)
+    return Asked(
+        model or "unknown",
+        calls,
+        0,
+        0,
+        0,
+        PURPOSES[purpose],
+        sum(expense.usage.prompt_tokens for expense in mine),
+        sum(expense.usage.completion_tokens for expense in mine),
+        sum(expense.usage.seconds for expense in mine) / max(calls, 1),
+        sum(expense.dollars for expense in mine),
+    )

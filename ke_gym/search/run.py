@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.selfcheck import Proof
-from ke_gym.proposers.base import Proposal, ProposerLost, Refusal
+from ke_gym.proposers.base import NOTHING, OutOfDollars, Proposal, ProposerLost, Refusal, Usage
+from ke_gym.proposers.prices import Purse
 from ke_gym.search import reward
 from ke_gym.search.observation import Observation
 from ke_gym.search.session import Ask, Request, Session, Situation
@@ -58,6 +59,21 @@ class Chooser(Protocol):
     ) -> tuple[Any, Any]: ...
 
     def update(self, transition: Transition) -> None: ...
+
+
+@runtime_checkable
+class Paying(Protocol):
+    """What a policy has besides whose choices cost dollars.
+
+    It raises ``OutOfDollars`` from ``predict`` where the purse pays for no further choice.
+    """
+
+    def fund(self, purse: Purse, prices: str = "") -> None:
+        """Pay from ``purse`` from now on; ``prices`` names a file that overrules the price table."""
+
+    def bill(self) -> tuple[float, Usage]:
+        """Dollars and usage since the last bill."""
+        ...
 
 
 class Watch:
@@ -122,6 +138,8 @@ class _Loop:
     ) -> None:
         self.session, self.policy, self.evaluate, self.watch = session, policy, evaluate, watch
         self.writers = session.proposer.in_flight
+        # Whoever asks models waits in a thread, where Ctrl-C does not lose what an answer costs.
+        self.apart = self.writers > 1 or session.proposer.stochastic
         self.workers = workers
         # Judged candidates are told in order, so some more have to be at hand for the workers to stay busy.
         self.waiting = workers if self.writers == 1 else 2 * workers
@@ -163,11 +181,15 @@ class _Loop:
         return limit is not None and self.session.spent.seconds >= limit
 
     def drop(self) -> None:
-        """Let go of what is being written."""
-        if self.drafts and self.writers > 1:
+        """Let go of what is being written; what it has cost is booked."""
+        if self.drafts and self.apart:
             self.session.proposer.close()
         while self.drafts:
-            self.session.withdraw(self.drafts.popleft().request)
+            draft = self.drafts[0]
+            dollars, usage = _cost(draft.future)
+            self.drafts.popleft()
+            self.session.withdraw(draft.request, dollars, usage)
+        self.session.balance()
 
     def launch(self) -> bool:
         """Ask for one more proposal; False if only a landing can bring new ones."""
@@ -177,15 +199,11 @@ class _Loop:
         legal[STOP.id] = False
         if not legal.any():
             return False
-        action, self.state = self.policy.predict(
-            situation.observation,
-            self.state,
-            np.array([not self.started]),
-            deterministic=False,
-            action_masks=situation.mask,
-        )
-        self.started = True
-        choice = int(np.asarray(action).reshape(-1)[0]) if situation.recorded is None else situation.recorded
+        try:
+            choice = self.choose(situation)
+        except OutOfDollars:
+            session.stop_reason = "dollars"
+            return False
         if not situation.mask[choice]:
             raise UserError(f"the policy chose {ACTIONS[choice].name}, which its action mask forbids")
         request = session.request(choice)
@@ -195,10 +213,29 @@ class _Loop:
         self.write(request, situation, choice)
         return True
 
+    def choose(self, situation: Situation) -> int:
+        """The policy's action; a recorded one where there is one, for which nobody is paid again."""
+        paying = self.policy if isinstance(self.policy, Paying) else None
+        first, self.started = not self.started, True
+        if paying is not None and situation.recorded is not None:
+            return situation.recorded
+        try:
+            action, self.state = self.policy.predict(
+                situation.observation,
+                self.state,
+                np.array([first]),
+                deterministic=False,
+                action_masks=situation.mask,
+            )
+        finally:
+            if paying is not None:
+                self.session.book("choices", *paying.bill())
+        return int(np.asarray(action).reshape(-1)[0]) if situation.recorded is None else situation.recorded
+
     def write(self, request: Request, situation: Situation, action: int, first: bool = False) -> None:
         """Have a proposal written; ``first``: it is taken before the others that are being written."""
         future: Future[Proposal | Refusal]
-        if self.writers > 1:
+        if self.apart:
             future = self.writing.submit(self.session.propose, request)
         else:
             future = Future()
@@ -209,7 +246,8 @@ class _Loop:
         self.drafts.insert(0 if first else len(self.drafts), _Draft(request, situation, action, future))
 
     def take(self) -> None:
-        """Take a finished proposal to its evaluation; while there is none, land what has been judged."""
+        """Take a finished proposal to its evaluation; while there is none, land what has been judged. It ends when
+        the time is over."""
         ordered = self.session.proposer.ordered
         while True:
             ready = self.drafts[0] if ordered else next((d for d in self.drafts if d.future.done()), None)
@@ -223,11 +261,13 @@ class _Loop:
                 pending.append(self.flights[0].future)
             wait(pending[:1] if ordered else pending, timeout=0.25, return_when=FIRST_COMPLETED)
             self.watch.tick(self.session)
+            if self.late():
+                return
         self.drafts.remove(ready)
         try:
             made = ready.future.result()
         except ProposerLost as error:
-            self.session.withdraw(ready.request)
+            self.session.withdraw(ready.request, error.dollars, error.usage)
             if not self.flights and not len(self.session.tree):
                 raise
             self.session.stop_reason = str(error)  # what is being judged is still told
@@ -307,3 +347,14 @@ class _Loop:
         self.drop()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.writing.shutdown(wait=False, cancel_futures=True)
+
+
+def _cost(writing: Future[Proposal | Refusal]) -> tuple[float, Usage]:
+    """What a proposal has cost that is let go of; one that is still being written ends first, cancelled."""
+    if writing.cancel():
+        return 0.0, NOTHING
+    error = writing.exception()
+    if error is None:
+        made = writing.result()
+        return made.dollars, made.usage
+    return (error.dollars, error.usage) if isinstance(error, ProposerLost) else (0.0, NOTHING)

@@ -33,10 +33,11 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.proposers.base import NOTHING, Context, EditMode, Kind, Proposal, Proposer, Refusal, Trial, Usage
+from ke_gym.proposers.prices import Purse
 from ke_gym.search import observation, parents
 from ke_gym.search.budget import Budget, Spent
 from ke_gym.search.observation import Observation, Surroundings, Values
-from ke_gym.search.store import NodeRecord, Setting, Store
+from ke_gym.search.store import Expense, NodeRecord, Purpose, Setting, Store
 from ke_gym.search.tree import Node, Tree
 from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES, Strategy
 
@@ -153,7 +154,6 @@ class Session:
         self._rule = parents.get(parent_rule)
         self._number = 0
         self._requested = 0
-        self._dollars = 0.0
         self._flying: dict[int, Ask] = {}
         self._writing: dict[int, Request] = {}
         self._seen: set[str] = set()
@@ -180,7 +180,16 @@ class Session:
         self._recorded = {node.number: node for node in store.nodes(session_id)}
         self._seconds_before = store.session_seconds(session_id)
         self._started = time.monotonic()
-        proposer.fund(budget.dollars, sum(record.dollars for record in self._recorded.values()))
+        # All of an earlier run is paid for, whether or not it is replayed to its end.
+        paid = [(record.dollars, record.usage) for record in self._recorded.values()]
+        paid += [(expense.dollars, expense.usage) for expense in store.expenses(session_id)]
+        self._dollars = math.fsum(dollars for dollars, _ in paid)
+        for _, usage in paid:
+            self.usage = self.usage.plus(usage)
+        self.purse = Purse()
+        """What this search may still spend; whoever asks a model for it pays from here."""
+        self.purse.fund(budget.dollars, self._dollars)
+        proposer.fund(self.purse)
 
     # What has been spent, and whether to go on ------------------------------------------------------------
 
@@ -209,7 +218,8 @@ class Session:
             return self.stop_reason
         spent = self.spent
         flying = len(self._flying) + len(self._writing)
-        committed = Spent(spent.evaluations + flying, spent.seconds, spent.dollars)
+        dollars = 0.0 if self.replaying else spent.dollars  # what is replayed is paid for
+        committed = Spent(spent.evaluations + flying, spent.seconds, dollars)
         return self.budget.exhausted(committed)
 
     # The policy's side ------------------------------------------------------------------------------------
@@ -392,11 +402,27 @@ class Session:
             return self._refuse(request, count, Refusal(reason, dollars, "duplicate", usage))
         return self._accept(request, count, replace(made, dollars=dollars, usage=usage))
 
-    def withdraw(self, request: Request) -> None:
-        """Forget a request that will not be received (an interrupt)."""
+    def withdraw(self, request: Request, dollars: float = 0.0, usage: Usage = NOTHING) -> None:
+        """Forget a request that will not be received (an interrupt); what it cost until then stays booked."""
         self._situation = None
         if self._writing.pop(request.number, None):
             self.proposer.release(request.context.model)
+            if request.recorded is None:
+                self.book("unused", request.dollars + dollars, request.usage.plus(usage))
+
+    def book(self, purpose: Purpose, dollars: float, usage: Usage) -> None:
+        """Count, and record, what a model was asked besides proposals that were received."""
+        if not (usage.calls or dollars):
+            return
+        self._dollars += dollars
+        self.usage = self.usage.plus(usage)
+        self.store.add_expense(self.id, Expense(purpose, dollars, usage))
+
+    def balance(self) -> None:
+        """Book what was paid from the purse and came in nowhere, as when Ctrl-C fell between two steps."""
+        missing = self.purse.spent - self._dollars
+        if missing > 1e-9:
+            self.book("unused", missing, NOTHING)
 
     def _settle(self, request: Request, made: Proposal | Refusal) -> int:
         """Book what was spent; returns the number of the ask."""
@@ -404,8 +430,9 @@ class Session:
         self.proposer.release(request.context.model)
         number = self._number
         self._number += 1
-        self._dollars += made.dollars
-        self.usage = self.usage.plus(made.usage)
+        if request.recorded is None:
+            self._dollars += made.dollars
+            self.usage = self.usage.plus(made.usage)
         return number
 
     def _accept(self, request: Request, count: _Counts, made: Proposal) -> Ask:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
@@ -83,6 +83,14 @@ MIGRATIONS = (
         task TEXT NOT NULL, target TEXT NOT NULL, data TEXT NOT NULL, PRIMARY KEY (task, target)
     ) WITHOUT ROWID;
     """,
+    # What models were paid for besides the proposals in nodes; ``usage`` as there.
+    """
+    CREATE TABLE expenses (
+        id INTEGER PRIMARY KEY, session TEXT NOT NULL REFERENCES sessions (id), purpose TEXT NOT NULL,
+        dollars REAL NOT NULL, usage TEXT NOT NULL, created REAL NOT NULL
+    );
+    CREATE INDEX expenses_by_session ON expenses (session);
+    """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -99,6 +107,9 @@ class Setting:
     harness: int = HARNESS_VERSION
 
 
+Purpose = Literal["choices", "unused", "lessons"]
+
+
 @dataclass(frozen=True)
 class NodeRecord:
     """One row of a recorded search: an ask, and what it was told (None: it was in flight at the end)."""
@@ -113,6 +124,16 @@ class NodeRecord:
     evaluation: Evaluation | None
     kind: str = ""
     usage: Usage = NOTHING
+
+
+@dataclass(frozen=True)
+class Expense:
+    """Dollars of a search that brought no proposal: ``purpose`` is "choices" (a model was asked for strategies),
+    "unused" (it was still writing when the search ended) or "lessons"."""
+
+    purpose: Purpose
+    dollars: float
+    usage: Usage
 
 
 class Store:
@@ -330,6 +351,29 @@ class Store:
             )
             records.append(record)
         return records
+
+    def add_expense(self, session_id: str, expense: Expense) -> None:
+        """Record what the session paid for besides its proposals."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO expenses (session, purpose, dollars, usage, created) VALUES (?, ?, ?, ?, ?)",
+                (
+                    session_id,
+                    expense.purpose,
+                    expense.dollars,
+                    json.dumps(expense.usage.to_dict()),
+                    time.time(),
+                ),
+            )
+
+    def expenses(self, session_id: str) -> list[Expense]:
+        """What ``add_expense`` was given, in that order."""
+        rows = self._rows(
+            "SELECT purpose, dollars, usage FROM expenses WHERE session = ? ORDER BY id", session_id
+        )
+        return [
+            Expense(purpose, dollars, Usage.from_dict(json.loads(used))) for purpose, dollars, used in rows
+        ]
 
     def asked(self, session_id: str, node: NodeRecord) -> None:
         """Record an ask before it is evaluated: a proposal may have cost money."""

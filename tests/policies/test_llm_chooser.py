@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import logging
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,16 @@ from ke_gym.policies import Transition
 from ke_gym.policies.features import LAYOUT
 from ke_gym.policies.llm_chooser import LLMChooser, parse
 from ke_gym.proposers import prices
+from ke_gym.proposers.base import Proposal, Refusal
 from ke_gym.proposers.prices import Price
+from ke_gym.report.models import asked
+from ke_gym.search.budget import Budget
+from ke_gym.search.run import run
+from ke_gym.search.session import Session
+from ke_gym.search.store import Store
 from ke_gym.strategies import get
-from tests.policies.endpoint import Answer, Endpoint
+from tests.policies.endpoint import Answer, Endpoint, first_strategy
+from tests.search.fakes import SETTING, FakeProposer, Judge
 
 ALL = np.ones(25, dtype=bool)
 ZERO = {name: np.zeros(size, dtype=np.float32) for name, size in LAYOUT.items()}
@@ -96,6 +107,73 @@ def test_answers_are_parsed_strictly() -> None:
         parse("vectorization", legal)
     with pytest.raises(ValueError, match="'tile_block', which is not legal"):
         parse("tile_block", legal)
+
+
+class Free(FakeProposer):
+    def propose(self, *asked: Any) -> Proposal | Refusal:
+        return replace(super().propose(*asked), dollars=0.0)
+
+
+def search(store: Store, policy: LLMChooser, dollars: float, table: str) -> tuple[Session, str]:
+    session = Session(store, "s", SETTING, Free(), budget=Budget(200, dollars=dollars))
+    policy.fund(session.purse, table)
+    return session, run(session, policy, Judge())
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    (tmp_path / "prices.json").write_text('{"m": [1.0, 10.0]}')
+    return str(tmp_path / "prices.json")
+
+
+def test_choices_are_paid_from_the_searchs_dollars_and_only_once(tmp_path: Path, table: str) -> None:
+    with Endpoint() as endpoint, Store(tmp_path / "store.db") as store:
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        session, stopped = search(store, policy, 0.06, table)
+        assert stopped == "dollars" and 0.01 < session.spent.dollars <= 0.06 and len(session.tree) > 2
+        assert session.spent.dollars == pytest.approx(policy.dollars)
+        expenses = store.expenses("s")
+        assert {e.purpose for e in expenses} == {"choices"} and session.usage.calls == len(endpoint.requests)
+        assert sum(e.dollars for e in expenses) == pytest.approx(policy.dollars)
+        (row,) = asked(session)
+        assert row.model == "m" and row.dollars == pytest.approx(policy.dollars)
+        # What is recorded is not asked again.
+        before = len(endpoint.requests)
+        again = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        more, stopped = search(store, again, 0.08, table)
+        assert stopped == "dollars" and more.spent.dollars <= 0.08 and len(more.tree) > len(session.tree)
+        assert more.usage.calls == len(endpoint.requests) > before
+        assert more.spent.dollars == pytest.approx(policy.dollars + again.dollars)
+
+
+def test_ctrl_c_while_the_model_chooses_is_booked_at_its_worst(tmp_path: Path, table: str) -> None:
+    def interrupted(request: dict[str, Any]) -> tuple[int, str]:
+        if len(endpoint.requests) == 3:
+            _thread.interrupt_main()
+            time.sleep(0.5)
+        return first_strategy(request)
+
+    with Endpoint(interrupted) as endpoint, Store(tmp_path / "store.db") as store:
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        session, stopped = search(store, policy, 1.0, table)
+        worst = Price(1e-6, 10e-6).worst(endpoint.requests[2])
+        assert stopped == "interrupted" and session.usage.calls == 3
+        assert session.usage.unconfirmed == pytest.approx(worst)
+        assert store.expenses("s")[-1].dollars == pytest.approx(worst)
+        assert session.spent.dollars == pytest.approx(policy.dollars) == pytest.approx(session.purse.spent)
+
+
+def test_dollars_need_a_price_and_have_to_pay_for_a_choice(
+    tmp_path: Path, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with Store(tmp_path / "store.db") as store, Endpoint() as endpoint:
+        with pytest.raises(UserError, match=r"one choice by m may cost \$0.0400"):
+            search(store, LLMChooser(url=endpoint.url, model="m"), 0.03, table)
+        far = LLMChooser(url="https://api.example.com/v1", model="unheard-of")
+        with pytest.raises(UserError, match="--prices FILE"):
+            search(store, far, 1.0, table)
+        assert not endpoint.requests
 
 
 def test_passing_faults_are_retried_and_choices_are_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:

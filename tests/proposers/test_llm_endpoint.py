@@ -17,7 +17,7 @@ from ke_gym.proposers import openai, prompt
 from ke_gym.proposers.base import Context, ProposerLost
 from ke_gym.proposers.endpoint import Completion, Endpoint, Failure, read
 from ke_gym.proposers.llm import LLM
-from ke_gym.proposers.prices import Price, Purse
+from ke_gym.proposers.prices import Account, Price, Purse
 from ke_gym.strategies import RESTART
 from ke_gym.testing.rewriter_endpoint import FAULTS, MODEL, RewriterEndpoint
 from tests.proposers.llm import KEY, brief
@@ -143,7 +143,7 @@ def test_every_attempt_that_may_be_charged_for_is_booked(
     purse, asked = Purse(), request()
     purse.fund(1.0, 0.0)
     with Answers(*statuses) as server:
-        reply = connect(opened, server, retries=len(statuses) - 1).complete("0", asked, PRICE, purse)
+        reply = connect(opened, server, retries=len(statuses) - 1).complete("0", asked, PRICE, Account(purse))
         assert server.calls == len(statuses)
     expected = billed * PRICE.worst(asked)
     if statuses[-1] == 200:
@@ -157,7 +157,7 @@ def test_attempts_end_where_the_dollars_do(opened: list[Endpoint]) -> None:
     worst = PRICE.worst(asked)
     purse.fund(2.5 * worst, 0.0)
     with Answers(0, 0, 0, 200) as server:
-        reply = connect(opened, server, retries=3).complete("0", asked, PRICE, purse)
+        reply = connect(opened, server, retries=3).complete("0", asked, PRICE, Account(purse))
         assert server.calls == 2
     assert isinstance(reply.result, Failure) and reply.result.kind == "dollars"
     assert reply.dollars == purse.spent == pytest.approx(2 * worst)
@@ -217,15 +217,20 @@ def test_closing_cancels_what_is_in_flight(opened: list[Endpoint]) -> None:
     with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
         endpoint = connect(opened, server, timeout=60)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(endpoint.complete, str(i), request()) for i in range(4)]
+            accounts = [Account(Purse()) for _ in range(4)]
+            waiting = [(a, pool.submit(endpoint.complete, "0", request(), PRICE, a)) for a in accounts]
             while server.calls < 4:
                 time.sleep(0.01)
             threading.Thread(target=endpoint.close).start()
-            for future in waiting:
-                with pytest.raises(concurrent.futures.CancelledError):
-                    future.result(timeout=20)
-        with pytest.raises(concurrent.futures.CancelledError):
-            endpoint.complete("0", request())
+            for account, future in waiting:
+                got = future.result(timeout=20)
+                assert isinstance(got.result, Failure) and got.result.kind == "cancelled"
+                # They may be charged: the most that this can be is booked, and said to be so.
+                worst = pytest.approx(PRICE.worst(request()))
+                assert got.dollars == got.unconfirmed == account.paid == account.unconfirmed == worst
+        late = endpoint.complete("0", request(), PRICE)  # never sent
+        assert isinstance(late.result, Failure) and late.result.kind == "cancelled" and late.dollars == 0
+        assert server.calls == 4
 
 
 def test_servers_may_leave_out_what_they_please() -> None:

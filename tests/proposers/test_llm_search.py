@@ -13,12 +13,14 @@ from ke_gym import policies
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.proposers import prices
 from ke_gym.proposers.base import ANSWER_KINDS, ENDPOINT_KINDS, Context, Proposal, Proposer, Refusal
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.mixed import Mixed
 from ke_gym.proposers.openai import OpenAI
 from ke_gym.proposers.rewriter import Rewriter
 from ke_gym.proposers.warm import WarmStart
+from ke_gym.report.models import asked as asked_rows
 from ke_gym.search.budget import Budget
 from ke_gym.search.run import Watch, run
 from ke_gym.search.session import Ask, Request, Session
@@ -186,6 +188,99 @@ def test_an_interrupted_search_goes_on_without_asking_again(store: Store) -> Non
         assert {node.candidate.id for node in whole.tree} >= set(known)
         recorded = len(store.nodes("s"))
         assert server.calls - calls <= 2 * (recorded - 12)
+
+
+class StopStalled(Watch):
+    """From the fourth node on the endpoint stalls; Ctrl-C comes when two calls hang."""
+
+    def __init__(self, server: RewriterEndpoint) -> None:
+        self.server = server
+
+    def told(self, session: Session, node: Node, improved: bool) -> None:
+        if len(session.tree) == 4:
+            self.server.faults = {"stall": 1.0}
+
+    def tick(self, session: Session) -> None:
+        if self.server.injected.get("stall", 0) >= min(2, session.proposer.in_flight):
+            raise KeyboardInterrupt
+
+
+class Till(RewriterEndpoint):
+    """Knows what it may charge: for answers their tokens, for the others the prompt and the longest answer."""
+
+    price = prices.Price(2e-6, 8e-6)
+    charged = 0.0
+
+    def complete(self, request: dict[str, Any], fault: str = "") -> dict[str, Any]:
+        data = super().complete(request, fault)
+        used = data["usage"]
+        with self._lock:
+            self.charged += self.price.of(used["prompt_tokens"], used["completion_tokens"])
+            self.charged -= self.price.worst(request)
+        return data
+
+    @property
+    def bill(self) -> float:
+        return self.charged + sum(self.price.worst(request) for request in self.requests)
+
+
+def booked(store: Store, name: str = "s") -> float:
+    return sum(r.dollars for r in (*store.nodes(name), *store.expenses(name)))
+
+
+@pytest.fixture
+def priced(tmp_path: Path) -> str:
+    (tmp_path / "prices.json").write_text(f'{{"{MODEL}": [2.0, 8.0]}}')
+    return str(tmp_path / "prices.json")
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_ctrl_c_books_what_is_in_flight_and_dollars_stay_hard_on_resume(
+    store: Store, priced: str, in_flight: int
+) -> None:
+    limit = 0.5
+    with Till(stall=60) as server:
+        asked = {"prices": priced, "max_tokens": 4000, "in_flight": in_flight, "timeout": 60.0}
+        made = proposer(server, **asked)
+        part, stopped = search(store, made, Budget(500, dollars=limit), watch=StopStalled(server))
+        assert stopped == "interrupted" and len(part.tree) >= 4
+        assert part.spent.dollars == pytest.approx(part.purse.spent) == pytest.approx(booked(store))
+        # Not less than what may be charged; more where an answer was cut off that the server counts.
+        assert part.spent.dollars >= server.bill - 1e-9
+        unused = [e for e in store.expenses("s") if e.purpose == "unused"]
+        stalled = server.injected["stall"]
+        assert stalled and sum(e.usage.unconfirmed > 0 for e in unused) >= stalled
+        assert part.usage.unconfirmed == pytest.approx(sum(e.usage.unconfirmed for e in unused))
+        assert part.usage.unconfirmed >= stalled * 4000 * 8e-6
+        rows = asked_rows(part)
+        assert sum(row.dollars for row in rows) == pytest.approx(part.spent.dollars)
+        assert "still being written at the end" in {row.refused for row in rows}
+
+        server.faults = {}
+        made = proposer(server, **asked)
+        whole, stopped = search(store, made, Budget(500, dollars=limit))
+        made.close()
+        assert stopped == "dollars" and len(whole.tree) > len(part.tree)
+        assert part.spent.dollars < whole.spent.dollars <= limit
+        assert server.bill - 1e-9 <= whole.spent.dollars == pytest.approx(booked(store))
+
+
+def test_calls_in_flight_when_the_time_is_over_are_booked(store: Store, priced: str) -> None:
+    with Till(stall=60, faults={"stall": 1.0}) as server:
+        made = proposer(server, prices=priced, timeout=60.0)
+        session, stopped = search(store, made, Budget(50, seconds=1.5, dollars=5.0))
+        assert stopped == "seconds" and not len(session.tree) and server.injected["stall"]
+        assert session.spent.dollars == pytest.approx(server.bill) == pytest.approx(booked(store))
+        assert session.usage.unconfirmed == pytest.approx(session.spent.dollars)
+
+
+def test_what_a_lost_endpoint_was_paid_is_booked(store: Store, priced: str) -> None:
+    with Till(faults={"half": 1.0}) as server:
+        made = proposer(server, prices=priced, retries=0, in_flight=2)
+        with pytest.raises(UserError, match="times in a row"):
+            search(store, made, Budget(100, dollars=50.0))
+        made.close()
+    assert booked(store) == pytest.approx(made.purse.spent) and booked(store) > 8 * 16_000 * 8e-6
 
 
 def test_rewriter_and_model_share_a_search(store: Store) -> None:
