@@ -30,10 +30,11 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.opening import kernel_language, open_evaluator
 from ke_gym.evaluation.selfcheck import Proof, prove
 from ke_gym.files import write_whole
-from ke_gym.knowledge.learned import FOLDER, distill, write_back
+from ke_gym.knowledge.learned import FOLDER, Lesson, distill, write_back
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.plan import TensorSpec
-from ke_gym.proposers import LLM, Proposer, warm
+from ke_gym.proposers import LLM, Proposer, Usage, warm
+from ke_gym.proposers.lessons import generalize
 from ke_gym.report import write_report
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
@@ -111,7 +112,8 @@ def optimize(
         workers: candidates in flight at once.
         llm: how models are asked, for the proposer ``openai``.
         exchange: a folder shared with a machine that has the GPU and serves it there (``evaluate.py --serve``).
-        learned: add what this search teaches to the lessons beside the store, and tell models of earlier ones.
+        learned: add what this search teaches to the lessons beside the store (a model that proposes also puts them
+            in words), and tell models of earlier ones.
         warm_start: how often a draft is the best recorded kernel of this or a similar task, from 0 to 1.
         out: the folder in which the run's own folder is made.
         resume: a run's folder: continue that search with what it recorded, and with its own target, baseline,
@@ -249,13 +251,32 @@ def _search(
                 confirm_best(session, evaluator, watch)
             except KeyboardInterrupt:
                 stopped = "interrupted"
+        lessons = distill(settings.session, task.name, task.family, store.nodes(settings.session))
+        if settings.learned and stopped != "interrupted":
+            try:
+                lessons = _in_words(lessons, task, settings, session, run_dir)
+            except KeyboardInterrupt:
+                stopped = "interrupted"
         result = _result(task, module, session, evaluator, stopped, run_dir, proof)
         result.write()
         write_report(result, session, evaluator)
         if settings.learned:
-            lessons = distill(settings.session, task.name, task.family, store.nodes(settings.session))
             write_back(store.path.parent / FOLDER, lessons)
     return result
+
+
+def _in_words(
+    found: list[Lesson], task: Task, settings: RunSettings, session: Session, run_dir: Path
+) -> list[Lesson]:
+    """The lessons with a model's sentences, where the session had a model that is not a recording."""
+    llm = LLM.from_dict(settings.llm) if settings.llm else None
+    if llm is None or llm.record or llm.replay:
+        return found
+
+    def book(dollars: float, usage: Usage) -> None:
+        session.book("lessons", dollars, usage)
+
+    return generalize(found, task.name, llm, session.purse, book, run_dir / "transcripts")
 
 
 def _check_store(settings: RunSettings, run_dir: Path) -> None:

@@ -63,9 +63,9 @@ class Args:
     """For openai: the model, or several, as "small,large", of which a bandit chooses. The endpoint and its key are
     taken from OPENAI_BASE_URL and OPENAI_API_KEY."""
     max_dollars: float | None = None
-    """For openai: what the search may cost, never more."""
+    """What models may cost in a search, never more: proposals, choices of the policy llm_chooser, lessons."""
     prices: str = ""
-    """For openai: a JSON file of prices, {"model": [dollars per million prompt tokens, per million answer tokens]}."""
+    """A JSON file of models' prices, {"model": [dollars per million prompt tokens, per million answer tokens]}."""
     edit_mode: Literal["auto", "edit", "rewrite"] = "auto"
     """For openai: answers as edits of the parent or as whole modules."""
     memory: Memory = "auto"
@@ -81,7 +81,8 @@ class Args:
     use_knowledge: bool = True
     """For openai: quote documents of the knowledge base in prompts."""
     learned: bool = True
-    """Keep what this search teaches as lessons beside the store, and tell models of those kept before."""
+    """Keep what this search teaches as lessons beside the store (with openai, the model puts them in words), and tell
+    models of those kept before."""
     warm_start: float = 0.0
     """How often a draft is the best recorded kernel of this or a similar task, from 0 to 1. It saves time, and narrows
     the search."""

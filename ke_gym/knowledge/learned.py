@@ -5,7 +5,8 @@ task family and strategy, in words that follow from the numbers by rule. The num
 so that later sessions add to them, the same session never counts twice, and a person can check, correct or delete
 them: a lesson whose file is removed is forgotten. What stands under "Note" is a person's and is kept.
 
-Nothing that a candidate or a model wrote gets into a lesson: only names and numbers.
+Nothing that a candidate wrote gets into a lesson: only names and numbers, and sentences that a model was asked for,
+as long as the numbers show what each claims (``proposers.lessons``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.stats import sign_p_interval
@@ -39,6 +40,9 @@ _INTERVAL = 6
 _ROWS = 40
 _COLUMNS = ("session", "task", "limiter", "tries", "correct", "faster", "failures", "gains")
 _TRANSFORMATIONS = {strategy.name for strategy in STRATEGIES}
+_SENTENCES = 3
+"""A model's sentences that one lesson keeps, the latest."""
+_SAID = re.compile(r"^- \((helps|no_gain|fails)\) (.+)$", re.MULTILINE)
 _NOTE = re.compile(r"^## Note\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -85,6 +89,19 @@ class Evidence:
         return made
 
 
+Claim = Literal["helps", "no_gain", "fails"]
+"""What a sentence says of a strategy: at least half of the attempts were correct with a median gain of ``FASTER``, or the
+median is less, or less than half were correct."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A model's words on a lesson, and what they claim."""
+
+    claim: Claim
+    text: str
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What is known of one strategy on one family of tasks, for one target and language."""
@@ -95,6 +112,7 @@ class Lesson:
     strategy: str
     evidence: tuple[Evidence, ...]
     note: str = ""
+    sentences: tuple[Sentence, ...] = ()
 
     @property
     def path(self) -> str:
@@ -109,6 +127,28 @@ class Lesson:
     def faster(self) -> int:
         return sum(row.faster for row in self.evidence)
 
+    @property
+    def correct(self) -> int:
+        return sum(row.correct for row in self.evidence)
+
+    def supports(self, claim: Claim) -> bool:
+        """Whether the evidence, of at least ``ENOUGH`` attempts, shows what is claimed."""
+        gains = self.gains()
+        shown = {
+            "helps": bool(gains and median(gains) >= FASTER) and 2 * self.correct >= self.tries,
+            "no_gain": bool(gains and median(gains) < FASTER),
+            "fails": 2 * self.correct < self.tries,
+        }
+        return shown[claim] and self.tries >= ENOUGH
+
+    def fact(self) -> str:
+        """The evidence in one line."""
+        text = f"{self.strategy}: {self.tries} attempts, {self.correct} correct, {self.faster} faster than their parent"
+        if gains := self.gains():
+            text += f"; gain where correct: median {median(gains):.2f}x, worst {min(gains):.2f}x, best {max(gains):.2f}x"
+        limiters = sorted({row.limiter for row in self.evidence if row.limiter})
+        return text + (f"; parents limited by {', '.join(limiters)}" if limiters else "")
+
     def gains(self, limiter: str | None = None) -> list[float]:
         """Of every correct attempt, or of those whose parent had this limiter."""
         return [g for row in self.evidence if limiter in (None, row.limiter) for g in row.gains]
@@ -116,7 +156,10 @@ class Lesson:
     def merged(self, other: Lesson) -> Lesson:
         """With the evidence of ``other``, whose rows replace those of the same session, task and limiter."""
         rows = {row.key: row for row in (*self.evidence, *other.evidence)}
-        return replace(self, evidence=tuple(rows.values())[-_ROWS:], note=self.note or other.note)
+        said = tuple(dict.fromkeys((*other.sentences, *self.sentences)))[:_SENTENCES]
+        return replace(
+            self, evidence=tuple(rows.values())[-_ROWS:], note=self.note or other.note, sentences=said
+        )
 
     def title(self) -> str:
         """The finding in one line."""
@@ -136,7 +179,6 @@ class Lesson:
         limiters = sorted({row.limiter for row in self.evidence})
         known = [limiter for limiter in limiters if limiter in LIMITERS]
         tasks = sorted({row.task for row in self.evidence})
-        correct = sum(row.correct for row in self.evidence)
         failures: Counter[str] = Counter()
         for row in self.evidence:
             failures.update(dict(row.failures))
@@ -152,7 +194,7 @@ class Lesson:
             f"# {self.title()}",
             "",
             f"Seen in {_many(len({row.session for row in self.evidence}), 'search', 'searches')} of"
-            f" {', '.join(tasks)}: {self.tries} attempts, {correct} correct, {self.faster} faster than their parent.",
+            f" {', '.join(tasks)}: {self.tries} attempts, {self.correct} correct, {self.faster} faster than their parent.",
         ]
         if gains := self.gains():
             low, high = sign_p_interval(gains)
@@ -167,6 +209,9 @@ class Lesson:
             lines.append(f"Failures: {counted}.")
         if len(limiters) > 1:
             lines += ["", *(self._by(limiter) for limiter in limiters)]
+        said = [sentence for sentence in self.sentences if self.supports(sentence.claim)]
+        if said:
+            lines += ["", "## In a model's words", *(f"- ({s.claim}) {s.text}" for s in said)]
         if self.note:
             lines += ["", "## Note", self.note.strip()]
         heads = f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"
@@ -194,7 +239,9 @@ class Lesson:
                 f"{path}: the table of evidence cannot be read ({error}); correct the file or delete it"
             ) from error
         note = _NOTE.search(document.body)
-        return cls(target, language, family, strategy, evidence, note.group(1).strip() if note else "")
+        words = document.body if note is None else document.body.replace(note.group(0), "")
+        said = tuple(Sentence(claim, text) for claim, text in _SAID.findall(words))
+        return cls(target, language, family, strategy, evidence, note.group(1).strip() if note else "", said)
 
 
 def distill(session: str, task: str, family: str, nodes: Sequence[NodeRecord]) -> list[Lesson]:

@@ -33,7 +33,7 @@ TEMPLATES = Path(__file__).parent / "prompts"
 
 BUDGETS = {
     "system": 600, "contract": 1800, "answer": 350, "task": 1600, "target": 300, "knowledge": 1500, "memory": 1800,
-    "parent": 6000, "strategy": 400,
+    "parent": 6000, "strategy": 400, "lessons": 3000,
 }  # fmt: skip
 """Tokens per part, by the estimate of ``prices.tokens``."""
 KNOWLEDGE_DOCUMENTS = 3

@@ -38,6 +38,10 @@ FAULTS = HTTP_FAULTS + ANSWER_FAULTS
 
 _TASK = re.compile(r"^# Task: (\S+)$", re.MULTILINE)
 _STRATEGY = re.compile(r"^# What to do now: (\w+)$", re.MULTILINE)
+_FACT = re.compile(
+    r"^(F\d+): (\w+): (\d+) attempts, (\d+) correct, \d+ faster than their parent(?:; gain where correct: median ([\d.]+)x)?",
+    re.MULTILINE,
+)
 _PARENT = re.compile(
     r"^# The (?:present kernel|kernel that failed)\n+```python\n(.*?)\n```$", re.MULTILINE | re.DOTALL
 )
@@ -55,6 +59,8 @@ class Model:
 
     def answer(self, messages: list[dict[str, str]]) -> str:
         """The answer to a conversation, in the form its system message asks for."""
+        if len(messages) == 1:
+            return lessons(messages[0]["content"])
         system, prompt = messages[0]["content"], messages[1]["content"]
         task, wanted = _TASK.search(prompt), _STRATEGY.search(prompt)
         if task is None or wanted is None:
@@ -97,6 +103,20 @@ class Model:
         mask = rewriter.mask(parent)
         others = [STRATEGIES[i] for i in rng.permutation(len(STRATEGIES)) if mask[i] and i != strategy.id]
         return [strategy, *others]
+
+
+def lessons(prompt: str) -> str:
+    """A sentence for each of the first facts in a prompt for lessons, which claims what the fact shows."""
+    said = []
+    for name, strategy, tries, correct, gain in _FACT.findall(prompt)[:5]:
+        if 2 * int(correct) < int(tries):
+            claim, what = "fails", f"is seldom correct: {correct} of {tries} attempts were"
+        elif gain and float(gain) >= 1.01:
+            claim, what = "helps", f"is worth an early attempt: its median gain was {gain}x"
+        else:
+            claim, what = "no_gain", "can wait until other strategies are exhausted"
+        said.append({"facts": [name], "claim": claim, "lesson": f"On such kernels {strategy} {what}."})
+    return json.dumps({"lessons": said})
 
 
 def edits(old: str, new: str) -> str:

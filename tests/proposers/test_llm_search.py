@@ -238,7 +238,7 @@ def priced(tmp_path: Path) -> str:
 def test_ctrl_c_books_what_is_in_flight_and_dollars_stay_hard_on_resume(
     store: Store, priced: str, in_flight: int
 ) -> None:
-    limit = 0.5
+    limit = 0.4
     with Till(stall=60) as server:
         asked = {"prices": priced, "max_tokens": 4000, "in_flight": in_flight, "timeout": 60.0}
         made = proposer(server, **asked)
