@@ -92,8 +92,8 @@ class Evaluator:
             raise UserError(f"--threads {threads}: choose 1 to {self.facts.cores}, the cores of this machine")
         self.folder = folder or home()
         self.record = MachineRecord(self.facts.fingerprint, self.folder)
-        self._build_timeout = build_timeout
-        self._call_timeout = call_timeout
+        self.build_timeout = build_timeout
+        self.call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
         self._cores = Cores(self.facts.cores)
         self._builds = Builds(self._cores)
@@ -209,7 +209,7 @@ class Evaluator:
 
     def _compile(self, candidate: Candidate) -> Artifact:
         return self.builder.build(
-            candidate.source, self.judge.signature, candidate.language, timeout=self._build_timeout
+            candidate.source, self.judge.signature, candidate.language, timeout=self.build_timeout
         )
 
     def artifact(self, candidate_id: str) -> Artifact | None:
@@ -294,8 +294,8 @@ class Evaluator:
 
     def _patience(self, name: str) -> float:
         """Seconds one call may take before it counts as hung."""
-        if self._call_timeout is not None:
-            return self._call_timeout
+        if self.call_timeout is not None:
+            return self.call_timeout
         floor = self.judge.shapes[name].work.bytes / 1e8 + self.judge.shapes[name].work.flops / 1e9
         return max(5.0, 20 * floor)
 

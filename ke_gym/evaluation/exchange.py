@@ -68,7 +68,7 @@ class ExchangeEvaluator(Evaluator):
         self._exchange, self._wait_s = exchange, patience
         self._name = f"{task.name}-{uuid.uuid4().hex[:12]}"
         self._orders = 0
-        self._build_timeout = BUILD_SECONDS
+        self.build_timeout = BUILD_SECONDS
         self._cores = Cores(len(os.sched_getaffinity(0)))
         self._builds = Builds(self._cores)
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ class ExchangeEvaluator(Evaluator):
 
         return self.builder.build(
             candidate.source, self.judge.signature, candidate.language, target="cuda", arch=arch_of(self.facts),
-            multiprocessors=self.facts.cores, timeout=self._build_timeout,
+            multiprocessors=self.facts.cores, timeout=self.build_timeout,
         )  # fmt: skip
 
     def _order(self, order: Bundle) -> dict[str, Any]:

@@ -105,8 +105,8 @@ class GpuEvaluator(Evaluator):
         self.threads = threads or 1
         self.folder = folder or home()
         self._device = device
-        self._build_timeout = build_timeout
-        self._call_timeout = call_timeout
+        self.build_timeout = build_timeout
+        self.call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
         self._cores = Lanes(len(os.sched_getaffinity(0)))
         self._builds = Builds(self._cores)
@@ -172,7 +172,7 @@ class GpuEvaluator(Evaluator):
 
     def _open_judge(self, hidden: Sequence[str] = ()) -> GpuClient:  # type: ignore[override]
         shape_sets = [*self.shape_sets, *hidden]
-        patience = self._call_timeout or 5.0
+        patience = self.call_timeout or 5.0
         judge = GpuClient(
             self.zygote, self.task, shape_sets, self.baseline, self._device, patience, self._signature
         )
@@ -191,7 +191,7 @@ class GpuEvaluator(Evaluator):
             target="cuda",
             arch=arch_of(self.facts),
             multiprocessors=self.facts.cores,
-            timeout=self._build_timeout,
+            timeout=self.build_timeout,
         )
 
     @contextmanager

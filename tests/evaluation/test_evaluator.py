@@ -104,7 +104,7 @@ def later(what: str) -> Candidate:
 def test_an_incumbent_that_fails_is_left_out(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
-    monkeypatch.setattr(evaluator, "_call_timeout", 2.0)
+    monkeypatch.setattr(evaluator, "call_timeout", 2.0)
     evaluation = evaluator.evaluate(LIBRARY, incumbent=later(what))
     assert evaluation.outcome == "correct", evaluation.log
     said = evaluation.log.splitlines()[0]
