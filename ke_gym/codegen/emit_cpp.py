@@ -33,6 +33,7 @@ from ke_gym.codegen.expr import (
 )
 from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.nest import ROW_BYTES, Item, Local, Loop, Nest, Stage, Target
+from ke_gym.codegen.one_pass import SUM_EXP
 
 TYPES = {
     "f32": "float", "f64": "double", "bf16": "ke::bf16", "f16": "ke::half", "bool": "bool", "u8": "uint8_t",
@@ -107,6 +108,7 @@ CHUNK = 4096  # elements it sends there at a time
 LONG = 4  # terms of a sum or maximum from which on each gets a line
 VECTOR = 16  # elements of a vector of float
 SHORT = 256  # iterations up to which what is left after whole vectors counts
+ONLINE = 1024  # elements whose maximum is taken before their exponentials: they stay in the nearest cache
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 HELPERS = {
@@ -674,7 +676,7 @@ class Printer:
 
     def _fetches(self, stage: Stage) -> bool:
         """Whether a stage is one loop, in the course of which something can be fetched."""
-        plain = all(item.scan is None for item in stage.items)
+        plain = all(item.scan is None and item.op != SUM_EXP for item in stage.items)
         return plain and len(stage.loops) == 1 and stage.loops[0].limit is None
 
     def _ahead(self, stage: Stage, var: Var | None, length: int) -> list[str]:
@@ -710,6 +712,9 @@ class Printer:
         stage = collapsed(stage)
         if any(item.scan is not None for item in stage.items):
             self._scan(stage)
+            return
+        if any(item.op == SUM_EXP for item in stage.items):
+            self._online(stage)
             return
         loops = stage.loops
         starts = {id(item): trailing(item, loops) for item in stage.items}
@@ -1065,6 +1070,52 @@ class Printer:
             self._update(op, place, target, value)
         else:
             self.line(f"{place} = {store_text(value, target.dtype, acc_dtype(item))};")
+
+    # ------------------------------------------------------------------------------ online exponentials
+
+    def _online(self, stage: Stage) -> None:
+        """A maximum and its sum of exponentials, by blocks that stay in the nearest cache for the second look."""
+        top, total = sorted(stage.items, key=lambda item: item.op == SUM_EXP)
+        *around, loop = stage.loops
+        kind, name, size = acc_dtype(top), loop.var.name, loop.var.size
+        lowest, nan = identity("max", kind), f"{top.node.name}_nan"
+        t, m, s = TYPES[kind], f"{top.node.name}_acc", f"{total.node.name}_acc"
+        self.line(f"{t} {m} = {lowest}, {s} = 0;")
+        for outside in around:
+            self.open(self._for(outside))
+        self.open(f"for (int64_t part = 0; part < {size}; part += {ONLINE})")
+        end = f"part + {ONLINE}" if size % ONLINE == 0 else f"std::min<int64_t>(part + {ONLINE}, {size})"
+        self.line(f"const int64_t end = {end};")
+        self.line(f"{t} highest = {lowest}, exponentials = 0;")
+        self.line(f"int{8 * BYTES[kind]}_t {nan} = 0;")
+        known = self._hoist([top.expr], loop)
+        for again in (False, True):
+            clauses = "+ : exponentials" if again else f"max : highest) reduction(| : {nan}"
+            self.line(f"#pragma omp simd reduction({clauses})")
+            self.open(f"for (int64_t {name} = part; {name} < end; ++{name})")
+            text = Text(self.used, self.sizes)
+            text.names.update(known)
+            for line in text.bind([top.expr]):
+                self.line(line)
+            value = _bare(text.expr(top.expr))
+            if again:
+                self.line(accumulate("sum", "exponentials", f"ke::exp({value} - shift)"))
+            else:
+                self.line(accumulate_extreme("max", "highest", nan, value))
+            self.close()
+            if not again:
+                self.line(f"const {t} above = ke::max<{t}>({m}, {extreme(nan, 'highest', kind)});")
+                self.line(f"const {t} shift = ke::abs(above) == {literal(math.inf, kind)} ? 0 : above;")
+        self.line(f"{s} = {s} * ke::exp({m} - shift) + exponentials;")
+        self.line(f"{m} = above;")
+        for _ in stage.loops:
+            self.close()
+        for item, value in ((top, m), (total, s)):
+            if item.target.kind == "scalar":
+                self.line(f"const {TYPES[item.target.dtype]} {item.target.name} = {value};")
+            else:
+                place = self._place(item.target, Text(self.used), Rewriter())
+                self.line(f"{place} = {store_text(value, item.target.dtype, kind)};")
 
     # ----------------------------------------------------------------------------------------- scans
 

@@ -106,7 +106,10 @@ def _builder(graph: Graph, group: Group) -> Any:
     kinds: tuple[Any, ...] = (Builder, contract.Builder, attend.Builder)
     if graph.device == "cuda":
         kinds = (tiles.Builder, products.Builder, flash.Builder)
-    return kinds[min(len(attend.products_of(graph, group.nodes)), 2)]
+    kind = kinds[min(len(attend.products_of(graph, group.nodes)), 2)]
+    if group.one_pass and kind is not Builder:
+        raise Illegal("only loop nests take statistics in one pass")
+    return kind
 
 
 def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:

@@ -187,7 +187,8 @@ def _comment(nest: Nest | Contraction) -> str:
     passes = (
         f"; {loops} outer iterations of {len(nest.stages)} stages" if len(nest.stages) > 1 and loops else ""
     )
-    return f"{made}: {steps}{passes}"
+    online = "; statistics in one pass" if nest.group.one_pass else ""
+    return f"{made}: {steps}{passes}{online}"
 
 
 # ----------------------------------------------------------------------------------------------- forward

@@ -11,8 +11,11 @@ over an outer loop accumulate into a buffer private to each thread, combined aft
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from ke_gym.codegen import one_pass
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -100,7 +103,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Item:
-    """One result in a stage's loops. With ``op``: a reduction over the loops in ``reduced``; with ``scan``: a scan."""
+    """One result in a stage's loops. With ``op``: a reduction over the loops in ``reduced``; with ``scan``: a scan.
+
+    The reduction ``one_pass.SUM_EXP`` stands next to the "max" of the same values in a stage of their own.
+    """
 
     node: Node
     expr: Expr
@@ -162,7 +168,10 @@ class Builder:
             step = graph.steps[name]
             assert isinstance(step, Node)
             self.nodes[name] = step
-        kept = set(group.staged) | visible
+        pairs = one_pass.find(self.nodes) if group.one_pass else []
+        if group.one_pass and not pairs:
+            raise Illegal("no statistics that one pass could give")
+        kept = set(group.staged) - one_pass.late(self.nodes, pairs) | visible
         self.kept = {n: d for n, d in self.nodes.items() if not d.pointwise or n in kept}
         self.resolved: dict[str, Expr] = {}
         self.limits: dict[Var, Index] = {}
@@ -170,12 +179,41 @@ class Builder:
         self.bound: dict[str, Binding] = {}
         for name, node in self.nodes.items():
             self.resolved[name] = Rewriter(load=self._inline).expr(node.expr)
+        self.online: dict[str, str] = {}  # an online sum of exponentials -> its maximum
+        self._take_in_one_pass(pairs)
 
     def _inline(self, load: Load) -> Expr:
         if load.buffer not in self.nodes or load.buffer in self.kept:
             return load
         node = self.nodes[load.buffer]
         return Rewriter(dict(zip(node.vars, load.index))).expr(self.resolved[load.buffer])
+
+    def _take_in_one_pass(self, pairs: list[one_pass.Variance | one_pass.Softmax]) -> None:
+        """Change how pairs of reductions are computed, and what reads them: see ``one_pass``."""
+        for pair in pairs:
+            if isinstance(pair, one_pass.Softmax):
+                self._read_as({pair.total}, partial(one_pass.settled, pair))
+                self._reduce_instead(pair.total, self.resolved[pair.top], one_pass.SUM_EXP)
+                self.online[pair.total] = pair.top
+            else:
+                first, value = self.nodes[pair.total], self.resolved[pair.total]
+                far = one_pass.distance(first, value)
+                self._read_as(
+                    {pair.total, pair.squares}, partial(one_pass.restored, pair, node=first, value=value)
+                )
+                self._reduce_instead(pair.total, far, "sum")
+                self._reduce_instead(pair.squares, Op("mul", (far, far), "f64"), "sum")
+
+    def _read_as(self, names: set[str], restored: Callable[[Load], Expr]) -> None:
+        if names & self.visible:
+            raise Illegal("another nest reads what one pass does not give")
+        rewriter = Rewriter(load=lambda load: restored(load) if load.buffer in names else load)
+        for name in self.resolved:
+            self.resolved[name] = rewriter.expr(self.resolved[name])
+
+    def _reduce_instead(self, name: str, expr: Expr, op: str) -> None:
+        self.resolved[name] = expr
+        self.kept[name] = replace(self.kept[name], reduction=op, dtype=expr.dtype)
 
     # --------------------------------------------------------------------------------------- building
 
@@ -452,6 +490,9 @@ class Builder:
         return self._assemble(merged, inner, values, places)
 
     def _joins(self, name: str, members: list[str]) -> bool:
+        pairs = {*self.online, *self.online.values()}
+        if name in pairs or not pairs.isdisjoint(members):
+            return self.online.get(name) in members and len(members) == 1
         node = self.kept[name]
         return node.scan is None and all(self.kept[m].scan is None for m in members)
 
@@ -569,6 +610,8 @@ class Builder:
                 reduced = frozenset(
                     b for a, b in zip(inner[name], names) if self._is_reduced(node, places[name], a.var)
                 )
+                if name in self.online and len(reduced) < len(shared):
+                    raise Illegal("an online sum of exponentials runs along one row")
                 scan = None
                 if node.scan is not None:
                     own = {a for a, _ in places[name][node.vars[node.scan]].terms}

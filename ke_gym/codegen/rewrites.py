@@ -356,7 +356,7 @@ REWRITES: dict[str, Variants] = {
     "matrix_unit": by_contraction("matrix_unit"),
     "precision_math": relaxed,
     "algebra_hoist": by_field("reciprocal", (True, False), divides),
-    "algorithm_swap": by_contraction("form"),
+    "algorithm_swap": either(by_contraction("form"), by_field("one_pass", (True, False), reducing)),
     "predicate_peel": by_field("peel", (True, False), tests_indices),
     "work_partition": either(
         by_field("grain", GRAINS), by_field("dynamic", (True, False)), by_contraction("parallel")

@@ -28,6 +28,8 @@ class Group:
     order: innermost loop by position among a stage's loops, counted from the innermost of the natural order.
     dynamic: hand outer iterations to threads in small pieces rather than one equal share each.
     reciprocal: divide by what a loop does not change once, and multiply by that.
+    one_pass: take a mean with its variance, and a maximum with its sum of exponentials, in one pass over the row
+        (``one_pass``); two passes are lowered.
     simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
     stream: write large results past the caches, where they are written in memory order.
     contraction: knobs of the group's matrix product or convolution that differ from the heuristic ones.
@@ -45,6 +47,7 @@ class Group:
     order: int = 0
     dynamic: bool = False
     reciprocal: bool = False
+    one_pass: bool = False
     simd: int = 0
     stream: bool = False
     contraction: tuple[tuple[str, Any], ...] = ()
