@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ke_gym.codegen import contraction as templates
 from ke_gym.codegen.contract import Contraction, Store
@@ -1077,45 +1077,54 @@ class Printer:
         """A maximum and its sum of exponentials, by blocks that stay in the nearest cache for the second look."""
         top, total = sorted(stage.items, key=lambda item: item.op == SUM_EXP)
         *around, loop = stage.loops
-        kind, name, size = acc_dtype(top), loop.var.name, loop.var.size
-        lowest, nan = identity("max", kind), f"{top.node.name}_nan"
-        t, m, s = TYPES[kind], f"{top.node.name}_acc", f"{total.node.name}_acc"
-        self.line(f"{t} {m} = {lowest}, {s} = 0;")
+        kind, size = acc_dtype(top), loop.var.size
+        c, lowest, infinity = TYPES[kind], identity("max", kind), literal(math.inf, kind)
+        high, summed = top.node.name, total.node.name
+        self.line(f"{c} {high}_acc = {lowest}, {summed}_acc = 0;")
         for outside in around:
             self.open(self._for(outside))
         self.open(f"for (int64_t part = 0; part < {size}; part += {ONLINE})")
         end = f"part + {ONLINE}" if size % ONLINE == 0 else f"std::min<int64_t>(part + {ONLINE}, {size})"
         self.line(f"const int64_t end = {end};")
-        self.line(f"{t} highest = {lowest}, exponentials = 0;")
-        self.line(f"int{8 * BYTES[kind]}_t {nan} = 0;")
         known = self._hoist([top.expr], loop)
-        for again in (False, True):
-            clauses = "+ : exponentials" if again else f"max : highest) reduction(| : {nan}"
-            self.line(f"#pragma omp simd reduction({clauses})")
-            self.open(f"for (int64_t {name} = part; {name} < end; ++{name})")
+        self.line(f"{c} {high}_block = {lowest}, {summed}_block = 0;")
+        self.line(f"int{8 * BYTES[kind]}_t {high}_nan = 0;")
+
+        def over_block(reductions: str, expr: Expr, update: Callable[[str], str]) -> None:
+            self.line(f"#pragma omp simd {reductions}")
+            self.open(f"for (int64_t {loop.var.name} = part; {loop.var.name} < end; ++{loop.var.name})")
             text = Text(self.used, self.sizes)
             text.names.update(known)
-            for line in text.bind([top.expr]):
+            for line in text.bind([expr]):
                 self.line(line)
-            value = _bare(text.expr(top.expr))
-            if again:
-                self.line(accumulate("sum", "exponentials", f"ke::exp({value} - shift)"))
-            else:
-                self.line(accumulate_extreme("max", "highest", nan, value))
+            self.line(update(_bare(text.expr(expr))))
             self.close()
-            if not again:
-                self.line(f"const {t} above = ke::max<{t}>({m}, {extreme(nan, 'highest', kind)});")
-                self.line(f"const {t} shift = ke::abs(above) == {literal(math.inf, kind)} ? 0 : above;")
-        self.line(f"{s} = {s} * ke::exp({m} - shift) + exponentials;")
-        self.line(f"{m} = above;")
+
+        over_block(
+            f"reduction(max : {high}_block) reduction(| : {high}_nan)",
+            top.expr,
+            lambda value: accumulate_extreme("max", f"{high}_block", f"{high}_nan", value),
+        )
+        block = extreme(f"{high}_nan", f"{high}_block", kind)
+        self.line(f"const {c} {high}_next = ke::max<{c}>({high}_acc, {block});")
+        self.line(f"const {c} {high}_shift = ke::abs({high}_next) == {infinity} ? 0 : {high}_next;")
+        power = Op("exp", (Op("sub", (top.expr, Load(f"{high}_shift", (), kind)), kind),), kind)
+        over_block(
+            f"reduction(+ : {summed}_block)",
+            power,
+            lambda value: accumulate("sum", f"{summed}_block", value),
+        )
+        self.line(f"{summed}_acc = {summed}_acc * ke::exp({high}_acc - {high}_shift) + {summed}_block;")
+        self.line(f"{high}_acc = {high}_next;")
         for _ in stage.loops:
             self.close()
-        for item, value in ((top, m), (total, s)):
-            if item.target.kind == "scalar":
-                self.line(f"const {TYPES[item.target.dtype]} {item.target.name} = {value};")
+        for item in (top, total):
+            name, target = f"{item.node.name}_acc", item.target
+            if target.kind == "scalar":
+                self.line(f"const {TYPES[target.dtype]} {target.name} = {name};")
             else:
-                place = self._place(item.target, Text(self.used), Rewriter())
-                self.line(f"{place} = {store_text(value, item.target.dtype, kind)};")
+                place = self._place(target, Text(self.used), Rewriter())
+                self.line(f"{place} = {store_text(name, target.dtype, kind)};")
 
     # ----------------------------------------------------------------------------------------- scans
 

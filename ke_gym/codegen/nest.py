@@ -610,8 +610,10 @@ class Builder:
                 reduced = frozenset(
                     b for a, b in zip(inner[name], names) if self._is_reduced(node, places[name], a.var)
                 )
-                if name in self.online and len(reduced) < len(shared):
-                    raise Illegal("an online sum of exponentials runs along one row")
+                if name in self.online:
+                    along = len(reduced) == len(shared) and all(loop.limit is None for loop in shared)
+                    if not along or members != [self.online[name], name]:
+                        raise Illegal("an online sum of exponentials runs along one row")
                 scan = None
                 if node.scan is not None:
                     own = {a for a, _ in places[name][node.vars[node.scan]].terms}
