@@ -149,7 +149,7 @@ def test_statistics_of_rows_that_are_not_finite(name: str, value: float) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-EXTREMES = st.sampled_from([INF, -INF, NAN, 0.0, 88.8, -104.0, 1e4, -1e4, 3e38, -3e38])
+EXTREMES = st.sampled_from([INF, -INF, NAN, 0.0, 88.8, -104.0, 1e4, -1e4, 3e37, -3e37])
 
 
 @given(
