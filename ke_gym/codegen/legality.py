@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ke_gym.codegen import emit_cpp, fusion
+from ke_gym.codegen import emit_cpp, emit_cpp_products, fusion
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern, Graph
@@ -72,7 +72,7 @@ def _text(graph: Graph, group: Group, visible: frozenset[str]) -> str:
         nest = fusion.cached_nest(graph, group, visible)
         used: set[str] = set()
         if isinstance(nest, Contraction):
-            found = emit_cpp.print_contraction(nest, used)
+            found = emit_cpp_products.print_contraction(nest, used)
         else:
             found = emit_cpp.print_nest(nest, used)
         graph.memo[key] = found

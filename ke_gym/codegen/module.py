@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from ke_gym.codegen import emit_cpp
 from ke_gym.codegen.contract import Contraction
+from ke_gym.codegen.cpp_words import HELPERS, TYPES
+from ke_gym.codegen.emit_cpp import print_nest
+from ke_gym.codegen.emit_cpp_products import print_contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph, View, contiguous_stride
@@ -65,7 +67,7 @@ def _prelude(kernels: list[str], used: set[str]) -> str:
     if "ke::bf16" in body or "ke::half" in body:
         lines.append("#include <ke/types.h>")
     lines.extend(f"#include <{header}>" for header in sorted(h for h in used if h.endswith(".h")))
-    helpers = [emit_cpp.HELPERS[h] for h in sorted(used) if h in emit_cpp.HELPERS]
+    helpers = [HELPERS[h] for h in sorted(used) if h in HELPERS]
     return "\n".join(lines) + "\n" + ("\n" + "\n".join(helpers) if helpers else "")
 
 
@@ -158,15 +160,15 @@ def _parameters(batch: list[Nest | Contraction]) -> tuple[list[Buffer], list[Buf
 
 def _kernel(batch: list[Nest | Contraction], suffix: str, used: set[str]) -> str:
     reads, writes = _parameters(batch)
-    parameters = [f"const {emit_cpp.TYPES[b.dtype]}* __restrict {b.name}" for b in reads]
-    parameters += [f"{emit_cpp.TYPES[b.dtype]}* __restrict {b.name}" for b in writes]
+    parameters = [f"const {TYPES[b.dtype]}* __restrict {b.name}" for b in reads]
+    parameters += [f"{TYPES[b.dtype]}* __restrict {b.name}" for b in writes]
     body = []
     for nest in batch:
         comment = _comment(nest)
         if isinstance(nest, Contraction):
-            inner = emit_cpp.print_contraction(nest, used)
+            inner = print_contraction(nest, used)
         else:
-            inner = emit_cpp.print_nest(nest, used)
+            inner = print_nest(nest, used)
         if len(batch) > 1:
             body.append(f"  // {comment}\n  {{\n{textwrap.indent(inner, '  ')}\n  }}")
         else:

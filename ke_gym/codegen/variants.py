@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from ke_gym.codegen import contract
-from ke_gym.codegen.emit_cpp import collapsed, streamable
 from ke_gym.codegen.expr import InRange, Op, walk
 from ke_gym.codegen.legality import nests_of
 from ke_gym.codegen.nest import Nest
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
+from ke_gym.codegen.stages import collapsed, streamable
 
 Variants = Callable[[Program, Schedule], Iterator[Schedule]]
 

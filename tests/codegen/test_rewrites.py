@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ke_gym.codegen import Program, Schedule, emit_cpp, module, rewrites
+from ke_gym.codegen import Program, Schedule, emit_cpp, emit_cpp_products, module, rewrites
 from ke_gym.languages import cpp
 from ke_gym.strategies import STRATEGIES
 from ke_gym.tasks import Task
@@ -197,6 +197,6 @@ def test_applicability_prints_no_module_and_prints_no_kernel_twice(
 
     monkeypatch.setattr(module, "emit", printed)
     monkeypatch.setattr(emit_cpp, "print_nest", printed)
-    monkeypatch.setattr(emit_cpp, "print_contraction", printed)
+    monkeypatch.setattr(emit_cpp_products, "print_contraction", printed)
     applicable = [s for s in rewrites.STRATEGIES if rewrites.apply(program, seed, s, 0) is not None]
     assert "tile_block" in applicable
