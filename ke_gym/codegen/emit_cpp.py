@@ -6,12 +6,12 @@ import math
 
 from ke_gym.codegen.cpp_text import Text
 from ke_gym.codegen.cpp_words import TYPES, accumulate, identity, offset_from, store_text
-from ke_gym.codegen.emit_cpp_loops import CACHED, DISTANCE, FAR, NEAR, Loops
+from ke_gym.codegen.emit_cpp_loops import CACHED, DISTANCE, FAR, Loops
 from ke_gym.codegen.emit_cpp_scans import Scans
 from ke_gym.codegen.expr import Load, Rewriter, Var, linear, of, walk
 from ke_gym.codegen.nest import Local, Nest, Stage
 from ke_gym.codegen.one_pass import SUM_EXP
-from ke_gym.codegen.stages import collapsed, trailing
+from ke_gym.codegen.stages import NEAR, collapsed, trailing
 
 
 class Printer(Loops, Scans):

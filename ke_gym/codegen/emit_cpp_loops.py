@@ -16,14 +16,13 @@ from ke_gym.codegen.cpp_words import (
     store_text,
 )
 from ke_gym.codegen.emit_cpp_lines import Lines
-from ke_gym.codegen.expr import BYTES, Load, Rewriter, Var, compute_dtype, is_float, linear, of, walk
+from ke_gym.codegen.expr import BYTES, Rewriter, Var, compute_dtype, is_float, linear, of
 from ke_gym.codegen.nest import Item, Loop, Stage
-from ke_gym.codegen.stages import STREAMED, VECTOR, acc_dtype, overlaps, scattered, streamable
+from ke_gym.codegen.stages import VECTOR, acc_dtype, overlaps, scattered, streamed
 
-# In elements: what is asked for at once, how far ahead, the rows short enough to fetch the next one instead, the
-# rows too short to fetch anything, and the tensors small enough to stay in the cache.
-FETCHED, DISTANCE, FAR, NEAR, CACHED = 512, 1024, 4096, 64, 1 << 16
-CHUNK = 4096  # elements it sends there at a time
+# In elements: what is asked for at once, how far ahead, the rows short enough to fetch the next one instead, and
+# the tensors small enough to stay in the cache.
+FETCHED, DISTANCE, FAR, CACHED = 512, 1024, 4096, 1 << 16
 JAM = 8  # rows summed per pass over a buffer of column sums
 
 
@@ -135,9 +134,6 @@ class Loops(Lines):
 
     def _innermost(self, stage: Stage, starts: dict[int, int | None], streams: int, parallel: bool) -> None:
         loop = stage.loops[-1]
-        if self.nest.group.stream and streamable(self.nest, stage):
-            self._stream_out(stage, parallel and len(stage.loops) == 1)
-            return
         reducing = [item for item in stage.items if item.op and starts[id(item)] is not None]
         length = loop.var.size
         part = length // streams // 16 * 16 if streams > 1 else length
@@ -172,22 +168,12 @@ class Loops(Lines):
             self.close()
 
     def _streamed(self, stage: Stage) -> dict[str, str]:
-        """Large results stored along the innermost loop and read nowhere in the nest: name -> its first element."""
-        loop = stage.loops[-1]
-        if loop.limit is not None or loop.var.size < NEAR:
+        """Results that leave past the caches: name -> the first element the innermost loop stores."""
+        if not self.nest.group.stream:
             return {}
-        read = {
-            n.buffer for s in self.nest.stages for i in s.items for n in walk(i.expr) if isinstance(n, Load)
-        }
-        start = Rewriter({loop.var: linear(0, [])})
-        found: dict[str, str] = {}
-        for item in stage.items:
-            name, index = item.target.name, item.target.index
-            large = self.sizes.get(name, 0) * BYTES[item.target.dtype] >= STREAMED
-            stored = item.op is None and item.target.kind == "global" and index.coefficient(loop.var) == 1
-            if stored and large and name not in read:
-                found[name] = offset_from(name, Text(self.used).index(start.index(index)))
-        return found
+        start = Rewriter({stage.loops[-1].var: linear(0, [])})
+        leaving = [item.target for item in streamed(self.nest, stage, self.nest.group.stream << 20)]
+        return {t.name: offset_from(t.name, Text(self.used).index(start.index(t.index))) for t in leaving}
 
     def _in_pieces(
         self,
@@ -223,32 +209,6 @@ class Loops(Lines):
             self.line(f"ke::stream_out({first}{at}, {target}_part, {count});")
         if not short:
             self.close()
-
-    def _stream_out(self, stage: Stage, parallel: bool) -> None:
-        """Results go into a small buffer, and from there to memory past the caches."""
-        (item,) = stage.items
-        loop, target = stage.loops[-1], item.target
-        name, size, line = loop.var.name, loop.var.size, f"{target.name}_line"
-        chunk = min(CHUNK, size)
-        self.used.add("ke/streaming.h")
-        if parallel:
-            self.line("#pragma omp parallel for schedule(static)")
-        self.open(f"for (int64_t first = 0; first < {size}; first += {chunk})")
-        self.line(f"alignas(64) {TYPES[target.dtype]} {line}[{chunk}];")
-        self.line(f"const int64_t end = std::min<int64_t>(first + {chunk}, {size});")
-        self._simd([], [""], False)
-        self.open(f"for (int64_t {name} = first; {name} < end; ++{name})")
-        text = Text(self.used, self.sizes)
-        for declared in text.bind([item.expr]):
-            self.line(declared)
-        value = store_text(bare_text(text.expr(item.expr)), target.dtype, item.expr.dtype)
-        self.line(f"{line}[{name} - first] = {value};")
-        self.close()
-        start = Rewriter({loop.var: of(Var("first", size))}).index(target.index)
-        self.line(
-            f"ke::write_past_caches({target.name} + {Text(self.used).index(start)}, {line}, end - first);"
-        )
-        self.close()
 
     def _overlapping(self, stage: Stage, loop: Loop, starts: dict[int, int | None]) -> None:
         """Whole vectors only: the last one begins early enough, and does some elements again."""

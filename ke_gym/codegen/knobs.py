@@ -15,6 +15,7 @@ from ke_gym.codegen.variants import (
     GRAINS,
     LANES,
     PREFETCH,
+    STREAM,
     TILES,
     contractions,
     loop_nests,
@@ -43,7 +44,7 @@ def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
         found[f"{at}.grain"] = _with(GRAINS, group.grain)
         found[f"{at}.simd"] = _with(LANES, group.simd)
         if writes_streams(nest):
-            found[f"{at}.stream"] = [False, True]
+            found[f"{at}.stream"] = _with(STREAM, group.stream)
         if reducing(nest):
             found[f"{at}.accumulators"] = _with(ACCUMULATORS, group.accumulators)
         if nest.outer:

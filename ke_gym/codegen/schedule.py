@@ -31,7 +31,8 @@ class Group:
     one_pass: take a mean with its variance, and a maximum with its sum of exponentials, in one pass over the row
         (``one_pass``); two passes are lowered.
     simd: lanes per iteration the compiler is asked for; 0 leaves it to the compiler.
-    stream: write large results past the caches, where they are written in memory order.
+    stream: MiB from which on a result goes past the caches, where it is written in memory order and the nest
+        does not read it; 0 keeps all in the caches.
     contraction: knobs of the group's matrix product or convolution that differ from the heuristic ones.
     launch: knobs of the group's kernel on a GPU that differ from the heuristic ones (blocks, warps, stages).
     """
@@ -49,7 +50,7 @@ class Group:
     reciprocal: bool = False
     one_pass: bool = False
     simd: int = 0
-    stream: bool = False
+    stream: int = 8
     contraction: tuple[tuple[str, Any], ...] = ()
     launch: tuple[tuple[str, Any], ...] = ()
 

@@ -6,24 +6,24 @@ from ke_gym.codegen.expr import BYTES, Load, Quotient, Rewriter, Search, Var, co
 from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.nest import Item, Loop, Nest, Stage, Target
 
-STREAMED = 1 << 23  # bytes of a result that leaves past the caches
-STREAM_BYTES = 1 << 20  # least result that a schedule may send there
+NEAR = 64  # iterations below which nothing is fetched ahead or sent past the caches
 VECTOR = 16  # elements of a vector of float
 SHORT = 256  # iterations up to which what is left after whole vectors counts
 
 
-def streamable(nest: Nest, stage: Stage) -> bool:
-    """Whether a stage's one result is large, written in memory order, and not read again by this nest."""
-    if len(stage.items) != 1 or not stage.loops or stage.loops[-1].limit is not None:
-        return False
-    (item,) = stage.items
-    target, var = item.target, stage.loops[-1].var
+def streamed(nest: Nest, stage: Stage, least: int) -> list[Item]:
+    """What writes a result of at least ``least`` bytes along the innermost loop that this nest reads nowhere."""
+    if not stage.loops or stage.loops[-1].limit is not None or stage.loops[-1].var.size < NEAR:
+        return []
+    var = stage.loops[-1].var
+    large = {b.name for b in nest.writes if extent(b) * BYTES[b.dtype] >= least}
     read = {n.buffer for s in nest.stages for i in s.items for n in walk(i.expr) if isinstance(n, Load)}
-    return (
-        target.kind == "global" and item.op is None and item.scan is None and target.name not in read
-        and target.index.coefficient(var) == 1 and var.size * BYTES[target.dtype] >= 1024
-        and STREAM_BYTES <= item.node.numel * BYTES[target.dtype] < STREAMED  # larger ones always leave so
-    )  # fmt: skip
+    return [
+        item
+        for item in stage.items
+        if item.target.kind == "global" and item.op is None and item.scan is None
+        and item.target.name in large - read and item.target.index.coefficient(var) == 1
+    ]  # fmt: skip
 
 
 def scattered(stage: Stage) -> bool:

@@ -12,7 +12,7 @@ from ke_gym.codegen.legality import nests_of
 from ke_gym.codegen.nest import Nest
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
-from ke_gym.codegen.stages import collapsed, streamable
+from ke_gym.codegen.stages import collapsed, streamed
 
 Variants = Callable[[Program, Schedule], Iterator[Schedule]]
 
@@ -21,6 +21,7 @@ ACCUMULATORS = (1, 2, 4, 8)
 GRAINS = (2048, 16384, 131072)
 LANES = (0, 8, 16, 32)
 PREFETCH = (0, 1, 4, 16)
+STREAM = (1, 8, 0)  # the least comes first
 
 
 def groups(schedule: Schedule) -> Iterator[tuple[int, int, Group]]:
@@ -120,4 +121,4 @@ def divides(nest: Nest) -> bool:
 
 
 def writes_streams(nest: Nest) -> bool:
-    return any(streamable(nest, collapsed(stage)) for stage in nest.stages)
+    return any(streamed(nest, collapsed(stage), STREAM[0] << 20) for stage in nest.stages)

@@ -200,3 +200,15 @@ def test_applicability_prints_no_module_and_prints_no_kernel_twice(
     monkeypatch.setattr(emit_cpp_products, "print_contraction", printed)
     applicable = [s for s in rewrites.STRATEGIES if rewrites.apply(program, seed, s, 0) is not None]
     assert "tile_block" in applicable
+
+
+def test_a_schedule_says_from_which_size_on_results_leave_past_the_caches(
+    programs: dict[str, tuple[Task, Program]],
+) -> None:
+    _, program = programs["large"]  # a result of 1.4 MiB
+    seed = program.seeds()[0]
+    leaves = {}
+    for least in rewrites.knobs(program, seed)["0.0.stream"]:
+        source = program.emit(rewrites.with_knobs(program, seed, {"0.0.stream": least}))
+        leaves[least] = "ke::stream_out(" in source
+    assert leaves == {0: False, 1: True, 8: False}
