@@ -8,12 +8,11 @@ from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     Const,
     Load,
-    Op,
     is_float,
 )
 from ke_gym.codegen.flash import Flash
 from ke_gym.codegen.products import Product
-from ke_gym.codegen.tiles import Tiles, Work, column_var, depends, identity, row_var
+from ke_gym.codegen.tiles import Tiles, Work, column_var, depends, identity, online, row_var
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, extent, literal, uses_in
 
 _COMBINE = {"sum": "added", "prod": "multiplied", "max": "max_nan", "min": "min_nan"}
@@ -73,7 +72,7 @@ class TilesPrinter:
         for level in sorted({work.level for work in tiles.works}):
             works = [w for w in tiles.works if w.level == level and w.node.name not in done]
             for work in works:
-                if (pair := self._online(work)) is not None:
+                if (pair := online(tiles, work)) is not None:
                     self._online_passes(work, pair)
                     done |= {work.node.name, pair.node.name}
             works = [w for w in works if w.node.name not in done]
@@ -157,14 +156,6 @@ class TilesPrinter:
         for work in works:
             if work.op is not None and not work.scan:
                 self._finish(work, self._reduce(work, f"{work.node.name}_acc"))
-
-    def _online(self, work: Work) -> Work | None:
-        """The sum of ``exp(x - m)`` that follows the maximum ``m`` of ``x`` at once, if rows take several passes."""
-        if work.op != "max" or work.scan or work.columns <= self.tiles.blocks.columns:
-            return None
-        shifted = Op("sub", (work.expr, Load(work.node.name, (), work.expr.dtype)), work.expr.dtype)
-        wanted = Op("exp", (shifted,), work.expr.dtype)
-        return next((w for w in self.tiles.works if w.op == "sum" and w.expr is wanted), None)
 
     def _online_passes(self, work: Work, total: Work) -> None:
         """Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; each lane on its own."""

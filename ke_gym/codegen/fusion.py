@@ -106,10 +106,12 @@ def _builder(graph: Graph, group: Group) -> Any:
     kinds: tuple[Any, ...] = (Builder, contract.Builder, attend.Builder)
     if graph.device == "cuda":
         kinds = (tiles.Builder, products.Builder, flash.Builder)
-    kind = kinds[min(len(attend.products_of(graph, group.nodes)), 2)]
-    if group.one_pass and kind is not Builder:
+    count = min(len(attend.products_of(graph, group.nodes)), 2)
+    if count and graph.language == "cuda":
+        raise Illegal("in CUDA C++, products are the library's")
+    if group.one_pass and kinds[count] is not Builder:
         raise Illegal("only loop nests take statistics in one pass")
-    return kind
+    return kinds[count]
 
 
 def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:

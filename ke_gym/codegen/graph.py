@@ -111,7 +111,8 @@ class Extern:
 class Graph:
     """One shape set of a reference: named inputs, steps in topological order, outputs by name.
 
-    ``precision`` is the task's policy for products: "strict", "tf32" or "bf16". ``device``: what it is for.
+    ``precision`` is the task's policy for products: "strict", "tf32" or "bf16". ``device`` and
+    ``language``: what kernels are for and, where nothing else is asked for, printed in.
     """
 
     inputs: dict[str, Buffer]
@@ -124,6 +125,7 @@ class Graph:
     )  # of outputs: a buffer may be returned reshaped
     precision: Precision = "strict"
     device: Literal["cpu", "cuda"] = "cpu"
+    language: Literal["cpp", "triton", "cuda"] = "cpp"
 
     def __post_init__(self) -> None:
         self.memo: dict[Any, Any] = {}

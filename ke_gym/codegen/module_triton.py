@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from functools import partial
 from typing import Any
 
 from ke_gym.codegen import module
@@ -11,16 +12,12 @@ from ke_gym.codegen.emit_triton import pointers, print_tiles
 from ke_gym.codegen.emit_triton_products import print_flash, print_product
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.flash import Flash
-from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
-from ke_gym.codegen.graph import Buffer, Extern, Graph
+from ke_gym.codegen.graph import Graph
+from ke_gym.codegen.module_gpu import shape_set
 from ke_gym.codegen.products import Product
-from ke_gym.codegen.schedule import Plan, Schedule
+from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.tiles import Tiles
 from ke_gym.codegen.triton_text import HELPERS
-
-_ON_CPU = {
-    "aten._scaled_dot_product_flash_attention_for_cpu.default": "aten.scaled_dot_product_attention.default"
-}
 
 
 def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
@@ -30,7 +27,7 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     bodies = []
     for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
         suffix = f"_{number}" if len(graphs) > 1 else ""
-        sources, lines = _shape_set(graph, plan, suffix, used)
+        sources, lines = shape_set(graph, plan, suffix, partial(_printed, suffix=suffix, used=used))
         kernels.extend(sources)
         bodies.append((graph, lines))
     needed, data = module.held(graphs)
@@ -48,53 +45,15 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     return "\n\n\n".join(parts) + "\n"
 
 
-def _shape_set(graph: Graph, plan: Plan, suffix: str, used: set[str]) -> tuple[list[str], list[str]]:
-    nests(graph, plan)
-    listed = [g.nodes for g in plan.groups]
-    sources: list[str] = []
-    lines: list[str] = []
-    allocated = set(graph.inputs)
-    device = _device(graph)
-    for unit in order_steps(graph, plan):
-        if isinstance(unit, Extern):
-            lines.extend(_call(graph, unit, device))
-            allocated.update(b.name for b in unit.outputs)
-            continue
-        nest: Any = cached_nest(graph, unit, visible_in(graph, unit.nodes, listed))
-        if isinstance(nest, Tiles):
-            source, launch = _tiles(nest, suffix, used)
-        elif isinstance(nest, Product):
-            source, launch = _product(nest, suffix, used)
-        elif isinstance(nest, Flash):
-            source, launch = _flash(nest, suffix, used)
-        else:
-            raise Illegal("no kernel of a GPU")
-        sources.append(source)
-        for buffer in nest.writes:
-            if buffer.name not in allocated:
-                lines.append(f"{buffer.name} = {_empty(graph, buffer, device)}")
-                allocated.add(buffer.name)
-        lines.append(launch)
-    lines.append(module._return(graph))
-    return sources, [*module.constants(graph, suffix, device)[1], *lines]
-
-
-def _device(graph: Graph) -> str:
-    """The device of the first tensor that the module is given, as text."""
-    given = next((a for a in graph.arguments if a in graph.inputs and a not in graph.constants), None)
-    return f"{given}.device" if given is not None else '"cuda"'
-
-
-def _empty(graph: Graph, buffer: Buffer, device: str) -> str:
-    return module._empty(graph, buffer).removesuffix(")") + f", device={device})"
-
-
-def _call(graph: Graph, step: Extern, device: str) -> list[str]:
-    target = _ON_CPU.get(step.target, step.target)
-    if target != step.target:
-        raise Illegal(f"{step.target} is for the CPU")
-    (line,) = module._call(graph, step)
-    return [line.replace('torch.device("cpu")', device)]
+def _printed(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:
+    """The kernel's text, and the line that launches it."""
+    if isinstance(nest, Tiles):
+        return _tiles(nest, suffix, used)
+    if isinstance(nest, Product):
+        return _product(nest, suffix, used)
+    if isinstance(nest, Flash):
+        return _flash(nest, suffix, used)
+    raise Illegal("no kernel of a GPU")
 
 
 def _tiles(tiles: Tiles, suffix: str, used: set[str]) -> tuple[str, str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from ke_gym.codegen import fusion, module, module_triton
+from ke_gym.codegen import fusion, module, module_cuda, module_triton
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.features import Features
@@ -17,7 +17,11 @@ from ke_gym.codegen.tiles import for_gpu
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
 
-LANGUAGES = {"cpp": ("cpu", module.emit), "triton": ("cuda", module_triton.emit)}
+LANGUAGES = {
+    "cpp": ("cpu", module.emit),
+    "triton": ("cuda", module_triton.emit),
+    "cuda": ("cuda", module_cuda.emit),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +33,13 @@ class Program:
     features: Features | None = None
 
     @classmethod
-    def from_task(cls, task: Task, target: str = "cpu") -> Program:
-        """Capture and lower; raises ``CodegenError`` naming what ``torch.export`` refused and where."""
+    def from_task(
+        cls, task: Task, target: str = "cpu", language: Literal["triton", "cuda"] = "triton"
+    ) -> Program:
+        """Capture and lower; ``language`` is what kernels of a GPU are printed in.
+
+        Raises ``CodegenError`` naming what ``torch.export`` refused and where.
+        """
         graphs: list[Graph] = []
         features = None
         for shape_set in task.public_shapes(target):
@@ -39,7 +48,7 @@ class Program:
                 features = features or Features.of(captured)
                 graph = lower(captured, task.precision)
                 if target == "cuda":
-                    graph = for_gpu(graph)
+                    graph = for_gpu(graph, language)
                 graphs.append(graph)
             except Illegal as reason:
                 raise CodegenError(f"{task.name}: {reason}; no kernel can be generated") from reason
@@ -50,7 +59,7 @@ class Program:
         """``from_task`` for what ``language`` runs on. Raises ``CodegenError`` for one without emitter."""
         if language not in LANGUAGES:
             raise CodegenError(f"kernels are generated in {', '.join(LANGUAGES)}, not in {language!r}")
-        return cls.from_task(task, LANGUAGES[language][0])
+        return cls.from_task(task, LANGUAGES[language][0], "cuda" if language == "cuda" else "triton")
 
     def seeds(self) -> list[Schedule]:
         """First drafts that differ in kind, the best guess first.
@@ -81,7 +90,7 @@ class Program:
     @property
     def language(self) -> str:
         """What kernels are printed in where nothing else is asked for."""
-        return next(name for name, (device, _) in LANGUAGES.items() if device == self.device)
+        return self.graphs[0].language
 
     def emit(self, schedule: Schedule, language: str = "") -> str:
         """The kernel module as text. Raises ``CodegenError`` for a language without emitter."""

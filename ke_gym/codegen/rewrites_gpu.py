@@ -87,7 +87,7 @@ def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
     for p, g, _ in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
         for name, values in kernel.knobs().items():
-            if len(values) > 1:
+            if len(values) > 1 and not (name == "stages" and program.language == "cuda"):
                 found[f"{p}.{g}.{name}"] = list(values)
     return found
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
@@ -98,14 +98,14 @@ class Tiles:
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
-        whole = _power(self.columns)
+        whole = power_above(self.columns)
         columns = sorted({min(whole, c) for c in (whole, 8192, 4096, 2048, 1024, 512, 256, 64, 16)})
         if any(work.scan for work in self.works):
             columns = [c for c in columns if c > 1]
         return {
             "columns": [c for c in columns if c <= WHOLE_ROW],
             "rows": [
-                r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if r <= _power(self.rows)
+                r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if r <= power_above(self.rows)
             ],
             "warps": [1, 2, 4, 8, 16, 32],
             "stages": [1, 2, 3, 4] if self.passes else [3],
@@ -245,9 +245,9 @@ class Builder(LoopBuilder):
             if value not in legal.get(knob, []):
                 raise Illegal(f"{knob}={value} is no choice here")
             blocks = replace(blocks, **{knob: value})
-        if blocks.rows * min(blocks.columns, _power(tiles.columns)) > 1 << 16:
+        if blocks.rows * min(blocks.columns, power_above(tiles.columns)) > 1 << 16:
             raise Illegal("blocks of more than 65536 elements")
-        if blocks.rows > _power(tiles.rows):
+        if blocks.rows > power_above(tiles.rows):
             raise Illegal("blocks of more rows than there are")
         return blocks
 
@@ -257,22 +257,22 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     columns, rows = tiles.columns, tiles.rows
     if columns == 1:
         size = 1024 if rows >= 1 << 19 else 256
-        return Blocks(min(size, _power(rows)), 1, 4)
-    if not _along_columns(tiles):
-        wide = min(64 if columns > 32 else 256, _power(rows))
-        block = min(_power(columns), 1024 // wide if wide < 64 else 32)
+        return Blocks(min(size, power_above(rows)), 1, 4)
+    if not along_columns(tiles):
+        wide = min(64 if columns > 32 else 256, power_above(rows))
+        block = min(power_above(columns), 1024 // wide if wide < 64 else 32)
         return Blocks(wide, block, 4)
-    block = _power(columns)
+    block = power_above(columns)
     if block > WHOLE_ROW:
         block = 4096
-    height = max(1, min(_power(rows), 2048 // block))
+    height = max(1, min(power_above(rows), 2048 // block))
     while height > 1 and rows // height < PROGRAMS and height * block > 128:
         height //= 2
     size = height * block
     return Blocks(height, block, 16 if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2)
 
 
-def _along_columns(tiles: Tiles) -> bool:
+def along_columns(tiles: Tiles) -> bool:
     """Whether the largest tensor that is read along columns is contiguous along them."""
     row = row_var(tiles.rows)
     best, largest = True, 0
@@ -288,6 +288,15 @@ def _along_columns(tiles: Tiles) -> bool:
                 unit = [a for a, c in moves.items() if abs(c) == 1]
                 best = any(depends(a, col) for a in unit) or not any(depends(a, row) for a in unit)
     return best
+
+
+def online(tiles: Tiles, work: Work) -> Work | None:
+    """The sum of ``exp(x - m)`` that follows the maximum ``m`` of ``x`` at once, if rows take several passes."""
+    if work.op != "max" or work.scan or work.columns <= tiles.blocks.columns:
+        return None
+    shifted = Op("sub", (work.expr, Load(work.node.name, (), work.expr.dtype)), work.expr.dtype)
+    wanted = Op("exp", (shifted,), work.expr.dtype)
+    return next((w for w in tiles.works if w.op == "sum" and w.expr is wanted), None)
 
 
 def depends(node: Interned, var: Var) -> bool:
@@ -321,7 +330,7 @@ def _unflatten(flat: Index, loops: tuple[Var, ...]) -> list[tuple[Var, Index]]:
     return found
 
 
-def _power(size: int) -> int:
+def power_above(size: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << max(size - 1, 0).bit_length()
 
@@ -329,7 +338,7 @@ def _power(size: int) -> int:
 # -------------------------------------------------------------------------------------------- reductions
 
 
-def for_gpu(graph: Graph) -> Graph:
+def for_gpu(graph: Graph, language: Literal["triton", "cuda"] = "triton") -> Graph:
     """The graph with reductions of few results over many elements taken in two steps, so that a GPU is filled."""
     steps: dict[str, Node | Extern] = {}
     for name, step in graph.steps.items():
@@ -338,7 +347,7 @@ def for_gpu(graph: Graph) -> Graph:
                 steps[node.name] = node
         else:
             steps[name] = step
-    return replace(graph, steps=steps, device="cuda")
+    return replace(graph, steps=steps, device="cuda", language=language)
 
 
 def _split(node: Node, graph: Graph) -> list[Node]:

@@ -140,7 +140,7 @@ def test_first_drafts_compile_without_a_gpu(name: str) -> None:
 
 def test_what_is_refused() -> None:
     made = program("softmax")
-    with pytest.raises(CodegenError, match="triton, not in 'fortran'"):
+    with pytest.raises(CodegenError, match="triton, cuda, not in 'fortran'"):
         made.emit(made.seeds()[0], "fortran")
     with pytest.raises(CodegenError, match="was lowered for cuda; cpp is for cpu"):
         made.emit(made.seeds()[0], "cpp")

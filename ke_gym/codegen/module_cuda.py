@@ -1,0 +1,66 @@
+"""Schedule -> CUDA C++ kernel module text: one source with the kernels, and a ``forward`` that launches them.
+
+Matrix products, convolutions and attention stay calls of the library.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from functools import partial
+from typing import Any
+
+from ke_gym.codegen import module
+from ke_gym.codegen.cuda_text import TYPES, helpers
+from ke_gym.codegen.emit_cuda import layout, pointers, print_tiles
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.graph import Graph
+from ke_gym.codegen.module_gpu import shape_set
+from ke_gym.codegen.schedule import Schedule
+from ke_gym.codegen.tiles import Tiles
+
+_HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
+
+
+def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
+    """The whole module as text."""
+    used: set[str] = set()
+    kernels: list[str] = []
+    bodies = []
+    for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
+        suffix = f"_{number}" if len(graphs) > 1 else ""
+        sources, lines = shape_set(graph, plan, suffix, partial(kernel, suffix=suffix, used=used))
+        kernels.extend(sources)
+        bodies.append((graph, lines))
+    imports, data = module.held(graphs)
+    parts = [f'"""{name}, generated from its reference."""\n\n{imports}']
+    if kernels:
+        parts[0] += "\n\nfrom ke_gym import lang"
+        includes = [f"#include <{h}>" for kind, h in _HEADERS.items() if any(kind in k for k in kernels)]
+        source = "\n".join(
+            ["\n".join(includes) + "\n" if includes else "", *helpers(used), "\n\n".join(kernels)]
+        )
+        parts.append(f"kernels = lang.cuda(\n    r'''\n{source.strip()}\n'''\n)")
+    parts += data
+    return "\n\n".join(parts) + "\n\n\n" + module._forward(bodies).rstrip() + "\n"
+
+
+def kernel(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:
+    """The kernel's text, and the line that launches it."""
+    if not isinstance(nest, Tiles):
+        raise Illegal("in CUDA C++, products are the library's")
+    name, shape, names = f"compute_{nest.name}{suffix}", layout(nest), pointers(nest)
+    written = {b.name for b in nest.writes}
+    reads = {b.name: b for b in nest.reads if b.name not in written}
+    parameters = [f"const {TYPES[b.dtype]}* __restrict__ {names[b.name]}" for b in reads.values()]
+    parameters += [f"{TYPES[b.dtype]}* __restrict__ {names[b.name]}" for b in nest.writes]
+    head = f'extern "C" __global__ void __launch_bounds__({shape.threads}) {name}('
+    signature = f"{head}{', '.join(parameters)}) {{"
+    if len(signature) > 110:
+        signature = head + "\n    " + ",\n    ".join(parameters) + ") {"
+    made = ", ".join(f"{b.name} [{' x '.join(map(str, b.shape)) or 'scalar'}]" for b in nest.writes)
+    origins = " -> ".join(nest.origins[:6]) + (" -> ..." if len(nest.origins) > 6 else "")
+    body = textwrap.indent("\n".join(print_tiles(nest, used)), "  ")
+    arguments = ", ".join([*reads, *(b.name for b in nest.writes)])
+    block = module._tuple(shape.block) if len(shape.block) > 1 else str(shape.block[0])
+    launch = f"kernels.{name}[{shape.grid(nest)}, {block}]({arguments})"
+    return f"// {made}: {origins}\n{signature}\n{body}\n}}", launch

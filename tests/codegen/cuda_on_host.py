@@ -1,0 +1,87 @@
+"""Generated CUDA C++ modules run on a CPU, thread by thread (see ``cuda_host.h``): the arithmetic, not the device."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from ke_gym import lang
+from ke_gym.codegen import Program
+from ke_gym.codegen.capture import capture
+from ke_gym.codegen.lower import lower
+from ke_gym.codegen.schedule import Schedule
+from ke_gym.codegen.tiles import for_gpu
+from ke_gym.languages.cuda import parse_kernels
+from ke_gym.tasks import Task
+from tests.codegen.interpret import SMALL, imported
+
+HERE = Path(__file__).parent
+
+
+@cache
+def program(name: str) -> Program:
+    """The task's program in CUDA C++, at its small odd sizes."""
+    task = Task.load(name)
+    return Program(name, (for_gpu(lower(capture(task, SMALL), task.precision), "cuda"),))
+
+
+class HostKernels:
+    """The kernels of one CUDA C++ source, compiled for this CPU into ``folder``."""
+
+    def __init__(self, source: str, folder: Path) -> None:
+        entries = [
+            f'extern "C" void on_host_{name}(unsigned blocks, unsigned x, unsigned y, void** arguments) '
+            f"{{ host::Runner<{name}>::run(blocks, x, y, arguments); }}"
+            for name in parse_kernels(source)
+        ]
+        for header in ("cuda_fp16.h", "cuda_bf16.h"):
+            (folder / header).touch()
+        (folder / "kernels.cpp").write_text("\n".join(['#include "cuda_host.h"', source, *entries]))
+        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", "kernels.so", "kernels.cpp"]
+        done = subprocess.run(
+            [*command, f"-I{HERE}", "-I."], cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[:3000]
+        self.library = ctypes.CDLL(str(folder / "kernels.so"))
+
+    def __getattr__(self, name: str) -> Any:
+        return _Kernel(getattr(self.library, f"on_host_{name}"))
+
+
+class _Kernel:
+    def __init__(self, entry: Any) -> None:
+        self.entry = entry
+
+    def __getitem__(self, where: tuple[int, Any]) -> Callable[..., None]:
+        grid, block = where
+        x, y = block if isinstance(block, tuple) else (block, 1)
+
+        def launch(*tensors: torch.Tensor) -> None:
+            pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+            self.entry(grid, x, y, pointers)
+
+        return launch
+
+
+def check(name: str, schedule: Schedule, folder: Path) -> None:
+    """Whether the module computes what the reference does, inputs with infinities and NaN included."""
+    task = Task.load(name)
+    reference = task.reference(SMALL)
+    with patch.object(lang, "cuda", lambda source: HostKernels(source, folder)):
+        module = imported(program(name).emit(schedule), folder)
+    for seed, distribution in enumerate(("task", "special")):
+        inputs = task.inputs(SMALL, seed, distribution)
+        names = list(inspect.signature(module.forward).parameters)[len(inputs) :]
+        got = module.forward(*inputs, **{n: reference.state[n].detach() for n in names})
+        wanted = reference(*inputs)
+        for a, b in zip([got] if isinstance(got, torch.Tensor) else got, wanted, strict=True):
+            close = 2e-2 if b.dtype in (torch.bfloat16, torch.float16) else 2e-4
+            torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)

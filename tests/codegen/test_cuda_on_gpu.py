@@ -1,0 +1,50 @@
+"""Generated CUDA C++ modules built to plans and run by the executor on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ke_gym.languages.base import Signature
+from ke_gym.tasks import Task
+from tests.codegen.cuda_on_host import program
+from tests.codegen.interpret import SMALL
+from tests.languages.gpu_modules import built
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+NAMES = (
+    "softmax", "layer_norm", "column_mean", "cross_entropy", "argmax", "cumsum", "max_pool", "map_id", "bucketize",
+    "matmul_bias_gelu", "rotary_embedding", "rms_norm_backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("distribution", ["task", "special"])
+def test_plans_compute_the_reference(name: str, distribution: str) -> None:
+    from ke_gym.targets.cuda_driver import Driver
+    from ke_gym.targets.cuda_executor import CudaRunner
+
+    task, made = Task.load(name), program(name)
+    signature = Signature.of(task, [SMALL])
+    artifact = built(
+        made.emit(made.seeds()[0]),
+        "cuda",
+        inputs=signature.inputs[SMALL],
+        outputs=signature.outputs[SMALL],
+        state=dict(signature.state[SMALL]),
+    )
+    device = torch.device("cuda", 0)
+    reference = task.reference(SMALL)
+    inputs = task.inputs(SMALL, 3, distribution)
+    wanted = reference(*inputs)
+    given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs]
+    state = {key: tensor.detach().to(device) for key, tensor in reference.state.items()}
+    runner = CudaRunner(artifact, "default", given, state, driver=Driver(), device=device)
+    got = [tensor.cpu() for tensor in runner.run()]
+    torch.cuda.synchronize()
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, equal_nan=True)
