@@ -41,7 +41,8 @@ from ke_gym.codegen.tiles import (
 from ke_gym.codegen.triton_text import extent
 
 VECTOR_BYTES = 16
-KEPT = 64  # values of a row that a thread keeps in registers
+KEPT = 64  # words of a row that a thread keeps in registers: at most, and half of those there are
+REGISTERS = 65536  # of a multiprocessor
 _COMBINE = {
     "sum": "Sum",
     "prod": "Product",
@@ -83,6 +84,11 @@ class Layout:
     @property
     def threads(self) -> int:
         return self.rows * self.lanes
+
+    @property
+    def kept(self) -> int:
+        """How many words of a row a thread may keep."""
+        return min(KEPT, REGISTERS // 2 // self.threads)
 
     @property
     def block(self) -> tuple[int, ...]:
@@ -375,7 +381,7 @@ class TilesPrinter:
         _, count = self._count(columns)
         held = -(-count // shape.lanes) * shape.vector
         scans = any(work.scan for work in self.tiles.works)
-        return held if columns <= self.tiles.blocks.columns and held <= KEPT and not scans else 0
+        return held if columns <= self.tiles.blocks.columns and held <= shape.kept and not scans else 0
 
     def _keep(self) -> None:
         """Choose what several passes read of a row, to be kept in registers, and declare it."""
@@ -388,7 +394,11 @@ class TilesPrinter:
             for work in self.tiles.works:
                 if work.columns == columns:
                     passes.setdefault(work.level, []).append(split.expr(work.expr))
+            left = self.layout.kept
             for k, expr in enumerate(self._shared(list(passes.values()), columns)):
+                left -= held * max(1, BYTES[expr.dtype] // 4)
+                if left < 0:
+                    break
                 source = next(n.buffer for n in walk(expr) if isinstance(n, (Load, Search)))
                 name = f"{self.names[source]}_kept{k or ''}"
                 vector = self.layout.vector

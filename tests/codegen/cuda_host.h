@@ -47,7 +47,7 @@ namespace host {
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
+  std::vector<char> stack = std::vector<char>(1 << 15);
   Place place;
   bool done;
 };

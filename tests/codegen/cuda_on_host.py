@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,11 @@ import torch
 
 from ke_gym import lang
 from ke_gym.codegen import Program
-from ke_gym.codegen.capture import capture
-from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
-from ke_gym.codegen.tiles import for_gpu
 from ke_gym.languages.cuda import parse_kernels
 from ke_gym.tasks import Task
 from tests.codegen.interpret import SMALL, imported
+from tests.codegen.interpret import program as for_triton
 
 HERE = Path(__file__).parent
 
@@ -29,8 +28,7 @@ HERE = Path(__file__).parent
 @cache
 def program(name: str) -> Program:
     """The task's program in CUDA C++, at its small odd sizes."""
-    task = Task.load(name)
-    return Program(name, (for_gpu(lower(capture(task, SMALL), task.precision), "cuda"),))
+    return Program(name, tuple(replace(graph, language="cuda") for graph in for_triton(name).graphs))
 
 
 class HostKernels:

@@ -13,7 +13,6 @@ from ke_gym import tasks
 from ke_gym.codegen import CodegenError, rewrites
 from ke_gym.codegen.emit_cuda import layout, together
 from ke_gym.codegen.expr import Var, constant, of
-from ke_gym.codegen.module_cuda import kernel
 from ke_gym.codegen.variants import groups, nest_of
 from ke_gym.languages import nvrtc
 from ke_gym.languages.cuda import parse_kernels
@@ -35,7 +34,6 @@ IN_PASSES = {
     "column_mean": (("rows", 16),),
     "layer_norm": (("columns", 16), ("warps", 1)),
 }
-HALF = Path(__file__).parent / "half"
 COMPILED = ("softmax", "max_pool", "argmax", "cumsum", "matmul_bias_gelu", "bucketize", "rms_norm_backward")
 EXAMPLES = settings(max_examples=60, deadline=None)
 
@@ -89,7 +87,7 @@ def test_products_stay_library_calls() -> None:
     text = made.emit(made.seeds()[0])
     assert "torch.ops.aten.mm.default(" in text
     assert "gelu_tanh(" in text
-    assert all("own" not in name for name in parse_kernels(source_of(text)))
+    assert list(parse_kernels(source_of(text))) == ["compute_gelu"]
 
 
 def test_softmax_reads_its_input_once_or_twice() -> None:
@@ -136,8 +134,6 @@ def test_what_is_refused() -> None:
     assert made.emit(seed) == made.emit(seed, "cuda")
     assert "@triton.jit" in made.emit(seed, "triton")
     assert "0.0.stages" not in rewrites.knobs(made, with_launch(seed, (("columns", 64),)))
-    nest = nest_of(made, seed, 0, 0)
-    assert kernel(nest, "", set()) == kernel(nest, "", set())
 
 
 @EXAMPLES
