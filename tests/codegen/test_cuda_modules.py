@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,24 @@ IN_PASSES = {
     "column_mean": (("rows", 16),),
     "layer_norm": (("columns", 16), ("warps", 1)),
 }
-COMPILED = ("softmax", "max_pool", "argmax", "cumsum", "matmul_bias_gelu", "bucketize", "rms_norm_backward")
+VECTORS = Path(__file__).parent / "vectors"
+IN_VECTORS = [
+    ("rows", (), "load<4>(x, row * 128 + at)"),
+    ("rows", (("columns", 128),), "load<4>(x, row * 128 + at)"),
+    ("rows", (("rows", 8), ("warps", 1)), "load<4>(x, row * 128 + at)"),
+    ("elements", (), "load<2>(x, at)"),
+    ("elements", (("rows", 1024),), "load<8>(x, at)"),
+]
+COMPILED = (
+    "softmax",
+    "max_pool",
+    "argmax",
+    "cumsum",
+    "matmul_bias_gelu",
+    "bucketize",
+    "rms_norm_backward",
+    "rms_norm_bf16",
+)
 EXAMPLES = settings(max_examples=60, deadline=None)
 
 
@@ -65,6 +83,16 @@ def test_rows_in_passes_compute_the_reference(name: str, tmp_path: Path) -> None
     schedule = with_launch(made.seeds()[0], IN_PASSES[name])
     assert made.legal(schedule)
     check(name, schedule, tmp_path)
+
+
+@pytest.mark.parametrize("name, launch, loaded", IN_VECTORS)
+def test_vectors_compute_the_reference(name: str, launch: Any, loaded: str, tmp_path: Path) -> None:
+    path = str(VECTORS / f"{name}.py")
+    made = program(path)
+    schedule = with_launch(made.seeds()[0], launch)
+    assert made.legal(schedule)
+    assert loaded in made.emit(schedule)
+    check(path, schedule, tmp_path)
 
 
 @pytest.mark.parametrize("name", COMPILED)
