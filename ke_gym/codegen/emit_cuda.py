@@ -186,7 +186,6 @@ class TilesPrinter:
         self.used = used
         self.layout = layout(tiles)
         self.names = pointers(tiles)
-        self.kinds = {b.name: b.dtype for b in (*tiles.reads, *tiles.writes)}
         sizes = {b.name: extent(b) for b in (*tiles.reads, *tiles.writes)}
         self.text = Text(used, sizes, self.names)
         self.int = "long long" if max(sizes.values(), default=0) >= 1 << 31 else "int"
@@ -214,8 +213,10 @@ class TilesPrinter:
             here = [w for w in works if w.level == level and w.node.name not in done]
             for columns in dict.fromkeys(work.columns for work in here):
                 plain = [w for w in here if w.columns == columns and not w.scan]
-                if plain:
-                    self._row_values(plain) if columns == 1 else self._pass(plain, columns)
+                if plain and columns == 1:
+                    self._row_values(plain)
+                elif plain:
+                    self._pass(plain, columns)
             for work in here:
                 if work.scan:
                     self._scan(work)

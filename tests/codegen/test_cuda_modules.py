@@ -38,7 +38,7 @@ IN_PASSES = {
 VECTORS = Path(__file__).parent / "vectors"
 IN_VECTORS = [
     ("rows", (), "load<4>(x, row * 128 + at)"),
-    ("rows", (("columns", 128),), "load<4>(x, row * 128 + at)"),
+    ("rows", (("columns", 64),), "load<4>(x, row * 128 + at)"),
     ("rows", (("rows", 8), ("warps", 1)), "load<4>(x, row * 128 + at)"),
     ("elements", (), "load<2>(x, at)"),
     ("elements", (("rows", 1024),), "load<8>(x, at)"),
