@@ -243,7 +243,7 @@ class Text:
                 if isinstance(node, Op) and node.name == "where":
                     # Compilers vectorize unconditional loads better than masked ones.
                     chosen.update(n for n in walk(*node.args[1:]) if isinstance(n, Load) and n.index)
-                for child in _operands(node):
+                for child in operands_of(node):
                     reach(child)
 
         for root in roots:
@@ -258,7 +258,7 @@ class Text:
         safe, _ = self._safe(roots)
         wanted: list[Interned] = []
         for node in walk(*roots):
-            operands = _operands(node)
+            operands = operands_of(node)
             harmless = isinstance(node, Op) and node.name not in _FAULTING
             if harmless and all(child in safe or isinstance(child, Const) for child in operands):
                 safe.add(node)
@@ -284,7 +284,7 @@ class Text:
         """A long chain as one statement per term."""
         name = self._fresh()
         symbol = "<" if node.name in ("max", "min") else _INFIX[node.name]
-        first, *rest = _chain(node)
+        first, *rest = chain_of(node)
         lines = [f"{TYPES[node.dtype]} {name} = {bare_text(self.expr(first))};"]
         for term in rest:
             text = self.expr(term)
@@ -305,11 +305,11 @@ class Text:
         for root in roots:
             uses[root] = uses.get(root, 0) + 1
         for node in walk(*roots):
-            for child in _operands(node):
+            for child in operands_of(node):
                 uses[child] = uses.get(child, 0) + 1
         safe, chosen = self._safe(roots)
         lines = []
-        chained = {n for root in roots for n in _chains(root) if n in safe}
+        chained = {n for root in roots for n in chains_in(root) if n in safe}
         for node in walk(*roots):
             if node in chained and node not in self.names:
                 assert isinstance(node, Op)
@@ -333,7 +333,7 @@ def _moves_with(root: Interned, var: Var) -> bool:
     return any(n is var for n in walk(root))
 
 
-def _chain(node: Interned) -> list[Expr]:
+def chain_of(node: Interned) -> list[Expr]:
     """The terms of a sum, product, maximum or minimum built from left to right."""
     if not isinstance(node, Op) or node.name not in ("add", "mul", "max", "min") or node.dtype == "bool":
         return []
@@ -345,12 +345,12 @@ def _chain(node: Interned) -> list[Expr]:
     return [here, *reversed(terms)]
 
 
-def _chains(root: Interned) -> list[Interned]:
+def chains_in(root: Interned) -> list[Interned]:
     """The outermost operations that combine ``LONG`` terms or more."""
     found: list[Interned] = []
     covered: set[Interned] = set()
     for node in reversed(walk(root)):
-        terms = [] if node in covered else _chain(node)
+        terms = [] if node in covered else chain_of(node)
         if len(terms) >= LONG:
             found.append(node)
             while isinstance(node, Op) and node.args[0] is not terms[0]:
@@ -359,7 +359,7 @@ def _chains(root: Interned) -> list[Interned]:
     return found
 
 
-def _operands(node: Interned) -> list[Interned]:
+def operands_of(node: Interned) -> list[Interned]:
     """Value operands, looking through indices."""
     found: list[Interned] = []
     if isinstance(node, Op):

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ke_gym.codegen import emit_cpp
+from ke_gym.codegen import cpp_text, cpp_words
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     Const,
@@ -250,7 +250,7 @@ def cast(dtype: str, text: str) -> str:
     return f"{kind}({bare_text(text)})" if " " not in kind else f"({kind})({bare_text(text)})"
 
 
-class Text(emit_cpp.Text):
+class Text(cpp_text.Text):
     """Prints expressions; loads and what is used more than once become named constants, guarded ones stay so.
 
     ``pointers``: what the kernel calls its tensors.
@@ -269,7 +269,7 @@ class Text(emit_cpp.Text):
             self.used.add("nan" if math.isnan(value) else "inf")
             text = "not_a_number()" if math.isnan(value) else "inf()" if value > 0 else "-inf()"
             return text if dtype == "f32" else f"double({text})"
-        return emit_cpp.literal(value, dtype)
+        return cpp_words.literal(value, dtype)
 
     def _atom(self, atom: Interned) -> str:
         if isinstance(atom, Indirect):
@@ -351,7 +351,7 @@ class Text(emit_cpp.Text):
 
     def _accumulated(self, node: Op) -> list[str]:
         """A long chain as one statement per term."""
-        first, *rest = emit_cpp._chain(node)
+        first, *rest = cpp_text.chain_of(node)
         name = self._fresh()
         lines = [f"{TYPES[node.dtype]} {name} = {bare_text(self.expr(first))};"]
         for term in rest:
@@ -369,7 +369,7 @@ class Text(emit_cpp.Text):
 
         def visit(node: Interned) -> None:
             if node not in seen and node not in self.names:
-                for operand in emit_cpp._operands(node):
+                for operand in cpp_text.operands_of(node):
                     visit(operand)
                 seen[node] = None
 
@@ -381,8 +381,8 @@ class Text(emit_cpp.Text):
         """Declarations of loads, and of what several places use, as far as it is safe to compute always."""
         safe, _ = self._safe(roots)
         pending = self.pending(roots)
-        uses = Counter(child for node in pending for child in emit_cpp._operands(node))
-        chained = {n for root in roots for n in emit_cpp._chains(root)}
+        uses = Counter(child for node in pending for child in cpp_text.operands_of(node))
+        chained = {n for root in roots for n in cpp_text.chains_in(root)}
         lines = []
         for node in pending:
             if node not in safe or not isinstance(node, (Op, Load, Search)):

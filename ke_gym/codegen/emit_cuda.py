@@ -10,8 +10,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from ke_gym.codegen.cpp_text import operands_of
 from ke_gym.codegen.cuda_text import HELPERS, TYPES, Text, bare_text, cast, constant
-from ke_gym.codegen.emit_cpp import _operands
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -434,7 +434,7 @@ class TilesPrinter:
             if worth(node) and depends(node, var) and isinstance(node, Expr):
                 chosen[node] = None
             else:
-                stack.extend(n for n in _operands(node) if not constant(n))
+                stack.extend(n for n in operands_of(node) if not constant(n))
         return list(chosen)
 
     def _pass(self, works: list[Work], columns: int) -> None:
