@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from ke_gym.codegen.cpp_text import operands_of
-from ke_gym.codegen.cuda_text import HELPERS, TYPES, Text, bare_text, cast, constant
+from ke_gym.codegen.cuda_text import HELPERS, TYPES, Text, cast, constant
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -38,7 +38,7 @@ from ke_gym.codegen.tiles import (
     power_above,
     row_var,
 )
-from ke_gym.codegen.triton_text import extent
+from ke_gym.codegen.triton_text import bare_text, extent
 
 VECTOR_BYTES = 16
 KEPT = 64  # words of a row that a thread keeps in registers: at most, and half of those there are
