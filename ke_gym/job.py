@@ -129,8 +129,10 @@ def optimize(
     if resume is not None:
         run_dir, settings = read_run(resume)
         loaded = _recorded_task(loaded, run_dir, settings)
+        settings = replace(settings, prices=(llm.prices if llm else "") or settings.prices)
         if settings.llm is not None:
-            again = replace(LLM.from_dict(settings.llm), record="")  # a recording is of one run only
+            # A recording is of one run only.
+            again = replace(LLM.from_dict(settings.llm), record="", prices=settings.prices)
             proposers.check(settings.proposer, again)
             settings = replace(settings, llm=again.to_dict())
     else:
@@ -251,14 +253,16 @@ def _search(
                 confirm_best(session, evaluator, watch)
             except KeyboardInterrupt:
                 stopped = "interrupted"
+        result = _result(task, module, session, evaluator, stopped, run_dir, proof)
+        result.write()  # before a model is asked for lessons, which may take minutes
         lessons = distill(settings.session, task.name, task.family, store.nodes(settings.session))
         if settings.learned and stopped != "interrupted":
             try:
                 lessons = _in_words(lessons, task, settings, session, run_dir)
             except KeyboardInterrupt:
                 stopped = "interrupted"
-        result = _result(task, module, session, evaluator, stopped, run_dir, proof)
-        result.write()
+            result = replace(result, stopped=stopped, usage=session.usage, dollars=session.spent.dollars)
+            result.write()
         write_report(result, session, evaluator)
         if settings.learned:
             write_back(store.path.parent / FOLDER, lessons)
@@ -327,10 +331,12 @@ def proven(task: Task, store: Store, setting: Setting, evaluator: Evaluator) -> 
         proof = prove(evaluator.judge, evaluator.contract, evaluator.cases)
         store.add_proof(setting, proof)
     if proof.useless:
-        raise UserError(
-            f"{task.name} cannot judge a kernel: {proof}; give it inputs that its outputs depend on, and no tolerance"
-            " that hides errors"
+        remedy = (
+            "its outputs must depend on inputs and parameters alone (no dropout, no random numbers)"
+            if proof.rejected
+            else "give it inputs that its outputs depend on, and no tolerance that hides errors"
         )
+        raise UserError(f"{task.name} cannot judge a kernel: {proof}; {remedy}")
     return proof
 
 

@@ -103,7 +103,7 @@ def search(args: Args, task: Task, console: Console, title: str) -> str:
                           evaluator.threads)  # fmt: skip
         session = Session(
             store,
-            new_session_id("record", setting, args.breadth, args.seed, args.proposer),
+            new_session_id("record 2", setting, args.breadth, args.seed, args.proposer),
             setting,
             proposer,
             budget=Budget(args.budget),

@@ -228,7 +228,7 @@ class Text:
             return f"std::{name}({bare})"
         raise AssertionError(f"no spelling of {name}")
 
-    def _safe(self, roots: Sequence[Expr]) -> tuple[set[Interned], set[Interned]]:
+    def safe(self, roots: Sequence[Expr]) -> tuple[set[Interned], set[Interned]]:
         """What may be computed always, guards or not; and the loads among it that guards hide."""
         safe: set[Interned] = set()
         chosen: set[Interned] = set()
@@ -255,7 +255,7 @@ class Text:
 
         Compilers leave such loads in loops that store, as a store might change what they read.
         """
-        safe, _ = self._safe(roots)
+        safe, _ = self.safe(roots)
         wanted: list[Interned] = []
         for node in walk(*roots):
             operands = operands_of(node)
@@ -307,7 +307,7 @@ class Text:
         for node in walk(*roots):
             for child in operands_of(node):
                 uses[child] = uses.get(child, 0) + 1
-        safe, chosen = self._safe(roots)
+        safe, chosen = self.safe(roots)
         lines = []
         chained = {n for root in roots for n in chains_in(root) if n in safe}
         for node in walk(*roots):

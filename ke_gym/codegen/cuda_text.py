@@ -379,7 +379,7 @@ class Text(cpp_text.Text):
 
     def bind(self, roots: Sequence[Expr], called: Mapping[Expr, str] | None = None) -> list[str]:
         """Declarations of loads, and of what several places use, as far as it is safe to compute always."""
-        safe, _ = self._safe(roots)
+        safe, _ = self.safe(roots)
         pending = self.pending(roots)
         uses = Counter(child for node in pending for child in cpp_text.operands_of(node))
         chained = {n for root in roots for n in cpp_text.chains_in(root)}

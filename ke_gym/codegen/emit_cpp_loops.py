@@ -186,7 +186,7 @@ class Loops(Lines):
         """The loop in pieces: what comes later is asked for before each, large results leave after it."""
         self.used.add("ke/memory.h")
         name, length = loop.var.name, loop.var.size
-        short = length < 2 * FETCHED
+        short = length < 2 * FETCHED and not parallel  # threads share the loop over pieces
         piece, at = (length, "") if short else (FETCHED, " + part")
         count = str(piece) if length % piece == 0 else f"std::min<int64_t>({FETCHED}, {length} - part)"
         if parallel:

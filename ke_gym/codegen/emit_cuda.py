@@ -23,6 +23,7 @@ from ke_gym.codegen.expr import (
     Rewriter,
     Search,
     Var,
+    bounds,
     linear,
     of,
     walk,
@@ -43,6 +44,7 @@ from ke_gym.codegen.triton_text import bare_text, extent
 VECTOR_BYTES = 16
 KEPT = 64  # words of a row that a thread keeps in registers: at most, and half of those there are
 REGISTERS = 65536  # of a multiprocessor
+INT = (1 << 31) - (1 << 16)  # 32 bits hold an index below this, the overshoot of a last block included
 _COMBINE = {
     "sum": "Sum",
     "prod": "Product",
@@ -52,7 +54,7 @@ _COMBINE = {
     "all": "Smallest",
 }
 _TAKEN = re.compile(
-    r"v\d+|\w+_(acc|row|kept|vec)\d*|at|row|col|lane|k|j|top|shift|scanned|total|inf|load|store|Vector|\w*f|log2|log10"
+    r"v\d+|\w+_(acc|row|kept|vec)\d*|min|max|float|at|row|col|lane|k|j|top|shift|scanned|total|inf|load|store|Vector|\w*f|log2|log10"
     r"|int|long|short|char|bool|double|signed|unsigned|const|new|this|class|struct|union|enum|register|default|switch"
     r"|case|delete|operator|private|public|protected|template|typename|namespace|using|auto|static|extern|inline"
     r"|virtual|friend|throw|catch|goto|volatile|sizeof|void|true|false|and|or|not|xor|exp|exp2|expm1|log|log1p|tanh"
@@ -178,6 +180,13 @@ def together(index: Index, vector: int) -> Index | None:
     return linear(index.const // vector, [(atom, c // vector) for atom, c in rest])
 
 
+def _farthest(tiles: Tiles, sizes: dict[str, int]) -> int:
+    """The greatest index that is computed, also on the way to another one."""
+    roots = [r for work in tiles.works for r in (work.expr, work.place) if r is not None]
+    reached = (abs(b) for n in walk(*roots) if isinstance(n, Index) for b in bounds(n))
+    return max([*sizes.values(), *reached], default=0)
+
+
 class TilesPrinter:
     """Prints the body of one kernel."""
 
@@ -188,7 +197,7 @@ class TilesPrinter:
         self.names = pointers(tiles)
         sizes = {b.name: extent(b) for b in (*tiles.reads, *tiles.writes)}
         self.text = Text(used, sizes, self.names)
-        self.int = "long long" if max(sizes.values(), default=0) >= 1 << 31 else "int"
+        self.int = "long long" if _farthest(tiles, sizes) >= INT else "int"
         self.first = "blockIdx.x" if self.int == "int" else "(long long)blockIdx.x"
         self.lines: list[str] = []
         self.depth = 0
@@ -315,7 +324,7 @@ class TilesPrinter:
             return {}
         self.used.add("vector")
         outside = dict(self.text.names)
-        safe, _ = self.text._safe(exprs)
+        safe, _ = self.text.safe(exprs)
         loaded: dict[Interned, str] = {}
         for node in self.text.pending(exprs):
             if not isinstance(node, Load) or node not in safe or not depends(node, _inner(vector)):
@@ -386,6 +395,7 @@ class TilesPrinter:
 
     def _keep(self) -> None:
         """Choose what several passes read of a row, to be kept in registers, and declare it."""
+        left = self.layout.kept
         for columns in dict.fromkeys(w.columns for w in self.tiles.works if w.columns > 1):
             held = self._held(columns)
             if not held:
@@ -395,13 +405,13 @@ class TilesPrinter:
             for work in self.tiles.works:
                 if work.columns == columns:
                     passes.setdefault(work.level, []).append(split.expr(work.expr))
-            left = self.layout.kept
-            for k, expr in enumerate(self._shared(list(passes.values()), columns)):
-                left -= held * max(1, BYTES[expr.dtype] // 4)
-                if left < 0:
+            for expr in self._shared(list(passes.values()), columns):
+                words = held * max(1, BYTES[expr.dtype] // 4)
+                if words > left:
                     break
+                left -= words
                 source = next(n.buffer for n in walk(expr) if isinstance(n, (Load, Search)))
-                name = f"{self.names[source]}_kept{k or ''}"
+                name = f"{self.names[source]}_kept{len(self.kept) or ''}"
                 vector = self.layout.vector
                 place = "k" if vector == 1 else "j" if held == vector else f"k * {vector} + j"
                 self.line(f"{TYPES[expr.dtype]} {name}{f'[{held}]' if held > 1 else ''};")
@@ -413,7 +423,7 @@ class TilesPrinter:
         var = Var(name, count)
         seen: dict[Interned, int] = {}
         for exprs in passes:
-            safe, _ = self.text._safe(exprs)
+            safe, _ = self.text.safe(exprs)
             for node in safe:
                 seen[node] = seen.get(node, 0) + 1
 
@@ -469,7 +479,7 @@ class TilesPrinter:
         if not self._held(columns):
             start = "lane" if lanes > 1 else "0"
             step = f"{name} += {lanes}" if lanes > 1 else f"++{name}"
-            scopes.append(self.open(f"for (int {name} = {start}; {name} < {count}; {step})"))
+            scopes.append(self.open(f"for ({self.int} {name} = {start}; {name} < {count}; {step})"))
         else:
             position = "lane" if lanes > 1 else "0"
             if steps > 1:
@@ -478,12 +488,12 @@ class TilesPrinter:
                 position = f"k * {lanes} + lane" if lanes > 1 else "k"
             else:
                 scopes.append(self.open(""))
-            self.line(f"const int {name} = {position};")
+            self.line(f"const {self.int} {name} = {position};")
             if count % lanes:
                 scopes.append(self.open(f"if ({name} < {count})"))
         self.text.names.update((e, text) for e, text in self.kept.items() if e in self.filled)
         stored = self._open_vector(exprs, places)
-        safe, _ = self.text._safe(exprs)
+        safe, _ = self.text.safe(exprs)
         for expr, place in self.kept.items():
             if expr in safe and expr not in self.filled:
                 self.bind(expr)
@@ -527,7 +537,7 @@ class TilesPrinter:
         start = self.text.literal(identity(work.op, self._kind(work)).value, self._kind(work))
         self._start(work)
         scope = self.open(f"for (int k = 0; k < {-(-columns // shape.lanes)}; ++k)")
-        self.line(f"const int col = {f'k * {shape.lanes} + lane' if shape.lanes > 1 else 'k'};")
+        self.line(f"const {self.int} col = {f'k * {shape.lanes} + lane' if shape.lanes > 1 else 'k'};")
         self.line(f"{kind} scanned = {start};")
         inside = self.open("" if exact else f"if (col < {columns})")
         self.bind(work.expr)

@@ -472,7 +472,6 @@ class Builder:
             values[name] = Rewriter(binding).expr(self.resolved[name])
             inner[name] = self._order(name, node, binding, values[name])
         levels = self._levels(inner, values, places)
-        stages: list[tuple[int, list[str], dict[Var, Index]]] = []
         merged: list[tuple[int, tuple[Loop, ...], list[str]]] = []
         for name in self.kept:
             for level, loops, members in merged:
@@ -486,7 +485,6 @@ class Builder:
             else:
                 merged.append((levels[name], inner[name], [name]))
         merged.sort(key=lambda m: m[0])
-        del stages
         return self._assemble(merged, inner, values, places)
 
     def _joins(self, name: str, members: list[str]) -> bool:
@@ -662,7 +660,6 @@ class Builder:
         if node.name in self.visible:
             return Target("global", node.name, flat, node.dtype)
         dtype = compute_dtype(node.dtype)
-        inside: list[tuple[Var, Index]] = []
         local = constant(0)
         step = 1
         for var in reversed(node.vars):
@@ -670,7 +667,6 @@ class Builder:
             if rest.terms:
                 local = local + rest * step
                 step *= bounds(rest)[1] + 1
-        del inside
         if step == 1:
             return Target("scalar", node.name, constant(0), dtype)
         rows[node.name] = Local(node.name, dtype, step)

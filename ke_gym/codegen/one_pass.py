@@ -97,7 +97,7 @@ def _variance(node: Node, nodes: Mapping[str, Node], whole: Mapping[str, Expr]) 
         return None
     scale = mean.args[1].value if mean.name == "mul" else 1 / (mean.args[1].value or math.inf)
     first = _first(mean.args[0], node, "sum", nodes)
-    if first is None or abs(scale * _count(node) - 1) > 1e-6 or whole[first.name] is not value:
+    if first is None or abs(scale * _count(node) - 1) > 1e-12 or whole[first.name] is not value:
         return None
     return Variance(first.name, node.name)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ke_gym.errors import UserError
 from ke_gym.tasks.task import Precision, Reference
 
 MAX_SKIPPED = 12
@@ -81,7 +82,7 @@ def mutants(
         with _Skip(index) as mode:
             try:
                 skipped = reference(*arguments)
-            except (RuntimeError, IndexError):
+            except UserError:  # what the reference raises
                 continue  # a skipped operator may break a later one: nothing to judge
         if not mode.name:
             return

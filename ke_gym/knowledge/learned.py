@@ -134,9 +134,10 @@ class Lesson:
     def supports(self, claim: Claim) -> bool:
         """Whether the evidence, of at least ``ENOUGH`` attempts, shows what is claimed."""
         gains = self.gains()
+        middle = round(median(gains), 2) if gains else 0.0  # as ``fact`` shows it
         shown = {
-            "helps": bool(gains and median(gains) >= FASTER) and 2 * self.correct >= self.tries,
-            "no_gain": bool(gains and median(gains) < FASTER),
+            "helps": middle >= FASTER and 2 * self.correct >= self.tries,
+            "no_gain": bool(gains) and middle < FASTER,
             "fails": 2 * self.correct < self.tries,
         }
         return shown[claim] and self.tries >= ENOUGH

@@ -34,7 +34,7 @@ LONGEST = 240  # characters of a sentence
 SHORTEST = 20
 ANSWER = 4000  # tokens, thoughts included
 PATIENCE = 60.0
-"""Seconds that the end of a search waits for lessons, at most."""
+"""Seconds that one call for lessons may take; a failed one is repeated once."""
 _FACTS = 30
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 _FENCED = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
@@ -129,9 +129,9 @@ def _ask(
             raise ValueError(f"the model's answer was cut off after {got.completion_tokens} tokens")
         return got.text
     finally:
-        endpoint.close()
         used = replace(used, seconds=time.monotonic() - start, unconfirmed=account.unconfirmed)
         book(account.paid, used)
+        endpoint.close()
         transcript.write(transcripts, "lessons", {"step": "lessons"}, asked, messages, used, account.paid)
 
 
@@ -174,6 +174,7 @@ def _checked(entry: dict[str, Any], told: Sequence[Lesson]) -> Said:
     if (
         not isinstance(text, str)
         or not SHORTEST <= len(text) <= LONGEST
+        or not text.isprintable()
         or _MARKUP.search(text)
         or injection(text)
     ):
@@ -184,7 +185,8 @@ def _checked(entry: dict[str, Any], told: Sequence[Lesson]) -> Said:
     others = {name.lower() for name in _NAMES.findall(text)} - {lesson.strategy for lesson in cited}
     if others:
         raise ValueError(f"it speaks of {', '.join(sorted(others))} and names no fact of that")
-    figures = set(_NUMBER.findall(text)) - {n for lesson in cited for n in _NUMBER.findall(lesson.fact())}
+    measured = {float(n) for lesson in cited for n in _NUMBER.findall(lesson.fact())}
+    figures = {n for n in _NUMBER.findall(text) if float(n) not in measured}
     if figures:
         raise ValueError(f"its figures {', '.join(sorted(figures))} were not measured")
     return Said(tuple(dict.fromkeys(names[name] for name in named)), claim, text)

@@ -166,11 +166,11 @@ class _Loop:
 
     def room(self) -> bool:
         """Whether one more proposal may be asked for."""
-        if self.writers == 1:
-            return not self.drafts and len(self.flights) < self.workers
         if self.session.replaying and not self.session.proposer.ordered:
             # What was asked may need anything that was told before.
             return not self.drafts and not self.flights
+        if self.writers == 1:
+            return not self.drafts and len(self.flights) < self.workers
         # Whoever writes before anything is judged writes drafts only: the more is known, the more are written.
         first = max(2 * self.workers, self.writers // 4)
         return len(self.drafts) < min(self.writers, first + 2 * len(self.session.tree))

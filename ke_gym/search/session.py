@@ -414,9 +414,10 @@ class Session:
         """Count, and record, what a model was asked besides proposals that were received."""
         if not (usage.calls or dollars):
             return
+        # On disk first: what an interrupt loses there, ``balance`` finds missing.
+        self.store.add_expense(self.id, Expense(purpose, dollars, usage))
         self._dollars += dollars
         self.usage = self.usage.plus(usage)
-        self.store.add_expense(self.id, Expense(purpose, dollars, usage))
 
     def balance(self) -> None:
         """Book what was paid from the purse and came in nowhere, as when Ctrl-C fell between two steps."""
@@ -424,19 +425,22 @@ class Session:
         if missing > 1e-9:
             self.book("unused", missing, NOTHING)
 
-    def _settle(self, request: Request, made: Proposal | Refusal) -> int:
-        """Book what was spent; returns the number of the ask."""
+    def _settle(self, request: Request) -> int:
+        """A request has been answered; returns the number of the ask."""
         del self._writing[request.number]
         self.proposer.release(request.context.model)
         number = self._number
         self._number += 1
-        if request.recorded is None:
-            self._dollars += made.dollars
-            self.usage = self.usage.plus(made.usage)
         return number
 
+    def _record(self, record: NodeRecord) -> None:
+        """Keep an ask, then count its cost: what an interrupt loses on the way, ``balance`` finds missing."""
+        self.store.asked(self.id, record)
+        self._dollars += record.dollars
+        self.usage = self.usage.plus(record.usage)
+
     def _accept(self, request: Request, count: _Counts, made: Proposal) -> Ask:
-        number, candidate, parent = self._settle(request, made), made.candidate, request.parent
+        number, candidate, parent = self._settle(request), made.candidate, request.parent
         self._seen.add(candidate.id)
         count.trials[number] = candidate
         known = None
@@ -448,7 +452,7 @@ class Session:
                 number, origin, request.strategy.name, request.draw, candidate, "", made.dollars, None,
                 usage=made.usage,
             )  # fmt: skip
-            self.store.asked(self.id, record)
+            self._record(record)
         known = known or self._known(candidate)
         ask = Ask(
             number, parent, request.strategy, request.draw, candidate, self.tree.best, known, made.dollars,
@@ -458,7 +462,7 @@ class Session:
         return ask
 
     def _refuse(self, request: Request, count: _Counts, made: Refusal) -> Refusal:
-        number = self._settle(request, made)
+        number = self._settle(request)
         self.refusals += 1
         self.duplicates += made.kind == "duplicate"
         if made.attempt or made.usage.calls:  # a model that only repeats itself gains nothing either
@@ -479,7 +483,7 @@ class Session:
                 number, origin, request.strategy.name, request.draw, None, made.reason, made.dollars, None,
                 made.kind, made.usage,
             )  # fmt: skip
-            self.store.asked(self.id, record)
+            self._record(record)
         return made
 
     def _known(self, candidate: Candidate) -> Evaluation | None:

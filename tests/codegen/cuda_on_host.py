@@ -23,6 +23,21 @@ from tests.codegen.interpret import SMALL, imported
 from tests.codegen.interpret import program as for_triton
 
 HERE = Path(__file__).parent
+# Schedules that take rows in several passes, and tasks whose accesses are whole vectors.
+IN_PASSES = {
+    "softmax": (("columns", 64), ("rows", 4)),
+    "cumsum": (("columns", 64), ("rows", 8)),
+    "column_mean": (("rows", 16),),
+    "layer_norm": (("columns", 16), ("warps", 1)),
+}
+VECTORS = HERE / "vectors"
+IN_VECTORS = [
+    ("rows", (), "load<4>(x, row * 128 + at)"),
+    ("rows", (("columns", 64),), "load<4>(x, row * 128 + at)"),
+    ("rows", (("rows", 8), ("warps", 1)), "load<4>(x, row * 128 + at)"),
+    ("elements", (), "load<2>(x, at)"),
+    ("elements", (("rows", 1024),), "load<8>(x, at)"),
+]
 
 
 @cache

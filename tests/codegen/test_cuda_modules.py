@@ -19,7 +19,7 @@ from ke_gym.languages import nvrtc
 from ke_gym.languages.cuda import parse_kernels
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.tasks import Task
-from tests.codegen.cuda_on_host import check, program
+from tests.codegen.cuda_on_host import IN_PASSES, IN_VECTORS, VECTORS, check, program
 from tests.codegen.interpret import SMALL, with_launch
 from tests.languages.gpu_modules import built, launches
 
@@ -29,20 +29,6 @@ ON_HOST = (
     "softmax", "layer_norm", "column_mean", "argmax", "reverse_cumsum", "max_pool", "cross_entropy", "bucketize",
     "map_id", "rotary_embedding",
 )  # fmt: skip
-IN_PASSES = {
-    "softmax": (("columns", 64), ("rows", 4)),
-    "cumsum": (("columns", 64), ("rows", 8)),
-    "column_mean": (("rows", 16),),
-    "layer_norm": (("columns", 16), ("warps", 1)),
-}
-VECTORS = Path(__file__).parent / "vectors"
-IN_VECTORS = [
-    ("rows", (), "load<4>(x, row * 128 + at)"),
-    ("rows", (("columns", 64),), "load<4>(x, row * 128 + at)"),
-    ("rows", (("rows", 8), ("warps", 1)), "load<4>(x, row * 128 + at)"),
-    ("elements", (), "load<2>(x, at)"),
-    ("elements", (("rows", 1024),), "load<8>(x, at)"),
-]
 COMPILED = (
     "softmax",
     "max_pool",

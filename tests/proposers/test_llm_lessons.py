@@ -176,7 +176,7 @@ def test_faults_and_empty_purses_leave_the_rules_lessons(
     settings: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with RewriterEndpoint(faults={"stall": 1.0}) as server, caplog.at_level(logging.WARNING):
-        found, ledger = ask(server, replace(settings, timeout=0.3), tmp_path)
+        found, ledger = ask(server, replace(settings, timeout=2.0), tmp_path)
         assert found == FOUND and "no answer came" in caplog.text
         assert ledger.dollars == ledger.usage.unconfirmed > 4000 * PRICE.answer
         calls = server.calls

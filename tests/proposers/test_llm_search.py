@@ -265,10 +265,21 @@ def test_ctrl_c_books_what_is_in_flight_and_dollars_stay_hard_on_resume(
         assert server.bill - 1e-9 <= whole.spent.dollars == pytest.approx(booked(store))
 
 
+class TimeIsUp(Watch):
+    """The time is over as soon as every call that was sent has arrived."""
+
+    def __init__(self, server: RewriterEndpoint) -> None:
+        self.server = server
+
+    def tick(self, session: Session) -> None:
+        if 0 < self.server.injected.get("stall", 0) == len(session._writing):
+            session.budget = Budget(50, seconds=1e-3, dollars=5.0)
+
+
 def test_calls_in_flight_when_the_time_is_over_are_booked(store: Store, priced: str) -> None:
     with Till(stall=60, faults={"stall": 1.0}) as server:
         made = proposer(server, prices=priced, timeout=60.0)
-        session, stopped = search(store, made, Budget(50, seconds=1.5, dollars=5.0))
+        session, stopped = search(store, made, Budget(50, dollars=5.0), watch=TimeIsUp(server))
         assert stopped == "seconds" and not len(session.tree) and server.injected["stall"]
         assert session.spent.dollars == pytest.approx(server.bill) == pytest.approx(booked(store))
         assert session.usage.unconfirmed == pytest.approx(session.spent.dollars)

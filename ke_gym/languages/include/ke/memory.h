@@ -11,6 +11,8 @@ static inline __attribute__((always_inline)) void prefetch(const T* start, int64
 }
 
 // Copy a piece of a result that nobody reads soon: past the caches, so that memory is written without being read.
+// There is no fence: other threads read it after a parallel region or a lock, whose locked instruction orders these
+// stores too. Code that hands data on by plain stores needs `_mm_sfence()` first.
 template <typename T>
 static inline void stream_out(T* to, const T* from, int64_t count) {
   typedef long long line __attribute__((vector_size(64)));
@@ -24,8 +26,14 @@ static inline void stream_out(T* to, const T* from, int64_t count) {
     __builtin_nontemporal_store(values, (line*)(to + k));
 #elif defined(__AVX512F__)
     __builtin_ia32_movntdq512((line*)(to + k), values);
+#elif defined(__AVX__)
+    typedef long long part __attribute__((vector_size(32)));
+    part parts[2];
+    __builtin_memcpy(parts, &values, sizeof parts);
+    __builtin_ia32_movntdq256((part*)(to + k), parts[0]);
+    __builtin_ia32_movntdq256((part*)(to + k) + 1, parts[1]);
 #else
-    *(line*)(to + k) = values;
+    __builtin_memcpy(to + k, &values, sizeof values);
 #endif
   }
   for (; k < count; ++k) to[k] = from[k];
