@@ -117,12 +117,14 @@ class Graph:
 
     inputs: dict[str, Buffer]
     arguments: tuple[str, ...]
+    """What ``forward`` takes; ``renamed`` are those whose tensor has another name inside, since printers use theirs."""
     constants: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Node | Extern] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  # of outputs: a buffer may be returned reshaped
+    renamed: dict[str, str] = field(default_factory=dict)
     precision: Precision = "strict"
     device: Literal["cpu", "cuda"] = "cpu"
     language: Literal["cpp", "triton", "cuda"] = "cpp"

@@ -54,6 +54,8 @@ RULES: dict[str, Rule] = {}
 
 MAX_CONSTANT = 16 << 20  # bytes; as text, it must fit into the header of an artifact
 
+# What the printers call loops and values of their own.
+_LOCAL = re.compile(r"[hiotv]\d+|[cijt]|part|start|end|total|threads|count|at|acc|row|col|pos")
 # Names a parameter, buffer or local of the printed module must not take.
 RESERVED = frozenset(
     [
@@ -186,6 +188,9 @@ class Lowering:
         self.graph = Graph({}, captured.arguments)
         self.values: dict[torch.fx.Node, Any] = {}
         self.taken: set[str] = set(captured.arguments) | RESERVED
+        for name in captured.arguments:
+            if name in RESERVED or _LOCAL.fullmatch(name):
+                self.graph.renamed[name] = self.fresh(f"{name}_given")
         self.current: torch.fx.Node | None = None
         self.origin = ""
         self.titles: dict[str, int] = {}
@@ -195,7 +200,7 @@ class Lowering:
     def run(self) -> Graph:
         placeholders = [n for n in self.captured.graph.nodes if n.op == "placeholder"]
         for node, name in zip(placeholders, self.captured.names):
-            self.values[node] = self._placeholder(node, name)
+            self.values[node] = self._placeholder(node, name and self.graph.renamed.get(name, name))
         for node in self.captured.graph.nodes:
             if node.op == "get_attr":
                 self.values[node] = self._attribute(node)

@@ -280,17 +280,21 @@ def _forward(bodies: list[tuple[Graph, list[str]]]) -> str:
     arguments = list(bodies[0][0].arguments)
     if any(list(graph.arguments) != arguments for graph, _ in bodies):
         raise Illegal("the shape sets take different arguments")
+    bodies = [
+        (graph, [*(f"{inner} = {name}" for name, inner in graph.renamed.items()), *lines])
+        for graph, lines in bodies
+    ]
     if len(bodies) == 1:
         return (
             f"def forward({', '.join(arguments)}):\n{textwrap.indent(chr(10).join(bodies[0][1]), '    ')}\n"
         )
     text = [f"def forward({', '.join(arguments)}):"]
     functions = []
-    shaped = [a for a in arguments if any(a in graph.inputs for graph, _ in bodies)]
     for number, (graph, lines) in enumerate(bodies):
         body = textwrap.indent("\n".join(lines), "    ")
         functions.append(f"def forward_{number}({', '.join(arguments)}):\n{body}\n")
-        tests = [f"{a}.shape == {_tuple(graph.inputs[a].shape)}" for a in shaped if a in graph.inputs]
+        given = ((a, graph.inputs.get(graph.renamed.get(a, a))) for a in arguments)
+        tests = [f"{a}.shape == {_tuple(buffer.shape)}" for a, buffer in given if buffer is not None]
         condition = " and ".join(tests)
         text.append(f"    if {condition}:\n        return forward_{number}({', '.join(arguments)})")
     text.append('    raise ValueError("no kernel was generated for these shapes")')

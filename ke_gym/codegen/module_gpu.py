@@ -45,7 +45,8 @@ def shape_set(
 
 def _device(graph: Graph) -> str:
     """The device of the first tensor that the module is given, as text."""
-    given = next((a for a in graph.arguments if a in graph.inputs and a not in graph.constants), None)
+    inside = (graph.renamed.get(a, a) for a in graph.arguments)
+    given = next((a for a in inside if a in graph.inputs and a not in graph.constants), None)
     return f"{given}.device" if given is not None else '"cuda"'
 
 

@@ -11,7 +11,7 @@ over an outer loop accumulate into a buffer private to each thread, combined aft
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -591,8 +591,8 @@ class Builder:
             raise Illegal("the buffers of one outer iteration exceed a thread's stack")
         stages = []
         work = 0
-        for number, (_, loops, members) in enumerate(merged):
-            names = _loop_names(loops, number)
+        for _, loops, members in merged:
+            names = _loop_names(loops, self.graph.buffers)
             shared = tuple(Loop(new, loop.limit) for loop, new in zip(loops, names))
             items = []
             done: dict[str, Expr] = {}
@@ -852,9 +852,10 @@ def _loads(expr: Interned) -> list[Load]:
     return [n for n in walk(expr) if isinstance(n, Load)]
 
 
-def _loop_names(loops: tuple[Loop, ...], stage: int) -> list[Var]:
-    letters = "ijklmnpq"
-    return [Var(f"{letters[k]}", loop.var.size) for k, loop in enumerate(loops)]
+def _loop_names(loops: tuple[Loop, ...], taken: Container[str]) -> list[Var]:
+    """Names for the loops that no tensor has."""
+    names = (name for name in (*"ijklmnpq", *(f"i{k}" for k in range(99))) if name not in taken)
+    return [Var(name, loop.var.size) for name, loop in zip(names, loops)]
 
 
 def _cost(expr: Expr) -> int:
