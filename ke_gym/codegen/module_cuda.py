@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 from ke_gym.codegen import module
+from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
-from ke_gym.codegen.emit_cuda import layout, pointers, print_tiles
+from ke_gym.codegen.emit_cuda import print_tiles
+from ke_gym.codegen.emit_cuda_lines import pointers
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.module_gpu import shape_set

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ke_gym import tasks
 from ke_gym.codegen import CodegenError, rewrites
-from ke_gym.codegen.emit_cuda import layout, together
+from ke_gym.codegen.cuda_layout import layout, together
 from ke_gym.codegen.expr import Var, constant, of
 from ke_gym.codegen.variants import groups, nest_of
 from ke_gym.languages import nvrtc
