@@ -17,7 +17,7 @@ from ke_gym.codegen.cpp_words import (
 )
 from ke_gym.codegen.expr import Expr, Interned, Rewriter, compute_dtype
 from ke_gym.codegen.nest import Item, Loop, Nest, Stage, Target
-from ke_gym.codegen.stages import acc_dtype, extent
+from ke_gym.codegen.stages import acc_dtype
 
 
 class Lines:
@@ -26,7 +26,7 @@ class Lines:
     def __init__(self, nest: Nest, used: set[str]) -> None:
         self.nest = nest
         self.used = used
-        self.sizes = {b.name: extent(b) for b in (*nest.reads, *nest.writes)}
+        self.sizes = {b.name: b.extent for b in (*nest.reads, *nest.writes)}
         self.sizes.update((r.name, r.size) for r in nest.rows)
         self.lines: list[str] = []
         self.depth = 1

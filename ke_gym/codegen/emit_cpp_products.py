@@ -21,7 +21,6 @@ from ke_gym.codegen.cpp_words import (
     store_text,
 )
 from ke_gym.codegen.expr import BYTES, Interned, Var, walk
-from ke_gym.codegen.stages import extent
 
 # What the templates call the position of a strip's first element; attention delivers whole rows.
 _STRIPS = {"gemm": "col", "conv": "pos", "attention": "0", "bag": "col"}
@@ -30,7 +29,7 @@ _STRIPS = {"gemm": "col", "conv": "pos", "attention": "0", "bag": "col"}
 def print_contraction(c: Contraction, used: set[str]) -> str:
     """The template call with its lambdas."""
     used.add(templates.HEADERS[c.kind])
-    sizes = {b.name: extent(b) for b in c.reads} | {"acc": 1 << 50}
+    sizes = {b.name: b.extent for b in c.reads} | {"acc": 1 << 50}
     stores = [s for s in c.epilogue if s.op is None]
     epilogue = _strip(stores, _STRIPS[c.kind], used, sizes)
     for store in c.epilogue:

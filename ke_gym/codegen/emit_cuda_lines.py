@@ -19,7 +19,7 @@ from ke_gym.codegen.tiles import (
     Work,
     depends,
 )
-from ke_gym.codegen.triton_text import bare_text, extent
+from ke_gym.codegen.triton_text import bare_text
 
 INT = (1 << 31) - (1 << 16)  # 32 bits hold an index below this, the overshoot of a last block included
 _TAKEN = re.compile(
@@ -53,7 +53,7 @@ class Lines:
         self.used = used
         self.layout = layout(tiles)
         self.names = pointers(tiles)
-        sizes = {b.name: extent(b) for b in (*tiles.reads, *tiles.writes)}
+        sizes = {b.name: b.extent for b in (*tiles.reads, *tiles.writes)}
         self.text = Text(used, sizes, self.names)
         self.int = "long long" if _farthest(tiles, sizes) >= INT else "int"
         self.first = "blockIdx.x" if self.int == "int" else "(long long)blockIdx.x"

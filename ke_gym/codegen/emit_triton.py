@@ -13,7 +13,7 @@ from ke_gym.codegen.expr import (
 from ke_gym.codegen.flash import Flash
 from ke_gym.codegen.products import Product
 from ke_gym.codegen.tiles import Tiles, Work, column_var, depends, identity, online, row_var
-from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, extent, literal, uses_in
+from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, literal, uses_in
 
 _COMBINE = {"sum": "added", "prod": "multiplied", "max": "max_nan", "min": "min_nan"}
 LOCALS = {
@@ -48,7 +48,7 @@ class TilesPrinter:
         self.tiles = tiles
         self.used = used
         self.lines: list[str] = []
-        sizes = {b.name: extent(b) for b in (*tiles.reads, *tiles.writes)}
+        sizes = {b.name: b.extent for b in (*tiles.reads, *tiles.writes)}
         uses = uses_in([work.expr for work in tiles.works])
         self.text = Text(used, sizes, outer=self.lines, lines=self.lines, uses=uses, pointers=pointers(tiles))
         self.high = tiles.blocks.rows > 1
@@ -57,7 +57,7 @@ class TilesPrinter:
 
     def print(self) -> list[str]:
         tiles, blocks = self.tiles, self.tiles.blocks
-        wide = max((extent(b) for b in (*tiles.reads, *tiles.writes)), default=0) >= 1 << 31
+        wide = max((b.extent for b in (*tiles.reads, *tiles.writes)), default=0) >= 1 << 31
         program = "tl.program_id(0).to(tl.int64)" if wide else "tl.program_id(0)"
         along = "" if self.flat else "[:, None]"
         if self.high:

@@ -14,14 +14,14 @@ from ke_gym.codegen.flash import Flash
 from ke_gym.codegen.flash import variables as flash_variables
 from ke_gym.codegen.products import Product, variables
 from ke_gym.codegen.tiles import depends
-from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, extent, padded, uses_in
+from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, padded, uses_in
 
 
 def print_product(product: Product, used: set[str]) -> list[str]:
     """The body of a matrix product's kernel, line by line."""
     shape, blocks = product.shape, product.blocks
     tiles_m, tiles_n = -(-shape.m // blocks.m), -(-shape.n // blocks.n)
-    wide = max(extent(b) for b in (*product.reads, *product.writes)) >= 1 << 31
+    wide = max(b.extent for b in (*product.reads, *product.writes)) >= 1 << 31
     lines = ["tile = tl.program_id(0)"]
     if shape.batch > 1:
         lines.append(f"batch = tl.program_id(1){'.to(tl.int64)' if wide else ''}")
@@ -92,7 +92,7 @@ def _print_operand(
         axis: f"{axis}_ok{around}" if ragged[axis] else ""
         for axis, around in zip(axes, ("[:, None]", "[None, :]"))
     }
-    sizes = {b.name: extent(b) for b in product.reads}
+    sizes = {b.name: b.extent for b in product.reads}
     text = Text(used, sizes, outer=lines, lines=lines, uses=uses_in([operand]), pointers=pointers(product))
     text.axes = [Axis(batch, "batch")]
     text.axes += [Axis(along[axis], shaped[axis], masks[axis]) for axis in axes]
@@ -127,7 +127,7 @@ def _print_operand(
 
 def _epilogue(product: Product, used: set[str], ragged: Mapping[str, bool]) -> list[str]:
     batch, m, n, _ = variables(product.shape)
-    sizes = {b.name: extent(b) for b in (*product.reads, *product.writes)}
+    sizes = {b.name: b.extent for b in (*product.reads, *product.writes)}
     lines = ["m = m[:, None]", "n = n[None, :]"]
     lines += [f"{axis}_ok = {axis} < {getattr(product.shape, axis)}" for axis in "mn" if ragged[axis]]
     text = Text(
@@ -163,7 +163,7 @@ def print_flash(flash: Flash, used: set[str]) -> list[str]:
     used.add("max_nan")
     shape, blocks = flash.shape, flash.blocks
     names = flash_variables(shape)
-    sizes = {b.name: extent(b) for b in (*flash.reads, *flash.writes)}
+    sizes = {b.name: b.extent for b in (*flash.reads, *flash.writes)}
     wide = max(sizes.values()) >= 1 << 31
     powers = {axis: 1 << (getattr(shape, of_) - 1).bit_length() for axis, of_ in (("d", "d"), ("e", "dv"))}
     masks = {

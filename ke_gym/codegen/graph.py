@@ -39,6 +39,11 @@ class Buffer:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def extent(self) -> int:
+        """Elements from the first to just past the last one."""
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride)) if self.numel else 0
+
 
 @dataclass(frozen=True)
 class Node:

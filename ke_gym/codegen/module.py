@@ -180,17 +180,22 @@ def _kernel(batch: list[Nest | Contraction], suffix: str, used: set[str]) -> str
     return head + signature + "\n" + "\n".join(body) + "\n}"
 
 
-def _comment(nest: Nest | Contraction) -> str:
+def computes(nest: Any) -> str:
+    """What a nest or tiles make, and of which operations of the reference: for the comment above a kernel."""
     made = ", ".join(f"{b.name} [{' x '.join(map(str, b.shape)) or 'scalar'}]" for b in nest.writes)
     steps = " -> ".join(nest.origins[:6]) + (" -> ..." if len(nest.origins) > 6 else "")
+    return f"{made}: {steps}"
+
+
+def _comment(nest: Nest | Contraction) -> str:
     if isinstance(nest, Contraction):
-        return f"{made}: {steps}"
+        return computes(nest)
     loops = " x ".join(str(o.var.size) for o in nest.outer)
     passes = (
         f"; {loops} outer iterations of {len(nest.stages)} stages" if len(nest.stages) > 1 and loops else ""
     )
     online = "; statistics in one pass" if nest.group.one_pass else ""
-    return f"{made}: {steps}{passes}{online}"
+    return f"{computes(nest)}{passes}{online}"
 
 
 # ----------------------------------------------------------------------------------------------- forward

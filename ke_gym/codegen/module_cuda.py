@@ -59,10 +59,8 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:
     signature = f"{head}{', '.join(parameters)}) {{"
     if len(signature) > 110:
         signature = head + "\n    " + ",\n    ".join(parameters) + ") {"
-    made = ", ".join(f"{b.name} [{' x '.join(map(str, b.shape)) or 'scalar'}]" for b in nest.writes)
-    origins = " -> ".join(nest.origins[:6]) + (" -> ..." if len(nest.origins) > 6 else "")
     body = textwrap.indent("\n".join(print_tiles(nest, used)), "  ")
     arguments = ", ".join([*reads, *(b.name for b in nest.writes)])
     block = module._tuple(shape.block) if len(shape.block) > 1 else str(shape.block[0])
     launch = f"kernels.{name}[{shape.grid(nest)}, {block}]({arguments})"
-    return f"// {made}: {origins}\n{signature}\n{body}\n}}", launch
+    return f"// {module.computes(nest)}\n{signature}\n{body}\n}}", launch

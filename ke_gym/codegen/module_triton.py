@@ -101,9 +101,9 @@ def _kernel(
     head = f"def {name}({parameters}):"
     if len(head) > 110:
         head = f"def {name}(\n    {parameters}\n):"
-    made = ", ".join(f"{b.name} [{' x '.join(map(str, b.shape)) or 'scalar'}]" for b in work.writes)
-    origins = " -> ".join(work.origins[:6]) + (" -> ..." if len(work.origins) > 6 else "")
-    text = "\n".join([f"# {made}: {origins}", "@triton.jit", head, textwrap.indent("\n".join(body), "    ")])
+    text = "\n".join(
+        [f"# {module.computes(work)}", "@triton.jit", head, textwrap.indent("\n".join(body), "    ")]
+    )
     launch = f"{name}[{module._tuple(grid)}]({given})"
     if len(launch) > 106:
         launch = f"{name}[{module._tuple(grid)}](\n    {given}\n)"

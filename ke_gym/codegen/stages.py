@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ke_gym.codegen.expr import BYTES, Load, Quotient, Rewriter, Search, Var, compute_dtype, of, walk
-from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.nest import Item, Loop, Nest, Stage, Target
 
 NEAR = 64  # iterations below which nothing is fetched ahead or sent past the caches
@@ -16,7 +15,7 @@ def streamed(nest: Nest, stage: Stage, least: int) -> list[Item]:
     if not stage.loops or stage.loops[-1].limit is not None or stage.loops[-1].var.size < NEAR:
         return []
     var = stage.loops[-1].var
-    large = {b.name for b in nest.writes if extent(b) * BYTES[b.dtype] >= least}
+    large = {b.name for b in nest.writes if b.extent * BYTES[b.dtype] >= least}
     read = {n.buffer for s in nest.stages for i in s.items for n in walk(i.expr) if isinstance(n, Load)}
     return [
         item
@@ -47,13 +46,6 @@ def overlaps(stage: Stage) -> bool:
     reads = {n.buffer for item in stage.items for n in walk(item.expr) if isinstance(n, Load) and n.index}
     plain = all(item.op is None and item.target.kind in ("global", "row") for item in stage.items)
     return plain and not made & reads
-
-
-def extent(buffer: Buffer) -> int:
-    """Elements from the first to just past the last one."""
-    if 0 in buffer.shape:
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(buffer.shape, buffer.stride))
 
 
 def acc_dtype(item: Item) -> str:

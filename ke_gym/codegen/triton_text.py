@@ -27,7 +27,6 @@ from ke_gym.codegen.expr import (
     is_float,
     walk,
 )
-from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.tiles import depends
 
 TYPES = {
@@ -423,7 +422,3 @@ def _whole(text: str) -> bool:
 
 def bare_text(text: str) -> str:
     return text[1:-1] if _whole(text) and "," not in text else text
-
-
-def extent(buffer: Buffer) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(buffer.shape, buffer.stride)) if buffer.numel else 0

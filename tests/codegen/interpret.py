@@ -50,6 +50,19 @@ def imported(source: str, folder: Path) -> ModuleType:
     return module
 
 
+def compare(module: ModuleType, task: Task) -> None:
+    """Fails unless ``forward`` gives what the reference does, on infinities and NaN too."""
+    reference = task.reference(SMALL)
+    for seed, distribution in enumerate(("task", "special")):
+        inputs = task.inputs(SMALL, seed, distribution)
+        names = list(inspect.signature(module.forward).parameters)[len(inputs) :]
+        got = module.forward(*inputs, **{n: reference.state[n].detach() for n in names})
+        wanted = reference(*inputs)
+        for a, b in zip([got] if isinstance(got, torch.Tensor) else got, wanted, strict=True):
+            close = 2e-2 if b.dtype in (torch.bfloat16, torch.float16) else 2e-4
+            torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
+
+
 def check(name: str, launch: Any) -> None:
     """Whether the module computes what the reference does, inputs with infinities and NaN included."""
     task, made = Task.load(name), program(name)
@@ -57,17 +70,8 @@ def check(name: str, launch: Any) -> None:
     if launch:
         schedule = with_launch(schedule, launch)
         assert made.legal(schedule)
-    reference = task.reference(SMALL)
     with tempfile.TemporaryDirectory() as folder:
-        module = imported(made.emit(schedule), Path(folder))
-        for seed, distribution in enumerate(("task", "special")):
-            inputs = task.inputs(SMALL, seed, distribution)
-            names = list(inspect.signature(module.forward).parameters)[len(inputs) :]
-            got = module.forward(*inputs, **{n: reference.state[n].detach() for n in names})
-            wanted = reference(*inputs)
-            for a, b in zip([got] if isinstance(got, torch.Tensor) else got, wanted, strict=True):
-                close = 2e-2 if b.dtype in (torch.bfloat16, torch.float16) else 2e-4
-                torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
+        compare(imported(made.emit(schedule), Path(folder)), task)
 
 
 def main() -> None:
