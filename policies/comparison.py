@@ -130,7 +130,9 @@ class Comparison:
 
     @cached_property
     def scores(self) -> list[Score]:
-        """Of all policies, the best AUC first."""
+        """Of all policies, the best AUC first; none if no task tells policies apart."""
+        if not self.telling:
+            return []
         return sorted((self.score(name) for name in self.policies), key=lambda score: -score.auc.value)
 
     def profile(self, policy: str, thresholds: Array) -> Array:
@@ -141,6 +143,8 @@ class Comparison:
         """Which policies beat both baselines, or that none does."""
         if self.seen:
             return f"No verdict: {', '.join(self.seen)} had seen some of these tasks before."
+        if not self.telling:
+            return "No verdict: masked random reaches the best known at once on all tasks."
         names = [
             score.policy
             for score in self.scores
@@ -152,7 +156,7 @@ class Comparison:
         return f"Beyond masked random and best-of-N with 95 % confidence ({tasks}): {', '.join(names)}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values: figures, and mean curves per policy and task."""
+        """Everything as JSON values: figures, and every run's curve and counts (``pooling`` reads them again)."""
         return {
             "budget": self.budget,
             "tasks": self.tasks,
@@ -161,11 +165,17 @@ class Comparison:
             "runs": int(self.curves[CHANCE].shape[0]),
             "verdict": self.verdict(),
             "scores": [_plain(score) for score in self.scores],
-            "curves": {
-                name: {task: curves[:, t].mean(axis=0).tolist() for t, task in enumerate(self.tasks)}
-                for name, curves in self.curves.items()
+            "episodes": {
+                name: [[_recorded(episode) for episode in run] for run in runs]
+                for name, runs in self.episodes.items()
             },
         }
+
+
+def _recorded(episode: Episode) -> dict[str, Any]:
+    """All but the candidates."""
+    kept = {key: value for key, value in vars(episode).items() if key != "candidates"}
+    return kept | {"curve": [round(value, 5) for value in episode.curve.tolist()]}
 
 
 def _plain(score: Score) -> dict[str, Any]:

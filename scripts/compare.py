@@ -3,6 +3,7 @@
     python scripts/compare.py --policies maskable_ppo linucb ucb1 --budget 50
     python scripts/compare.py --policies runs/my.json --tasks test --seeds 20 --wandb offline
     python scripts/compare.py --policies maskable_ppo --env live --tasks map_id attention_vanilla --budget 20
+    python scripts/compare.py --pool runs/one-machine runs/another
 
 Masked random and best-of-N always take part: a policy that does not beat both has shown nothing. All runs share
 their random numbers. Prints a table; writes compare.json, figures and index.html. Exit code 2 for bad input.
@@ -31,6 +32,7 @@ from ke_gym.errors import UserError
 from ke_gym.policies import Policy, plots
 from ke_gym.policies.comparison import BASELINES, Comparison
 from ke_gym.policies.playing import Episode, play, replay_runs
+from ke_gym.policies.pooling import pooled
 from ke_gym.policies.tracking import Mode, Tracker
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("policies"))
@@ -40,7 +42,7 @@ COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), 
 class Args:
     """Compare search policies at equal cost."""
 
-    policies: tuple[str, ...]
+    policies: tuple[str, ...] = ()
     """Names (with options: ucb1:c=0.2) or files of trained ones."""
     tasks: tuple[str, ...] = ("test",)
     """Replay: tables (names, families, splits, files, folders). Live: tasks, families, files."""
@@ -50,6 +52,8 @@ class Args:
     """Searches per policy and task."""
     env: Literal["replay", "live"] = "replay"
     """Recorded searches, or kernels built and raced on this machine."""
+    pool: tuple[Path, ...] = ()
+    """Compare nothing anew: pool finished comparisons (their --out folders), each of other tasks."""
     workload: str = ""
     """A name for this comparison in figures and logs."""
     out: Path = Path("runs/compare")
@@ -63,12 +67,19 @@ class Args:
 def main(args: Args) -> int:
     if args.seeds < 1 or args.budget < 1:
         raise UserError("--seeds and --budget have to be positive")
-    names = list(dict.fromkeys((*args.policies, *BASELINES)))
-    called = labels(names)
-    seen = seen_in_training(args, {called[name]: policies.make(name) for name in names})
     console = Console()
     if not console.is_terminal:
         console.width = 200
+    if args.pool:
+        comparison = pooled(args.pool)
+        title = args.workload or f"{len(comparison.tasks)} tasks, {comparison.budget} evaluations"
+        show(console, comparison, title, args.out, {"seen_in_training": comparison.seen})
+        return 0
+    if not args.policies:
+        raise UserError("name the --policies to compare, or finished comparisons to --pool")
+    names = list(dict.fromkeys((*args.policies, *BASELINES)))
+    called = labels(names)
+    seen = seen_in_training(args, {called[name]: policies.make(name) for name in names})
     few = scarce(args)
     title = args.workload or f"{args.env}: {' '.join(args.tasks)}, {args.budget} evaluations"
     tracker = Tracker(
@@ -77,6 +88,17 @@ def main(args: Args) -> int:
     )  # fmt: skip
     episodes, best = (replayed if args.env == "replay" else measured)(args, names, console)
     comparison = Comparison({called[name]: runs for name, runs in episodes.items()}, best, seen)
+    for task, drafts in few.items():
+        console.print(f"{task} holds {drafts} drafts only: best-of-N has no more of them", highlight=False)
+    show(console, comparison, title, args.out, {"seen_in_training": seen, "fewer_drafts_than_budget": few})
+    log(tracker, comparison, episodes, called, args.out)
+    return 0
+
+
+def show(console: Console, comparison: Comparison, title: str, out: Path, more: dict[str, Any]) -> None:
+    """Print the table and the verdict, and write compare.json, figures and the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.json").write_text(json.dumps(comparison.to_dict() | more))
     if not comparison.telling:
         raise UserError(
             "masked random reaches the best known at once on all these tasks: they separate no policies"
@@ -85,20 +107,11 @@ def main(args: Args) -> int:
     for row in plots.rows(comparison):
         table.add_row(*row)
     console.print(table)
-    for name, overlap in seen.items():
+    for name, overlap in comparison.seen.items():
         console.print(f"{name} was trained on {', '.join(overlap)}", highlight=False)
-    for task, drafts in few.items():
-        console.print(f"{task} holds {drafts} drafts only: best-of-N has no more of them", highlight=False)
     console.print(comparison.verdict(), highlight=False)
-    page = plots.write(comparison, args.out, title)
-    data = comparison.to_dict() | {
-        "seen_in_training": seen,
-        "fewer_drafts_than_budget": few,
-    }
-    (args.out / "compare.json").write_text(json.dumps(data, indent=1))
+    page = plots.write(comparison, out, title)
     console.print(f"figures: {page}", highlight=False, soft_wrap=True)
-    log(tracker, comparison, episodes, called, args.out)
-    return 0
 
 
 def labels(names: Sequence[str]) -> dict[str, str]:

@@ -260,7 +260,7 @@ def test_a_comparison_has_all_figures_and_its_page(tmp_path: Path) -> None:
     chance = next(score for score in comparison.scores if score.policy == "masked_random")
     assert abs(chance.auc.value) < 0.3 and set(chance.over) == {"best_of_n"}
     data = json.loads(json.dumps(comparison.to_dict()))
-    assert data["budget"] == 12 and data["runs"] == 4 and len(data["curves"]["best_of_n"]["softmax"]) == 12
+    assert data["budget"] == 12 and data["runs"] == 4 and len(data["episodes"]["best_of_n"]) == 4
     page = plots.write(comparison, tmp_path / "out", "a <title>")
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3 and "a &lt;title&gt;" in text

@@ -94,6 +94,32 @@ def test_a_policy_is_trained_and_compared(
     assert {path.name for path in (tmp_path / "c").iterdir()} >= {"index.html", "curves.png", "wandb"}
 
 
+def test_comparisons_of_single_tasks_pool_to_the_comparison_of_all(folder: Path, tmp_path: Path) -> None:
+    compare = script("compare")
+    compared = {"budget": 10, "seeds": 3}
+    names = [table.task for table in tables()]
+    assert compare.main(compare.Args(("ucb1",), (str(folder),), **compared, out=tmp_path / "all")) == 0
+    parts = tuple(tmp_path / name for name in names)
+    for name, part in zip(names, parts):
+        try:
+            compare.main(compare.Args(("ucb1",), (str(folder / f"{name}.npz"),), **compared, out=part))
+        except UserError as error:  # one task may tell nothing; what was measured is kept
+            assert "separate no policies" in str(error)
+    assert compare.main(compare.Args(pool=parts, out=tmp_path / "pooled")) == 0
+
+    def scores(where: str) -> dict[str, float]:
+        data = json.loads((tmp_path / where / "compare.json").read_text())
+        return {score["policy"]: score["auc"]["value"] for score in data["scores"]}
+
+    assert scores("pooled") == pytest.approx(scores("all"), abs=1e-3)
+    with pytest.raises(UserError, match="occurs in more than one"):
+        compare.main(compare.Args(pool=(parts[0], parts[0]), out=tmp_path / "d"))
+    with pytest.raises(UserError, match="no finished comparison"):
+        compare.main(compare.Args(pool=(tmp_path / "nowhere",), out=tmp_path / "d"))
+    with pytest.raises(UserError, match="name the --policies"):
+        compare.main(compare.Args(out=tmp_path / "d"))
+
+
 def test_live_searches_are_recorded_and_can_be_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,62 @@
+"""One comparison from several: of other tasks, on other machines, or with another training for each family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ke_gym.errors import UserError
+from ke_gym.policies.comparison import Comparison
+from ke_gym.policies.playing import Episode
+
+
+def pooled(folders: Sequence[Path]) -> Comparison:
+    """The comparison over all tasks of those that lie in ``folders`` (their ``compare.json``).
+
+    ``UserError`` unless all have the same policies, budget and number of runs, and no task occurs twice.
+    """
+    data = [_read(folder) for folder in folders]
+    first = data[0]
+    for folder, one in zip(folders, data):
+        for key, what in (("budget", "budget"), ("runs", "number of runs")):
+            if one[key] != first[key]:
+                raise UserError(f"{folder} has another {what} ({one[key]}) than {folders[0]} ({first[key]})")
+        if odd := {*one["episodes"]} ^ {*first["episodes"]}:
+            raise UserError(f"{', '.join(sorted(odd))} took part in only one of {folders[0]} and {folder}")
+    tasks = [task for one in data for task in one["tasks"]]
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise UserError(
+            f"{', '.join(twice)} occurs in more than one of these comparisons; pool each task once"
+        )
+    episodes = {
+        name: [
+            [_episode(episode) for one in data for episode in one["episodes"][name][run]]
+            for run in range(first["runs"])
+        ]
+        for name in first["episodes"]
+    }
+    best = {task: value for one in data for task, value in zip(one["tasks"], one["best_known"])}
+    seen: dict[str, list[str]] = {}
+    for one in data:
+        for name, known in one["seen_in_training"].items():
+            seen.setdefault(name, []).extend(known)
+    return Comparison(episodes, best, seen)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "compare.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no finished comparison ({error})") from error
+    if missing := {"budget", "runs", "tasks", "best_known", "episodes", "seen_in_training"} - {*data}:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: compare again with this version")
+    return data
+
+
+def _episode(data: dict[str, Any]) -> Episode:
+    return Episode(**{**data, "curve": np.array(data["curve"])})
