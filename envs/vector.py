@@ -44,13 +44,13 @@ class TrainingVecEnv(VecEnvWrapper):
 
     - The first draft pays nothing: there is no alternative to it, and it gains more than all later steps together.
     - STOP is legal only where nothing else is, as policies here use it: worth 0, it would otherwise be a way out.
-    - In a share ``hide`` of the episodes task and machine are not shown, so that a network cannot know a table by
-      heart instead of looking at its kernels and gains.
+    - In a share ``hide`` of the episodes task and machine (``hidden``) are not shown, so that a network cannot know a
+      table by heart instead of looking at its kernels and gains.
     """
 
-    def __init__(self, venv: VecEnv, seed: int = 0, hide: float = 0.5) -> None:
+    def __init__(self, venv: VecEnv, seed: int = 0, hide: float = 0.5, hidden: slice = IDENTITY) -> None:
         super().__init__(venv)
-        self.hide = hide
+        self.hide, self.hidden = hide, hidden
         self._rng = np.random.default_rng(seed)
         self._fresh = np.ones(venv.num_envs, np.bool_)
         self._hidden = np.zeros(venv.num_envs, np.bool_)
@@ -63,7 +63,7 @@ class TrainingVecEnv(VecEnvWrapper):
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, dones, infos = self.venv.step_wait()
         for i in np.flatnonzero(dones & self._hidden):
-            infos[i]["terminal_observation"][IDENTITY] = 0.0
+            infos[i]["terminal_observation"][self.hidden] = 0.0
         paid = np.where(self._fresh, np.float32(0.0), rewards)
         self._fresh = dones.copy()
         self._hidden[dones] = self._rng.random(int(dones.sum())) < self.hide
@@ -71,7 +71,7 @@ class TrainingVecEnv(VecEnvWrapper):
 
     def _shown(self, observations: Any) -> NDArray:  # type: ignore[type-arg]
         shown = np.array(observations)
-        shown[self._hidden, IDENTITY] = 0.0
+        shown[self._hidden, self.hidden] = 0.0
         return shown
 
     def action_masks(self) -> NDArray[np.bool_]:

@@ -239,7 +239,8 @@ class Trainer:
 
     # Networks ---------------------------------------------------------------------------------------------
 
-    def _envs(self) -> VecEnv:
+    def envs(self) -> VecEnv:
+        """What a network is trained on."""
         plan = self.plan
         seed = plan.seed + self.state.steps
         arguments: dict[str, Any] = {"seed": seed, "reward": plan.reward}
@@ -261,7 +262,7 @@ class Trainer:
 
         plan, saved, trainer = self.plan, self.folder / f"{CHECKPOINT}.zip", self
         algorithm, changed = _algorithm(plan.policy)
-        envs = self._envs()
+        envs = self.envs()
         if self.state.steps:
             model: BaseAlgorithm = algorithm.load(saved, env=envs, device="cpu")
         else:

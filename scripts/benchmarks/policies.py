@@ -2,149 +2,198 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
-from benchmarks.figures import Figure, Figures, console
+from benchmarks.figures import Figure, Figures, console, machine
+from benchmarks.folds import Effort, Entry, Fold, Found, Training, folds, grouped, play
 from ke_gym import policies
 from ke_gym.envs import catalog
-from ke_gym.envs.table import Table
-from ke_gym.policies import Policy, plots
-from ke_gym.policies.base import Observation
-from ke_gym.policies.comparison import BASELINES, Comparison
-from ke_gym.policies.learning import Plan, Trainer
-from ke_gym.policies.network import NetworkPolicy
-from ke_gym.policies.playing import replay_runs
-from ke_gym.search.observation import LAYOUT
+from ke_gym.errors import UserError
+from ke_gym.policies import plots, statistics
+from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
 
-TRAINED = ("maskable_ppo", "ppo_guided", "linucb")
-UNTRAINED = ("epsilon_greedy", "ucb1", "thompson", "hill_climb", "round_robin", "linucb:untrained", "uct")
-HORIZONS = (20, 50, 100)
-Makers = dict[str, Callable[[int], Policy]]
+TRAINED = (
+    "puct", "ucb1", "discounted_ucb", "thompson", "beta_thompson", "linucb", "lints", "boosted_trees", "maskable_ppo",
+    "ppo_guided",
+)  # fmt: skip
+UNTRAINED = (
+    "epsilon_greedy", "ucb1", "thompson", "auc_bandit", "hill_climb", "round_robin", "linucb:untrained", "uct",
+    "puct:untrained", "kernelband", "islands_map_elites",
+)  # fmt: skip
+CHOSEN = "chosen by the other families"
+"""In every family, the trained policy that is best in all others: what the best of many is worth without luck."""
+HARD = 1e9  # logits: never, while the mask lasts
+COLUMNS = (BarColumn(), MofNCompleteColumn(), TextColumn("trainings and tests"), TimeRemainingColumn())
+
+
+def ablations() -> list[Entry]:
+    """One thing changed at a time."""
+    network, tree = Training("maskable_ppo"), Training("puct")
+    return [
+        Entry("maskable_ppo as it is", training=network),
+        Entry("maskable_ppo, mask of the bottleneck soft", training=network, options=(("soft_mask", 2.0),)),
+        Entry("maskable_ppo, mask of the bottleneck hard", training=network, options=(("soft_mask", HARD),)),
+        Entry("maskable_ppo, mask of legal actions off in training", training=Training("ppo")),
+        Entry("maskable_ppo, context off", training=Training("maskable_ppo", blind=True)),
+        *(
+            Entry(f"maskable_ppo, reward {kind}", training=Training("maskable_ppo", kind))
+            for kind in ("best", "parent", "milestone")
+        ),
+        Entry("puct as it is", training=tree),
+        Entry("puct, mask of the bottleneck off", training=tree, options=(("soft_mask", 0.0),)),
+        Entry("puct, mask of the bottleneck hard", training=tree, options=(("soft_mask", HARD),)),
+        Entry("puct, prior off", "uct:c=0.5"),
+        *(Entry(f"puct, reward {kind}", training=Training("puct", kind)) for kind in ("best", "dense")),
+        *(Entry(f"kernelband, c = {c:g}", f"kernelband:c={c}") for c in (0.05, 0.2, 0.5, 1.0, 2.0)),
+    ]  # fmt: skip
 
 
 @dataclass
 class Policies:
-    """Shipped policies against the baselines on held-out families, and ablations."""
+    """Leave-one-family-out: policies trained on all other operator families against the baselines, and ablations."""
 
-    tables: tuple[str, ...] = ("test",)
-    """Held-out replay tables."""
-    train: tuple[str, ...] = ("train",)
-    """Tables that the ablations are trained on."""
+    tables: tuple[str, ...] = ("all",)
+    """Replay tables (names, families, splits, files, folders) of at least two families."""
+    trained: tuple[str, ...] = TRAINED
+    """Policies that are trained in every fold."""
+    untrained: tuple[str, ...] = UNTRAINED
+    """Policies that are not."""
     budgets: tuple[int, ...] = (20, 50, 100)
     """Evaluations of a search."""
-    seeds: int = 20
+    seeds: int = 10
     """Searches per policy and task."""
     steps: int = 300_000
-    """Training steps of each ablation."""
+    """Training steps of a network in each fold."""
+    bandit_steps: int = 20_000
+    """Training steps of any other policy in each fold."""
     ablations: bool = True
-    """Train and compare the ablations too (at the first budget)."""
-    _figures: Figures = field(default_factory=lambda: Figures("policies"), init=False)
+    """Train and compare the ablations too."""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Processes; each trains or tests one policy in one fold."""
+    out: Path = Path("runs/policies")
+    """The folder for folds.json, and for figures and a page of each budget."""
 
     def run(self) -> None:
-        held = catalog.load(self.tables)
-        console.print(f"{len(held)} tables: {', '.join(table.task for table in held)}", highlight=False)
-        names = (*TRAINED, *UNTRAINED, *BASELINES)
-        makers: Makers = {name: partial(policies.make, name) for name in names}
-        for budget in self.budgets:
-            comparison = compared(makers, held, budget, self.seeds, f"{budget} evaluations")
-            for name in TRAINED:
-                self._held(comparison, name, budget)
-        if self.ablations:
-            compared(
-                self._ablated(),
-                held,
-                self.budgets[0],
-                self.seeds,
-                f"ablations, {self.budgets[0]} evaluations",
+        if min(self.seeds, self.steps, self.bandit_steps, self.workers, *self.budgets) < 1:
+            raise UserError("--seeds, --steps, --bandit-steps, --workers and --budgets have to be positive")
+        if not console.is_terminal:
+            console.width = 200
+        made, effort = folds(self.tables), Effort(self.budgets, self.seeds, self.steps, self.bandit_steps)
+        for fold in made:
+            console.print(
+                f"{fold.family}: {', '.join(Path(path).stem for path in fold.held)}", highlight=False
             )
-        self._figures.print()
+        changed = ablations() if self.ablations else []
+        entries = [*self.entries(), *changed]
+        total = len(grouped(entries)) * len(made)
+        with Progress(*COLUMNS, console=console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            found = play(entries, made, effort, self.workers, lambda: bar.advance(task))
+        self.report(made, found, [entry.name for entry in changed])
 
-    def _held(self, comparison: Comparison, name: str, budget: int) -> None:
-        (score,) = (score for score in comparison.scores if score.policy == name)
-        for baseline, gap in score.over.items():
-            measure = f"{name} over {baseline}, {budget} evaluations (AUC)"
-            self._figures.add(Figure(measure, str(gap), "interval above 0", gap.low > 0))
+    def entries(self) -> list[Entry]:
+        """The policies that are compared, baselines included."""
+        for name in (*self.trained, *(spec.partition(":")[0] for spec in self.untrained)):
+            policies.find(name)
+        return [
+            *(
+                Entry("ppo_guided, trained", training=Training("maskable_ppo"), guided=True)
+                if name == "ppo_guided"
+                else Entry(f"{name}, trained", training=Training(name))
+                for name in self.trained
+            ),
+            *(Entry(spec.removesuffix(":untrained"), spec) for spec in (*self.untrained, *BASELINES)),
+        ]
 
-    def _ablated(self) -> Makers:
-        """MaskablePPO with one thing changed at a time."""
-        with tempfile.TemporaryDirectory() as folder:
-            trained = {
-                name: self._trained(Path(folder) / name, kind, reward)
-                for name, kind, reward in (
-                    ("hard mask, reward best", "maskable_ppo", "best"),
-                    ("no mask in training", "ppo", "best"),
-                    ("reward parent", "maskable_ppo", "parent"),
-                    ("reward milestone", "maskable_ppo", "milestone"),
-                )
-            }
-        makers: Makers = {name: partial(_like, policy) for name, policy in trained.items()}
-        whole = trained["hard mask, reward best"]
-        makers["soft mask too"] = partial(_like, whole, soft_mask=2.0)
-        makers["context off"] = partial(_blind, whole)
-        makers["prior of a tree search"] = partial(_guided, whole)
-        makers["tree search, prior off"] = partial(policies.make, "uct")
-        return makers | {name: partial(policies.make, name) for name in BASELINES}
+    def report(self, made: Sequence[Fold], found: Found, changed: Sequence[str]) -> None:
+        """Print tables and figures, and write everything to ``out``."""
+        loaded = {table.task: table for fold in made for table in catalog.load(fold.held)}
+        families = {task: table.family for task, table in loaded.items()}
+        best = {task: table.optimum for task, table in loaded.items()}
+        figures = Figures("policies")
+        data: list[dict[str, Any]] = []
+        for budget in self.budgets:
+            runs = {name: by_budget[budget] for name, by_budget in found.items()}
+            main = {name: episodes for name, episodes in runs.items() if name not in changed}
+            learned = [name for name in main if name.endswith(", trained")]
+            if learned:
+                main[CHOSEN] = chosen(Comparison(main, best), learned, families)
+            title = f"leave one family out: {len(made)} families, {len(loaded)} tasks, {budget} evaluations"
+            comparison = Comparison(main, best)
+            data.append(self._told(comparison, families, title, self.out / str(budget)))
+            for name in (*learned, *((CHOSEN,) if learned else ())):
+                figures.extend(held(comparison, name, families))
+            if changed:
+                ablated = Comparison({n: runs[n] for n in (*changed, *BASELINES)}, best)
+                folder = self.out / f"{budget}-ablations"
+                data.append(self._told(ablated, families, f"ablations, {budget} evaluations", folder))
+        figures.print()
+        everything = {
+            "machine": machine(), "seeds": self.seeds, "steps": self.steps, "bandit_steps": self.bandit_steps,
+            "folds": {fold.family: [Path(path).stem for path in fold.held] for fold in made},
+            "tables": {task: table.hash for task, table in loaded.items()},
+            "figures": [vars(figure) for figure in figures.figures], "comparisons": data,
+        }  # fmt: skip
+        (self.out / "folds.json").write_text(json.dumps(everything, indent=1))
+        console.print(f"written to {self.out}", highlight=False, soft_wrap=True)
 
-    def _trained(self, folder: Path, kind: str, reward: Any) -> NetworkPolicy:
-        plan = Plan(
-            kind,
-            "replay",
-            self.train,
-            ("validation",),
-            self.steps,
-            HORIZONS,
-            reward,
-            0,
-            256,
-            self.steps // 10,
-        )
-        trainer = Trainer(plan, folder)
-        trainer.run()
-        console.print(
-            f"trained {kind}, reward {reward}: validation AUC {trainer.state.best:.3f}", highlight=False
-        )
-        made = policies.load(trainer.best)
-        assert isinstance(made, NetworkPolicy)
-        return made
-
-
-def _like(policy: NetworkPolicy, seed: int, soft_mask: float = 0.0) -> Policy:
-    made = type(policy)(seed, soft_mask=soft_mask)
-    made.layers, made.activation = policy.layers, policy.activation
-    return made
-
-
-def _blind(policy: NetworkPolicy, seed: int) -> Policy:
-    """The same network, shown nothing but zeros: what is left is a fixed preference among strategies."""
-    made = _like(policy, seed)
-    assert isinstance(made, NetworkPolicy)
-    nothing: Observation = {name: np.zeros(size, np.float32) for name, size in LAYOUT.items()}
-    logits = made.outputs(nothing)
-    made.outputs = lambda observation: logits  # type: ignore[method-assign]
-    return made
-
-
-def _guided(policy: NetworkPolicy, seed: int) -> Policy:
-    made: Any = policies.make("ppo_guided:untrained", seed)
-    made.network.layers, made.network.activation = policy.layers, policy.activation
-    return made  # type: ignore[no-any-return]
+    def _told(
+        self, comparison: Comparison, families: dict[str, str], title: str, folder: Path
+    ) -> dict[str, Any]:
+        if not comparison.telling:
+            raise UserError("masked random reaches the best known at once: these tables separate no policies")
+        grid = Grid(*plots.HEADER, title=title, title_justify="left")
+        for row in plots.rows(comparison):
+            grid.add_row(*row)
+        console.print(grid)
+        plots.write(comparison, folder, title)
+        over = {
+            name: {base: vars(over_families(comparison, name, base, families)) for base in BASELINES if base != name}
+            for name in comparison.policies
+        }  # fmt: skip
+        return {"title": title, **comparison.to_dict(), "over_redrawing_families": over}
 
 
-def compared(makers: Makers, held: Sequence[Table], budget: int, seeds: int, title: str) -> Comparison:
-    """Run and print one comparison."""
-    runs = replay_runs(makers, held, budget, seeds)
-    comparison = Comparison(runs, {table.task: table.optimum for table in held})
-    grid = Grid(*plots.HEADER, title=title, title_justify="left")
-    for row in plots.rows(comparison):
-        grid.add_row(*row)
-    console.print(grid)
-    console.print(comparison.verdict(), highlight=False)
-    return comparison
+def held(comparison: Comparison, name: str, families: dict[str, str]) -> Iterable[Figure]:
+    """How far a policy is beyond each baseline, by two intervals: tasks redrawn, and whole families."""
+    (score,) = (score for score in comparison.scores if score.policy == name)
+    for baseline, gap in score.over.items():
+        wide = over_families(comparison, name, baseline, families)
+        value = f"{gap}; families redrawn [{wide.low:.3f}, {wide.high:.3f}]"
+        measure = f"{name} over {baseline}, {comparison.budget} evaluations (AUC)"
+        yield Figure(measure, value, "interval above 0", gap.low > 0)
+
+
+def over_families(
+    comparison: Comparison, name: str, baseline: str, families: dict[str, str]
+) -> statistics.Interval:
+    """The mean difference of AUC, with an interval from redrawing families: it speaks of families not tried."""
+    clusters = [families[comparison.tasks[t]] for t in comparison.telling]
+    return statistics.clustered_difference(comparison.auc(name), comparison.auc(baseline), clusters)
+
+
+def chosen(comparison: Comparison, names: Sequence[str], families: dict[str, str]) -> list[list[Any]]:
+    """Runs of, in every family, the policy with the highest mean AUC over the tasks of all other families."""
+    told = np.array([families[comparison.tasks[t]] for t in comparison.telling])
+    scores = {name: comparison.auc(name).mean(axis=0) for name in names}
+    picks = {
+        family: max(names, key=lambda name: float(scores[name][told != family].mean()))
+        for family in dict.fromkeys(families.values())
+        if (told != family).any()
+    }
+    return [
+        [
+            comparison.episodes[picks.get(families[task], CHANCE)][run][t]
+            for t, task in enumerate(comparison.tasks)
+        ]
+        for run in range(len(comparison.episodes[CHANCE]))
+    ]

@@ -59,6 +59,16 @@ def test_the_paired_difference_uses_the_common_random_numbers() -> None:
     assert same.low < 0 < same.high
 
 
+def test_redrawing_clusters_speaks_of_clusters_not_tried() -> None:
+    rng = np.random.default_rng(2)
+    gains = np.repeat([0.6, 0.1, 0.0, -0.2], 8)  # alike within a cluster, unlike between them
+    x, clusters = gains + rng.normal(scale=0.01, size=(5, 32)), [name for name in "abcd" for _ in range(8)]
+    tasks = statistics.paired_difference(x, np.zeros_like(x))
+    wide = statistics.clustered_difference(x, np.zeros_like(x), clusters)
+    assert wide.value == tasks.value == pytest.approx(0.125, abs=0.01)
+    assert wide.low < -0.05 < 0.0 < tasks.low < tasks.high < 0.25 < wide.high
+
+
 def test_normalized_auc_is_zero_for_chance_and_one_for_the_best_from_the_start() -> None:
     chance = np.array([0.0, 0.2, 0.4])
     assert statistics.normalized_auc(chance, chance, best=1.0) == 0.0
