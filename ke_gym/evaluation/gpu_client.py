@@ -106,10 +106,10 @@ class GpuClient:
     def unload(self, arm: int) -> None:
         self._ask("unload", arm=arm)
 
-    def tune(self, arm: int, shape_set: str) -> dict[int, int]:
-        """Choose among the alternatives of the arm's launches by time; step → pick."""
+    def tune(self, arm: int, shape_set: str) -> tuple[dict[int, int], bool]:
+        """Choose among the alternatives of the arm's launches by time: step → pick; and whether as a CUDA graph."""
         answer = self._ask("tune", arm=arm, patience=self.seconds(shape_set))[0]
-        return {int(step): int(pick) for step, pick in answer["picks"].items()}
+        return {int(step): int(pick) for step, pick in answer["picks"].items()}, bool(answer["graph"])
 
     def check(
         self, arm: int, shape_set: str, cases: list[tuple[int, str, int]], touch_seed: int, touched: bool

@@ -30,7 +30,7 @@ from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.files import write_whole
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import TensorSpec
+from ke_gym.languages.plan import Launch, Plan, TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
 
@@ -111,6 +111,7 @@ class GpuEvaluator(Evaluator):
         self._cores = Lanes(len(os.sched_getaffinity(0)))
         self._builds = Builds(self._cores)
         self._settled: dict[str, Artifact] = {}
+        self._tuned: dict[str, frozenset[str]] = {}
         self._signature = b""
         self._too_large = ""
         self._spares: list[GpuClient] = []
@@ -213,10 +214,14 @@ class GpuEvaluator(Evaluator):
             settled = self._settled.get(artifact.binary_id, artifact)
             number = judge.load(settled, shape_set)
             loaded.append(number)
-            if settled.plans[shape_set].choices:
-                picks = judge.tune(number, shape_set)
-                plan = settled.plans[shape_set].choose(picks)
-                self._settled[artifact.binary_id] = replace(settled, plans={**settled.plans, shape_set: plan})
+            tuned = self._tuned.get(settled.binary_id, frozenset())
+            if shape_set not in tuned and open_to_choice(settled.plans[shape_set]):
+                picks, graph = judge.tune(number, shape_set)
+                plan = replace(settled.plans[shape_set].choose(picks), graph=graph)
+                chosen = replace(settled, plans={**settled.plans, shape_set: plan})
+                self._tuned[chosen.binary_id] = tuned | {shape_set}
+                if chosen.binary_id != artifact.binary_id:
+                    self._settled[artifact.binary_id] = chosen
             return Entry(number, shape_set)
 
         try:
@@ -338,6 +343,11 @@ class GpuEvaluator(Evaluator):
             limiter=limiter(profile, self.facts, seconds),
             kernel_coverage=round(answer["coverage"], 4),
         )
+
+
+def open_to_choice(plan: Plan) -> bool:
+    """Whether there is more than one way to run a plan: other launches, or all of them as one CUDA graph."""
+    return bool(plan.choices) or sum(isinstance(step, Launch) for step in plan.steps) > 1
 
 
 def kept_peaks(folder: Path, measure: Any, again: bool = False) -> cuda.Peaks:

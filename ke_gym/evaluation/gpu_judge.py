@@ -33,7 +33,7 @@ from ke_gym.evaluation.gpu_stage import Died, ShapeSet, Stage, first_line, forei
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules, race
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import Call, Launch
+from ke_gym.languages.plan import Call, Launch, Plan
 from ke_gym.targets import cuda
 from ke_gym.targets.cuda_driver import CudaError, Driver
 from ke_gym.targets.cuda_executor import CudaRunner
@@ -44,6 +44,8 @@ PATIENCE = 20.0
 FULL_CHECKS = 0.04
 PROFILE_RUNS = 5
 TUNING_ROUNDS = 5
+GRAPH_GAIN = 0.97
+"""A CUDA graph must bring a plan's time down to this share: it has to be recorded anew for other tensors."""
 # CUDA graphs are the plan's own business: torch.compile is raced without them.
 _MODES = {"max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -105,7 +107,10 @@ class GpuJudge:
         return {}
 
     def tune(self, arm: int, patience: float) -> dict[str, Any]:
-        """Race the alternatives of every launch; the arm goes on with the fastest. The picks by step."""
+        """Race the alternatives of every launch, then the plan against itself as one CUDA graph.
+
+        The arm goes on with the fastest. The picks by step, and whether the graph is worth it.
+        """
         one = self.arms[arm]
         chosen = self.sets[one.shape_set]
         choices = one.artifact.plans[one.shape_set].choices
@@ -129,7 +134,28 @@ class GpuJudge:
             one.artifact = _picked(one, picks)
             with foreign():
                 one.runner = self.stage.runner(one.artifact, chosen)
-        return {"picks": picks}
+        return {"picks": picks, "graph": self._captured(one, chosen, patience)}
+
+    def _captured(self, one: Arm, chosen: ShapeSet, patience: float) -> bool:
+        """Let the arm go on as one CUDA graph if it can and is clearly faster so; whether it is."""
+        plan = one.artifact.plans[one.shape_set]
+        if not one.runner.capturable or plan.graph:
+            return plan.graph
+        artifact = _with_plan(one, replace(plan, graph=True))
+        try:
+            with foreign():
+                runner = self.stage.runner(artifact, chosen)
+            together, apart = (self._typical(chosen, each, patience) for each in (runner, one.runner))
+        except Died as died:
+            if died.fatal:
+                raise
+            return False  # what this driver does not record goes launch by launch
+        if together > GRAPH_GAIN * apart:
+            runner.close()
+            return False
+        one.runner.close()
+        one.artifact, one.runner = artifact, runner
+        return True
 
     def _typical(self, chosen: ShapeSet, runner: CudaRunner | None, patience: float) -> float:
         """Seconds of the second quickest of a few calls."""
@@ -267,7 +293,9 @@ class GpuJudge:
             return 0.0
         if not any(isinstance(step, Call) for step in rest):
             return 1.0
-        library = replace(arm.artifact, binaries={}, plans={chosen.name: replace(plan, steps=rest)})
+        library = replace(
+            arm.artifact, binaries={}, plans={chosen.name: replace(plan, steps=rest, graph=False)}
+        )
         without = self.stage.runner(library, chosen)
         whole, part = (self._typical(chosen, runner, patience) for runner in (arm.runner, without))
         return max(0.0, 1.0 - part / whole)
@@ -298,7 +326,10 @@ class GpuJudge:
 
 
 def _picked(arm: Arm, picks: dict[int, int]) -> Artifact:
-    plan = arm.artifact.plans[arm.shape_set].choose(picks)
+    return _with_plan(arm, arm.artifact.plans[arm.shape_set].choose(picks))
+
+
+def _with_plan(arm: Arm, plan: Plan) -> Artifact:
     return replace(arm.artifact, plans={**arm.artifact.plans, arm.shape_set: plan})
 
 

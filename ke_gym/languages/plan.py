@@ -175,13 +175,17 @@ Step = Alloc | Launch | Call
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the executor needs to compute the returns from the inputs, for one shape set."""
+    """Everything the executor needs to compute the returns from the inputs, for one shape set.
+
+    ``graph``: the launches are enqueued as one CUDA graph (plans for a GPU without library calls).
+    """
 
     inputs: tuple[PlanInput, ...]
     steps: tuple[Step, ...]
     returns: tuple[int, ...]
     return_specs: tuple[TensorSpec, ...]
     device: Literal["cpu", "cuda"] = "cpu"
+    graph: bool = False
     version: int = PLAN_VERSION
 
     @property
@@ -408,6 +412,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "steps": [_encode_step(s) for s in plan.steps],
         "returns": list(plan.returns),
         "return_specs": [_encode_spec(s) for s in plan.return_specs],
+        **({"graph": True} if plan.graph else {}),
     }
 
 
@@ -463,4 +468,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
     return_specs = tuple(_decode_spec(s) for s in data["return_specs"])
     if len(return_specs) != len(returns):
         raise ValueError("as many return_specs as returns are needed")
-    return Plan(tuple(inputs), steps, returns, return_specs, device)
+    graph = data.get("graph", False)
+    if type(graph) is not bool or (graph and device == "cpu"):
+        raise ValueError(f"a plan for {device} with graph {graph!r}")
+    return Plan(tuple(inputs), steps, returns, return_specs, device, graph)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
@@ -25,6 +25,8 @@ _STATIC_SHARED, _LOCAL_BYTES, _REGISTERS = 1, 3, 4
 _COOPERATIVE, _CLUSTER, _PROGRAMMATIC = 2, 4, 6  # CUlaunchAttributeID
 _PAGEABLE_ACCESS = 88  # CUdevice_attribute
 _PORTABLE_CLUSTER_BLOCKS = 8
+_NON_BLOCKING, _THREAD_LOCAL = 1, 1  # CUstream_flags, CUstreamCaptureMode
+_UPDATE_FAILURE = 910  # CUresult
 # CUtensorMapDataType
 TENSOR_MAP_TYPES = {
     "uint8": 0, "int8": 0, "bool": 0, "int16": 1, "int32": 3, "int64": 5, "float16": 6, "float32": 7,
@@ -84,7 +86,7 @@ class Driver:
         if x * y * z > _PORTABLE_CLUSTER_BLOCKS:
             self._set(function, NON_PORTABLE_CLUSTER, 1)
 
-    def config(self, geometry: Geometry, stream: int) -> Any:
+    def config(self, geometry: Geometry) -> Any:
         """The launch configuration for ``launch``."""
         attributes = []
         if geometry.cluster != (1, 1, 1):
@@ -95,15 +97,61 @@ class Driver:
             attributes.append(_Attribute(_PROGRAMMATIC, 0, (c_uint * 16)(1)))
         array = (_Attribute * max(1, len(attributes)))(*attributes)
         return _Config(
-            (c_uint * 3)(*geometry.grid), (c_uint * 3)(*geometry.block), geometry.shared, stream, array,
+            (c_uint * 3)(*geometry.grid), (c_uint * 3)(*geometry.block), geometry.shared, None, array,
             len(attributes),
         )  # fmt: skip
 
-    def launch(self, function: int, config: Any, parameters: Any) -> None:
+    def launch(self, function: int, config: Any, stream: int, parameters: Any) -> None:
         """Enqueue a kernel; ``parameters`` is an array of pointers to its arguments."""
+        config.stream = stream
         code = self._lib.cuLaunchKernelEx(byref(config), c_void_p(function), parameters, None)
         if code:
             raise self._error("cuLaunchKernelEx", code)
+
+    def side_stream(self) -> int:
+        """A stream apart from torch's, on which launches can be recorded instead of run."""
+        stream = c_void_p()
+        self._call("cuStreamCreate", byref(stream), c_uint(_NON_BLOCKING))
+        return stream.value or 0
+
+    def drop_stream(self, stream: int) -> None:
+        self._call("cuStreamDestroy_v2", c_void_p(stream))
+
+    def record(self, stream: int, enqueue: Callable[[], object]) -> int:
+        """The graph of what ``enqueue`` puts on a side stream."""
+        graph = c_void_p()
+        self._call("cuStreamBeginCapture_v2", c_void_p(stream), c_int(_THREAD_LOCAL))
+        try:
+            enqueue()
+        finally:
+            code = self._lib.cuStreamEndCapture(c_void_p(stream), byref(graph))
+        if code:
+            raise self._error("cuStreamEndCapture", code)
+        return graph.value or 0
+
+    def drop_graph(self, graph: int) -> None:
+        self._call("cuGraphDestroy", c_void_p(graph))
+
+    def instantiate(self, graph: int) -> int:
+        """An executable copy of a graph."""
+        executable = c_void_p()
+        self._call("cuGraphInstantiateWithFlags", byref(executable), c_void_p(graph), c_uint64(0))
+        return executable.value or 0
+
+    def update(self, executable: int, graph: int) -> bool:
+        """Give an executable graph the arguments of another of its shape; False where the shapes differ."""
+        found = (c_uint64 * 4)()  # CUgraphExecUpdateResultInfo: what did not match, and where
+        code = self._lib.cuGraphExecUpdate_v2(c_void_p(executable), c_void_p(graph), found)
+        if code and code != _UPDATE_FAILURE:
+            raise self._error("cuGraphExecUpdate", code)
+        return not code
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        """Enqueue an executable graph."""
+        self._call("cuGraphLaunch", c_void_p(executable), c_void_p(stream))
+
+    def drop_executable(self, executable: int) -> None:
+        self._call("cuGraphExecDestroy", c_void_p(executable))
 
     def tensor_map(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,8 @@ class CudaRunner(PlanRunner):
     """One plan of an artifact, ready to run on given tensors of one GPU; see ``PlanRunner``.
 
     ``run`` enqueues the plan on ``stream`` (a ``cudaStream_t``; torch's current one by default) and returns at
-    once. ``device`` "cpu" is for tests with a driver that is none. ``close`` unloads the kernels.
+    once; a plan that says so goes as one CUDA graph. ``device`` "cpu" is for tests with a driver that is none.
+    ``close`` unloads the kernels.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class CudaRunner(PlanRunner):
         self.scratch = self._bytes(_scratch_bytes(plan))
         """Memory of single launches, used by one after the other."""
         self._calls = any(isinstance(step, Call) for step in plan.steps)
+        self._graph: Graph | None = None
         super().__init__(
             artifact,
             shape_set,
@@ -66,6 +68,36 @@ class CudaRunner(PlanRunner):
             arena=arena,
             memory=memory or plan_memory(plan, alignment=ALIGNMENT),
         )
+        if plan.graph:
+            if not self.capturable:
+                raise PlanError("the plan is to run as a CUDA graph, but not all of its steps are launches")
+            self._graph = Graph(driver, self._stream)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the plan could run as one CUDA graph that is worth it: launches alone, and several.
+
+        Library calls take memory from torch while they run and may wait for the device.
+        """
+        launches = sum(isinstance(step, Launch) for step in self.plan.steps)
+        return 1 < launches == len(self._steps)
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """Enqueue the plan once."""
+        if self._graph is None or runtime.is_current_stream_capturing():
+            return super().run()
+        self._renew_outputs()
+        self._graph.run(tuple(cell.value for cell in self._cells.values()), self._enqueue_on)
+        return self._collect()
+
+    def _enqueue_on(self, stream: int) -> None:
+        """Enqueue the plan's launches on another stream."""
+        before, self._stream = self._stream, stream
+        try:
+            for _, step in self._steps:
+                step()
+        finally:
+            self._stream = before
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +160,8 @@ class CudaRunner(PlanRunner):
         """Unload the kernels; whatever was enqueued must have ended. A lost context has none left."""
         self._steps = []
         with contextlib.suppress(CudaError):
+            if self._graph is not None:
+                self._graph.close()
             while self._libraries:
                 self._driver.unload(self._libraries.popitem()[1])
 
@@ -154,7 +188,7 @@ class CudaRunner(PlanRunner):
         if step.geometry is None:
             raise PlanError(f"kernel {step.kernel} has no launch geometry")
         function = self._function(step)
-        config = self._driver.config(step.geometry, self._stream)
+        config = self._driver.config(step.geometry)
         slots: list[Any] = []
         maps: list[_Map] = []
         used = 0
@@ -179,11 +213,51 @@ class CudaRunner(PlanRunner):
         for one in maps:
             one.renew()
         try:
-            self._driver.launch(function, config, parameters)
+            self._driver.launch(function, config, self._stream, parameters)
         except CudaError as error:
             if error.sticky:
                 raise
             raise PlanError(f"kernel {kernel} cannot be launched here: {error}") from None
+
+
+class Graph:
+    """A plan's launches as one CUDA graph, enqueued on ``stream`` at once.
+
+    Recorded when it is first run, and anew whenever an argument is another: the driver then takes the new
+    arguments over into the graph that it has. Whoever times ``run`` times that too.
+    """
+
+    def __init__(self, driver: Driver, stream: int) -> None:
+        self._driver, self._stream = driver, stream
+        self._side = driver.side_stream()
+        self._executable: int | None = None
+        self._arguments: tuple[int | None, ...] = ()
+
+    def run(self, arguments: tuple[int | None, ...], enqueue: Callable[[int], None]) -> None:
+        """Enqueue the graph of what ``enqueue(stream)`` launches, which depends on ``arguments`` alone."""
+        if self._executable is None or arguments != self._arguments:
+            self._renew(enqueue)
+            self._arguments = arguments
+        assert self._executable is not None
+        self._driver.launch_graph(self._executable, self._stream)
+
+    def _renew(self, enqueue: Callable[[int], None]) -> None:
+        recorded = self._driver.record(self._side, lambda: enqueue(self._side))
+        try:
+            if self._executable is not None and not self._driver.update(self._executable, recorded):
+                self._driver.drop_executable(self._executable)
+                self._executable = None
+            if self._executable is None:
+                self._executable = self._driver.instantiate(recorded)
+        finally:
+            self._driver.drop_graph(recorded)
+
+    def close(self) -> None:
+        """Give up the graph, which must not be running."""
+        if self._executable is not None:
+            self._driver.drop_executable(self._executable)
+            self._executable = None
+        self._driver.drop_stream(self._side)
 
 
 class _Aligned:

@@ -25,6 +25,8 @@ FACTS = cuda.Facts(
     shared_bytes=1 << 16, driver=13000, reads_host=False, uuid="GPU-fake", clock_mhz=1000,
 )  # fmt: skip
 KERNELS: dict[str, Callable[..., None]] = {}
+SIDE = 99
+"""The number of the stream on which launches are recorded."""
 
 
 class FakeDriver:
@@ -34,7 +36,10 @@ class FakeDriver:
         self.modules: dict[int, bytes] = {}
         self.launches: list[tuple[str, Geometry, int]] = []
         self.maps: list[tuple[int, tuple[int, ...]]] = []
+        self.graphs: list[str] = []
         self._functions: list[tuple[int, str]] = []
+        self._recorded: list[list[tuple[int, Any, Any]]] = []
+        self._recording: list[tuple[int, Any, Any]] | None = None
 
     def load(self, binary: bytes) -> int:
         if binary == b"broken":
@@ -56,14 +61,55 @@ class FakeDriver:
         if geometry.shared > FACTS.shared_bytes:
             raise CudaError("cuFuncSetAttribute", 1, "CUDA_ERROR_INVALID_VALUE")
 
-    def config(self, geometry: Geometry, stream: int) -> Any:
-        return geometry, stream
+    def config(self, geometry: Geometry) -> Any:
+        return geometry
 
-    def launch(self, function: int, config: Any, parameters: Any) -> None:
+    def launch(self, function: int, config: Any, stream: int, parameters: Any) -> None:
         module, name = self._functions[function]
         assert self.modules[module], "launched from an unloaded module"
-        self.launches.append((name, *config))
+        if self._recording is not None:
+            assert stream == SIDE, "launched on another stream while one is recorded"
+            # As the driver does, arguments are copied: here every one is a pointer or a scalar of 8 bytes.
+            copies = [ctypes.create_string_buffer(ctypes.string_at(p, 8), 8) for p in parameters]
+            self._recording.append((function, config, copies))
+            return
+        self.launches.append((name, config, stream))
         KERNELS[name](*parameters)
+
+    def side_stream(self) -> int:
+        return SIDE
+
+    def drop_stream(self, stream: int) -> None:
+        self.graphs.append("stream dropped")
+
+    def record(self, stream: int, enqueue: Callable[[], object]) -> int:
+        self._recording = []
+        try:
+            enqueue()
+        finally:
+            self._recorded.append(self._recording)
+            self._recording = None
+        return len(self._recorded) - 1
+
+    def drop_graph(self, graph: int) -> None:
+        pass
+
+    def instantiate(self, graph: int) -> int:
+        self.graphs.append("instantiated")
+        return graph
+
+    def update(self, executable: int, graph: int) -> bool:
+        self.graphs.append("updated")
+        self._recorded[executable] = self._recorded[graph]
+        return True
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        self.graphs.append(f"launched on {stream}")
+        for function, config, arguments in self._recorded[executable]:
+            self.launch(function, config, stream, [ctypes.addressof(argument) for argument in arguments])
+
+    def drop_executable(self, executable: int) -> None:
+        self.graphs.append("dropped")
 
     def tensor_map(self, where: int, address: int, dtype: str, shape: Any, *_: Any) -> None:
         assert where % 64 == 0
@@ -156,6 +202,7 @@ def stand_in(patch: MonkeyPatch) -> None:
         "synchronize": lambda *_: None,
         "_sleep": lambda _: None,
         "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda *_: (1 << 34, 1 << 34),
         "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
     }.items():

@@ -214,7 +214,7 @@ def test_alternatives_are_raced_and_the_faster_one_is_picked(judge: GpuJudge) ->
     assert isinstance(launch, Launch)
     made = one_launch("slow", SPEC, alternatives=(replace(launch, kernel="right"),))
     arm = judge.load("default", made.to_bytes())["arm"]
-    assert judge.tune(arm, 5.0) == {"picks": {1: 1}}
+    assert judge.tune(arm, 5.0) == {"picks": {1: 1}, "graph": False}
     assert "reason" not in judge.check(arm, CASES, 99, True, 5.0)
 
 
@@ -222,6 +222,27 @@ def test_alternatives_are_raced_and_the_faster_one_is_picked(judge: GpuJudge) ->
 def slow(x: int, out: int, n: int) -> None:
     for _ in range(50):
         _right(x, out, n)
+
+
+def two_launches() -> Artifact:
+    """The right kernel, twice the same."""
+    made = one_launch("right", SPEC)
+    plan = made.plans["default"]
+    return replace(made, plans={"default": replace(plan, steps=(*plan.steps, plan.steps[1]))})
+
+
+@pytest.mark.parametrize(("graph_s", "taken"), [(0.5, True), (0.99, False)])
+def test_a_plan_goes_as_a_graph_where_that_is_clearly_faster(
+    judge: GpuJudge, monkeypatch: pytest.MonkeyPatch, graph_s: float, taken: bool
+) -> None:
+    arm = judge.load("default", two_launches().to_bytes())["arm"]
+    monkeypatch.setattr(
+        judge, "_typical", lambda chosen, runner, patience: graph_s if runner.plan.graph else 1.0
+    )
+    assert judge.tune(arm, 5.0) == {"picks": {}, "graph": taken}
+    assert judge.arms[arm].runner.plan.graph == taken
+    assert "reason" not in judge.check(arm, CASES, 99, True, 5.0)
+    assert judge.soak(arm, 5.0) == {"ok": True}
 
 
 def test_a_profile_tells_steps_resources_and_coverage(judge: GpuJudge) -> None:

@@ -163,6 +163,67 @@ def test_the_chosen_alternative_is_the_one_launched() -> None:
     assert torch.equal(runner(chosen, x).run()[0], 3 * x)
 
 
+def two_launches(**options: object) -> Artifact:
+    """``out = 2 * 3 * x`` in two launches."""
+    base = one_launch("double", SPEC)
+    plan = base.plans["default"]
+    again = Launch(
+        "k", "triple", (Ref(1), Ref(2), 32), ("float*", "float*", "int64_t"), Geometry((1, 1, 1), (32, 1, 1))
+    )
+    steps = (*plan.steps, Alloc(2, SPEC), again)
+    made = replace(plan, steps=steps, returns=(2,), **options)  # type: ignore[arg-type]
+    return replace(base, plans={"default": made})
+
+
+@pytest.fixture
+def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def test_a_plan_goes_as_one_graph_that_follows_its_tensors(no_capture: None) -> None:
+    driver = FakeDriver()
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    out, other = torch.zeros(4, 8), torch.zeros(4, 8)
+    one = runner(two_launches(graph=True), x, driver, outputs=[out])
+    for _ in range(2):
+        one.run()
+        assert torch.equal(out, 3 * (2 * x))
+    assert driver.graphs == ["instantiated", "launched on 7", "launched on 7"]
+    one.place([y], {}, [other])
+    one.run()
+    assert torch.equal(other, 3 * (2 * y)) and torch.equal(out, 3 * (2 * x))
+    assert driver.graphs[3:] == ["updated", "launched on 7"]
+    assert {stream for *_, stream in driver.launches} == {7}
+    one.close()
+    assert driver.graphs[5:] == ["dropped", "stream dropped"]
+
+
+def test_a_graph_returns_fresh_memory_too(no_capture: None) -> None:
+    x = torch.randn(4, 8)
+    one = runner(two_launches(graph=True), x)
+    (first,), (second,) = one.run(), one.run()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, 3 * (2 * x)) and torch.equal(second, first)
+
+
+def test_only_several_launches_and_nothing_else_go_as_a_graph() -> None:
+    assert runner(two_launches(), torch.zeros(4, 8)).capturable
+    assert not runner(one_launch("double", SPEC), torch.zeros(4, 8)).capturable
+    made = two_launches(graph=True)
+    plan = made.plans["default"]
+    add = Call("aten.add.Tensor", (Ref(2), Ref(0)), {}, (3,))
+    mixed = replace(made, plans={"default": replace(plan, steps=(*plan.steps, add), returns=(3,))})
+    with pytest.raises(PlanError, match="not all of its steps are launches"):
+        runner(mixed, torch.zeros(4, 8))
+
+
+def test_a_plan_says_that_it_goes_as_a_graph() -> None:
+    plan = two_launches(graph=True).plans["default"]
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(ValueError, match="graph"):
+        Plan.from_json(plan.to_json().replace('"cuda"', '"cpu"').replace('"geometry"', '"g"'))
+
+
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [

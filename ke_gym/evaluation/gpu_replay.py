@@ -1,0 +1,56 @@
+"""Runs one artifact's plan by itself, so that tools of the toolkit can watch it: ``ncu``, ``compute-sanitizer``.
+
+    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS
+
+``FOLDER`` holds ``task`` and ``artifact`` (their bytes). Only the plan's own runs lie between the marks of the
+profiler's interface. The process is trusted: device code is all that is foreign in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ke_gym.languages.artifact import Artifact
+from ke_gym.targets.cuda_driver import Driver, runtime
+from ke_gym.targets.cuda_executor import CudaRunner
+from ke_gym.tasks.task import Task
+
+TASK, ARTIFACT = "task", "artifact"
+SEED = 7
+
+
+def replay(folder: Path, shape_set: str, device: torch.device, runs: int) -> None:
+    """Run the plan ``runs`` times, launch by launch, on tensors with memory of their own."""
+    task = Task.from_bytes((folder / TASK).read_bytes())
+    artifact = Artifact.from_bytes((folder / ARTIFACT).read_bytes())
+    plan = replace(artifact.plans[shape_set], graph=False)
+    artifact = replace(artifact, plans={shape_set: plan})
+    inputs = [a for a in task.inputs(shape_set, SEED, device=str(device)) if isinstance(a, Tensor)]
+    state = task.reference(shape_set, seed=0, device=str(device)).state
+    runner = CudaRunner(artifact, shape_set, inputs, state, driver=Driver(), device=device)
+    torch.cuda.synchronize(device)
+    interface = runtime.cudart()
+    interface.cudaProfilerStart()
+    for _ in range(runs):
+        runner.run()
+    torch.cuda.synchronize(device)
+    interface.cudaProfilerStop()
+
+
+def main(arguments: list[str]) -> None:
+    folder, shape_set, number, runs = arguments
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    replay(Path(folder), shape_set, device, int(runs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
