@@ -53,6 +53,7 @@ class BatchedLiveVecEnv(VecEnv):
         workers: int = 2,
         open_evaluator: OpenEvaluator | None = None,
         render_mode: str | None = None,
+        language: str = "",
     ) -> None:
         parents.get(parent_rule)
         if render_mode not in (None, "rgb_array"):
@@ -63,8 +64,9 @@ class BatchedLiveVecEnv(VecEnv):
         self.rules = Rules(horizon, reward, parent_rule, extended, edits)
         super().__init__(n_envs, spaces.observation_space(), spaces.action_space(extended, edits))
         self.pool = EvaluationPool(
-            target, baseline, threads, proposer, store, workers, min(n_envs, len(self.tasks)), open_evaluator
-        )
+            target, baseline, threads, proposer, store, workers, min(n_envs, len(self.tasks)), open_evaluator,
+            language,
+        )  # fmt: skip
         self.episodes: list[Episode] = []
         self._rngs = [np.random.default_rng() for _ in range(n_envs)]
         self._actions: NDArray[np.int64] = np.zeros(n_envs, dtype=np.int64)

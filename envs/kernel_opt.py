@@ -94,7 +94,8 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
     ## Arguments
     - ``tasks``: a task, a suite or family name, a file, or a list of them, sampled anew every episode;
       ``reset(options={"task": ...})`` chooses.
-    - ``proposer``, ``target``, ``baseline``, ``threads``: who proposes and where it is measured.
+    - ``proposer``, ``target``, ``baseline``, ``threads``: who proposes and where it is measured. ``language``: what
+      kernels for a GPU are generated in, ``triton`` or ``cuda``.
     - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent``, ``dense`` or ``milestone``.
     - ``parent_rule``: a name from ``ke_gym.search.parents``. ``extended``, ``edits``: see
       Action Space.
@@ -124,11 +125,12 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
         store: str | Path | None = None,
         open_evaluator: OpenEvaluator | None = None,
         render_mode: str | None = None,
+        language: str = "",
     ) -> None:
         EzPickle.__init__(
             self, tasks, proposer=proposer, target=target, baseline=baseline, threads=threads, horizon=horizon,
             reward=reward, parent_rule=parent_rule, extended=extended, edits=edits, store=store,
-            open_evaluator=open_evaluator, render_mode=render_mode,
+            open_evaluator=open_evaluator, render_mode=render_mode, language=language,
         )  # fmt: skip
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UserError(f"render mode {render_mode!r} is unknown; choose ansi or rgb_array")
@@ -142,7 +144,7 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
         self._pool: EvaluationPool | None = None
         self._pool_arguments: dict[str, Any] = {
             "target": target, "baseline": baseline, "threads": threads, "proposer": proposer, "store": store,
-            "open_evaluator": open_evaluator,
+            "open_evaluator": open_evaluator, "language": language,
         }  # fmt: skip
 
     def reset(

@@ -35,6 +35,7 @@ class EvaluationPool:
 
     Args:
         target, baseline, threads: as for ``Evaluator``.
+        language: what kernels are generated in, as for ``optimize``.
         proposer: a name from ``ke_gym.proposers``, or a function from task to proposer.
         store: a file to share and keep evaluations in; by default they are remembered only as long as the pool.
         workers: evaluations in flight at once.
@@ -52,10 +53,12 @@ class EvaluationPool:
         workers: int = 2,
         keep: int = 1,
         open_evaluator: OpenEvaluator | None = None,
+        language: str = "",
     ) -> None:
         if isinstance(proposer, str):
             proposers.check(proposer)
         self.target, self.baseline, self.proposer, self.keep = target, baseline, proposer, keep
+        self.language = opening.kernel_language(target, language)
         self.store = Store(store if store is not None else ":memory:")
         self._open = open_evaluator or (lambda task: opening.open_evaluator(task, target, baseline, threads))
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
@@ -76,9 +79,7 @@ class EvaluationPool:
                 task.id, self.target, evaluator.facts.fingerprint, self.baseline, evaluator.threads
             )
             if isinstance(self.proposer, str):
-                proposer = proposers.make(
-                    self.proposer, task, opening.kernel_language(self.target), evaluator=evaluator
-                )
+                proposer = proposers.make(self.proposer, task, self.language, evaluator=evaluator)
             else:
                 proposer = self.proposer(task)
             self._cases[task.id] = Case(task, setting, Surroundings.of(evaluator), proposer)

@@ -72,6 +72,7 @@ class RunSettings:
     learned: bool = True
     warm_start: float = 0.0
     prices: str = ""
+    language: str = ""
 
 
 def optimize(
@@ -82,6 +83,7 @@ def optimize(
     seconds: float | None = None,
     dollars: float | None = None,
     target: str = "cpu",
+    language: str = "",
     baseline: str = "eager",
     policy: str = "epsilon_greedy",
     proposer: str = "rewriter",
@@ -103,6 +105,7 @@ def optimize(
             or a suite task's name, a KernelBench-format file, or a ``Task``.
         budget, seconds, dollars: limits; the first that is reached ends the search.
         target: the device to optimize for.
+        language: what kernels are generated in: ``"cpp"`` on a CPU; on a GPU ``"triton"`` (the default) or ``"cuda"``.
         baseline: what speedups are against: ``"eager"``, ``"compile"`` (``torch.compile``) or ``"max-autotune"``
             (its mode of that name).
         policy: a name from ``ke_gym.policies`` or a saved policy's file.
@@ -116,7 +119,7 @@ def optimize(
             in words), and tell models of earlier ones.
         warm_start: how often a draft is the best recorded kernel of this or a similar task, from 0 to 1.
         out: the folder in which the run's own folder is made.
-        resume: a run's folder: continue that search with what it recorded, and with its own target, baseline,
+        resume: a run's folder: continue that search with what it recorded, and with its own target, language, baseline,
             policy, proposer, seed and threads.
         watch: hooks for progress.
 
@@ -136,13 +139,14 @@ def optimize(
             proposers.check(settings.proposer, again)
             settings = replace(settings, llm=again.to_dict())
     else:
+        language = kernel_language(target, language)
         proposers.check(proposer, llm or LLM(), dollars)
         run_dir = new_run_dir(out, loaded.name)
         spec = loaded.name if loaded.payload else loaded.path
         settings = RunSettings(
             RUN_FORMAT, uuid.uuid4().hex[:16], "", spec, loaded.id, target, baseline, policy, proposer, seed,
             threads, workers, llm.to_dict() if llm and "openai" in proposers.members(proposer) else None,
-            str(Path(exchange).absolute()) if exchange else "", learned, warm_start, llm.prices if llm else "",
+            str(Path(exchange).absolute()) if exchange else "", learned, warm_start, llm.prices if llm else "", language,
         )  # fmt: skip
     module = task if isinstance(task, nn.Module) else None
     try:
@@ -306,7 +310,7 @@ def _proposer(
     made = proposers.make(
         settings.proposer,
         task,
-        kernel_language(settings.target),
+        settings.language,
         evaluator=evaluator,
         llm=llm,
         transcripts=run_dir / "transcripts",
@@ -506,6 +510,8 @@ def read_run(path: str | Path) -> tuple[Path, RunSettings]:
             " start a new run"
         )
     try:
-        return folder, RunSettings(**data)
+        settings = RunSettings(**data)
     except TypeError as error:
         raise UserError(f"{folder / RUN_FILE} is damaged: {error}; start a new run") from error
+    # Runs from before there was a choice have the target's default.
+    return folder, replace(settings, language=kernel_language(settings.target, settings.language))

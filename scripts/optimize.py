@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ke_gym import policies, proposers, tasks
 from ke_gym.errors import UserError
+from ke_gym.evaluation.opening import kernel_language
 from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.job import RunSettings, check_out, optimize, read_run, recorded_task
 from ke_gym.policies.tracking import Mode, Tracker
@@ -41,7 +42,7 @@ from ke_gym.tasks import Task
 STOPS = ("evaluations", "seconds", "dollars", "STOP", "interrupted", "nothing left to try")
 # What makes a search what it is, unless the arguments or the run to be resumed say otherwise.
 DEFAULTS = {
-    "target": "cpu", "baseline": "eager", "policy": "epsilon_greedy", "proposer": "rewriter", "seed": 0,
+    "target": "cpu", "language": "", "baseline": "eager", "policy": "epsilon_greedy", "proposer": "rewriter", "seed": 0,
     "threads": None,
 }  # fmt: skip
 
@@ -54,6 +55,8 @@ class Args:
     """Suite tasks, "suite", a family, KernelBench-format files or folders of them."""
     target: str | None = None
     """The device to optimize for; cpu by default."""
+    language: str | None = None
+    """What kernels for a GPU are generated in: triton (the default) or cuda, which is CUDA C++."""
     policy: str | None = None
     """Which search policy chooses the transformations: a name (epsilon_greedy by default), or the file of a saved
     one."""
@@ -223,6 +226,8 @@ def search(args: Args, task: Task, limits: Budget, llm: LLM, view: LiveView | Pl
 def main(args: Args) -> int:
     limits = Budget(args.budget, args.seconds, args.max_dollars)
     warm.check(args.warm_start)
+    if args.resume is None:
+        kernel_language(settings(args)["target"], settings(args)["language"])
     policies.make(settings(args)["policy"])
     proposers.check(settings(args)["proposer"])
     llm = LLM(

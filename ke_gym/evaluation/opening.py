@@ -11,6 +11,9 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.tasks.task import Task
 
+GENERATED = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+"""What kernels can be generated in, by kind of target, the default first."""
+UNKNOWN = "target {target!r} is unknown; there are cpu, cuda, and cuda:1 for the second GPU"
 _IMPORTS_TRITON = re.compile(r"^\s*(?:import|from)\s+triton\b", re.MULTILINE)
 
 
@@ -42,12 +45,23 @@ def open_evaluator(
 
         device = int(number or 0)
         return GpuEvaluator(task, target, baseline, threads, folder, device=device, **options)
-    raise UserError(f"target {target!r} is unknown; there are cpu, cuda, and cuda:1 for the second GPU")
+    raise UserError(UNKNOWN.format(target=target))
 
 
-def kernel_language(target: str) -> str:
-    """What kernels are generated in for a target."""
-    return "cpp" if target == "cpu" else "triton"
+def kernel_language(target: str, language: str = "") -> str:
+    """What kernels are generated in for a target: ``language``, or by default the first that it has.
+
+    Raises ``UserError`` for an unknown target, and for a language that does not fit it.
+    """
+    fitting = GENERATED.get(target.partition(":")[0])
+    if fitting is None:
+        raise UserError(UNKNOWN.format(target=target))
+    if language and language not in fitting:
+        raise UserError(
+            f"--language {language} is not for the target {target}, whose kernels are generated in"
+            f" {' or '.join(fitting)}"
+        )
+    return language or fitting[0]
 
 
 def language_for(target: str) -> Callable[[Path], str]:

@@ -163,6 +163,11 @@ BAD_INPUT = {
     "unknown proposer": (["softmax", "--proposer", "rewritr"], "rewriter"),
     "unknown baseline": (["softmax", "--baseline", "sand"], "baseline"),
     "unknown target": (["softmax", "--target", "abacus"], "abacus"),
+    "a GPU's language on a CPU": (
+        ["softmax", "--language", "cuda"],
+        "--language cuda is not for the target cpu",
+    ),
+    "unknown language": (["softmax", "--target", "cuda", "--language", "ptx"], "triton or cuda"),
     "budget of 0": (["softmax", "--budget", "0"], "buys nothing"),
     "too many threads": (["softmax", "--threads", "100000"], "cores"),
     "output not writable": (["softmax", "--out", "/proc/none"], "cannot be written"),
