@@ -6,6 +6,7 @@ rests on (clock, order, seeds, statistics) lives in this process, everything exp
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import time
@@ -192,6 +193,17 @@ class Evaluator:
         with self._cores.all(), self._entries() as open_entry:
             entries = {name: open_entry(artifact, name) for name in self.shape_sets}
             return self._race(base, artifact, other, entries)
+
+    def race_baseline(self, candidate: Candidate) -> float:
+        """How many times as long as a candidate's the baseline's calls take: the median of one race.
+
+        For kernels that were judged against another baseline: nothing is checked but what is timed, and nothing
+        confirmed. Raises `BuildError`, `Rejected` or `ArmDied`.
+        """
+        artifact = self.build(candidate)
+        with self._cores.all():
+            race = self._race_sets(self.judge, artifact, None, AA)[self.contract]
+        return math.exp(float(np.median(race.log_ratios("baseline", "candidate"))))
 
     def build(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""

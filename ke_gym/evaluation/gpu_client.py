@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ NO_DEVICE = (
     "no NVIDIA GPU can be used here ({why}); compile here with scripts/evaluate.py --bundle FILE --compile-only "
     "and race the file on a machine that has one with --run-bundle FILE"
 )
+
+
+Alone = Callable[[str], AbstractContextManager[None]]
 
 
 class OutOfDeviceMemory(UserError):
@@ -56,7 +61,8 @@ class GpuShape:
 class GpuClient:
     """A judge process for one task on one GPU, which it holds alone among all of this machine's processes.
 
-    ``signature`` is the task's compile signature, if it is known. Raises ``UserError`` where there is no GPU and
+    ``signature`` is the task's compile signature, if it is known; ``alone`` gives the device, by its UUID, to whoever
+    opens the judge of a process that does not hold it yet. Raises ``UserError`` where there is no GPU and
     ``OutOfDeviceMemory`` where the task does not fit. Requests raise ``ArmDied`` for what a candidate did; when
     the process died of it, ``alive`` is False from then on.
     """
@@ -70,14 +76,16 @@ class GpuClient:
         device: int,
         patience: float = 5.0,
         signature: bytes = b"",
+        alone: Alone | None = None,
     ) -> None:
         self.task = task
         self.alive = True
         self.device = device
         self.patience = patience
         try:
-            self._start(zygote, baseline)
-            described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
+            uuid = self._start(zygote, baseline)
+            with alone(uuid) if alone is not None else nullcontext():
+                described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
         except BaseException:
             self.close()
             raise
@@ -85,13 +93,16 @@ class GpuClient:
         self.facts = Facts(**described["facts"])
         self.shapes = described_shapes(described["shapes"])
 
-    def _start(self, zygote: Zygote, baseline: str) -> None:
+    def _start(self, zygote: Zygote, baseline: str) -> str:
+        """Start the process; its device's UUID."""
         self.worker: Worker = zygote.spawn(
             "ke_gym.evaluation.gpu_judge:serve",
             {"baseline": baseline, "device": self.device, "cores": sorted(os.sched_getaffinity(0))},
         )
         self.worker.channel.send({}, self.task.to_bytes())
-        self._raise_what_is_said(self._receive("start", START_SECONDS)[0])
+        said = self._receive("start", START_SECONDS)[0]
+        self._raise_what_is_said(said)
+        return str(said["uuid"])
 
     # -- requests --------------------------------------------------------------------------------------------
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import random
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ke_gym.evaluation.checking import Rejected, draw_cases, errors_of, refusal
 from ke_gym.evaluation.contest import CONFIRM, SOAK, believe
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_client import Alone, DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
@@ -108,7 +110,7 @@ class GpuEvaluator(Evaluator):
         self.build_timeout = build_timeout
         self.call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
-        self._cores = Lanes(len(os.sched_getaffinity(0)))
+        self._lanes = self._cores = Lanes(len(os.sched_getaffinity(0)))
         self._builds = Builds(self._cores)
         self._settled: dict[str, Artifact] = {}
         self._tuned: dict[str, frozenset[str]] = {}
@@ -119,16 +121,13 @@ class GpuEvaluator(Evaluator):
         self._steady: Artifact | None = None
         self._state = ExitStack()
         try:
-            self.zygote = self._state.enter_context(Zygote(self.threads, gpu_environment(self.folder)))
+            self.zygote = kept_zygote(self.threads, tuple(gpu_environment(self.folder).items()))
             self.sandbox = self.zygote.sandbox_level
             self.builder = Builder(self.zygote, self.folder / "builds")
             self.judge = self._first_judge(list(shape_sets or task.public_shapes("cuda")))
             self._state.callback(lambda: self.judge.close())
             self.facts = self.judge.facts
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
-            lock = DeviceLock(self.folder, self.facts.uuid)
-            self._state.callback(lock.close)
-            self._cores.device = lock
             dtypes = {s.torch_dtype for s in self._specs(self.contract) if s.torch_dtype.is_floating_point}
             with self._cores.all():
                 measured = kept_peaks(self.record.folder, lambda: self.judge.measure())
@@ -165,17 +164,26 @@ class GpuEvaluator(Evaluator):
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
             try:
-                return self._open_judge(self.hidden)
+                return self._open_judge(self.hidden, self._alone)
             except OutOfDeviceMemory as error:
                 problem = error
                 self._too_large = self._too_large or f"the shape set {self.contract!r}"
         raise problem
 
-    def _open_judge(self, hidden: Sequence[str] = ()) -> GpuClient:  # type: ignore[override]
+    def _alone(self, uuid: str) -> AbstractContextManager[None]:
+        """The device for this process alone, as for a race: another one may be racing on it."""
+        if self._lanes.device is None:
+            self._lanes.device = DeviceLock(self.folder, uuid)
+            self._state.callback(self._lanes.device.close)
+        return self._lanes.all()
+
+    def _open_judge(  # type: ignore[override]
+        self, hidden: Sequence[str] = (), alone: Alone | None = None
+    ) -> GpuClient:
         shape_sets = [*self.shape_sets, *hidden]
         patience = self.call_timeout or 5.0
         judge = GpuClient(
-            self.zygote, self.task, shape_sets, self.baseline, self._device, patience, self._signature
+            self.zygote, self.task, shape_sets, self.baseline, self._device, patience, self._signature, alone
         )
         self._signature = judge.signature
         return judge
@@ -363,6 +371,15 @@ def kept_peaks(folder: Path, measure: Any, again: bool = False) -> cuda.Peaks:
         peaks = peaks.best(kept)
     write_whole(path, json.dumps(peaks.to_dict()).encode())
     return peaks
+
+
+@functools.cache
+def kept_zygote(threads: int, environment: tuple[tuple[str, str], ...]) -> Zygote:
+    """A zygote that all evaluators of this process share, one after the other: a warm one saves seconds. It ends with
+    this process."""
+    zygote = Zygote(threads, dict(environment))
+    atexit.register(zygote.close)
+    return zygote
 
 
 def gpu_environment(folder: Path) -> dict[str, str]:

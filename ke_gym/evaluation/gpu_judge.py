@@ -351,7 +351,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     except (UserError, RuntimeError, OSError, AssertionError, CudaError) as error:
         channel.send({"no_device": first_line(error)})
         return
-    channel.send({})
+    channel.send({"uuid": judge.stage.facts.uuid})
     while True:
         try:
             header, blob = channel.recv(timeout=None)

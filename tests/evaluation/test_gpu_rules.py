@@ -48,9 +48,10 @@ OPENED: list[InProcess] = []
 class InProcess(GpuClient):
     """A client whose judge is an object of this process; whatever it says goes through JSON all the same."""
 
-    def _start(self, zygote: Any, baseline: str) -> None:
+    def _start(self, zygote: Any, baseline: str) -> str:
         self.server = gpu_judge.GpuJudge(self.task, baseline, torch.device("cpu"))
         OPENED.append(self)
+        return FACTS.uuid
 
     def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
         assert self.alive

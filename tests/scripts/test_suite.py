@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +103,63 @@ def test_rows_from_before_settings_were_kept_are_the_defaults(
     (tmp_path / "suite.jsonl").write_text(json.dumps(old) + "\n")
     suite.Suite(("softmax",), out=tmp_path).run()  # nothing is done again
     assert "1/1 softmax: 2.00x eager, 1.50x compile" in capsys.readouterr().out
+
+
+@pytest.fixture
+def two_gpus(suite: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
+    """Two GPUs whose lanes are this process; what was searched for, and for how many seconds."""
+    searched: list[tuple[str, float | None]] = []
+
+    def optimize(task: Any, *, seconds: float | None, target: str, language: str, **options: Any) -> Any:
+        assert (target, language) == ("cuda", "cuda")
+        searched.append((task.name, seconds))
+        if task.name == "conv1d":
+            raise RuntimeError("the device fell off the bus")
+        return SimpleNamespace(
+            evaluations=8, valid=1.0, seed_correct=True, reference_ms=3.0, best_ms=1.0, speedup=3.0,
+            speedup_ci=(2.9, 3.1), kernel_coverage=1.0, run_dir=Path("kept"),
+        )  # fmt: skip
+
+    def spread(function: Any, jobs: Any, shares: Any, until: float) -> Any:
+        assert len(shares) == 4
+        for job in jobs:
+            try:
+                yield job, function(job), None
+            except RuntimeError as error:
+                yield job, None, error
+
+    monkeypatch.setattr(suite.lanes, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(suite.lanes, "spread", spread)
+    monkeypatch.setattr(suite, "optimize", optimize)
+    return searched
+
+
+def test_on_gpus_long_tasks_come_first_and_a_lost_one_is_told(
+    suite: Any, two_gpus: list[tuple[str, float | None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = suite.Suite(
+        ("softmax", "conv1d", "matmul_skinny"), "cuda", "cuda", seconds=400, compilers=False, out=tmp_path
+    )
+    made.run()
+    assert [name for name, _ in two_gpus] == ["matmul_skinny", "conv1d", "softmax"]
+    assert all(seconds is not None and 0 < seconds <= 400 for _, seconds in two_gpus)
+    printed = capsys.readouterr().out
+    assert "conv1d: the device fell off the bus" in printed and "not finished in time: conv1d" in printed
+    assert "3.00x of 2 tasks" in printed and "max-autotune" not in printed
+    made.run()  # what is there is not done again
+    assert [name for name, _ in two_gpus][3:] == ["conv1d"]
+
+
+def test_on_gpus_the_report_names_what_stays_behind_a_library(
+    suite: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        row(suite, target="cuda", over={"max-autotune": 1.5}),
+        row(suite, "matmul_skinny", 1.2, target="cuda", over={"max-autotune": 0.6}),
+        row(suite, "cumsum", target="cuda", over={}),  # its races against the compiler are still to come
+    ]
+    suite.report(rows, 123.0)
+    printed = capsys.readouterr().out
+    assert "max-autotune-no-cudagraphs: 0.95x of 2 tasks" in printed
+    assert "tasks below the best library path: matmul_skinny (0.60x)" in printed
+    assert "evaluations a minute: 123" in printed and "pointwise over eager" not in printed

@@ -1,0 +1,75 @@
+"""Work spread over processes: each has its share, and one that dies or is late costs only its own job."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ke_gym.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmarks import lanes
+
+    return lanes
+
+
+def job(what: str) -> Any:
+    """Runs in a lane."""
+    match what:
+        case "die":
+            os._exit(1)
+        case "refuse":
+            raise UserError("not this one")
+        case "sleep":
+            time.sleep(600)
+    return what, os.environ["CUDA_VISIBLE_DEVICES"], sorted(os.sched_getaffinity(0)), os.getpid()
+
+
+def test_every_lane_has_its_gpu_and_cores(lanes: Any) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    shares = lanes.shares(["4", "7"], 2)
+    assert [share.gpu for share in shares] == ["4", "7", "4", "7"]
+    if half:
+        assert list(shares[0].cores + shares[1].cores) == cores
+    answers = [answer for _, answer, _ in lanes.spread(job, iter("abcd"), shares[:2])]
+    assert sorted(answer[0] for answer in answers) == list("abcd")
+    by_gpu = {share.gpu: sorted(share.cores) for share in shares}
+    assert all(by_gpu[gpu] == own for _, gpu, own, _ in answers)
+    assert len({pid for *_, pid in answers}) <= 2  # a lane goes on with the next job
+
+
+def test_one_job_that_fails_costs_the_others_nothing(lanes: Any) -> None:
+    ended = {
+        name: (answer, error)
+        for name, answer, error in lanes.spread(job, iter(["die", "refuse", "last"]), lanes.shares(["0"]))
+    }
+    assert isinstance(ended["die"][1], lanes.Lost)
+    assert isinstance(ended["refuse"][1], UserError) and str(ended["refuse"][1]) == "not this one"
+    assert ended["last"][0][0] == "last"
+
+
+def test_what_is_late_is_ended_and_nothing_begins_any_more(lanes: Any) -> None:
+    until = time.monotonic() + 4
+    (only,) = lanes.spread(job, iter(["sleep", "never"]), lanes.shares(["0"]), until)
+    assert only[0] == "sleep" and isinstance(only[2], lanes.Late)
+
+
+def test_visible_gpus_keep_their_names(lanes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a")
+    assert lanes.gpus() == ["3", "GPU-8a"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert lanes.gpus() == ["0", "1"]
+    monkeypatch.setattr(lanes.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="no NVIDIA GPU"):
+        lanes.gpus()
