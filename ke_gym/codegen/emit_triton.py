@@ -19,8 +19,8 @@ _COMBINE = {"sum": "added", "prod": "multiplied", "max": "max_nan", "min": "min_
 LOCALS = {
     Tiles: {"row", "col", "start", "top", "shift"},
     Product: {
-        "tile", "batch", "group", "height", "tile_m", "tile_n", "m", "n", "k", "a", "b", "acc", "start", "left",
-        "right",
+        "tile", "number", "batch", "group", "height", "tile_m", "tile_n", "m", "n", "k", "a", "b", "acc", "start",
+        "left", "right", "left_tiles", "right_tiles", "part", "first", "partial",
     },
     Flash: {
         "tile", "batch", "m", "n", "d", "e", "d_down", "n_down", "query", "keys", "values", "score", "top", "total",

@@ -1,272 +1,275 @@
-"""Products and attention -> Triton text. What is computed is in ``products`` and ``flash``."""
+"""Products -> Triton text: one kernel, or two if programs share tiles. What is computed is in ``products``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ke_gym.codegen.emit_triton import pointers
-from ke_gym.codegen.expr import (
-    Expr,
-    Load,
-    walk,
-)
-from ke_gym.codegen.flash import Flash
-from ke_gym.codegen.flash import variables as flash_variables
-from ke_gym.codegen.products import Product, variables
-from ke_gym.codegen.tiles import depends
+from ke_gym.codegen.expr import Expr, Load, walk
+from ke_gym.codegen.products import Described, Product, variables
+from ke_gym.codegen.tiles import depends, power_above
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, padded, uses_in
 
+_POINTERS = {"left": "a", "right": "b"}
+_AXES = {"left": "mk", "right": "kn"}
 
-def print_product(product: Product, used: set[str]) -> list[str]:
-    """The body of a matrix product's kernel, line by line."""
-    shape, blocks = product.shape, product.blocks
-    tiles_m, tiles_n = -(-shape.m // blocks.m), -(-shape.n // blocks.n)
-    wide = max(b.extent for b in (*product.reads, *product.writes)) >= 1 << 31
-    lines = ["tile = tl.program_id(0)"]
-    if shape.batch > 1:
-        lines.append(f"batch = tl.program_id(1){'.to(tl.int64)' if wide else ''}")
-    if tiles_m == 1:
-        lines += ["tile_m = 0", "tile_n = tile"]
-    elif tiles_n == 1 or blocks.group == 1:
-        lines += [f"tile_m = tile % {tiles_m}", f"tile_n = tile // {tiles_m}"]
-    else:  # rows of tiles in groups, so that neighbours share what they read
+
+def tiled(product: Product) -> dict[str, Described]:
+    """The operands whose tiles are fetched by descriptors."""
+    if product.blocks.loads == "pointers":
+        return {}
+    return {side: found for side, found in zip(_AXES, product.described) if found is not None}
+
+
+def loaded(product: Product) -> list[str]:
+    """The tensors that the product's kernel reads through pointers."""
+    described = tiled(product)
+    roots = [operand for side, operand in zip(_AXES, product.operands) if side not in described]
+    if product.blocks.split == 1:
+        roots += [store.expr for store in product.stores]
+    read = {node.buffer for node in walk(*roots) if isinstance(node, Load)}
+    return [b.name for b in product.reads if b.name in read]
+
+
+@dataclass
+class Printer:
+    """Prints the kernels of one product.
+
+    ``outer``: statements before the loop over ``k``; ``body``: those of the loop.
+    """
+
+    product: Product
+    used: set[str]
+    outer: list[str] = field(default_factory=list)
+    body: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape, blocks = self.product.shape, self.product.blocks
+        self.described = tiled(self.product)
+        self.ragged = {axis: getattr(shape, axis) % getattr(blocks, axis) != 0 for axis in "mnk"}
+        self.wide = max(b.extent for b in (*self.product.reads, *self.product.writes)) >= 1 << 31
+        self.pointers = pointers(self.product)
+
+    # ------------------------------------------------------------------------------------------- kernels
+
+    def main(self) -> list[str]:
+        """The kernel that multiplies; it stores the results, or its part of every sum."""
+        blocks, batch = self.product.blocks, self.product.shape.batch
+        rows, columns = self.product.tiles
+        if not blocks.persistent:
+            return [*self._programs(), *self._tile()]
+        name = "number" if batch > 1 else "tile"
+        lines = [f"for {name} in range(tl.program_id(0), {rows * columns * batch}, tl.num_programs(0)):"]
+        inner = []
+        if batch > 1:
+            quotient = f"number // {rows * columns}"
+            inner.append(f"batch = ({quotient}).to(tl.int64)" if self.wide else f"batch = {quotient}")
+            inner.append(f"tile = number % {rows * columns}")
+        return lines + _indented([*inner, *self._tile()])
+
+    def total(self) -> list[str]:
+        """The kernel that adds up the parts' sums and stores the results."""
+        shape, split = self.product.shape, self.product.blocks.split
+        m, n = sum_blocks(self.product)
+        lines = [*self._programs(), *_place(-(-shape.m // m), -(-shape.n // n), 1)]
+        self.ragged = {"m": shape.m % m != 0, "n": shape.n % n != 0}
+        lines += self._positions()
+        at, mask = self._partial(), " & ".join(f"{a}_ok{_ACROSS[a]}" for a in "mn" if self.ragged[a])
+        loaded_ = f"tl.load(partial + {at}, mask={mask}, other=0.0)" if mask else f"tl.load(partial + {at})"
         lines += [
-            f"group = tile // {blocks.group * tiles_n}",
-            f"height = min({tiles_m} - group * {blocks.group}, {blocks.group})",
-            f"tile_m = group * {blocks.group} + tile % {blocks.group * tiles_n} % height",
-            f"tile_n = tile % {blocks.group * tiles_n} // height",
+            "acc = tl.zeros([M, N], tl.float32)",
+            f"for part in range({split}):",
+            f"    acc += {loaded_}",
         ]
-    cast = ".to(tl.int64)" if wide else ""
-    for axis in "mn":
-        where = f"tile_{axis} * {axis.upper()} + tl.arange(0, {axis.upper()})"
-        lines.append(f"{axis} = ({where}){cast}" if cast else f"{axis} = {where}")
-    ragged = {"m": shape.m % blocks.m, "n": shape.n % blocks.n, "k": shape.k % blocks.k}
-    lines += [f"{axis}_ok = {axis} < {getattr(shape, axis)}" for axis in "mn" if ragged[axis]]
-    lines.append("acc = tl.zeros([M, N], tl.float32)")
-    fast = [_stepped(operand, product) for operand in product.operands]
-    body: list[str] = []
-    if ragged["k"] or not all(fast):
-        body.append("k = start + tl.arange(0, K)")
-    if ragged["k"]:
-        body.append(f"k_ok = k < {shape.k}")
-    for name, operand, axes in zip(("left", "right"), product.operands, ("mk", "kn")):
-        _print_operand(name, operand, axes, product, ragged, used, lines, body)
-    precise = (
-        f', input_precision="{blocks.precision}"'
-        if blocks.precision != "bf16" and shape.dtype == "f32"
-        else ""
-    )
-    body.append(f"acc = tl.dot(left, right, acc{precise})")
-    for name, step in zip("ab", fast):
-        if step:
-            body.append(f"{name} += {step}")
-    lines.append(f"for start in range(0, {shape.k}, K):")
-    lines += [f"    {line}" for line in body]
-    return lines + _epilogue(product, used, {axis: bool(ragged[axis]) for axis in "mn"})
+        return lines + self._epilogue()
 
+    def _programs(self) -> list[str]:
+        lines = ["tile = tl.program_id(0)"]
+        if self.product.shape.batch > 1:
+            lines.append(f"batch = tl.program_id(1){'.to(tl.int64)' if self.wide else ''}")
+        return lines
 
-def _stepped(operand: Expr, product: Product) -> int:
-    """How far a pointer moves from one block of ``k`` to the next; 0 if the index is not linear in ``k``."""
-    k = variables(product.shape)[3]
-    if not isinstance(operand, Load) or any(a is not k and depends(a, k) for a, _ in operand.index[0].terms):
-        return 0
-    return operand.index[0].coefficient(k) * product.blocks.k
+    def _tile(self) -> list[str]:
+        """One tile of the product."""
+        shape, blocks, sides = self.product.shape, self.product.blocks, list(_AXES)
+        lines = self.outer = _place(*self.product.tiles, blocks.group)
+        if blocks.split > 1:
+            share = self.product.share
+            lines += ["part = tl.program_id(2)", f"first = part * {share}"]
+        lines += self._positions()
+        lines.append("acc = tl.zeros([M, N], tl.float32)")
+        operands = dict(zip(sides, self.product.operands))
+        steps = {side: self._step(operands[side]) for side in sides if side not in self.described}
+        if any(self.ragged["k"] or not step for step in steps.values()):
+            self.body.append("k = start + tl.arange(0, K)")
+        if self.ragged["k"] and steps:
+            self.body.append(f"k_ok = k < {shape.k}")
+        for side in sides:
+            if side in self.described:
+                self._fetch(side)
+            elif steps[side]:
+                self._follow(side, operands[side])
+            else:
+                self._compute(side, operands[side])
+        exact = blocks.precision == "bf16" or shape.dtype != "f32"
+        precise = "" if exact else f', input_precision="{blocks.precision}"'
+        self.body.append(f"acc = tl.dot(left, right, acc{precise})")
+        self.body += [f"{_POINTERS[side]} += {step}" for side, step in steps.items() if step]
+        bounds = f"0, {shape.k}"
+        if blocks.split > 1:
+            even = share * blocks.split == shape.k
+            bounds = f"first, first + {share}" if even else f"first, min(first + {share}, {shape.k})"
+        lines.append(f"for start in range({bounds}, K):")
+        lines += _indented(self.body)
+        return lines + (self._epilogue() if blocks.split == 1 else self._keep())
 
+    def _positions(self) -> list[str]:
+        cast = ".to(tl.int64)" if self.wide else ""
+        lines = []
+        for axis in "mn":
+            where = f"tile_{axis} * {axis.upper()} + tl.arange(0, {axis.upper()})"
+            lines.append(f"{axis} = ({where}){cast}" if cast else f"{axis} = {where}")
+        return lines + [f"{a}_ok = {a} < {getattr(self.product.shape, a)}" for a in "mn" if self.ragged[a]]
 
-def _print_operand(
-    name: str,
-    operand: Expr,
-    axes: str,
-    product: Product,
-    ragged: Mapping[str, int],
-    used: set[str],
-    lines: list[str],
-    body: list[str],
-) -> None:
-    """The statements that load one operand's tile: by a pointer that moves, or by its index anew each time."""
-    shape = product.shape
-    batch, *rest = variables(shape)
-    along = {"m": rest[0], "n": rest[1], "k": rest[2]}
-    shaped = {axis: f"{axis}{around}" for axis, around in zip(axes, ("[:, None]", "[None, :]"))}
-    masks = {
-        axis: f"{axis}_ok{around}" if ragged[axis] else ""
-        for axis, around in zip(axes, ("[:, None]", "[None, :]"))
-    }
-    sizes = {b.name: b.extent for b in product.reads}
-    text = Text(used, sizes, outer=lines, lines=lines, uses=uses_in([operand]), pointers=pointers(product))
-    text.axes = [Axis(batch, "batch")]
-    text.axes += [Axis(along[axis], shaped[axis], masks[axis]) for axis in axes]
-    narrow = product.blocks.precision == "bf16" and shape.dtype == "f32"
-    if _stepped(operand, product):
+    # ------------------------------------------------------------------------------------------ operands
+
+    def _step(self, operand: Expr) -> int:
+        """How far a pointer moves from one block of ``k`` to the next; 0 if the index is not linear in ``k``."""
+        k = variables(self.product.shape)[3]
+        if not isinstance(operand, Load) or any(
+            a is not k and depends(a, k) for a, _ in operand.index[0].terms
+        ):
+            return 0
+        return operand.index[0].coefficient(k) * self.product.blocks.k
+
+    @property
+    def narrow(self) -> str:
+        """What makes of an fp32 operand what is multiplied."""
+        halved = self.product.blocks.precision == "bf16" and self.product.shape.dtype == "f32"
+        return ".to(tl.bfloat16)" if halved else ""
+
+    def _fetch(self, side: str) -> None:
+        """An operand's tile, by its descriptor."""
+        view = self.described[side]
+        where = {"m": "tile_m * M", "n": "tile_n * N", "k": "start"}
+        place = [where[axis] for axis in view.axes]
+        tile = f"{side}_tiles.load([{', '.join(place)}])"
+        if view.batched:
+            batch = "batch.to(tl.int32)" if self.wide else "batch"
+            sizes = ", ".join(axis.upper() for axis in view.axes)
+            tile = f"{side}_tiles.load([{batch}, {', '.join(place)}]).reshape({sizes})"
+        turned = "" if view.axes == _AXES[side] else ".T"
+        self.body.append(f"{side} = {tile}{turned}{self.narrow}")
+
+    def _text(self, side: str, operand: Expr) -> tuple[Text, dict[str, str], dict[str, str]]:
+        """What prints an operand's expression; the axes' names in the tile, and their masks."""
+        batch, m, n, k = variables(self.product.shape)
+        along = {"m": m, "n": n, "k": k}
+        around = dict(zip(_AXES[side], ("[:, None]", "[None, :]")))
+        shaped = {axis: f"{axis}{around[axis]}" for axis in around}
+        masks = {axis: f"{axis}_ok{around[axis]}" if self.ragged[axis] else "" for axis in around}
+        sizes = {b.name: b.extent for b in self.product.reads}
+        text = Text(
+            self.used, sizes, outer=self.outer, lines=self.outer, uses=uses_in([operand]), pointers=self.pointers
+        )  # fmt: skip
+        text.axes = [Axis(batch, "batch"), *(Axis(along[a], shaped[a], masks[a]) for a in around)]
+        return text, shaped, masks
+
+    def _follow(self, side: str, operand: Expr) -> None:
+        """An operand's tile, by pointers that move along ``k``."""
         assert isinstance(operand, Load)
-        pointer = {"left": "a", "right": "b"}[name]
-        index = text.index(operand.index[0], "").replace("k[", "tl.arange(0, K)[")
-        for axis in axes:  # a tile all the same
+        text, shaped, masks = self._text(side, operand)
+        along = dict(zip("mnk", variables(self.product.shape)[1:]))
+        first = "(first + tl.arange(0, K))[" if self.product.blocks.split > 1 else "tl.arange(0, K)["
+        index = text.index(operand.index[0], "").replace("k[", first)
+        for axis, name in shaped.items():  # a tile all the same
             if not depends(operand, along[axis]):
-                index = f"{index} + {shaped[axis]}"
-        lines.append(f"{pointer} = {text.pointers[operand.buffer]} + {index}")
-        mask = " & ".join(masks[axis] for axis in axes if masks[axis])
-        loaded = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
-        body.append(f"{name} = {loaded}{'.to(tl.bfloat16)' if narrow else ''}")
-        return
-    text.enter(body, {along["k"]})
-    pure = isinstance(operand, Load) or padded(operand) is not None
-    text.widen = not pure
-    value = text.value(operand)
-    kept = [axis for axis in axes if depends(operand, along[axis])]
-    wanted = " & ".join(masks[axis] for axis in axes if masks[axis])
-    kind = TYPES["bf16" if narrow else shape.dtype]
-    if wanted and not (pure and len(kept) == 2):
-        value = f"tl.where({wanted}, {bare_text(value)}, 0.0)"
-    if len(kept) < 2:
-        value = f"tl.broadcast_to({value}, [{axes[0].upper()}, {axes[1].upper()}])"
-    same = kind == TYPES["f32"] or (pure and not narrow)
-    body.append(f"{name} = {value if same else f'{enclosed(value)}.to({kind})'}")
-    text.leave()
+                index = f"{index} + {name}"
+        pointer = _POINTERS[side]
+        self.outer.append(f"{pointer} = {text.pointers[operand.buffer]} + {index}")
+        mask = " & ".join(mask for mask in masks.values() if mask)
+        tile = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+        self.body.append(f"{side} = {tile}{self.narrow}")
 
-
-def _epilogue(product: Product, used: set[str], ragged: Mapping[str, bool]) -> list[str]:
-    batch, m, n, _ = variables(product.shape)
-    sizes = {b.name: b.extent for b in (*product.reads, *product.writes)}
-    lines = ["m = m[:, None]", "n = n[None, :]"]
-    lines += [f"{axis}_ok = {axis} < {getattr(product.shape, axis)}" for axis in "mn" if ragged[axis]]
-    text = Text(
-        used,
-        sizes,
-        outer=lines,
-        lines=lines,
-        uses=uses_in([s.expr for s in product.stores]),
-        pointers=pointers(product),
-    )
-    text.axes = [
-        Axis(batch, "batch"), Axis(m, "m", "m_ok" if ragged["m"] else ""), Axis(n, "n", "n_ok" if ragged["n"] else ""),
-    ]  # fmt: skip
-    for load in (x for s in product.stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
-        text.names[load, ""] = "acc"
-    for store in product.stores:
-        value = text.value(store.expr)
-        place, mask = text.index(store.place, ""), text.mask(store.place)
-        for axis in (a for a in "mn" if getattr(product.shape, a) == 1):  # a tile all the same
-            place, mask = f"{place} + {axis}", f"{mask} & {axis}_ok" if mask else f"{axis}_ok"
-        kind = f".to({TYPES[store.buffer.dtype]})" if store.expr.dtype != store.buffer.dtype else ""
-        stored = f"{enclosed(value)}{kind}" if kind else bare_text(value)
-        buffer = text.pointers[store.buffer.name]
-        lines.append(f"tl.store({buffer} + {place}, {stored}{f', mask={mask}' if mask else ''})")
-    return lines
-
-
-# -------------------------------------------------------------------------------------------------- flash
-
-
-def print_flash(flash: Flash, used: set[str]) -> list[str]:
-    """The body of an attention kernel, line by line."""
-    used.add("max_nan")
-    shape, blocks = flash.shape, flash.blocks
-    names = flash_variables(shape)
-    sizes = {b.name: b.extent for b in (*flash.reads, *flash.writes)}
-    wide = max(sizes.values()) >= 1 << 31
-    powers = {axis: 1 << (getattr(shape, of_) - 1).bit_length() for axis, of_ in (("d", "d"), ("e", "dv"))}
-    masks = {
-        "m": shape.queries % blocks.m, "n": shape.keys % blocks.n, "d": powers["d"] - shape.d,
-        "e": powers["e"] - shape.dv,
-    }  # fmt: skip
-    lines = [
-        "tile = tl.program_id(0)",
-        f"batch = tl.program_id(1){'.to(tl.int64)' if wide else ''}",
-    ]
-    text = Text(
-        used,
-        sizes,
-        outer=lines,
-        lines=lines,
-        uses=uses_in([flash.scores, *flash.operands]),
-        pointers=pointers(flash),
-    )
-
-    def axis(name: str, declared: str, limit: int, body: list[str]) -> Axis:
-        body.append(f"{name} = {declared}")
-        if masks[name[0]]:
-            body.append(f"{name}_ok = {name} < {limit}")
-        return Axis(names[name[0]], name, f"{name}_ok" if masks[name[0]] else "")
-
-    batch = Axis(names["batch"], "batch")
-    m = axis("m", "tile * M + tl.arange(0, M)[:, None]", shape.queries, lines)
-    d = axis("d", f"tl.arange(0, {powers['d']})[None, :]", shape.d, lines)
-    text.axes = [batch, m, d]
-    half = shape.dtype != "f32"
-    kind = TYPES["bf16" if blocks.precision == "bf16" else shape.dtype]
-    narrow = half or blocks.precision == "bf16"
-
-    def operand(expr: Expr) -> str:
-        text.widen = not isinstance(expr, Load)
-        value = text.value(expr)
-        loaded, text.widen = not text.widen, True
-        return value if not narrow or (half and loaded) else f"{enclosed(value)}.to({kind})"
-
-    query = operand(flash.operands[0])
-    lines.append(
-        f"query = tl.broadcast_to({query}, [M, {powers['d']}])" if shape.queries == 1 else f"query = {query}"
-    )
-    down = axis("d_down", f"tl.arange(0, {powers['d']})[:, None]", shape.d, lines)
-    e = axis("e", f"tl.arange(0, {powers['e']})[None, :]", shape.dv, lines)
-    lines += [
-        'top = tl.full([M, 1], float("-inf"), tl.float32)',
-        "total = tl.zeros([M, 1], tl.float32)",
-        f"acc = tl.zeros([M, {powers['e']}], tl.float32)",
-    ]
-    precise = "" if narrow else f', input_precision="{blocks.precision}"'
-    body: list[str] = []
-    n = axis("n", "start + tl.arange(0, N)[None, :]", shape.keys, body)
-    text.enter(body, {names["n"]})
-    text.names.clear()  # from here on elements lie along the other axis
-    text.axes = [batch, down, n]
-    body.append(f"keys = {operand(flash.operands[1])}")
-    body.append(f"score = tl.dot(query, keys{precise})")
-    text.names.clear()
-    text.axes = [batch, m, n]
-    text.names[flash.score, ""] = "score"
-    scores = text.value(flash.scores)
-    masked = f'tl.where(n_ok, {bare_text(scores)}, float("-inf"))' if n.mask else bare_text(scores)
-    body += [
-        f"x = {masked}",
-        "high = max_nan(top, tl.reduce(x, 1, max_nan, keep_dims=True))",
-        'shift = tl.where(high == float("-inf"), 0.0, high)',
-        "weights = tl.exp(x - shift)",
-        "rescale = tl.exp(top - shift)",
-        "total = total * rescale + tl.sum(weights, axis=1, keep_dims=True)",
-        "top = high",
-    ]
-    down_n = axis("n_down", "start + tl.arange(0, N)[:, None]", shape.keys, body)
-    text.names.clear()
-    text.axes = [batch, down_n, e]
-    body.append(f"values = {operand(flash.operands[2])}")
-    cast = f".to({kind})" if narrow else ""
-    body.append(f"acc = tl.dot(weights{cast}, values, acc * rescale{precise})")
-    text.leave()
-    end = str(shape.keys)
-    if flash.visible is not None:
-        ahead = flash.visible - 1
-        shift = f" + {ahead}" if ahead > 0 else f" - {-ahead}" if ahead < 0 else ""
-        lines.append(f"end = tl.cdiv(min(tile * M + M{shift}, {shape.keys}), N) * N")
-        end = "end"
-    lines.append(f"for start in range(0, {end}, N):")
-    lines += [f"    {line}" for line in body]
-    if flash.visible is not None:
-        tail: list[str] = []
-        down_n = axis("n_down", "start + tl.arange(0, N)[:, None]", shape.keys, tail)
-        text.enter(tail, {names["n"]})
-        text.names.clear()
-        text.axes = [batch, down_n, e]
-        value = operand(flash.operands[2])
-        tail.append(f"acc += tl.sum({enclosed(value)}.to(tl.float32) * 0.0, axis=0, keep_dims=True)")
+    def _compute(self, side: str, operand: Expr) -> None:
+        """An operand's tile, each element by its index or computed."""
+        text, shaped, masks = self._text(side, operand)
+        along = dict(zip("mnk", variables(self.product.shape)[1:]))
+        text.enter(self.body, {along["k"]})
+        pure = isinstance(operand, Load) or padded(operand) is not None
+        text.widen = not pure
+        value = text.value(operand)
+        kept = [axis for axis in shaped if depends(operand, along[axis])]
+        wanted = " & ".join(mask for mask in masks.values() if mask)
+        kind = TYPES["bf16" if self.narrow else self.product.shape.dtype]
+        if wanted and not (pure and len(kept) == 2):
+            value = f"tl.where({wanted}, {bare_text(value)}, 0.0)"
+        if len(kept) < 2:
+            value = f"tl.broadcast_to({value}, [{', '.join(_AXES[side].upper())}])"
+        same = kind == TYPES["f32"] or (pure and not self.narrow)
+        self.body.append(f"{side} = {value if same else f'{enclosed(value)}.to({kind})'}")
         text.leave()
-        lines.append(f"for start in range(end, {shape.keys}, N):  # weights of zero, but NaN stays NaN")
-        lines += [f"    {line}" for line in tail]
-    text.axes = [batch, m, e]
-    place, mask = text.index(flash.place, ""), " & ".join(a.mask for a in (m, e) if a.mask)
-    if shape.queries == 1:
-        place = f"{place} + m"
-    out = flash.writes[0]
-    stored = "acc / total" if out.dtype == "f32" else f"(acc / total).to({TYPES[out.dtype]})"
-    lines.append(f"tl.store({text.pointers[out.name]} + {place}, {stored}{f', mask={mask}' if mask else ''})")
-    return lines
+
+    # ------------------------------------------------------------------------------------------- results
+
+    def _partial(self) -> str:
+        """Where a part's sum of a tile's element lies."""
+        shape = self.product.shape
+        size = shape.batch * shape.m * shape.n
+        part = "part.to(tl.int64)" if size * self.product.blocks.split >= 1 << 31 else "part"
+        batch = f" + batch * {shape.m * shape.n}" if shape.batch > 1 else ""
+        return f"{part} * {size}{batch} + m[:, None] * {shape.n} + n[None, :]"
+
+    def _keep(self) -> list[str]:
+        mask = " & ".join(f"{a}_ok{_ACROSS[a]}" for a in "mn" if self.ragged[a])
+        return [f"tl.store(partial + {self._partial()}, acc{f', mask={mask}' if mask else ''})"]
+
+    def _epilogue(self) -> list[str]:
+        product, shape = self.product, self.product.shape
+        batch, m, n, _ = variables(shape)
+        sizes = {b.name: b.extent for b in (*product.reads, *product.writes)}
+        lines = ["m = m[:, None]", "n = n[None, :]"]
+        lines += [f"{axis}_ok = {axis} < {getattr(shape, axis)}" for axis in "mn" if self.ragged[axis]]
+        uses = uses_in([s.expr for s in product.stores])
+        text = Text(self.used, sizes, outer=lines, lines=lines, uses=uses, pointers=self.pointers)
+        masks = {axis: f"{axis}_ok" if self.ragged[axis] else "" for axis in "mn"}
+        text.axes = [Axis(batch, "batch"), Axis(m, "m", masks["m"]), Axis(n, "n", masks["n"])]
+        for load in (x for s in product.stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
+            text.names[load, ""] = "acc"
+        for store in product.stores:
+            value = text.value(store.expr)
+            place, mask = text.index(store.place, ""), text.mask(store.place)
+            for axis in (a for a in "mn" if getattr(shape, a) == 1):  # a tile all the same
+                place, mask = f"{place} + {axis}", f"{mask} & {axis}_ok" if mask else f"{axis}_ok"
+            kind = f".to({TYPES[store.buffer.dtype]})" if store.expr.dtype != store.buffer.dtype else ""
+            stored = f"{enclosed(value)}{kind}" if kind else bare_text(value)
+            buffer = text.pointers[store.buffer.name]
+            lines.append(f"tl.store({buffer} + {place}, {stored}{f', mask={mask}' if mask else ''})")
+        return lines
+
+
+_ACROSS = {"m": "[:, None]", "n": "[None, :]"}
+
+
+def sum_blocks(product: Product) -> tuple[int, int]:
+    """Rows and columns of results that one program adds up."""
+    n = min(power_above(product.shape.n), 128)
+    return min(power_above(product.shape.m), max(512 // n, 1)), n
+
+
+def _place(rows: int, columns: int, group: int) -> list[str]:
+    """Which tile a program's number is."""
+    if rows == 1:
+        return ["tile_m = 0", "tile_n = tile"]
+    if columns == 1 or group == 1:
+        return [f"tile_m = tile % {rows}", f"tile_n = tile // {rows}"]
+    return [  # rows of tiles in groups, so that neighbours share what they read
+        f"group = tile // {group * columns}",
+        f"height = min({rows} - group * {group}, {group})",
+        f"tile_m = group * {group} + tile % {group * columns} % height",
+        f"tile_n = tile % {group * columns} // height",
+    ]
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

@@ -28,9 +28,9 @@ from ke_gym.codegen.expr import (
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
-from ke_gym.codegen.products import element, position
+from ke_gym.codegen.products import element, position, precisions
 from ke_gym.codegen.schedule import Group
-from ke_gym.codegen.tiles import joined
+from ke_gym.codegen.tiles import chosen, joined
 
 KIND = "aten.bmm.default"
 WIDEST = 256  # elements of one query, key or value that a tile holds whole
@@ -90,8 +90,7 @@ class Flash:
             "stages": [1, 2, 3],
         }
         if self.shape.dtype == "f32":
-            allowed = {"strict": ["ieee", "tf32x3"], "tf32": ["tf32", "tf32x3", "ieee"]}
-            choices["precision"] = allowed.get(self.policy, ["bf16", "tf32", "tf32x3", "ieee"])
+            choices["precision"] = precisions(self.policy)
         return choices
 
 
@@ -151,11 +150,7 @@ class Builder:
         return replace(drafted, blocks=self._blocks(drafted))
 
     def _blocks(self, drafted: Flash) -> Blocks:
-        legal, blocks = drafted.knobs(), drafted.blocks
-        for knob, value in self.group.launch:
-            if value not in legal.get(knob, []):
-                raise Illegal(f"{knob}={value} is no choice here")
-            blocks = replace(blocks, **{knob: value})
+        blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         if blocks.m * blocks.n < 32 * blocks.warps:
             raise Illegal("tiles that do not suit the warps")
         return blocks

@@ -32,7 +32,7 @@ from ke_gym.codegen.expr import (
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
 from ke_gym.codegen.schedule import Group
-from ke_gym.codegen.tiles import joined
+from ke_gym.codegen.tiles import chosen, joined
 
 CONVOLUTION = "aten.convolution.default"
 BIASED = "aten.addmm.default"
@@ -41,6 +41,7 @@ FILL = 132  # programs that keep every multiprocessor busy
 # A product with a side this short waits for memory: tf32x3 costs it nothing, and TF32's errors (the hardware
 # truncates) no longer add up along a chain of such products.
 SKINNY = 32
+SHARE = 128  # least of the summed dimension that is worth a program of its own
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Blocks:
     """Tiles of ``m`` x ``n``, ``k`` at a time; ``group`` rows of tiles walked together, so that they share operands.
 
     ``precision`` is what fp32 operands are multiplied in: "ieee", "tf32x3" (three products that add up to nearly
-    fp32), "tf32", or "bf16".
+    fp32), "tf32", or "bf16". ``split``: programs that share a tile, each with its part of ``k``; a second kernel adds
+    their sums up, always in the same order. ``persistent``: programs that walk over all tiles (0: a program a tile).
+    ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA).
     """
 
     m: int
@@ -69,6 +72,26 @@ class Blocks:
     stages: int
     group: int = 8
     precision: str = "ieee"
+    split: int = 1
+    persistent: int = 0
+    loads: str = "pointers"
+
+
+@dataclass(frozen=True)
+class Described:
+    """An operand as a tensor descriptor: a view of ``buffer``, its outer and inner dimension named in ``axes``.
+
+    With ``batched``, the batch is a third dimension, the outermost.
+    """
+
+    buffer: str
+    axes: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def batched(self) -> bool:
+        return len(self.shape) == 3
 
 
 @dataclass(frozen=True)
@@ -105,18 +128,66 @@ class Product:
             "k": [16, 32, 64, 128],
             "warps": [2, 4, 8],
             "stages": [1, 2, 3, 4, 5],
+            "split": [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or shape.k >= SHARE * s],
         }
         if shape.m > self.blocks.m and shape.n > self.blocks.n:
             choices["group"] = [1, 4, 8, 16]
+        if shape.batch * -(-shape.m // 16) * -(-shape.n // 16) > FILL:
+            choices["persistent"] = [0, FILL, 2 * FILL]
+        if any(self.described):
+            choices["loads"] = ["pointers", "descriptors"]
         if shape.dtype == "f32":
-            allowed = {"strict": ["ieee", "tf32x3"], "tf32": ["tf32", "tf32x3", "ieee"]}
-            choices["precision"] = allowed.get(self.policy, ["bf16", "tf32", "tf32x3", "ieee"])
+            choices["precision"] = precisions(self.policy)
         return choices
+
+    @property
+    def described(self) -> tuple[Described | None, Described | None]:
+        """Both operands as tensor descriptors, where they can be."""
+        return described(self.operands[0], "mk", self.shape), described(self.operands[1], "kn", self.shape)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.shape.m // self.blocks.m), -(-self.shape.n // self.blocks.n)
+
+    @property
+    def share(self) -> int:
+        """How much of ``k`` a program sums up."""
+        steps = -(-self.shape.k // self.blocks.k)
+        return -(-steps // self.blocks.split) * self.blocks.k
 
 
 def variables(shape: Shape) -> tuple[Var, Var, Var, Var]:
     """Batch, row and column of the product, and what is summed over."""
     return Var("batch", shape.batch), Var("m", shape.m), Var("n", shape.n), Var("k", shape.k)
+
+
+def precisions(policy: str) -> list[str]:
+    """What products of fp32 operands may be computed in, by the task's precision policy."""
+    allowed = {"strict": ["ieee", "tf32x3"], "tf32": ["tf32", "tf32x3", "ieee"]}
+    return allowed.get(policy, ["bf16", "tf32", "tf32x3", "ieee"])
+
+
+def described(operand: Expr, axes: str, shape: Shape) -> Described | None:
+    """The operand as a tensor descriptor; None unless it is a view with one contiguous dimension, the other
+    strides multiples of 16 bytes, that begins where its buffer does."""
+    if not isinstance(operand, Load):
+        return None
+    (index,) = operand.index
+    batch, *rest = variables(shape)
+    sizes = {var.name: var.size for var in rest}
+    step = {var.name: index.coefficient(var) for var in (batch, *rest)}
+    inner = next((axis for axis in axes if step[axis] == 1 and sizes[axis] > 1), None)
+    if inner is None or index.const or len(index.terms) != sum(c != 0 for c in step.values()):
+        return None
+    outer = axes.replace(inner, "")
+    strides = [step[outer], *([step["batch"]] if step["batch"] else [])]
+    if sizes[outer] == 1 or any(s <= 0 or s * BYTES[shape.dtype] % 16 for s in strides):
+        return None
+    extents = (sizes[outer], sizes[inner])
+    if not step["batch"]:
+        return Described(operand.buffer, outer + inner, extents, (step[outer], 1))
+    return Described(operand.buffer, outer + inner, (shape.batch, *extents), (step["batch"], step[outer], 1))
 
 
 class Builder:
@@ -158,15 +229,17 @@ class Builder:
             writes[-1].name, shape, heuristic(shape, self.graph.precision), operands, tuple(stores), reads, writes,
             total, self.group, tuple(dict.fromkeys(origins)), self.graph.precision,
         )  # fmt: skip
-        legal = drafted.knobs()
-        blocks = drafted.blocks
-        for knob, value in self.group.launch:
-            if value not in legal.get(knob, []):
-                raise Illegal(f"{knob}={value} is no choice here")
-            blocks = replace(blocks, **{knob: value})
+        blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
             raise Illegal("tiles that do not suit the warps")
-        return replace(drafted, blocks=blocks)
+        if blocks.split > 1 and blocks.persistent:
+            raise Illegal("programs that share tiles do not walk over them")
+        finished = replace(drafted, blocks=blocks)
+        if blocks.persistent and shape.batch * math.prod(finished.tiles) <= blocks.persistent:
+            raise Illegal("no more tiles than programs")
+        if finished.share * (blocks.split - 1) >= shape.k:
+            raise Illegal("parts with nothing to sum up")
+        return finished
 
     def _after(self) -> dict[str, Node]:
         """The nodes that read the product, directly or not; the others make its operands."""

@@ -11,8 +11,9 @@ Building is the legality test, as for loop nests.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
@@ -42,6 +43,7 @@ from ke_gym.codegen.schedule import Group
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
 PROGRAMS = 1024  # about what fills a GPU several times over
 SHARED_COLUMNS = 1 << 16  # columns that one row's programs may store when there are few rows
+B = TypeVar("B")
 IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 
 
@@ -239,17 +241,21 @@ class Builder(LoopBuilder):
 
     def _blocks(self, tiles: Tiles) -> Blocks:
         """The heuristic blocks with the group's own values; each must be one of the legal ones."""
-        blocks = heuristic(tiles, self.graph)
-        legal = tiles.knobs()
-        for knob, value in self.group.launch:
-            if value not in legal.get(knob, []):
-                raise Illegal(f"{knob}={value} is no choice here")
-            blocks = replace(blocks, **{knob: value})
+        blocks = chosen(heuristic(tiles, self.graph), tiles.knobs(), self.group)
         if blocks.rows * min(blocks.columns, power_above(tiles.columns)) > 1 << 16:
             raise Illegal("blocks of more than 65536 elements")
         if blocks.rows > power_above(tiles.rows):
             raise Illegal("blocks of more rows than there are")
         return blocks
+
+
+def chosen(blocks: B, legal: Mapping[str, list[Any]], group: Group) -> B:
+    """``blocks`` with the group's own values of the knobs; raises ``Illegal`` for one that is not among the legal."""
+    for knob, value in group.launch:
+        if value not in legal.get(knob, []):
+            raise Illegal(f"{knob}={value} is no choice here")
+        blocks = replace(blocks, **{knob: value})  # type: ignore[type-var]
+    return blocks
 
 
 def heuristic(tiles: Tiles, graph: Graph) -> Blocks:

@@ -23,6 +23,21 @@ from ke_gym.codegen.tiles import for_gpu
 from ke_gym.tasks import Task
 
 SMALL = "ragged"
+FOLDER = Path(__file__).parent
+HALF = [str(path) for path in sorted((FOLDER / "half").glob("*.py"))]
+# Products that are split, walked over by few programs, or fetched by bulk copies.
+PRODUCTS = [
+    (str(FOLDER / "products" / f"{name}.py"), launch)
+    for name, launch in (
+        ("linear_half", (("k", 64), ("split", 2))),
+        ("linear_half", (("loads", "descriptors"),)),
+        ("linear_half", (("m", 16), ("n", 16), ("persistent", 132), ("loads", "descriptors"))),
+        ("batched", (("loads", "descriptors"), ("m", 32))),
+        ("batched", (("m", 16), ("n", 16), ("persistent", 132))),
+        ("deep", (("k", 64), ("split", 4))),
+        ("deep", (("k", 32), ("split", 4), ("loads", "descriptors"))),
+    )
+]
 
 
 @cache
@@ -74,10 +89,20 @@ def check(name: str, launch: Any) -> None:
         compare(imported(made.emit(schedule), Path(folder)), task)
 
 
+def case(name: str, launch: Any) -> str:
+    """A module and the knobs that differ, for people."""
+    return " ".join([Path(name).stem, *(f"{knob}={value}" for knob, value in launch)])
+
+
+def case_ids(value: Any) -> str:
+    """Parametrized tests' ids."""
+    return Path(value).stem if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value) or "drafted"
+
+
 def main() -> None:
     found = {}
     for name, launch in json.load(sys.stdin):
-        key = f"{name} in passes" if launch else name
+        key = case(name, launch)
         try:
             check(name, launch)
             found[key] = ""

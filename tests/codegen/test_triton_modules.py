@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -17,9 +17,10 @@ from ke_gym import tasks
 from ke_gym.codegen import CodegenError, rewrites
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.schedule import Schedule
-from ke_gym.languages.plan import TensorSpec
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import Signature
 from ke_gym.tasks import Task
-from tests.codegen.interpret import SMALL, program, with_launch
+from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case, case_ids, program, with_launch
 from tests.languages.gpu_modules import built, launches
 
 NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
@@ -73,8 +74,6 @@ def test_rewrites_give_other_modules(name: str) -> None:
     assert applied >= 4
 
 
-HALF = [str(path) for path in sorted((Path(__file__).parent / "half").glob("*.py"))]
-
 IN_PASSES = {
     "softmax": (("columns", 64), ("rows", 4)),
     "log_softmax": (("columns", 64),),
@@ -87,7 +86,7 @@ IN_PASSES = {
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """What a process whose Triton interprets says of each module: "" if it computes what the reference does."""
-    wanted = [(name, ()) for name in (*INTERPRETED, *HALF)] + list(IN_PASSES.items())
+    wanted = [(name, ()) for name in (*INTERPRETED, *HALF)] + [*IN_PASSES.items(), *PRODUCTS]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "tests.codegen.interpret"],
@@ -100,12 +99,12 @@ def interpreted() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", [*INTERPRETED, *HALF], ids=lambda name: Path(name).stem)
 def test_first_drafts_compute_the_reference(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[name] == ""
+    assert interpreted[case(name, ())] == ""
 
 
-@pytest.mark.parametrize("name", IN_PASSES)
-def test_rows_in_passes_compute_the_reference(name: str, interpreted: dict[str, str]) -> None:
-    assert interpreted[f"{name} in passes"] == ""
+@pytest.mark.parametrize("name, launch", [*IN_PASSES.items(), *PRODUCTS], ids=case_ids)
+def test_other_schedules_compute_the_reference(name: str, launch: Any, interpreted: dict[str, str]) -> None:
+    assert interpreted[case(name, launch)] == ""
 
 
 @pytest.mark.parametrize("name", HALF, ids=lambda name: Path(name).stem)
@@ -124,18 +123,31 @@ def test_softmax_in_passes_reads_its_input_twice() -> None:
 COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
 
 
+def compiled(name: str, launch: Any = ()) -> Artifact:
+    made, signature = program(name), Signature.of(Task.load(name), [SMALL])
+    schedule = with_launch(made.seeds()[0], launch) if launch else made.seeds()[0]
+    return built(
+        made.emit(schedule), inputs=signature.inputs[SMALL], outputs=signature.outputs[SMALL],
+        state=dict(signature.state[SMALL]),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_first_drafts_compile_without_a_gpu(name: str) -> None:
-    task, made = Task.load(name), program(name)
-    graph = made.graphs[0]
-    inputs = tuple(TensorSpec.of(v) if isinstance(v, torch.Tensor) else v for v in task.inputs(SMALL, 0))
-    reference = task.reference(SMALL)
-    outputs = tuple(TensorSpec.of(tensor) for tensor in reference(*task.inputs(SMALL, 0)))
-    state = {key: TensorSpec.of(tensor) for key, tensor in reference.state.items()}
-    artifact = built(made.emit(made.seeds()[0]), inputs=inputs, outputs=outputs, state=state)
+    artifact = compiled(name)
     assert len(launches(artifact)) >= 1
     assert all(kernel["stack"] == 0 for kernel in artifact.report["kernels"]), "nothing spills at these sizes"
-    assert graph.device == "cuda"
+
+
+@pytest.mark.parametrize("name, launch", PRODUCTS, ids=case_ids)
+def test_products_compile_without_a_gpu(name: str, launch: Any) -> None:
+    knobs = dict(launch)
+    steps = launches(compiled(name, launch))
+    assert len(steps) == (1 if knobs.get("split", 1) == 1 else 2)
+    assert ("CUtensorMap" in steps[0].ctypes) == ("loads" in knobs)
+    assert steps[0].geometry is not None
+    if "persistent" in knobs:
+        assert steps[0].geometry.grid[0] == knobs["persistent"]
 
 
 def test_what_is_refused() -> None:

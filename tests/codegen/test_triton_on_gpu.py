@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from ke_gym.codegen import Program
 from ke_gym.languages.base import Signature
 from ke_gym.tasks import Task
-from tests.codegen.interpret import SMALL, program
+from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case_ids, program, with_launch
 from tests.languages.gpu_modules import built
 
 pytest.importorskip("triton")
@@ -20,12 +22,15 @@ pytestmark = [
 NAMES = (
     "softmax", "layer_norm", "column_mean", "cross_entropy", "argmax", "cumsum", "max_pool", "map_id", "bucketize",
     "matmul_bias_gelu", "matmul_batched", "attention_causal", "attention_gqa_decode", "rms_norm_backward",
+    "matmul_low_rank", "matmul_skinny", *HALF,
 )  # fmt: skip
+CLOSE = {"strict": 2e-4, "tf32": 5e-3, "bf16": 2e-2}
+CASES = [*((name, ()) for name in NAMES), *PRODUCTS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, launch", CASES, ids=case_ids)
 @pytest.mark.parametrize("distribution", ["task", "special"])
-def test_plans_compute_the_reference(name: str, distribution: str) -> None:
+def test_plans_compute_the_reference(name: str, launch: Any, distribution: str) -> None:
     from ke_gym.targets.cuda_driver import Driver
     from ke_gym.targets.cuda_executor import CudaRunner
 
@@ -33,7 +38,7 @@ def test_plans_compute_the_reference(name: str, distribution: str) -> None:
     made: Program = program(name)
     signature = Signature.of(task, [SMALL])
     artifact = built(
-        made.emit(made.seeds()[0]),
+        made.emit(with_launch(made.seeds()[0], launch) if launch else made.seeds()[0]),
         inputs=signature.inputs[SMALL],
         outputs=signature.outputs[SMALL],
         state=dict(signature.state[SMALL]),
@@ -48,4 +53,5 @@ def test_plans_compute_the_reference(name: str, distribution: str) -> None:
     got = [tensor.cpu() for tensor in runner.run()]
     torch.cuda.synchronize()
     for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, equal_nan=True)
+        close = 2e-2 if b.dtype in (torch.bfloat16, torch.float16) else CLOSE[task.precision]
+        torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
