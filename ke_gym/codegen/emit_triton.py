@@ -24,7 +24,7 @@ LOCALS = {
     },
     Flash: {
         "tile", "batch", "m", "n", "d", "e", "d_down", "n_down", "query", "keys", "values", "score", "top", "total",
-        "acc", "start", "end", "x", "high", "shift", "weights", "rescale",
+        "acc", "start", "whole", "end", "x", "high", "shift", "weights", "rescale",
     },
 }  # fmt: skip
 _LOCAL = re.compile(

@@ -4,120 +4,147 @@ from __future__ import annotations
 
 from ke_gym.codegen.emit_triton import pointers
 from ke_gym.codegen.expr import Expr, Load
-from ke_gym.codegen.flash import Flash
-from ke_gym.codegen.flash import variables as flash_variables
+from ke_gym.codegen.flash import Flash, variables
+from ke_gym.codegen.tiles import power_above
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, uses_in
+
+LOG2E = "1.4426950408889634"  # exp2 is what the hardware has
 
 
 def print_flash(flash: Flash, used: set[str]) -> list[str]:
     """The body of an attention kernel, line by line."""
-    used.add("max_nan")
-    shape, blocks = flash.shape, flash.blocks
-    names = flash_variables(shape)
-    sizes = {b.name: b.extent for b in (*flash.reads, *flash.writes)}
-    wide = max(sizes.values()) >= 1 << 31
-    powers = {axis: 1 << (getattr(shape, of_) - 1).bit_length() for axis, of_ in (("d", "d"), ("e", "dv"))}
-    masks = {
-        "m": shape.queries % blocks.m, "n": shape.keys % blocks.n, "d": powers["d"] - shape.d,
-        "e": powers["e"] - shape.dv,
-    }  # fmt: skip
-    lines = [
-        "tile = tl.program_id(0)",
-        f"batch = tl.program_id(1){'.to(tl.int64)' if wide else ''}",
-    ]
-    text = Text(
-        used,
-        sizes,
-        outer=lines,
-        lines=lines,
-        uses=uses_in([flash.scores, *flash.operands]),
-        pointers=pointers(flash),
-    )
+    return Printer(flash, used).print()
 
-    def axis(name: str, declared: str, limit: int, body: list[str]) -> Axis:
-        body.append(f"{name} = {declared}")
-        if masks[name[0]]:
-            body.append(f"{name}_ok = {name} < {limit}")
-        return Axis(names[name[0]], name, f"{name}_ok" if masks[name[0]] else "")
 
-    batch = Axis(names["batch"], "batch")
-    m = axis("m", "tile * M + tl.arange(0, M)[:, None]", shape.queries, lines)
-    d = axis("d", f"tl.arange(0, {powers['d']})[None, :]", shape.d, lines)
-    text.axes = [batch, m, d]
-    half = shape.dtype != "f32"
-    kind = TYPES["bf16" if blocks.precision == "bf16" else shape.dtype]
-    narrow = half or blocks.precision == "bf16"
+class Printer:
+    """Prints one attention kernel: a program's queries pass over the keys, those that no mask touches first."""
 
-    def operand(expr: Expr) -> str:
-        text.widen = not isinstance(expr, Load)
-        value = text.value(expr)
-        loaded, text.widen = not text.widen, True
-        return value if not narrow or (half and loaded) else f"{enclosed(value)}.to({kind})"
+    def __init__(self, flash: Flash, used: set[str]) -> None:
+        used.add("max_nan")
+        self.flash, shape, blocks = flash, flash.shape, flash.blocks
+        self.vars = variables(shape)
+        self.lines: list[str] = []
+        sizes = {b.name: b.extent for b in (*flash.reads, *flash.writes)}
+        self.wide = max(sizes.values()) >= 1 << 31
+        uses = uses_in([flash.scores, *flash.operands])
+        self.text = Text(
+            used, sizes, outer=self.lines, lines=self.lines, uses=uses, pointers=pointers(flash)
+        )  # fmt: skip
+        self.d, self.e = power_above(shape.d), power_above(shape.dv)
+        self.limits = {"m": shape.queries, "n": shape.keys, "d": shape.d, "e": shape.dv}
+        self.ragged = {
+            "m": shape.queries % blocks.m != 0, "n": shape.keys % blocks.n != 0, "d": self.d != shape.d,
+            "e": self.e != shape.dv,
+        }  # fmt: skip
+        self.half = shape.dtype != "f32"
+        self.narrow = self.half or blocks.precision == "bf16"
+        self.kind = TYPES["bf16" if blocks.precision == "bf16" else shape.dtype]
+        self.precise = "" if self.narrow else f', input_precision="{blocks.precision}"'
 
-    query = operand(flash.operands[0])
-    lines.append(
-        f"query = tl.broadcast_to({query}, [M, {powers['d']}])" if shape.queries == 1 else f"query = {query}"
-    )
-    down = axis("d_down", f"tl.arange(0, {powers['d']})[:, None]", shape.d, lines)
-    e = axis("e", f"tl.arange(0, {powers['e']})[None, :]", shape.dv, lines)
-    lines += [
-        'top = tl.full([M, 1], float("-inf"), tl.float32)',
-        "total = tl.zeros([M, 1], tl.float32)",
-        f"acc = tl.zeros([M, {powers['e']}], tl.float32)",
-    ]
-    precise = "" if narrow else f', input_precision="{blocks.precision}"'
-    body: list[str] = []
-    n = axis("n", "start + tl.arange(0, N)[None, :]", shape.keys, body)
-    text.enter(body, {names["n"]})
-    text.names.clear()  # from here on elements lie along the other axis
-    text.axes = [batch, down, n]
-    body.append(f"keys = {operand(flash.operands[1])}")
-    body.append(f"score = tl.dot(query, keys{precise})")
-    text.names.clear()
-    text.axes = [batch, m, n]
-    text.names[flash.score, ""] = "score"
-    scores = text.value(flash.scores)
-    masked = f'tl.where(n_ok, {bare_text(scores)}, float("-inf"))' if n.mask else bare_text(scores)
-    body += [
-        f"x = {masked}",
-        "high = max_nan(top, tl.reduce(x, 1, max_nan, keep_dims=True))",
-        'shift = tl.where(high == float("-inf"), 0.0, high)',
-        "weights = tl.exp(x - shift)",
-        "rescale = tl.exp(top - shift)",
-        "total = total * rescale + tl.sum(weights, axis=1, keep_dims=True)",
-        "top = high",
-    ]
-    down_n = axis("n_down", "start + tl.arange(0, N)[:, None]", shape.keys, body)
-    text.names.clear()
-    text.axes = [batch, down_n, e]
-    body.append(f"values = {operand(flash.operands[2])}")
-    cast = f".to({kind})" if narrow else ""
-    body.append(f"acc = tl.dot(weights{cast}, values, acc * rescale{precise})")
-    text.leave()
-    end = str(shape.keys)
-    if flash.visible is not None:
-        ahead = flash.visible - 1
-        shift = f" + {ahead}" if ahead > 0 else f" - {-ahead}" if ahead < 0 else ""
-        lines.append(f"end = tl.cdiv(min(tile * M + M{shift}, {shape.keys}), N) * N")
-        end = "end"
-    lines.append(f"for start in range(0, {end}, N):")
-    lines += [f"    {line}" for line in body]
-    if flash.visible is not None:
+    def print(self) -> list[str]:
+        flash, shape, lines = self.flash, self.flash.shape, self.lines
+        causal = flash.visible is not None
+        last = "tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first"
+        lines.append(f"tile = {last}" if causal else "tile = tl.program_id(0)")
+        lines.append(f"batch = tl.program_id(1){'.to(tl.int64)' if self.wide else ''}")
+        self.batch = Axis(self.vars["batch"], "batch")
+        self.m = self._axis("m", "tile * M + tl.arange(0, M)[:, None]", lines)
+        self.text.axes = [self.batch, self.m, self._axis("d", f"tl.arange(0, {self.d})[None, :]", lines)]
+        query = self._operand(flash.operands[0])
+        whole = f"tl.broadcast_to({query}, [M, {self.d}])"
+        lines.append(f"query = {whole if shape.queries == 1 else query}")
+        self.down = self._axis("d_down", f"tl.arange(0, {self.d})[:, None]", lines)
+        self.across = self._axis("e", f"tl.arange(0, {self.e})[None, :]", lines)
+        lines += [
+            'top = tl.full([M, 1], float("-inf"), tl.float32)',
+            "total = tl.zeros([M, 1], tl.float32)",
+            f"acc = tl.zeros([M, {self.e}], tl.float32)",
+        ]
+        if not causal:
+            self._loop(f"0, {shape.keys}", flash.scores, self.ragged["n"])
+        else:
+            self._causal()
+        self._store()
+        return lines
+
+    def _causal(self) -> None:
+        flash, keys = self.flash, self.flash.shape.keys
+        visible = flash.visible or 0
+        seen = f"min({_plus('tile * M', visible)}, {keys}) // N * N"
+        self.lines.append(f"whole = {seen if visible >= 0 else f'max({seen}, 0)'}")
+        self.lines.append(f"end = tl.cdiv(min({_plus('tile * M + M', visible - 1)}, {keys}), N) * N")
+        self._loop("0, whole", flash.open, False)
+        self._loop("whole, end", flash.scores, self.ragged["n"])
         tail: list[str] = []
-        down_n = axis("n_down", "start + tl.arange(0, N)[:, None]", shape.keys, tail)
-        text.enter(tail, {names["n"]})
-        text.names.clear()
-        text.axes = [batch, down_n, e]
-        value = operand(flash.operands[2])
+        rows = self._axis("n_down", "start + tl.arange(0, N)[:, None]", tail)
+        self._enter(tail, rows, self.across)
+        value = self._operand(flash.operands[2])
         tail.append(f"acc += tl.sum({enclosed(value)}.to(tl.float32) * 0.0, axis=0, keep_dims=True)")
+        self.text.leave()
+        self.lines.append(f"for start in range(end, {keys}, N):  # weights of zero, but NaN stays NaN")
+        self.lines += [f"    {line}" for line in tail]
+
+    def _loop(self, bounds: str, scores: Expr, ragged: bool) -> None:
+        """The online softmax over a range of keys, in powers of two."""
+        flash, text = self.flash, self.text
+        body: list[str] = []
+        n = self._axis("n", "start + tl.arange(0, N)[None, :]", body, ragged)
+        self._enter(body, self.down, n)
+        body.append(f"keys = {self._operand(flash.operands[1])}")
+        body.append(f"score = tl.dot(query, keys{self.precise})")
+        self._enter(body, self.m, n)
+        text.names[flash.score, ""] = "score"
+        x = bare_text(text.value(scores))
+        body += [
+            f"x = {x}" if not ragged else f'x = tl.where(n_ok, {x}, float("-inf"))',
+            f"high = max_nan(top, tl.reduce(x, 1, max_nan, keep_dims=True) * {LOG2E})",
+            'shift = tl.where(high == float("-inf"), 0.0, high)',
+            f"weights = tl.exp2(x * {LOG2E} - shift)",
+            "rescale = tl.exp2(top - shift)",
+            "total = total * rescale + tl.sum(weights, axis=1, keep_dims=True)",
+            "top = high",
+        ]
+        rows = self._axis("n_down", "start + tl.arange(0, N)[:, None]", body, ragged)
+        self._enter(body, rows, self.across)
+        body.append(f"values = {self._operand(flash.operands[2])}")
+        cast = f".to({self.kind})" if self.narrow else ""
+        body.append(f"acc = tl.dot(weights{cast}, values, acc * rescale{self.precise})")
         text.leave()
-        lines.append(f"for start in range(end, {shape.keys}, N):  # weights of zero, but NaN stays NaN")
-        lines += [f"    {line}" for line in tail]
-    text.axes = [batch, m, e]
-    place, mask = text.index(flash.place, ""), " & ".join(a.mask for a in (m, e) if a.mask)
-    if shape.queries == 1:
-        place = f"{place} + m"
-    out = flash.writes[0]
-    stored = "acc / total" if out.dtype == "f32" else f"(acc / total).to({TYPES[out.dtype]})"
-    lines.append(f"tl.store({text.pointers[out.name]} + {place}, {stored}{f', mask={mask}' if mask else ''})")
-    return lines
+        self.lines.append(f"for start in range({bounds}, N):")
+        self.lines += [f"    {line}" for line in body]
+
+    def _axis(self, name: str, declared: str, body: list[str], ragged: bool | None = None) -> Axis:
+        """An axis of a tile; its name begins with that of its variable."""
+        body.append(f"{name} = {declared}")
+        ragged = self.ragged[name[0]] if ragged is None else ragged
+        if ragged:
+            body.append(f"{name}_ok = {name} < {self.limits[name[0]]}")
+        return Axis(self.vars[name[0]], name, f"{name}_ok" if ragged else "")
+
+    def _enter(self, body: list[str], *axes: Axis) -> None:
+        """Print into the loop over keys, where elements lie along these axes."""
+        self.text.enter(body, {self.vars["n"]})
+        self.text.names.clear()
+        self.text.axes = [self.batch, *axes]
+
+    def _operand(self, expr: Expr) -> str:
+        self.text.widen = not isinstance(expr, Load)
+        value = self.text.value(expr)
+        loaded, self.text.widen = not self.text.widen, True
+        return value if not self.narrow or (self.half and loaded) else f"{enclosed(value)}.to({self.kind})"
+
+    def _store(self) -> None:
+        flash, text = self.flash, self.text
+        text.axes = [self.batch, self.m, self.across]
+        place = text.index(flash.place, "")
+        if flash.shape.queries == 1:
+            place = f"{place} + m"
+        mask = " & ".join(a.mask for a in (self.m, self.across) if a.mask)
+        out = flash.writes[0]
+        value = "acc / total" if out.dtype == "f32" else f"(acc / total).to({TYPES[out.dtype]})"
+        tail = f", mask={mask}" if mask else ""
+        self.lines.append(f"tl.store({text.pointers[out.name]} + {place}, {value}{tail})")
+
+
+def _plus(text: str, number: int) -> str:
+    return f"{text} + {number}" if number > 0 else f"{text} - {-number}" if number < 0 else text

@@ -63,7 +63,8 @@ class Blocks:
 class Flash:
     """What one kernel does. ``scores``: the softmax's argument, in terms of ``score`` (its load has no index).
 
-    ``visible``: keys from ``query + visible`` on are masked, so that only their values' NaN and infinities count.
+    ``visible``: keys from ``query + visible`` on are masked, so that only their values' NaN and infinities count;
+    ``open`` is the argument for the others.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Flash:
     score: Load
     place: Index
     visible: int | None
+    open: Expr
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
     bytes: int
@@ -132,7 +134,7 @@ class Builder:
         for name, node in self.nodes.items():
             self.resolved[name] = Rewriter(load=self._inline).expr(node.expr)
         where = {name: of(var) if var.size != 1 else constant(0) for name, var in variables(shape).items()}
-        scores = self._softmax(p, shape, where)
+        scores = _multiplied(self._softmax(p, shape, where))
         operands = (
             self._operand(q, (where["batch"], where["m"], where["d"])),
             self._operand(k, (where["batch"], where["d"], where["n"])),
@@ -143,7 +145,7 @@ class Builder:
         origins = ("attention", *(n.origin for n in self.nodes.values()))
         drafted = Flash(
             out.name, shape, heuristic(shape, self.graph.precision), operands, scores, self.score, place,
-            _visible(scores, variables(shape)), reads, (out,),
+            *_visible(scores, variables(shape)), reads, (out,),
             sum(b.numel * BYTES[b.dtype] for b in (*reads, out)), self.group, tuple(dict.fromkeys(origins)),
             self.graph.precision,
         )  # fmt: skip
@@ -219,25 +221,33 @@ class Builder:
         return tuple(self.graph.buffers[name] for name in names)
 
 
-def _visible(scores: Expr, names: dict[str, Var]) -> int | None:
-    """``k`` such that ``scores`` is -inf wherever ``key >= query + k``."""
-    for node in walk(scores):
-        if not isinstance(node, Op) or node.name != "where" or node is not scores:
-            continue
-        test, masked = node.args[0], node.args[1]
-        if not (isinstance(masked, Const) and masked.value == -math.inf and isinstance(test, Op)):
-            continue
-        if test.name not in ("ge", "gt") or not isinstance(test.args[1], Const):
-            continue
-        ahead = test.args[0]
-        if not (isinstance(ahead, Op) and ahead.name == "sub"):
-            continue
+def _multiplied(scores: Expr) -> Expr:
+    """The scores with divisions by a number, such as the root of ``d``, as products: one division costs several."""
+    if not isinstance(scores, Op):
+        return scores
+    args = tuple(_multiplied(arg) for arg in scores.args)
+    if scores.name == "div" and scores.dtype == "f32" and isinstance(args[1], Const) and args[1].value:
+        return Op("mul", (args[0], Const(1.0 / args[1].value, "f32")), "f32")
+    return Op(scores.name, args, scores.dtype)
+
+
+def _visible(scores: Expr, names: dict[str, Var]) -> tuple[int | None, Expr]:
+    """``k`` such that ``scores`` is -inf wherever ``key >= query + k``, and what it is elsewhere."""
+    if not isinstance(scores, Op) or scores.name != "where":
+        return None, scores
+    test, masked, rest = scores.args
+    if not (isinstance(masked, Const) and masked.value == -math.inf and isinstance(test, Op)):
+        return None, scores
+    if test.name not in ("ge", "gt") or not isinstance(test.args[1], Const):
+        return None, scores
+    ahead = test.args[0]
+    if isinstance(ahead, Op) and ahead.name == "sub":
         key, query = ahead.args
         if isinstance(key, Position) and isinstance(query, Position):
-            rest = key.index - query.index - of(names["n"]) + of(names["m"])
-            if not rest.terms:
-                return int(test.args[1].value) + (test.name == "gt") - rest.const
-    return None
+            shift = key.index - query.index - of(names["n"]) + of(names["m"])
+            if not shift.terms:
+                return int(test.args[1].value) + (test.name == "gt") - shift.const, rest
+    return None, scores
 
 
 def heuristic(shape: Shape, policy: str) -> Blocks:
