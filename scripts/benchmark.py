@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py evaluation      can verdicts be trusted, and how fast are they
     python scripts/benchmark.py suite           how fast does every built-in task become
+    python scripts/benchmark.py operators       how fast do the operators of the KernelEvolve paper become
     python scripts/benchmark.py env             how many steps a second do the environments make
     python scripts/benchmark.py llm             what prompts, faults and waiting for models cost
     python scripts/benchmark.py policies        do trained policies beat chance on families they never saw
@@ -17,6 +18,7 @@ import tyro
 from benchmarks.env import Env
 from benchmarks.evaluation import Evaluation
 from benchmarks.llm import Llm
+from benchmarks.operators import Operators
 from benchmarks.policies import Policies
 from benchmarks.suite import Suite
 
@@ -25,7 +27,14 @@ from ke_gym.errors import UserError
 if __name__ == "__main__":
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"evaluation": Evaluation, "suite": Suite, "env": Env, "llm": Llm, "policies": Policies},
+            {
+                "evaluation": Evaluation,
+                "suite": Suite,
+                "operators": Operators,
+                "env": Env,
+                "llm": Llm,
+                "policies": Policies,
+            },
             description=__doc__,
         ).run()
     except UserError as error:

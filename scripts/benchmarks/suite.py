@@ -66,6 +66,8 @@ class Row:
     policy: str = "epsilon_greedy"
     seed: int = 0
     language: str = ""
+    floor_ms: float | None = None
+    """What bytes and FLOPs take at this device's measured peaks, with the slack of ``Peaks.floor_s``."""
 
     @property
     def per_minute(self) -> float:
@@ -119,7 +121,10 @@ class Suite:
         Budget(self.budget)
         kernel_language(self.target, self.language)
         policies.make(self.policy)
-        chosen = [task for spec in self.tasks for task in tasks.resolve(spec)]
+        report(*self.rows([task for spec in self.tasks for task in tasks.resolve(spec)]))
+
+    def rows(self, chosen: Sequence[Task]) -> tuple[list[Row], float | None]:
+        """A row of every task that could be finished, and candidates a minute, if any were judged now."""
         self.out.mkdir(parents=True, exist_ok=True)
         done = self._read()
         left = [task for task in chosen if not self._finished(done.get(task.name))]
@@ -132,9 +137,9 @@ class Suite:
             self._tell(row, f"{len(rows)}/{len(chosen)}")
         evaluations = sum(row.evaluations for row in rows.values()) - sum(row.evaluations for row in known)
         rate = 60 * evaluations / (time.monotonic() - start) if evaluations else None
-        report([rows[task.name] for task in chosen if task.name in rows], rate)
         if missing := [task.name for task in chosen if task.name not in rows]:
             console.print(f"not finished in time: {' '.join(missing)}", highlight=False)
+        return [rows[task.name] for task in chosen if task.name in rows], rate
 
     def _tell(self, row: Row, number: str) -> None:
         against = "".join(f", {value:.2f}x {name}" for name, value in row.over.items())
@@ -275,6 +280,7 @@ def _filled(row: Row, result: Result) -> Row:
         speedup_ci=result.speedup_ci,
         kernel_coverage=result.kernel_coverage,
         run=result.run_dir.name,
+        floor_ms=result.floor_ms,
     )
 
 

@@ -117,7 +117,7 @@ def two_gpus(suite: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, flo
             raise RuntimeError("the device fell off the bus")
         return SimpleNamespace(
             evaluations=8, valid=1.0, seed_correct=True, reference_ms=3.0, best_ms=1.0, speedup=3.0,
-            speedup_ci=(2.9, 3.1), kernel_coverage=1.0, run_dir=Path("kept"),
+            speedup_ci=(2.9, 3.1), kernel_coverage=1.0, run_dir=Path("kept"), floor_ms=0.5,
         )  # fmt: skip
 
     def spread(function: Any, jobs: Any, shares: Any, until: float) -> Any:
