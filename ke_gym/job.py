@@ -112,7 +112,7 @@ def optimize(
         proposer: a name from ``ke_gym.proposers``, or several, as "rewriter,openai".
         seed: of the search's choices; equal seeds repeat a search.
         threads: CPU threads of every kernel and of the reference; all cores by default.
-        workers: candidates in flight at once.
+        workers: candidates in flight at once, for each GPU where there are several.
         llm: how models are asked, for the proposer ``openai``.
         exchange: a folder shared with a machine that has the GPU and serves it there (``evaluate.py --serve``).
         learned: add what this search teaches to the lessons beside the store (a model that proposes also puts them
@@ -251,7 +251,8 @@ def _search(
             write_whole(run_dir / TASK_FILE, task.to_bytes())
         write_run(run_dir, RunSettings(**{**asdict(settings), "store": str(store.path.absolute())}))
         evaluate = remembering(store, setting, evaluator)
-        stopped = run(session, policy, evaluate, workers=settings.workers, watch=watch)
+        workers = settings.workers * evaluator.devices
+        stopped = run(session, policy, evaluate, workers=workers, watch=watch)
         if stopped != "interrupted":
             try:
                 confirm_best(session, evaluator, watch)
@@ -415,7 +416,7 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch) -> None:
     finalists = [champion, *(node for node in ranked if node is not champion)][:FINALISTS]
     for node in finalists:
         watch.confirming(session, node)
-        final = replace(node, evaluation=evaluator.evaluate(node.candidate))
+        final = replace(node, evaluation=evaluator.final(node.candidate))
         if final.correct and final.evaluation.speedup_ci is not None:
             tree.crown(final)
             return

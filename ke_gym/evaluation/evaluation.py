@@ -52,6 +52,7 @@ class Profile:
 
     ``flops``, ``gflops_per_s`` and ``arithmetic_share`` count elementwise operators and reductions too, at one
     per element; ``flops_share`` counts products only, which is what a peak of FMA units can be held against.
+    ``counters`` are a GPU's own, of best kernels only: names of ``gpu_tools.METRICS``, weighted by the kernels' times.
     """
 
     bytes: float = 0.0
@@ -66,6 +67,7 @@ class Profile:
     missed: tuple[str, ...] = ()
     steps: tuple[tuple[str, float], ...] = ()
     resources: tuple[str, ...] = ()
+    counters: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Evaluation:
         profile = data["profile"]
         profile["vectorized"], profile["missed"] = tuple(profile["vectorized"]), tuple(profile["missed"])
         profile["resources"] = tuple(profile.get("resources", ()))
+        profile["counters"] = tuple((name, value) for name, value in profile.get("counters", ()))
         profile["steps"] = tuple((name, seconds) for name, seconds in profile["steps"])
         data["profile"] = Profile(**profile)
         data["cost"] = Cost(**data["cost"])

@@ -66,8 +66,11 @@ class Evaluator:
         build_timeout: seconds a build may take.
         call_timeout: seconds one call may take; by default far more than the task's work could need.
 
-    Thread-safe: `evaluate` may be called from several threads; builds overlap, races do not.
+    Thread-safe: `evaluate` may be called from several threads; builds overlap, races do not (on each of
+    ``devices`` one at a time).
     """
+
+    devices = 1
 
     def __init__(
         self,
@@ -151,9 +154,15 @@ class Evaluator:
             except RivalFailed as failure:
                 absent = str(failure)
         base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
+        return self._judged(base, artifact, rival, absent)
+
+    def _judged(
+        self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str
+    ) -> Evaluation:
+        """``base`` with the verdict on what was built; ``absent`` says why an incumbent is not in the race."""
         with self._cores.all():
             compiled = time.perf_counter()
-            cost = Cost(compile_s=self._builds.seconds(candidate.id))
+            cost = Cost(compile_s=self._builds.seconds(base.candidate))
             checked = compiled
             try:
                 while True:
@@ -204,6 +213,10 @@ class Evaluator:
         with self._cores.all():
             race = self._race_sets(self.judge, artifact, None, AA)[self.contract]
         return math.exp(float(np.median(race.log_ratios("baseline", "candidate"))))
+
+    def final(self, candidate: Candidate) -> Evaluation:
+        """``evaluate`` for a search's winner: by itself, and with whatever else this target can look at."""
+        return self.evaluate(candidate)
 
     def build(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""

@@ -86,11 +86,16 @@ class GpuClient:
             uuid = self._start(zygote, baseline)
             with alone(uuid) if alone is not None else nullcontext():
                 described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ArmDied):  # no candidate was there yet
+                raise UserError(
+                    f"the process for GPU {device} failed at task {task.name}: {error.log}"
+                ) from error
             raise
         self.signature = signature or found
         self.facts = Facts(**described["facts"])
+        self.alike = tuple(int(number) for number in described["alike"])
         self.shapes = described_shapes(described["shapes"])
 
     def _start(self, zygote: Zygote, baseline: str) -> str:

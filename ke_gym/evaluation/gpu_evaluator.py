@@ -19,6 +19,7 @@ import torch
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds, Cores
 from ke_gym.evaluation.checking import Rejected, draw_cases, errors_of, refusal
@@ -26,11 +27,14 @@ from ke_gym.evaluation.contest import CONFIRM, SOAK, believe
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import Alone, DeviceLock, GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_inspection import Inspector
 from ke_gym.evaluation.gpu_profile import described, limiter
+from ke_gym.evaluation.gpu_tools import Replayed
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.files import write_whole
+from ke_gym.languages import device
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, Plan, TensorSpec
 from ke_gym.targets import cuda
@@ -57,32 +61,42 @@ class Entry:
 
 
 class Lanes(Cores):
-    """Builds have the processor's cores but one; whoever holds ``all`` has the GPU. They go on side by side."""
+    """Builds have the processor's cores but one; whoever holds ``all`` has the GPU. They go on side by side.
 
-    def __init__(self, cores: int) -> None:
+    ``beside``: the lanes of another GPU, whose cores builds share.
+    """
+
+    def __init__(self, cores: int, beside: Lanes | None = None) -> None:
         super().__init__(max(1, cores - 1))
         self._gpu = threading.Lock()
+        self._pool = beside or self
         self.device: DeviceLock | None = None
 
     @contextmanager
     def all(self) -> Iterator[None]:
-        with self._gpu, self.device or ExitStack():
+        with self._gpu, self.device or ExitStack(), self._pool.occupied():
+            yield
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """One core is not for builds: it holds the clock of a race."""
+        with self._condition:
+            self._start()
+            self._builds += 1
+        try:
+            yield
+        finally:
             with self._condition:
-                self._start()
-                self._builds += 1
-            try:
-                yield
-            finally:
-                with self._condition:
-                    self._builds -= 1
-                    self._stop()
+                self._builds -= 1
+                self._stop()
 
 
 class GpuEvaluator(Evaluator):
     """Judges candidates for one task on one GPU; see ``Evaluator``.
 
     ``device`` is its number among those that CUDA shows. A task whose GPU sizes do not fit into the device's
-    memory is judged at its CPU sizes; ``contract`` says which are used. Raises ``UserError`` where there is none.
+    memory is judged at its CPU sizes; ``contract`` says which are used. ``beside`` is the evaluator of the same
+    task on another GPU: they share builds, and shape sets. Raises ``UserError`` where there is no GPU.
     """
 
     judge: GpuClient  # type: ignore[assignment]
@@ -100,6 +114,7 @@ class GpuEvaluator(Evaluator):
         build_timeout: float = BUILD_SECONDS,
         call_timeout: float | None = None,
         device: int = 0,
+        beside: GpuEvaluator | None = None,
     ) -> None:
         if baseline not in BASELINES:
             raise UserError(f"baseline {baseline!r} is unknown; choose {', '.join(BASELINES)}")
@@ -110,23 +125,29 @@ class GpuEvaluator(Evaluator):
         self.build_timeout = build_timeout
         self.call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
-        self._lanes = self._cores = Lanes(len(os.sched_getaffinity(0)))
-        self._builds = Builds(self._cores)
-        self._settled: dict[str, Artifact] = {}
-        self._tuned: dict[str, frozenset[str]] = {}
-        self._signature = b""
-        self._too_large = ""
+        lanes = beside._lanes if beside else None
+        self._lanes: Lanes = Lanes(len(os.sched_getaffinity(0)), lanes)
+        self._cores = self._lanes
+        self._builds = beside._builds if beside else Builds(self._cores)
+        # What was found fastest on one device is taken to be on its like.
+        self._settled: dict[str, Artifact] = beside._settled if beside else {}
+        self._tuned: dict[str, frozenset[str]] = beside._tuned if beside else {}
+        self._signature: bytes = beside._signature if beside else b""
+        self._too_large: str = beside._too_large if beside else ""
         self._spares: list[GpuClient] = []
         self._evaluated = 0
         self._steady: Artifact | None = None
+        self._inspector = Inspector(self._replayed, self._lanes.all)
         self._state = ExitStack()
         try:
             self.zygote = kept_zygote(self.threads, tuple(gpu_environment(self.folder).items()))
             self.sandbox = self.zygote.sandbox_level
-            self.builder = Builder(self.zygote, self.folder / "builds")
-            self.judge = self._first_judge(list(shape_sets or task.public_shapes("cuda")))
+            self.builder = beside.builder if beside else Builder(self.zygote, self.folder / "builds")
+            shape_sets = beside.shape_sets if beside else shape_sets
+            self.judge = self._first_judge(list(shape_sets or task.public_shapes("cuda")), not beside)
             self._state.callback(lambda: self.judge.close())
             self.facts = self.judge.facts
+            arch_of(self.facts)
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
             dtypes = {s.torch_dtype for s in self._specs(self.contract) if s.torch_dtype.is_floating_point}
             with self._cores.all():
@@ -136,14 +157,38 @@ class GpuEvaluator(Evaluator):
             self._state.close()
             raise
 
-    def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
-        """See ``Evaluator.evaluate``."""
-        evaluation = super().evaluate(candidate, incumbent)
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """The numbers of the GPUs like this one that CUDA shows, this one among them."""
+        return self.judge.alike
+
+    def _judged(
+        self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str
+    ) -> Evaluation:
+        """See ``Evaluator._judged``."""
+        base = base.replace(machine=self.facts.fingerprint)
+        try:
+            evaluation = super()._judged(base, artifact, rival, absent)
+        except OutOfDeviceMemory as error:  # somebody else has taken it meanwhile
+            evaluation = base.replace(outcome="constraints", log=str(error), rival="")
         if self._too_large:
             remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"
             evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
+        if evaluation.improved and rival is not None:
+            evaluation = self._inspector.glance(evaluation, artifact)
         # Such kernels could have read and written this very process's memory.
         return evaluation.replace(trust="host") if self.facts.reads_host else evaluation
+
+    def final(self, candidate: Candidate) -> Evaluation:
+        """See ``Evaluator.final``: with ``compute-sanitizer``, whose findings refuse a kernel, and ``ncu``."""
+        evaluation = self.evaluate(candidate)
+        if not evaluation.correct:
+            return evaluation
+        return self._inspector.final(evaluation, self.build(candidate))
+
+    def _replayed(self, artifact: Artifact) -> Replayed:
+        environment = gpu_environment(self.folder)
+        return Replayed(self.task, artifact, self.contract, self._device, environment)
 
     def build(self, candidate: Candidate) -> Artifact:
         """See ``Evaluator.build``; once its launches' alternatives have been raced, the artifact with the fastest."""
@@ -152,10 +197,10 @@ class GpuEvaluator(Evaluator):
 
     # -- setting up ------------------------------------------------------------------------------------------
 
-    def _first_judge(self, shape_sets: list[str]) -> GpuClient:
-        """The judge, at smaller sizes if those asked for do not fit."""
+    def _first_judge(self, shape_sets: list[str], may_shrink: bool) -> GpuClient:
+        """The judge, at smaller sizes if those asked for, or the oracle's of them, do not fit."""
         self.shape_sets = shape_sets
-        for smaller in (None, "cpu", "default"):
+        for smaller in (None, "cpu", "default") if may_shrink else (None,):
             if smaller is not None:
                 if smaller in self.shape_sets or (smaller == "cpu" and "cpu" not in self.task.shapes):
                     continue
@@ -164,7 +209,19 @@ class GpuEvaluator(Evaluator):
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
             try:
-                return self._open_judge(self.hidden, self._alone)
+                judge = self._open_judge(self.hidden, self._alone)
+                try:
+                    with self._alone(judge.facts.uuid):
+                        judge.self_verdict(self.contract)
+                    return judge
+                except ArmDied as death:
+                    judge.close()
+                    raise UserError(
+                        f"task {self.task.name} cannot be judged on this GPU: {death.log}"
+                    ) from death
+                except BaseException:
+                    judge.close()
+                    raise
             except OutOfDeviceMemory as error:
                 problem = error
                 self._too_large = self._too_large or f"the shape set {self.contract!r}"
@@ -277,11 +334,19 @@ class GpuEvaluator(Evaluator):
         """See ``Evaluator._fresh_race``; the processes of one confirmation are started together, before it."""
         if rules is SOAK:
             self._spares = self._open_spares()
-        judge = self._spares.pop() if self._spares else self._open_judge()
+        judge = self._spares.pop() if self._spares else self._fresh_judge()
         try:
             return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
         finally:
             judge.close()
+
+    def _fresh_judge(self) -> GpuClient:
+        """Another judge; where two do not fit into the device's memory, in the place of the evaluator's own."""
+        try:
+            return self._open_judge()
+        except OutOfDeviceMemory:
+            self.judge.close()
+            return self._open_judge()
 
     def _open_spares(self) -> list[GpuClient]:
         """As many judges as a confirmation needs, or as fit into a part of the device's memory."""
@@ -326,6 +391,9 @@ class GpuEvaluator(Evaluator):
 
     def _describe(self, base: Evaluation, artifact: Artifact, entry: Entry) -> Evaluation:  # type: ignore[override]
         """Profile, coverage, limiter, and the physical floor."""
+        if not self.judge.alive:  # it made room for a confirmation
+            with self._entries() as open_entry:
+                return self._describe(base, artifact, open_entry(artifact, self.contract))
         assert base.time_ms is not None
         work = self.judge.shapes[self.contract].work
         seconds = base.time_ms / 1e3
@@ -390,6 +458,9 @@ def gpu_environment(folder: Path) -> dict[str, str]:
 
 
 def arch_of(facts: cuda.Facts) -> str:
-    """What kernels for this device are compiled for: the architecture with its own instructions."""
-    major = int(facts.arch.removeprefix("sm_")) // 10
-    return facts.arch + ("a" if major >= 9 else "")
+    """What kernels for this device are compiled for: the architecture with its own instructions.
+
+    Raises ``UserError`` for one that kernels are not built for.
+    """
+    number = int(facts.arch.removeprefix("sm_"))
+    return device.arch_of((number // 10, number % 10)).name

@@ -81,7 +81,9 @@ class GpuJudge:
             shape = GpuShape(name, chosen.inputs, chosen.state, chosen.outputs, chosen.work)
             described[name] = shape.to_dict()
             torch.cuda.empty_cache()
-        return {"shapes": described, "facts": self.stage.facts.to_dict()}, found
+        facts = self.stage.facts
+        alike = cuda.alike(facts)
+        return {"shapes": described, "facts": facts.to_dict(), "alike": alike}, found
 
     def measure(self) -> dict[str, Any]:
         """The device's peaks."""

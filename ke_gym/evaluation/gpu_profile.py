@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ke_gym.evaluation.evaluation import Profile
@@ -11,6 +12,9 @@ from ke_gym.targets.cuda import Facts, Peaks
 _WARP = 32
 _WARPS = 64
 _LATENCY_S = 8e-6
+BUSY = 60.0
+"""Percent of its peak from which on a unit counts as what holds a kernel back (as in NVIDIA's own rules)."""
+FEW_WARPS = 30.0
 
 
 def described(
@@ -52,3 +56,39 @@ def limiter(profile: Profile, facts: Facts, seconds: float) -> str:
     if profile.bandwidth_share >= 0.5:
         return "dram" if profile.bytes > facts.l2_bytes else "l2"
     return "instructions"
+
+
+def counted(counters: Mapping[str, Mapping[str, float]]) -> tuple[tuple[str, float], ...]:
+    """A plan's counters from its kernels': times and bytes added up, the rest weighted by time."""
+    total: dict[str, float] = {}
+    time = sum(kernel.get("time_ns", 0.0) for kernel in counters.values()) or 1.0
+    for kernel in counters.values():
+        share = kernel.get("time_ns", 0.0) / time
+        for name, value in kernel.items():
+            weight = 1.0 if name in ("time_ns", "dram_bytes") else share
+            total[name] = total.get(name, 0.0) + weight * value
+    return tuple((name, round(value, 3)) for name, value in total.items())
+
+
+def limiter_by_counters(profile: Profile, guessed: str) -> str:
+    """What holds the kernel back by the device's counters; ``guessed`` where they leave it open.
+
+    The unit nearest to its peak; if none is near, few resident warps that wait for memory.
+    """
+    seen = dict(profile.counters)
+    if not seen or guessed in ("latency", "launches"):
+        return guessed
+    units = {
+        "dram": seen.get("dram", 0.0),
+        "compute": max(seen.get("tensor", 0.0), seen.get("fma", 0.0)),
+        "l2": seen.get("l2", 0.0),
+        "l1": seen.get("l1", 0.0),
+        "instructions": seen.get("issue", 0.0),
+    }
+    nearest = max(units, key=lambda unit: units[unit])
+    if units[nearest] >= BUSY:
+        return nearest
+    waiting = seen.get("stall_memory", 0.0) > max(
+        seen.get("stall_shared", 0.0), seen.get("stall_barrier", 0.0)
+    )
+    return "occupancy" if waiting and seen.get("warps", 100.0) < FEW_WARPS else guessed

@@ -26,7 +26,7 @@ def open_evaluator(
     exchange: Path | None = None,
     **options: Any,
 ) -> Evaluator:
-    """An evaluator for ``task`` on ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``).
+    """An evaluator for ``task`` on ``"cpu"``, all GPUs of one kind (``"cuda"``) or one of them (``"cuda:1"``).
 
     With ``exchange``, a folder, on the GPU of whoever serves it. Other arguments are those of ``Evaluator``.
     Raises ``UserError`` for a target that is unknown or not there.
@@ -42,9 +42,11 @@ def open_evaluator(
     kind, _, number = target.partition(":")
     if kind == "cuda" and (number.isdecimal() or not number):
         from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+        from ke_gym.evaluation.gpu_fleet import open_gpus
 
-        device = int(number or 0)
-        return GpuEvaluator(task, target, baseline, threads, folder, device=device, **options)
+        if not number:
+            return open_gpus(task, target, baseline, threads=threads, folder=folder, **options)
+        return GpuEvaluator(task, target, baseline, threads, folder, device=int(number), **options)
     raise UserError(UNKNOWN.format(target=target))
 
 

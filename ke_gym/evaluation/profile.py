@@ -71,8 +71,30 @@ _GPU_HINTS = {
     "compute": "Arithmetic is near its peak: only fewer or cheaper operations can help.",
     "dram": "Device memory is near its peak: only moving fewer bytes can help (fuse, one pass, smaller types).",
     "l2": "The data fits into L2 and moves near its peak: reuse it from registers or shared memory.",
+    "l1": "Shared memory or L1 is near its peak: wider accesses, fewer bank conflicts, more reuse from registers.",
+    "occupancy": "Few warps are resident and wait for memory: fewer registers or less shared memory per block, "
+    "more loads in flight per thread.",
     "instructions": "Far from both peaks: look at vector width, loads in flight, occupancy, spills, bank conflicts.",
 }
+
+
+_COUNTERS = {
+    "dram": "DRAM {:.0f} % of peak",
+    "l2": "L2 {:.0f} %",
+    "l1": "L1 and shared memory {:.0f} %",
+    "tensor": "tensor cores {:.0f} %",
+    "fma": "FMA units {:.0f} %",
+    "issue": "issue slots {:.0f} %",
+    "warps": "resident warps {:.0f} %",
+    "l2_hits": "L2 hits {:.0f} %",
+    "stall_memory": "per issue {:.1f} warps wait for memory",
+    "stall_shared": "{:.1f} for shared memory",
+    "stall_barrier": "{:.1f} at barriers",
+}
+
+
+def _counters(seen: dict[str, float]) -> str:
+    return ", ".join(words.format(seen[name]) for name, words in _COUNTERS.items() if name in seen)
 
 
 _FAILURE_HINTS = {
@@ -110,6 +132,8 @@ def feedback(evaluation: Evaluation) -> str:
                 f"own kernels: {100 * evaluation.kernel_coverage:.0f} % of the time, the rest is ATen"
             )
         lines += [resource[:160] for resource in shown.resources[:4]]
+        if shown.counters:
+            lines.append("counters: " + _counters(dict(shown.counters)))
         if shown.missed and evaluation.limiter in ("instructions", "l2"):
             lines += [f"not vectorized, {remark[:160]}" for remark in shown.missed[:4]]
         hints = _HINTS if evaluation.target == "cpu" else _GPU_HINTS

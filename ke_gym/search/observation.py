@@ -350,13 +350,16 @@ def profile_features(evaluation: Evaluation | None) -> Values:
     """The ``profile`` part, shape (12,); zeros without a measured time.
 
     Shares of measured peaks. A target that does not count something leaves it zero (the CPU: ``l1``,
-    ``registers``, ``memory_stall``); the CPU's ``occupancy`` is the share of loops the compiler vectorized.
+    ``registers``, ``memory_stall``); the CPU's ``occupancy`` is the share of loops the compiler vectorized. On a GPU
+    ``l1``, ``occupancy`` and ``memory_stall`` are the device's counters, which only best kernels have.
     """
     if evaluation is None or not evaluation.correct or not evaluation.time_ms:
         return NO_PROFILE
     shown = evaluation.profile
     cached = evaluation.limiter in ("l2", "l3")
     loops = len(shown.vectorized) + len(shown.missed)
+    counters = dict(shown.counters)
+    waiting = counters.get("stall_memory", 0.0)
     times = np.asarray(evaluation.times_ms, dtype=np.float64)
     spread = float(times.std() / times.mean()) if times.size and times.mean() > 0 else 0.0
     return _box(
@@ -365,11 +368,11 @@ def profile_features(evaluation: Evaluation | None) -> Values:
             shown.flops_share,
             0.0 if cached else shown.bandwidth_share,
             shown.bandwidth_share if cached else 0.0,
-            0.0,
-            len(shown.vectorized) / max(loops, 1),
+            counters.get("l1", 0.0) / 100,
+            counters.get("warps", 0.0) / 100 if counters else len(shown.vectorized) / max(loops, 1),
             0.0,
             evaluation.kernel_coverage or 0.0,
-            0.0,
+            waiting / (1 + waiting),
             min(LAUNCH_MS / evaluation.time_ms, 1.0),
             spread,
             1.0,

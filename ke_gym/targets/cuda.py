@@ -20,6 +20,8 @@ from ke_gym.targets.cuda_driver import Clocks, Driver, runtime
 FOOTPRINTS = tuple(1 << p for p in range(20, 32))
 MATRIX = 8192
 SLACK = 0.9
+ALIKE_MEMORY = 0.05
+"""GPUs of one kind differ by a few pages that were found faulty; slices of one differ by more than this share."""
 _MATRIX_RUNS = 12
 
 
@@ -132,6 +134,18 @@ def facts(device: int = 0) -> Facts:
         uuid=str(known.uuid),
         clock_mhz=Clocks(str(known.uuid)).most_mhz(),
     )
+
+
+def alike(known: Facts) -> list[int]:
+    """The numbers of the GPUs that CUDA shows whose model, architecture and size are this one's. For workers only."""
+    shown = [runtime.get_device_properties(number) for number in range(runtime.device_count())]
+    wanted = known.model, known.arch, known.cores
+    return [
+        number
+        for number, one in enumerate(shown)
+        if (one.name, f"sm_{one.major}{one.minor}", one.multi_processor_count) == wanted
+        and abs(one.total_memory - known.memory_bytes) <= ALIKE_MEMORY * known.memory_bytes
+    ]
 
 
 def measure(device: int = 0) -> Peaks:

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 ALIGNMENT = 256
 """What every storage is aligned to: Triton specializes kernels on 16, TMA needs 128."""
 _MAP_ALIGNMENT = 64
+_TOO_NEW = (
+    "; it was made by a toolkit newer than this driver: update the driver, or compile with an older toolkit"
+)
+_REMEDIES = {
+    200: _TOO_NEW,
+    209: "; it was compiled for another architecture: compile it for this one (--arch)",
+    218: _TOO_NEW,
+    222: _TOO_NEW,
+}
+"""What to do about a ``CUresult`` of loading a binary."""
 
 
 class CudaRunner(PlanRunner):
@@ -171,7 +181,9 @@ class CudaRunner(PlanRunner):
         except CudaError as error:
             if error.sticky:
                 raise
-            raise PlanError(f"the driver refuses the binary: {error}") from None
+            raise PlanError(
+                f"the driver refuses the binary: {error}{_REMEDIES.get(error.code, '')}"
+            ) from None
 
     def _function(self, step: Launch) -> int:
         assert step.geometry is not None

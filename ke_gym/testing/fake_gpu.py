@@ -4,6 +4,8 @@ nothing. With them the executor's and the judge's logic runs everywhere."""
 from __future__ import annotations
 
 import ctypes
+import json
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ke_gym.evaluation import gpu_judge, gpu_stage
+from ke_gym.evaluation.gpu_client import GpuClient
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Alloc, Geometry, Launch, Plan, PlanInput, Ref, TensorSpec
 from ke_gym.targets import cuda
@@ -24,6 +27,7 @@ FACTS = cuda.Facts(
     model="Fake", arch="sm_90", cores=4, l1_bytes=1 << 16, l2_bytes=1 << 16, memory_bytes=1 << 34,
     shared_bytes=1 << 16, driver=13000, reads_host=False, uuid="GPU-fake", clock_mhz=1000,
 )  # fmt: skip
+PEAKS = cuda.Peaks(((1 << 20, 1e15),), 1e15, 1e15, 1e15, 1e15, 1e15, 1e-6)
 KERNELS: dict[str, Callable[..., None]] = {}
 SIDE = 99
 """The number of the stream on which launches are recorded."""
@@ -159,6 +163,27 @@ class FakeClocks:
         return 1000
 
 
+class InProcess(GpuClient):
+    """A client whose judge is an object of this process; whatever it says goes through JSON all the same.
+
+    One answers at a time: judges set torch's defaults, which are the process's.
+    """
+
+    _turn = threading.RLock()
+
+    def _start(self, zygote: Any, baseline: str) -> str:
+        with self._turn:
+            self.server = gpu_judge.GpuJudge(self.task, baseline, torch.device("cpu"))
+        return self.server.stage.facts.uuid
+
+    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        assert self.alive
+        with self._turn:
+            answer = gpu_judge.answer_to(getattr(self.server, do), json.loads(json.dumps(arguments)), blob)
+        header, data = answer if isinstance(answer, tuple) else (answer, b"")
+        return json.loads(json.dumps(header)), data
+
+
 def pointer(where: int) -> int:
     """The pointer argument that a kernel parameter holds."""
     return ctypes.c_void_p.from_address(where).value or 0
@@ -210,3 +235,4 @@ def stand_in(patch: MonkeyPatch) -> None:
     patch.setattr(gpu_judge, "Driver", FakeDriver)
     patch.setattr(gpu_stage, "Clocks", FakeClocks)
     patch.setattr(cuda, "facts", lambda _: FACTS)
+    patch.setattr(cuda, "alike", lambda _: [0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,15 +12,17 @@ import pytest
 import torch
 
 from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_evaluator, gpu_judge
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_client import OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.languages.plan import Launch, TensorSpec
-from ke_gym.targets.cuda import Peaks
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
     FACTS,
+    PEAKS,
+    InProcess,
     floats,
     integer,
     kernel,
@@ -41,25 +42,20 @@ class Model(nn.Module):
 def get_inputs():
     return [torch.randn(ROWS, 16)]
 """
-PEAKS = Peaks(((1 << 20, 1e15),), 1e15, 1e15, 1e15, 1e15, 1e15, 1e-6)
-OPENED: list[InProcess] = []
+OPENED: list[Small] = []
 
 
-class InProcess(GpuClient):
-    """A client whose judge is an object of this process; whatever it says goes through JSON all the same."""
+class Small(InProcess):
+    """On a device that holds the task at its CPU sizes only."""
 
     def _start(self, zygote: Any, baseline: str) -> str:
-        self.server = gpu_judge.GpuJudge(self.task, baseline, torch.device("cpu"))
         OPENED.append(self)
-        return FACTS.uuid
+        return super()._start(zygote, baseline)
 
     def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
-        assert self.alive
         if do == "describe" and set(arguments["shape_sets"]) & {"gpu", "default"}:
             return {"out_of_memory": "4096 rows are too many"}, b""
-        answer = gpu_judge.answer_to(getattr(self.server, do), json.loads(json.dumps(arguments)), blob)
-        header, data = answer if isinstance(answer, tuple) else (answer, b"")
-        return json.loads(json.dumps(header)), data
+        return super()._exchange(do, arguments, blob)
 
 
 def compute(x: int, out: int, n: int) -> torch.Tensor:
@@ -96,7 +92,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuEvaluator
     patch = pytest.MonkeyPatch()
     stand_in(patch)
     patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
-    patch.setattr(gpu_evaluator, "GpuClient", InProcess)
+    patch.setattr(gpu_evaluator, "GpuClient", Small)
     OPENED.clear()
     with GpuEvaluator(Task.from_file(path), folder=folder) as opened:
         yield opened
@@ -187,3 +183,37 @@ def test_peaks_are_measured_once_and_only_ever_raised(tmp_path: Path) -> None:
     assert gpu_evaluator.kept_peaks(tmp_path, PEAKS.to_dict) == low
     assert gpu_evaluator.kept_peaks(tmp_path, PEAKS.to_dict, again=True) == PEAKS
     assert gpu_evaluator.kept_peaks(tmp_path, low.to_dict, again=True) == PEAKS
+
+
+def test_a_judge_makes_room_for_one_that_confirms(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = GpuEvaluator._open_judge
+
+    def one_at_a_time(self: GpuEvaluator, *arguments: Any) -> Any:
+        if any(judge.alive for judge in OPENED):
+            raise OutOfDeviceMemory("another judge has it")
+        return opened(self, *arguments)
+
+    monkeypatch.setattr(GpuEvaluator, "_open_judge", one_at_a_time)
+    evaluation = evaluator.evaluate(candidate(evaluator, "fine"), candidate(evaluator, "tardy"))
+    assert evaluation.confirmed and evaluation.kernel_coverage == 1.0
+    assert sum(judge.alive for judge in OPENED) == 1
+
+
+def test_memory_that_somebody_else_took_is_an_outcome(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OutOfDeviceMemory("task wave does not fit into this GPU's memory (4 GiB); choose smaller sizes")
+
+    monkeypatch.setattr(evaluator.judge, "check", full)
+    evaluation = evaluator.evaluate(candidate(evaluator, "fine"))
+    assert evaluation.outcome == "constraints" and "does not fit" in evaluation.log
+
+
+def test_kernels_are_built_for_the_device_that_is_there() -> None:
+    assert gpu_evaluator.arch_of(FACTS) == "sm_90a"
+    assert gpu_evaluator.arch_of(replace(FACTS, arch="sm_80")) == "sm_80"
+    with pytest.raises(UserError, match=r"compute capability 7\.5, which kernels are not built for"):
+        gpu_evaluator.arch_of(replace(FACTS, arch="sm_75"))

@@ -1,0 +1,165 @@
+"""Several GPUs for one search: every candidate is judged on whichever is free.
+
+Each GPU has an evaluator of its own: a judge process, a lock that this process holds while it measures, records of
+its own noise. Builds are shared and keep to the processor's cores. A candidate and its incumbent are raced against
+each other and the baseline in one process on one device, so what is reported, ratios, does not depend on which it
+was; for this all GPUs are of one kind.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.gpu_client import GpuClient
+from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+from ke_gym.evaluation.race import Race
+from ke_gym.languages.artifact import Artifact
+from ke_gym.targets import cuda
+from ke_gym.tasks.task import Task
+
+
+def open_gpus(task: Task, target: str = "cuda", baseline: str = "eager", **options: Any) -> Evaluator:
+    """The evaluator for all GPUs like the first that CUDA shows; see ``GpuEvaluator`` for options and errors."""
+    first = GpuEvaluator(task, target, baseline, **options)
+    others = [number for number in first.alike if number != 0]
+    return GpuFleet(first, others) if others else first
+
+
+class GpuFleet(Evaluator):
+    """Judges candidates for one task on the GPU of ``first`` and on those with the numbers ``others``.
+
+    The others open meanwhile and join when they are ready; one that can't be opened, or is lost later, is left out
+    with a warning. Raises ``UserError`` once none is left. ``devices`` are at work at once.
+    """
+
+    facts: cuda.Facts  # type: ignore[assignment]
+
+    def __init__(self, first: GpuEvaluator, others: Sequence[int]) -> None:
+        self._first = first
+        self.task, self.target, self.baseline = first.task, first.target, first.baseline
+        self.threads, self.folder = first.threads, first.folder
+        self.facts, self.record, self.sandbox = first.facts, first.record, first.sandbox
+        self.zygote, self.builder = first.zygote, first.builder
+        self.shape_sets, self.hidden, self.contract = first.shape_sets, first.hidden, first.contract
+        self.build_timeout, self.call_timeout = first.build_timeout, first.call_timeout
+        self._cores, self._builds = first._cores, first._builds
+        self.devices = 1 + len(others)
+        self._turn = threading.Condition()
+        self._opened, self._members = [first], [first]
+        self._free = [first]
+        self._opening = len(others)
+        self._closed = False
+        self._lost: UserError | None = None
+        self._state = ExitStack()
+        self._state.callback(self._close_all)
+        pool = self._state.enter_context(ThreadPoolExecutor(len(others), thread_name_prefix="open-gpu"))
+        for number in others:
+            pool.submit(self._join, number)
+
+    @property
+    def judge(self) -> GpuClient:  # type: ignore[override]
+        """The first GPU's: what it says of the task holds for all."""
+        return self._first.judge
+
+    @property
+    def peaks(self) -> cuda.Peaks:  # type: ignore[override]
+        """The first GPU's."""
+        return self._first.peaks
+
+    def build(self, candidate: Candidate) -> Artifact:
+        """See ``Evaluator.build``."""
+        return self._first.build(candidate)
+
+    def decide(self, candidate: Candidate, rival: Candidate) -> Evaluation:
+        """See ``Evaluator.decide``."""
+        with self._one() as member:
+            return member.decide(candidate, rival)
+
+    def final(self, candidate: Candidate) -> Evaluation:
+        """See ``Evaluator.final``."""
+        with self._one() as member:
+            return member.final(candidate)
+
+    def aa_race(self, artifact: Artifact) -> Race:
+        """See ``Evaluator.aa_race``."""
+        with self._one() as member:
+            return member.aa_race(artifact)
+
+    def _judged(
+        self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str
+    ) -> Evaluation:
+        while True:
+            with self._one() as member:
+                try:
+                    return member._judged(base, artifact, rival, absent)
+                except UserError as error:  # the device is gone: the candidate goes to another
+                    self._leave(member, error)
+
+    # -- who is free -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _one(self) -> Iterator[GpuEvaluator]:
+        """A GPU that nobody else uses. Raises the last one's ``UserError`` if there is none left."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._free or not (self._members or self._opening))
+            if not self._free:
+                assert self._lost is not None
+                raise self._lost
+            member = self._free.pop(0)
+        try:
+            yield member
+        finally:
+            with self._turn:
+                if member in self._members:
+                    self._free.append(member)
+                self._turn.notify_all()
+
+    def _join(self, number: int) -> None:
+        first, member, problem = self._first, None, None
+        try:
+            if not self._closed:
+                member = GpuEvaluator(
+                    self.task, self.target, self.baseline, self.threads, self.folder,
+                    build_timeout=self.build_timeout, call_timeout=self.call_timeout, device=number, beside=first,
+                )  # fmt: skip
+        except UserError as error:
+            problem = error
+        finally:
+            with self._turn:
+                self._opening -= 1
+                if member is not None:
+                    self._opened.append(member)
+                    self._members.append(member)
+                    self._free.append(member)
+                self._turn.notify_all()
+        if problem is not None:
+            self._tell(f"GPU {number}", problem)
+
+    def _leave(self, member: GpuEvaluator, error: UserError) -> None:
+        with self._turn:
+            self._members.remove(member)
+            self._lost = error
+        member.judge.close()  # no more: the others share the first one's processes
+        self._tell(f"GPU {member.facts.uuid}", error)
+
+    def _tell(self, which: str, error: UserError) -> None:
+        self.devices -= 1
+        warnings.warn(f"{which} takes no further part in this search: {error}", stacklevel=2)
+
+    def _close_all(self) -> None:
+        for member in reversed(self._opened):
+            member.close()
+
+    def close(self) -> None:
+        """See ``Evaluator.close``."""
+        self._closed = True
+        super().close()

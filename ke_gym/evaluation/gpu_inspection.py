@@ -1,0 +1,71 @@
+"""A closer look at a GPU's best kernels by NVIDIA's tools, where these are installed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from ke_gym.evaluation.evaluation import Evaluation
+from ke_gym.evaluation.gpu_profile import counted, limiter_by_counters
+from ke_gym.evaluation.gpu_tools import CHECKS, Replayed, ToolFailed, counters, sanitized
+from ke_gym.languages.artifact import Artifact
+
+COUNTING_S, COUNTING_SHARE = 10.0, 0.1
+"""About what ``ncu`` takes for one kernel, and its share of a search's time at the most."""
+
+
+class Inspector:
+    """Looks at artifacts with ``replayed(artifact)``, in the context ``alone()``, which has the device to itself."""
+
+    def __init__(
+        self, replayed: Callable[[Artifact], Replayed], alone: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._replayed, self._alone = replayed, alone
+        self._opened, self._spent_s = time.perf_counter(), 0.0
+        self._refused = ""
+
+    def glance(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
+        """With counters, if ``ncu`` works here and has had little of the time so far."""
+        since = time.perf_counter() - self._opened
+        if self._refused or self._spent_s + COUNTING_S > COUNTING_SHARE * since:
+            return evaluation
+        try:
+            return self._counted(evaluation, artifact)
+        except ToolFailed:
+            return evaluation
+
+    def final(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
+        """With counters, and refused for what ``compute-sanitizer`` finds; the log says what could not be looked at."""
+        said = [evaluation.log]
+        for check in CHECKS:
+            try:
+                with self._alone():
+                    found = sanitized(self._replayed(artifact), check)
+            except ToolFailed as failure:
+                said.append(f"not looked at by {check}: {failure}")
+                continue
+            if found:
+                return evaluation.alone().replace(outcome="runtime", log=found, speedup=None, speedup_ci=None)
+        try:
+            evaluation = self._counted(evaluation, artifact)
+        except ToolFailed as failure:
+            said.append(f"no counters: {failure}")
+        return evaluation.replace(log="\n".join(filter(None, said)))
+
+    def _counted(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
+        """With the device's counters, and what they say limits the kernel. Raises ``ToolFailed``."""
+        if self._refused:
+            raise ToolFailed(self._refused)
+        with self._alone():
+            begin = time.perf_counter()
+            try:
+                found = counters(self._replayed(artifact))
+            except ToolFailed as failure:
+                self._refused = str(failure)
+                raise
+            finally:
+                self._spent_s += time.perf_counter() - begin
+        profile = replace(evaluation.profile, counters=counted(found))
+        return evaluation.replace(profile=profile, limiter=limiter_by_counters(profile, evaluation.limiter))

@@ -1,0 +1,111 @@
+"""What is made of counters and of the sanitizer's findings, with tools that are none."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+from ke_gym.evaluation import gpu_inspection
+from ke_gym.evaluation.evaluation import Evaluation, Profile
+from ke_gym.evaluation.gpu_inspection import Inspector
+from ke_gym.evaluation.gpu_profile import counted, limiter_by_counters
+from ke_gym.evaluation.gpu_tools import ToolFailed
+from ke_gym.evaluation.profile import feedback
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.testing.fake_gpu import one_launch
+
+ARTIFACT = one_launch("k", TensorSpec((4,), (1,), "float32"))
+JUDGED = Evaluation(
+    "t", "cuda", "triton", "c", "correct", time_ms=1.0, reference_ms=2.0, speedup=2.0, speedup_ci=(1.9, 2.1),
+    limiter="instructions",
+)  # fmt: skip
+COUNTERS = {"k": {"time_ns": 900.0, "dram": 80.0}, "l": {"time_ns": 100.0, "dram": 10.0, "dram_bytes": 5.0}}
+
+
+@pytest.fixture
+def inspector(monkeypatch: pytest.MonkeyPatch) -> Inspector:
+    monkeypatch.setattr(gpu_inspection, "counters", lambda _: COUNTERS)
+    monkeypatch.setattr(gpu_inspection, "sanitized", lambda _, check: "")
+    return Inspector(lambda artifact: artifact, nullcontext)  # type: ignore[arg-type, return-value]
+
+
+def failing(words: str) -> Any:
+    def fail(*_: Any) -> Any:
+        raise ToolFailed(words)
+
+    return fail
+
+
+def test_a_winner_has_counters_and_what_they_say_limits_it(inspector: Inspector) -> None:
+    final = inspector.final(JUDGED, ARTIFACT)
+    assert dict(final.profile.counters) == {"time_ns": 1000.0, "dram": 73.0, "dram_bytes": 5.0}
+    assert final.limiter == "dram" and final.correct and not final.log
+    assert Evaluation.from_json(final.to_json()) == final
+    assert "counters: DRAM 73 % of peak" in feedback(final)
+
+
+def test_a_finding_refuses_the_winner_in_the_tool_s_words(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"memcheck": "", "racecheck": "compute-sanitizer (racecheck): Error: Race reported"}
+    monkeypatch.setattr(gpu_inspection, "sanitized", lambda _, check: said[check])
+    final = inspector.final(JUDGED, ARTIFACT)
+    assert (final.outcome, final.log, final.speedup) == ("runtime", said["racecheck"], None)
+
+
+def test_tools_that_are_not_there_are_named_and_refuse_nothing(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_inspection, "sanitized", failing("compute-sanitizer is not installed"))
+    monkeypatch.setattr(gpu_inspection, "counters", failing("ERR_NVGPUCTRPERM"))
+    final = inspector.final(JUDGED, ARTIFACT)
+    assert final.correct and final.speedup == 2.0
+    assert final.log.splitlines() == [
+        "not looked at by memcheck: compute-sanitizer is not installed",
+        "not looked at by racecheck: compute-sanitizer is not installed",
+        "no counters: ERR_NVGPUCTRPERM",
+    ]
+
+
+def test_counting_takes_a_tenth_of_the_time_at_the_most(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inspector.glance(JUDGED, ARTIFACT) is JUDGED  # the search has just begun
+    monkeypatch.setattr(gpu_inspection, "COUNTING_S", 0.0)
+    assert inspector.glance(JUDGED, ARTIFACT).limiter == "dram"
+
+
+def test_who_was_refused_once_does_not_ask_again(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_inspection, "COUNTING_S", 0.0)
+    monkeypatch.setattr(gpu_inspection, "COUNTING_SHARE", 1e9)
+    monkeypatch.setattr(gpu_inspection, "counters", failing("ERR_NVGPUCTRPERM"))
+    assert inspector.glance(JUDGED, ARTIFACT) is JUDGED
+    monkeypatch.setattr(gpu_inspection, "counters", lambda _: COUNTERS)
+    assert inspector.glance(JUDGED, ARTIFACT) is JUDGED
+
+
+@pytest.mark.parametrize(
+    ("seen", "guessed", "found"),
+    [
+        ({}, "dram", "dram"),
+        ({"dram": 90.0, "issue": 40.0}, "instructions", "dram"),
+        ({"dram": 40.0, "tensor": 75.0}, "instructions", "compute"),
+        ({"l2": 70.0, "l1": 65.0}, "dram", "l2"),
+        ({"issue": 80.0, "l1": 61.0}, "dram", "instructions"),
+        ({"dram": 30.0, "warps": 12.0, "stall_memory": 9.0}, "instructions", "occupancy"),
+        ({"dram": 30.0, "warps": 80.0, "stall_memory": 9.0}, "instructions", "instructions"),
+        ({"dram": 90.0}, "launches", "launches"),
+    ],
+)
+def test_the_unit_nearest_to_its_peak_is_the_limiter(
+    seen: dict[str, float], guessed: str, found: str
+) -> None:
+    assert limiter_by_counters(Profile(counters=tuple(seen.items())), guessed) == found
+
+
+def test_counters_of_no_kernel_are_none() -> None:
+    assert counted({}) == ()
