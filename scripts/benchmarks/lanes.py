@@ -24,6 +24,7 @@ from ke_gym.evaluation._libc import PR_SET_PDEATHSIG, prctl
 from ke_gym.evaluation.gpu_client import NO_DEVICE
 
 Job = TypeVar("Job")
+END_SECONDS = 10.0
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -101,13 +102,16 @@ class Lane:
         self._process.start()
         theirs.close()
 
-    def close(self) -> None:
-        """End the process, whatever it does; what it started goes with it."""
-        if self._pipe is not None and self._process is not None:
-            self._pipe.close()
-            self._process.kill()
-            self._process.join()
-        self._pipe = self._process = None
+    def close(self, kill: bool = True) -> None:
+        """End the process, whatever it does, or let it end by itself if it does nothing; what it started goes with
+        it."""
+        pipe, process, self._pipe, self._process = self._pipe, self._process, None, None
+        if pipe is not None and process is not None:
+            pipe.close()
+            if not kill:
+                process.join(END_SECONDS)
+            process.kill()
+            process.join()
 
     def __enter__(self) -> Lane:
         return self
@@ -161,7 +165,7 @@ def spread(
                 except Exception as error:
                     finished.put((job, None, error))
         finally:
-            lane.close()
+            lane.close(kill=False)
             finished.put(None)
 
     for lane in lanes:
