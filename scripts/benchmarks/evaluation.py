@@ -65,7 +65,7 @@ def kernel(variant: str, again: int = 0, repeat: int = 1, scale: float = 1.0) ->
 class Evaluation:
     """A/A false positives, resolution of 5 % differences, early rejection, throughput, memory, exploits.
 
-    On a GPU: A/A, resolution of 2 % differences at 100 us, throughput, exploits.
+    On a GPU: A/A, resolution of 2 % differences at 100 us, throughput (of all GPUs, where there are several), exploits.
     """
 
     target: str = "cpu"

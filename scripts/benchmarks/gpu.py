@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.progress import track
 
+from benchmarks import lanes
 from benchmarks.figures import Figure, console
 from ke_gym.candidate import Candidate
 from ke_gym.evaluation.opening import open_evaluator
@@ -140,32 +142,64 @@ def resolution(target: str, races: int) -> Iterator[Figure]:
             yield Figure("2 % slower copies accepted", f"{wrong} of {n}", "0", wrong == 0)
 
 
-def throughput(target: str, candidates: int) -> Iterator[Figure]:
-    """Candidates a minute over a mix of good, slow, wrong and non-compiling kernels."""
+def mixed(index: int) -> Candidate:
+    """A mix of good, slow, wrong and non-compiling kernels."""
+    match index % 4:
+        case 0:
+            return kernel(f"good {index}", again=index % 7)
+        case 1:
+            return kernel(f"slow {index}", again=1000)
+        case 2:
+            return kernel(f"wrong {index}", scale=1.001)
+        case _:
+            source = kernel(f"broken {index}").source.replace("float sum = 0;", "float sum = ;")
+            return Candidate(source, "cuda")
 
-    def mixed(index: int) -> Candidate:
-        match index % 4:
-            case 0:
-                return kernel(f"good {index}", again=index % 7)
-            case 1:
-                return kernel(f"slow {index}", again=1000)
-            case 2:
-                return kernel(f"wrong {index}", scale=1.001)
-            case _:
-                source = kernel(f"broken {index}").source.replace("float sum = 0;", "float sum = ;")
-                return Candidate(source, "cuda")
 
+def rate(target: str, numbers: range) -> tuple[float, bool]:
+    """Candidates of the mix a minute on one GPU, and whether all verdicts are as they should be."""
     with open_evaluator(task("100 us"), target) as evaluator, ThreadPoolExecutor(8) as pool:
         incumbent = kernel("incumbent", again=100)
         evaluator.evaluate(incumbent)
         start = time.perf_counter()
-        jobs = [pool.submit(evaluator.evaluate, mixed(i), incumbent) for i in range(candidates)]
-        outcomes = [job.result().outcome for job in track(jobs, "throughput", console=console)]
-        rate = 60 * candidates / (time.perf_counter() - start)
+        jobs = [pool.submit(evaluator.evaluate, mixed(i), incumbent) for i in numbers]
+        outcomes = [job.result().outcome for job in jobs]
+        seconds = time.perf_counter() - start
     wanted = ("correct", "correct", "correctness", "compile")
-    right = all(outcome == wanted[i % 4] for i, outcome in enumerate(outcomes))
-    yield Figure("candidates a minute", f"{rate:.0f}", "≥ 100", rate >= 100)
+    right = all(outcome == wanted[i % 4] for i, outcome in zip(numbers, outcomes))
+    return 60 * len(numbers) / seconds, right
+
+
+def throughput(target: str, candidates: int) -> Iterator[Figure]:
+    """Candidates a minute over the mix: on one GPU, and on all that are here at once, each with its share of cores."""
+    devices = lanes.gpus() if target == "cuda" else []
+    shares = lanes.shares(devices)
+    if len(devices) < 2:
+        one, right = rate(target, range(candidates))
+    else:
+        ((one, right),) = _rates([range(candidates)], shares[:1])
+    yield Figure("candidates a minute", f"{one:.0f}", "≥ 100", one >= 100)
+    if len(devices) > 1:
+        # Other candidates than before, which are compiled already.
+        work = [range(candidates * n, candidates * (n + 1)) for n in range(1, len(devices) + 1)]
+        answers = _rates(work, shares)
+        together, right = sum(one for one, _ in answers), right and all(fine for _, fine in answers)
+        times, n = together / one, len(devices)
+        name = f"candidates a minute on {n} GPUs"
+        yield Figure(
+            name, f"{together:.0f}, {times:.1f} times one's", f"≥ {0.8 * n:.1f} times", times >= 0.8 * n
+        )
     yield Figure("verdicts of the mix as they should be", "all" if right else "NOT all", "all", right)
+
+
+def _rates(work: Sequence[range], shares: Sequence[lanes.Share]) -> list[tuple[float, bool]]:
+    """``rate`` side by side, in a lane each. Raises what one of them raises."""
+    answers = []
+    for _, answer, error in lanes.spread(partial(rate, "cuda"), iter(work), shares):
+        if error is not None:
+            raise error
+        answers.append(answer)
+    return answers
 
 
 def exploits(target: str) -> Iterator[Figure]:

@@ -73,3 +73,27 @@ def test_visible_gpus_keep_their_names(lanes: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lanes.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="no NVIDIA GPU"):
         lanes.gpus()
+
+
+def test_throughput_of_several_gpus_is_held_against_one_s(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import gpu
+
+    asked = []
+
+    def spread(function: Any, jobs: Any, shares: Any) -> Any:
+        for share, numbers in zip(shares, jobs, strict=True):
+            asked.append((share.gpu, numbers))
+            yield numbers, (100.0, True), None
+
+    monkeypatch.setattr(lanes, "gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr(lanes, "spread", spread)
+    one, all_of_them, verdicts = gpu.throughput("cuda", 8)
+    assert one.value == "100" and verdicts.reached
+    assert (all_of_them.measure, all_of_them.value) == (
+        "candidates a minute on 3 GPUs",
+        "300, 3.0 times one's",
+    )
+    # Nobody is judged twice: what is known is not built again.
+    assert asked == [("0", range(8)), ("0", range(8, 16)), ("1", range(16, 24)), ("2", range(24, 32))]
