@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from ke_gym.envs import spaces
+from ke_gym.envs.prepared import N_ACTIONS, N_STRATEGIES, PENALTIES, prepared_of
 from ke_gym.envs.table import REFUSED, Table
-from ke_gym.envs.walk import N_ACTIONS, N_STRATEGIES, PENALTIES, prepared_of
 
 NOWHERE = -9
 """As a rival: none in any episode."""

@@ -15,8 +15,9 @@ from ke_gym.envs import catalog, spaces
 from ke_gym.envs.bank import bank_of
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
+from ke_gym.envs.prepared import DESCRIBED, HISTORY, N_STRATEGIES, PER_STRATEGY, SLICES
 from ke_gym.envs.replay import EPISODES, Noise, check_noise, pick
-from ke_gym.envs.walk import DESCRIBED, FAST_RULES, HISTORY, N_STRATEGIES, PER_STRATEGY, SLICES
+from ke_gym.envs.walk import FAST_RULES
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import OUTCOMES
 from ke_gym.search import reward

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from ke_gym.envs import catalog, render, spaces
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
+from ke_gym.envs.prepared import Version, prepared_of
 from ke_gym.envs.table import Table
-from ke_gym.envs.walk import Walk, prepared_of
+from ke_gym.envs.walk import Walk
 from ke_gym.errors import UserError
 from ke_gym.search import parents
 from ke_gym.search.observation import Observation
 from ke_gym.search.reward import Kind
 
+ILLEGAL = -1
 Noise = Literal["sample", "verdict"]
 EPISODES = 32
 """Episodes whose random numbers are drawn at once."""
@@ -59,7 +61,8 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
     ## Action Space
     ``Discrete(25)``: the 22 strategies of ``ke_gym.strategies``, FIX, RESTART and STOP. ``action_masks()`` and
     ``info["action_mask"]`` say what is recorded; STOP always is legal. An illegal action is a no-op that costs a step
-    and 0.05.
+    and 0.05. With ``extended=True`` ``Discrete(91)``: parent slot and strategy (the rule's own parent, then the three
+    fastest others), then the controls.
 
     ## Observation Space
     A flat ``Dict`` of six float32 boxes in [-1, 1], 132 values in all, named in ``ke_gym.search.observation``:
@@ -87,6 +90,7 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
       ``reset(options={"task": ...})`` chooses.
     - ``horizon``: steps of an episode. ``reward``: ``best``, ``parent``, ``dense`` or ``milestone``.
     - ``parent_rule``: a name from ``ke_gym.search.parents``; ``best`` and ``root`` are fast.
+    - ``extended``: the agent chooses the parent too.
     - ``noise``: ``sample`` draws one of the recorded repeats at every evaluation, ``verdict`` takes the verdict.
     - ``render_mode``: ``ansi`` (tree and best kernel) or ``rgb_array`` (speedup curve).
 
@@ -103,11 +107,12 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
         horizon: int = 20,
         reward: Kind = "best",
         parent_rule: str = "best",
+        extended: bool = False,
         noise: Noise = "sample",
         render_mode: str | None = None,
     ) -> None:
         EzPickle.__init__(
-            self, tables, horizon=horizon, reward=reward, parent_rule=parent_rule, noise=noise,
+            self, tables, horizon=horizon, reward=reward, parent_rule=parent_rule, extended=extended, noise=noise,
             render_mode=render_mode,
         )  # fmt: skip
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
@@ -115,12 +120,14 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
         parents.get(parent_rule)
         check_noise(noise)
         self.tables = catalog.load(tables)
-        self.rules = Rules(horizon, reward, parent_rule)
+        self.rules = Rules(horizon, reward, parent_rule, extended)
         self.noise = noise
         self.render_mode = render_mode
         self.observation_space = spaces.observation_space()
-        self.action_space = spaces.action_space()
+        self.action_space = spaces.action_space(extended)
         self.walk: Walk | None = None
+        self._wide = int(self.action_space.n) if extended else 0
+        """The number of extended actions; 0 unless extended."""
         self._uniforms: list[list[float]] = []
 
     def reset(
@@ -142,34 +149,43 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
             drawn,
             int(second * 2**31),
         )
-        return self.walk.observation(), self._info(self.walk, "", -1, 0.0)
+        return self.walk.observation(), self._info(self.walk, "", None, 0.0)
 
     def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One strategy: look up what it made, and what that was measured to be."""
-        walk = self._running()
+        walk = self.walk or self._running()
         spent = walk.spent_dollars
-        outcome, value, version = walk.step(int(action))
+        outcome, value, version = self._extended(walk, action) if self._wide else walk.step(int(action))
         terminated = outcome == "stop"
         truncated = not terminated and walk.steps >= walk.horizon
         info = self._info(walk, outcome, version, walk.spent_dollars - spent)
         return walk.observation(), value, terminated, truncated, info
 
-    def _info(self, walk: Walk, outcome: str, version: int, dollars: float) -> dict[str, Any]:
-        prepared, table = walk.prepared, walk.prepared.table
+    def _extended(self, walk: Walk, action: SupportsInt) -> tuple[str, float, Version | None]:
+        if not 0 <= int(action) < self._wide:
+            return walk.step(ILLEGAL)
+        slot, plain, _ = spaces.split(int(action), extended=True)
+        if not slot:
+            return walk.step(plain)
+        slots = walk.slots()
+        return walk.step(plain, slots[slot]) if slot < len(slots) else walk.step(ILLEGAL)
+
+    def _info(self, walk: Walk, outcome: str, version: Version | None, dollars: float) -> dict[str, Any]:
+        cost, candidate, source = 0.0, "", ""
         speedup, interval = 0.0, (0.0, 0.0)
-        if version >= 0 and prepared.correct[version]:
-            value, (low, high) = walk.values[version], prepared.gaps[version]
-            speedup, interval = math.exp(value), (math.exp(value + low), math.exp(value + high))
+        if version is not None:
+            _, _, _, _, _, _, cost, _, _, _, _, candidate, source = version
+            _, speedup, interval = walk.measured
         return {
-            "action_mask": walk.mask.copy(),
-            "task": table.task,
+            "action_mask": walk.extended_mask() if self._wide else walk.mask(),
+            "task": walk.prepared.table.task,
             "outcome": outcome,
-            "candidate": table.candidates[version] if version >= 0 else "",
-            "source": table.sources[version] if version >= 0 else "",
+            "candidate": candidate,
+            "source": source,
             "speedup": speedup,
             "speedup_ci": interval,
-            "best_speedup": math.exp(walk.best_value),
-            "cost_s": prepared.costs[version] if version >= 0 else 0.0,
+            "best_speedup": walk.best_speedup,
+            "cost_s": cost,
             "clock_s": walk.clock,
             "dollars": dollars,
             "evaluations": walk.evaluations,
@@ -177,8 +193,9 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
         }
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """The recorded actions now: bool, shape (25,)."""
-        mask: NDArray[np.bool_] = self._running().mask.astype(np.bool_)
+        """The recorded actions now: bool, shape (25,), or (91,) if extended."""
+        walk = self._running()
+        mask: NDArray[np.bool_] = (walk.extended_mask() if self._wide else walk.mask()).view(np.bool_)
         return mask
 
     def oracle(self) -> float:

@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from ke_gym.envs import spaces
-from ke_gym.envs.walk import SLICES
+from ke_gym.envs.prepared import SLICES
 from ke_gym.envs.wrappers import action_masks
 from ke_gym.strategies import STOP
 

@@ -7,125 +7,64 @@ environment, and the batched one against it.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ke_gym.candidate import Candidate
-from ke_gym.envs import spaces
-from ke_gym.envs.table import REPEATED, Table
-from ke_gym.evaluation.evaluation import OUTCOMES, Cost, Evaluation
+from ke_gym.envs.prepared import (
+    DESCRIBED,
+    HISTORY,
+    N_ACTIONS,
+    N_STRATEGIES,
+    NOTHING,
+    PENALTIES,
+    PER_STRATEGY,
+    SLICES,
+    Prepared,
+    Version,
+)
+from ke_gym.envs.spaces import PARENT_SLOTS
+from ke_gym.envs.table import REPEATED
+from ke_gym.evaluation.evaluation import OUTCOMES
 from ke_gym.search import parents, reward
 from ke_gym.search.observation import RECENT, Observation
 from ke_gym.search.tree import Node, Tree
-from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES
+from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP
 
-N_STRATEGIES, N_ACTIONS = len(STRATEGIES), len(ACTIONS)
-_FIX, _RESTART, _STOP = FIX.id, RESTART.id, STOP.id
 FAST_RULES = ("best", "root")
-_ENDS = np.cumsum(list(spaces.LAYOUT.values())).tolist()
-SLICES = {name: slice(end - size, end) for (name, size), end in zip(spaces.LAYOUT.items(), _ENDS)}
-"""Where each part of the observation lies in the flat vector."""
-DESCRIBED = slice(SLICES["code"].start, SLICES["profile"].stop)
-HISTORY, PER_STRATEGY = SLICES["history"], SLICES["strategies"].start
-_TASK, _HARDWARE, _CODE, _PROFILE, _, _STRATEGIES = SLICES.values()
-_LOG_10, _LAST_OUTCOME = math.log(10), len(OUTCOMES) - 1
-_COMPILE, _WRONG = OUTCOMES.index("compile"), OUTCOMES.index("correctness")
-PENALTIES = tuple(
-    reward.COMPILE_PENALTY if outcome in ("compile", "constraints") else reward.FAILURE_PENALTY
-    for outcome in OUTCOMES
-)
-"""Of each outcome; meaningless for the first, which is ``correct``."""
-
-
-class Prepared:
-    """A table as a walk needs it. The reference is node ``n``, the last."""
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-        n = len(table)
-        self.reference = n
-        self.children: list[list[tuple[int, ...]]] = [[()] * N_ACTIONS for _ in range(n + 1)]
-        self.dollars: dict[tuple[int, int, int], float] = {}
-        self.ends: dict[tuple[int, int], int] = {}
-        """(node, action) to the kind of refusal recorded after its children."""
-        for (parent, action, _, child), dollars in zip(table.edges.tolist(), table.dollars.tolist()):
-            origin = parent if parent >= 0 else n
-            if child < 0:
-                self.ends[origin, action] = child
-            else:
-                self.children[origin][action] += (child,)
-            if dollars:
-                self.dollars[origin, action, child] = dollars
-        self.totals = [
-            [len(made) + ((node, action) in self.ends) for action, made in enumerate(row)]
-            for node, row in enumerate(self.children)
-        ]
-        """How often each action can be taken on each node, a recorded refusal included."""
-        self.masks = (np.array(self.totals) > 0).astype(np.int8)
-        self.masks[:, _FIX], self.masks[:, _STOP] = 0, 1
-        self.fanout = self.masks[:, :N_STRATEGIES].sum(axis=1).tolist()
-        self.correct = table.correct.tolist()
-        self.outcomes = table.outcomes.tolist()
-        self.values = table.log_speedup.tolist()
-        with np.errstate(invalid="ignore"):
-            gaps = table.log_interval - table.log_speedup[:, None]
-        self.gaps = np.where(table.correct[:, None], gaps, 0.0).tolist()
-        self.rivals, self.improved = table.rivals.tolist(), table.improved.tolist()
-        self.costs = table.costs.sum(axis=1, dtype=np.float64).tolist()
-        self.noise: list[list[float]] = [[] for _ in range(n)]
-        for node, noise in zip(table.repeats[:, 0].tolist(), table.noise.tolist()):
-            self.noise[node].append(noise)
-        self.draft_of = {node: i for i, node in enumerate(table.drafts.tolist())}
-        code = np.repeat(table.code[:, None], max(len(table.drafts), 1), axis=1)
-        if len(table.drafts):
-            code[:, :, -1] = np.clip(table.distances, -1.0, 1.0)
-        # One row for code and profile, since they change together.
-        self.described = np.concatenate(
-            [code, np.repeat(table.profile[:, None], code.shape[1], axis=1)], axis=2
-        )
-        self.start = np.zeros(spaces.SIZE, dtype=np.float32)
-        self.start[SLICES["task"]] = table.surroundings.task
-        self.start[SLICES["hardware"]] = table.surroundings.hardware
-        self.oracle = table.optimum
-
-    @cached_property
-    def evaluations(self) -> list[Evaluation]:
-        """Of every version, as far as a table remembers it."""
-        table = self.table
-        return [
-            Evaluation(
-                table.task, table.target, table.languages[i], table.candidates[i], OUTCOMES[table.outcomes[i]],
-                speedup=math.exp(table.log_speedup[i]) if table.correct[i] else None,
-                speedup_ci=(
-                    (math.exp(table.log_interval[i, 0]), math.exp(table.log_interval[i, 1]))
-                    if table.correct[i] else None
-                ),
-                baseline=table.baseline, improved=bool(table.improved[i]), threads=table.threads,
-                machine=table.machine, cost=Cost(*table.costs[i].tolist()),
-            )
-            for i in range(len(table))
-        ]  # fmt: skip
-
-    @cached_property
-    def candidates(self) -> list[Candidate]:
-        """Of every version; where it came from is the tree's to say."""
-        return [
-            Candidate(source, language) for source, language in zip(self.table.sources, self.table.languages)
-        ]
-
-
-@lru_cache(maxsize=256)
-def prepared_of(table: Table) -> Prepared:
-    """The table, prepared once."""
-    return Prepared(table)
+_FIX, _RESTART, _STOP = FIX.id, RESTART.id, STOP.id
+_TASK, _HARDWARE, _CODE, _PROFILE, _HISTORY, _STRATEGIES = SLICES.values()
+_LOG_10, _LOG_MILESTONE, _LAST_OUTCOME = math.log(10), math.log(reward.MILESTONE), len(OUTCOMES) - 1
+_CLIP, _REPAIRED = reward.CLIP, reward.REPAIR_BONUS
+_GAINED, _COMPILED, _WRONG, _DULL = range(4)
+"""Kinds of evaluations: won or failed otherwise, did not compile, was wrong, was correct but won nothing."""
+_KINDS = tuple({"compile": _COMPILED, "correctness": _WRONG}.get(outcome, _GAINED) for outcome in OUTCOMES)
+# The observation is written as bytes: an assignment to a slice of an array would take five times as long.
+_FLOAT = np.dtype(np.float32).itemsize
+_write_history = Struct(f"{HISTORY.stop - HISTORY.start}f").pack_into
+_write_strategy = Struct("3f").pack_into
+_write_one = Struct("f").pack_into
+_HISTORY_AT, _STRATEGIES_AT, _STRATEGY = _FLOAT * HISTORY.start, _FLOAT * PER_STRATEGY, _FLOAT * 3
+_DESCRIBED_AT, _DESCRIBED_END = _FLOAT * DESCRIBED.start, _FLOAT * DESCRIBED.stop
+_PICTURE = _DESCRIBED_END - _DESCRIBED_AT
+_NO_PICTURE = bytes(_PICTURE)
 
 
 class Walk:
     """One episode of ``horizon`` steps. ``uniforms``: a random number for each (None: verdicts instead of repeats)."""
+
+    __slots__ = (
+        "_best_depth", "_best_share", "_breadth", "_broken", "_buffer", "_draft_share", "_drafts",
+        "_dull_by_default", "_edges", "_flat", "_follows", "_gains", "_last_outcome", "_left", "_legal", "_masks",
+        "_numbers", "_open", "_recent", "_seed", "_shown", "_shown_legal", "_told", "_tree", "_uniforms", "_used", "_versions",
+        "_worked", "best", "best_at", "best_speedup", "best_value", "clock", "drafts_left", "duplicates",
+        "evaluations", "horizon", "kind", "measured", "number", "parent", "prepared", "reference", "rule",
+        "spent_dollars", "steps", "visited",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -136,268 +75,307 @@ class Walk:
         uniforms: Sequence[float] | None,
         seed: int = 0,
     ) -> None:
-        self.prepared, self.horizon, self.kind, self.uniforms = prepared, horizon, kind, uniforms
-        self.rule, self.seed = rule, seed
-        self.steps = 0
+        self.prepared, self.horizon, self.kind, self.rule = prepared, horizon, kind, rule
+        self._uniforms, self._seed, self._follows = uniforms, seed, rule == "best"
+        self._edges = prepared.edges
+        reference = self.reference = self.parent = self._shown = prepared.reference
+        self.steps = self.evaluations = self.number = self.duplicates = self._drafts = 0
         self.clock = self.spent_dollars = 0.0
-        self.evaluations = self.number = self.duplicates = self.drafts = 0
-        self.best = -1
-        self.best_value = 0.0
-        self.best_at = -1
-        self.values: dict[int, float] = {}
-        """Of every visited version, the log-speedup drawn; 0 for one that failed."""
-        self.order: list[int] = []
-        self.depth: dict[int, int] = {}
-        self.root: dict[int, int] = {}
-        self.used: dict[tuple[int, int], int] = {}
-        self.masks: dict[int, NDArray[np.int8]] = {}
-        self.left: dict[int, int] = {}
-        """Strategies that can still be taken, of visited versions."""
-        self.open = -1
+        self.best = self.best_at = -1
+        self.best_value, self.best_speedup = 0.0, 1.0
+        self._best_share, self._best_depth = 0.0, 0.0
+        """As the observation shows them."""
+        self._dull_by_default = False
+        """Whether the best is that as the first correct version, and won nothing either."""
+        self.measured = NOTHING
+        """The latest evaluation, as drawn."""
+        self._last_outcome = self._draft_share = self._breadth = 0.0
+        self.visited: dict[int, tuple[float, int, int]] = {}
+        """Of every visited version, in order: the log-speedup drawn (0 if it failed), depth, and first draft."""
+        self._used: dict[int, list[int]] = {}
+        """How often each action was taken on each node."""
+        self._left = {reference: 1}
+        """Strategies that can still be taken, of visited versions; of the reference, that a parent may be it."""
+        self._open = -1
         """The fastest visited version that has some; -1 if none has."""
-        self.broken: dict[int, list[tuple[int, int]]] = {}
+        self._broken: dict[int, list[tuple[int, int]]] = {}
         """(failed version, repairs in a row) below each, the latest last."""
-        self.recent: list[tuple[int, int, int]] = []
-        """Of the latest evaluations: did not compile, was wrong, was correct but won nothing."""
-        self.compiled = self.wrong = self.dull = 0
-        """Their sums."""
-        self.best_dull = False
-        """Whether the best is that by default, as the first correct version, and won nothing either."""
-        self.last_outcome = 0
-        self.drafts_left = prepared.totals[prepared.reference][_RESTART] > 0
-        self.worked: set[int] = set()
-        self.tries = [0] * N_STRATEGIES
-        self.failures = [0] * N_STRATEGIES
-        self.gains = [0.0] * N_STRATEGIES
-        self.gain_counts = [0] * N_STRATEGIES
-        self.flat = prepared.start.copy()
-        self.parent = self._shown = prepared.reference
-        self.mask = prepared.masks[self.parent]
-        """The legal actions: int8, shape (25,), owned by the walk."""
-        self._told: list[tuple[int, int, int, int, bool]] = []
-        """(version, origin, action, number, whether it became the best) of every evaluation."""
+        self._recent = [0, 0, 0, 0]
+        """How many of the latest ``RECENT`` evaluations are of each kind."""
+        self.drafts_left = self._edges[reference][_RESTART][0] > 0
+        self._worked: set[int] = set()
+        self._gains: dict[int, tuple[int, int, float, int]] = {}
+        """Of each strategy: tries, failures, the sum of its gains, and their number."""
+        self._masks: dict[int, bytearray] = {}
+        """Of each parent so far, a byte per action: 1 for strategies that can still be taken."""
+        self._legal = bytearray(N_ACTIONS)
+        self._shown_legal = np.frombuffer(self._legal, np.int8)
+        """The legal actions now: as an array, over the bytes that are written."""
+        self._buffer = bytearray(prepared.start)
+        self._flat = np.frombuffer(self._buffer, np.float32)
+        """The observation: as an array, over the bytes that are written."""
+        self._told: list[tuple[int, int, int, int, bool, int]] = []
+        """(version, origin, action, number, whether it became the best, kind) of every evaluation."""
         self._numbers: dict[int, int] = {}
         self._versions: dict[int, int] = {}
-        self._tree: Tree | None = None if rule in FAST_RULES else Tree()
+        self._tree = None if rule in FAST_RULES else Tree()
         self._settle()
 
     # What is seen -----------------------------------------------------------------------------------------
 
     def observation(self) -> Observation:
         """The observation in arrays of its own."""
-        flat = self.flat.copy()
+        flat = self._flat.copy()
         return {
             "task": flat[_TASK], "hardware": flat[_HARDWARE], "code": flat[_CODE], "profile": flat[_PROFILE],
-            "history": flat[HISTORY], "strategies": flat[_STRATEGIES],
+            "history": flat[_HISTORY], "strategies": flat[_STRATEGIES],
         }  # fmt: skip
 
-    def _mask_of(self, node: int) -> NDArray[np.int8]:
-        mask = self.masks.get(node)
-        if mask is None:
-            mask = self.masks[node] = self.prepared.masks[node].copy()
-        return mask
+    def mask(self) -> NDArray[np.int8]:
+        """The legal actions now, shape (25,), in an array of its own."""
+        return self._shown_legal.copy()
 
-    def _repairable(self, node: int) -> int | None:
-        waiting = self.broken.get(node)
-        if not waiting:
-            return None
-        failed = waiting[-1][0]
-        return failed if self.used.get((failed, _FIX), 0) < self.prepared.totals[failed][_FIX] else None
+    def slots(self) -> list[int]:
+        """The parents that an extended action chooses from: the rule's own, then the fastest others."""
+        others = [node for node in self.visited if node != self.parent and self.prepared.correct[node]]
+        return [
+            self.parent,
+            *heapq.nlargest(PARENT_SLOTS - 1, others, key=lambda node: self.visited[node][0]),
+        ]
+
+    def extended_mask(self) -> NDArray[np.int8]:
+        """The legal extended actions now, shape (91,): the strategies of every slot, then the controls."""
+        blocks = [self._mask_of(node)[:N_STRATEGIES] for node in self.slots()]
+        missing = bytes((PARENT_SLOTS - len(blocks)) * N_STRATEGIES)
+        return np.frombuffer(bytearray(b"".join((*blocks, missing, self._legal[N_STRATEGIES:]))), np.int8)
+
+    def _mask_of(self, node: int) -> bytearray:
+        mask = self._masks.get(node)
+        if mask is None:
+            mask = self._masks[node] = bytearray(self.prepared.masks[node])
+        return mask
 
     # Steps ------------------------------------------------------------------------------------------------
 
-    def step(self, action: int) -> tuple[str, float, int]:
-        """(outcome, reward, the new version or -1). The observation and mask are then those of the next step."""
+    def step(self, action: int, parent: int | None = None) -> tuple[str, float, Version | None]:
+        """(outcome, reward, the new version). Observation and mask are then those of the next step.
+
+        ``parent`` overrules the parent rule for a strategy: one of ``slots()``.
+        """
         self.steps += 1
-        if not 0 <= action < N_ACTIONS or not self.mask[action]:
-            self.flat[HISTORY.start] = 1.0 - self.steps / self.horizon
-            return "illegal", reward.DUPLICATE_PENALTY, -1
-        if action == _STOP:
-            self.flat[HISTORY.start] = 1.0 - self.steps / self.horizon
-            return "stop", 0.0, -1
-        prepared = self.prepared
-        if action == _RESTART:
-            origin = prepared.reference
+        legal = self._legal if parent is None else self._mask_of(parent)
+        if not 0 <= action < N_ACTIONS or not legal[action]:
+            return self._idle("illegal", reward.DUPLICATE_PENALTY)
+        if action < N_STRATEGIES:
+            origin = self.parent if parent is None else parent
+        elif action == _RESTART:
+            origin = self.reference
         elif action == _FIX:
-            origin = self.broken[self.parent][-1][0]
+            origin = self._broken[self.parent][-1][0]
         else:
-            origin = self.parent
-        made = prepared.children[origin][action]
-        k = self.used.get((origin, action), 0)
-        while k < len(made) and made[k] in self.values:
+            return self._idle("stop", 0.0)
+        made = self._edges[origin][action]
+        used = self._used.get(origin)
+        if used is None:
+            used = self._used[origin] = [0] * N_ACTIONS
+        visited, k, end = self.visited, used[action] + 1, len(made)
+        while k < end and made[k][0] in visited:
             k += 1
         self.number += 1
-        if k == len(made):
-            self._use(origin, action, prepared.totals[origin][action])
-            kind = prepared.ends.get((origin, action), REPEATED)
-            self.duplicates += kind == REPEATED
-            self.spent_dollars += prepared.dollars.get((origin, action, kind), 0.0)
+        total = made[0]
+        taken = used[action] = k if k < end else total
+        if taken >= total:  # nothing more is recorded
+            if action < N_STRATEGIES:
+                self._masks[origin][action] = 0
+                self._left[origin] -= 1
+                if origin == self._open and not self._left[origin]:
+                    self._open = self._fastest()
+            elif action == _RESTART:
+                self.drafts_left = False
+        if k < end:
+            version: Version = made[k]
+            value = self._tell(origin, action, version)
             self._settle()
-            return "refused", reward.DUPLICATE_PENALTY, -1
-        child = made[k]
-        self._use(origin, action, k + 1)
-        value = self._tell(origin, action, child)
+            return version[2], value, version
+        kind = self.prepared.ends.get((origin, action), REPEATED)
+        self.duplicates += kind == REPEATED
+        self.spent_dollars += self.prepared.dollars.get((origin, action, kind), 0.0)
         self._settle()
-        return OUTCOMES[prepared.outcomes[child]], value, child
+        return "refused", reward.DUPLICATE_PENALTY, None
 
-    def _use(self, origin: int, action: int, used: int) -> None:
-        self.used[origin, action] = used
-        if action == _RESTART:
-            self.drafts_left = used < self.prepared.totals[origin][action]
-        if used >= self.prepared.totals[origin][action] and action < N_STRATEGIES:
-            mask = self._mask_of(origin)
-            if mask[action]:
-                mask[action] = 0
-                self.left[origin] -= 1
-                if origin == self.open and not self.left[origin]:
-                    self.open = self._fastest()
+    def _idle(self, outcome: str, value: float) -> tuple[str, float, None]:
+        """A step that changes nothing but the budget that is left."""
+        _write_one(self._buffer, _HISTORY_AT, 1.0 - self.steps / self.horizon)
+        return outcome, value, None
 
-    def _tell(self, origin: int, action: int, child: int) -> float:
+    def _tell(self, origin: int, action: int, version: Version) -> float:
         """Add the version; returns the reward."""
-        prepared = self.prepared
-        correct, outcome = prepared.correct[child], prepared.outcomes[child]
-        value = prepared.values[child]
-        noise = prepared.noise[child]
-        if noise and correct and self.uniforms is not None:
-            value += noise[int(self.uniforms[self.steps - 1] * len(noise))]
-        base = origin == prepared.reference
-        before_best = self.best_value if self.best >= 0 else 0.0
-        against = before_best if base else self.values[origin] if prepared.correct[origin] else 0.0
-        self.values[child] = value if correct else 0.0
-        self.order.append(child)
-        self.evaluations += 1
-        self.clock += prepared.costs[child]
-        self.spent_dollars += prepared.dollars.get((origin, action, child), 0.0)
-        self.depth[child] = 1 if base else self.depth[origin] + 1
-        self.root[child] = prepared.draft_of[child] if base else self.root[origin]
-        self.left[child] = prepared.fanout[child] if correct else 0
-        if self.left[child] and (self.open < 0 or value > self.values[self.open]):
-            self.open = child
-        self.drafts += base
-        # A recorded race speaks of the rival it was run against (-1: the reference); else the interval has to do.
-        matched = prepared.rivals[child] == self.best
-        wins = correct and (
-            prepared.improved[child] if matched else value + prepared.gaps[child][0] > before_best
-        )
-        became = wins or (correct and self.best < 0)
+        child, correct, _, code, measured, repeats, cost, rival, improved, low, left, _, _ = version
+        if self._uniforms is not None:
+            measured = repeats[int(self._uniforms[self.steps - 1] * len(repeats))]
+        self.measured = measured
+        value, visited, before, number = measured[0], self.visited, self.best_value, self.evaluations
+        self.evaluations = number + 1
+        self.clock += cost
+        if self.prepared.dollars:
+            self.spent_dollars += self.prepared.dollars.get((origin, action, child), 0.0)
+        base = origin == self.reference
+        if base:
+            # A fresh draft has no parent: it is compared with the best so far.
+            against, depth, root = before, 1, self.prepared.draft_of[child]
+            self._drafts += 1
+            self._draft_share = self._drafts / 5 if self._drafts < 5 else 1.0
+        else:
+            against, depth, root = visited[origin]
+            depth += 1
+        visited[child] = value, depth, root
+        self._left[child] = left
+        became = wins = False
         if correct:
-            self.worked.add(action)
-        if became:
-            self.best, self.best_value, self.best_at = child, value, self.evaluations - 1
-            self.best_dull = not wins
-        self._strategy(action, correct, value, against, known=not base and prepared.correct[origin])
-        self._repair(origin, action, child, correct)
-        self._remember(outcome == _COMPILE, outcome == _WRONG, correct and not wins)
-        self.last_outcome = outcome
-        self._told.append((child, origin, action, self.number - 1, became))
-        if self._tree is not None:
-            self._grow(self._tree, self._told[-1])
-        if not correct:
-            return -1.0 if self.kind == "milestone" else PENALTIES[outcome]
-        if self.kind != "milestone":
-            best = min(max(value - before_best, 0.0), reward.CLIP) if became else 0.0
-            over = reward.REPAIR_BONUS if action == _FIX else min(max(value - against, -0.2), reward.CLIP)
-            return (
-                best
-                if self.kind == "best"
-                else over
-                if self.kind == "parent"
-                else best + reward.DENSITY * over
+            if left and (self._open < 0 or value > visited[self._open][0]):
+                self._open = child
+            if action not in self._worked:
+                self._worked.add(action)
+                self._breadth = min(len(self._worked) / N_STRATEGIES, 1.0)
+            # A recorded race speaks of the rival it was run against (-1: the reference); else the interval has to do.
+            wins = improved if rival == self.best else value + low > before
+            kind = _GAINED if wins else _DULL
+            if wins or self.best < 0:
+                became = True
+                self.best, self.best_at, self.best_value, self.best_speedup = (
+                    child,
+                    number,
+                    value,
+                    measured[1],
+                )
+                self._best_share = max(min(value / _LOG_10, 1.0), -1.0)
+                self._best_depth = min(depth / 10, 1.0)
+                self._dull_by_default = not wins
+        else:
+            kind = _KINDS[code]
+        self._last_outcome = code / _LAST_OUTCOME
+        recent, all_told = self._recent, self._told
+        recent[kind] += 1
+        if number >= RECENT:
+            recent[all_told[-RECENT][-1]] -= 1
+        all_told.append((child, origin, action, self.number - 1, became, kind))
+        if action < N_STRATEGIES:
+            # The strategy's statistics, and what the observation says of them.
+            tries, failures, gains, known = self._gains.get(action, (0, 0, 0.0, 0))
+            tries += 1
+            if not correct:
+                failures += 1
+            else:
+                gains, known = gains + (value - against), known + 1
+            self._gains[action] = tries, failures, gains, known
+            mean = gains / (known or 1)
+            _write_strategy(
+                self._buffer,
+                _STRATEGIES_AT + _STRATEGY * action,
+                tries / 5 if tries < 5 else 1.0,
+                (mean if mean > -1.0 else -1.0) if mean < 1.0 else 1.0,
+                failures / tries,
             )
-        return 1.0 if value <= math.log(reward.MILESTONE) else 3.0 if became else 2.0
-
-    def _strategy(self, action: int, correct: bool, value: float, against: float, known: bool) -> None:
-        if action >= N_STRATEGIES:
-            return
-        self.tries[action] += 1
+        if not correct or action == _FIX:
+            self._repair(origin, action, child, correct)
+        if self._tree is not None:
+            self._grow(self._tree, all_told[-1])
         if not correct:
-            self.failures[action] += 1
-        elif known:
-            self.gain_counts[action] += 1
-            self.gains[action] += value - against
-        at, tries = PER_STRATEGY + 3 * action, self.tries[action]
-        gain = self.gains[action] / (self.gain_counts[action] or 1)
-        self.flat[at : at + 3] = (
-            tries / 5 if tries < 5 else 1.0,
-            (gain if gain > -1.0 else -1.0) if gain < 1.0 else 1.0,
-            self.failures[action] / tries,
-        )
-
-    def _remember(self, compiled: int, wrong: int, dull: int) -> None:
-        """The sums over the latest ``RECENT`` evaluations."""
-        self.recent.append((compiled, wrong, dull))
-        if len(self.recent) > RECENT:
-            gone = self.recent.pop(0)
-            compiled, wrong, dull = compiled - gone[0], wrong - gone[1], dull - gone[2]
-        self.compiled += compiled
-        self.wrong += wrong
-        self.dull += dull
+            return -1.0 if self.kind == "milestone" else PENALTIES[code]
+        if self.kind == "milestone":
+            return 1.0 if value <= _LOG_MILESTONE else 3.0 if became else 2.0
+        best = 0.0
+        if became and value > before:
+            best = value - before if value - before < _CLIP else _CLIP
+        if self.kind == "best":
+            return best
+        over = _REPAIRED
+        if action != _FIX:
+            over = value - against
+            over = (over if over > -0.2 else -0.2) if over < _CLIP else _CLIP
+        return over if self.kind == "parent" else best + reward.DENSITY * over
 
     def _repair(self, origin: int, action: int, child: int, correct: bool) -> None:
         """Keep track of failures worth a repair: the latest of a parent, at most twice in a row."""
         if action == _FIX:
-            _, repairs = self.broken[self.parent].pop()
+            _, repairs = self._broken[self.parent].pop()
             if not correct and repairs == 0:
-                self.broken[self.parent].append((child, 1))
+                self._broken[self.parent].append((child, 1))
         elif not correct:
-            self.broken.setdefault(origin, []).append((child, 0))
+            self._broken.setdefault(origin, []).append((child, 0))
 
     # Between steps ----------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Choose the next parent and write down what is seen of it."""
-        prepared = self.prepared
-        parent = self._ruled()
-        if self._spent(parent) and self.rule != "root":
-            parent = self.open if self.open >= 0 else parent
+        reference, best = self.reference, self.best
+        if self._tree is not None:
+            parent = self._ruled(self._tree)
+        else:
+            parent = best if self._follows and best >= 0 else reference
+            if not self._left[parent] and self._open >= 0:
+                parent = self._open
         self.parent = parent
-        mask = self.mask = self._mask_of(parent)
-        mask[_RESTART] = self.drafts_left
-        mask[_FIX] = bool(self.broken) and self._repairable(parent) is not None
-        flat, best, best_value, gap = self.flat, self.best, self.best_value, 0.0
+        legal = self._legal
+        legal[:] = self._masks.get(parent) or self._mask_of(parent)
+        legal[_RESTART] = self.drafts_left
+        if self._broken:
+            legal[_FIX] = self._repairable(parent)
         if parent != self._shown:
             self._shown = parent
-            known = parent != prepared.reference
-            flat[DESCRIBED] = prepared.described[parent, self.root[parent]] if known else 0.0
-        if best >= 0 and parent != best and parent != prepared.reference:
-            gap = best_value - self.values[parent]
-        count, since = len(self.recent) or 1, self.evaluations - self.best_at - 1
-        depth = self.depth[best] if best >= 0 else 0
-        logged = best_value / _LOG_10
+            picture: bytes | memoryview = _NO_PICTURE
+            if parent != reference:
+                at = _PICTURE * (parent * self.prepared.drafts + self.visited[parent][2])
+                picture = self.prepared.pictures[at : at + _PICTURE]
+            self._buffer[_DESCRIBED_AT:_DESCRIBED_END] = picture
+        gap = 0.0
+        if best >= 0 and parent != best and parent != reference:
+            gap = self.best_value - self.visited[parent][0]
+        evaluations, duplicates, recent = self.evaluations, self.duplicates, self._recent
+        count = (evaluations if evaluations < RECENT else RECENT) or 1
+        since = evaluations - self.best_at - 1
         # Conditions instead of min and max: this runs at every step.
-        flat[HISTORY] = (
+        _write_history(
+            self._buffer,
+            _HISTORY_AT,
             1.0 - self.steps / self.horizon,
             since / 10 if since < 10 else 1.0,
-            (logged if logged > -1.0 else -1.0) if logged < 1.0 else 1.0,
+            self._best_share,
             (gap if gap > -1.0 else -1.0) if gap < 1.0 else 1.0,
-            self.compiled / count,
-            self.wrong / count,
-            (self.dull - (self.best_dull and since < RECENT)) / count,
-            self.duplicates / ((self.evaluations + self.duplicates) or 1),
-            min(len(self.worked) / N_STRATEGIES, 1.0),
-            depth / 10 if depth < 10 else 1.0,
-            self.last_outcome / _LAST_OUTCOME,
-            self.drafts / 5 if self.drafts < 5 else 1.0,
+            recent[_COMPILED] / count,
+            recent[_WRONG] / count,
+            (recent[_DULL] - (self._dull_by_default and since < RECENT)) / count,
+            duplicates / (evaluations + duplicates) if duplicates else 0.0,
+            self._breadth,
+            self._best_depth,
+            self._last_outcome,
+            self._draft_share,
         )
 
-    def _ruled(self) -> int:
-        if self._tree is None:
-            return self.best if self.rule == "best" and self.best >= 0 else self.prepared.reference
-        rng = np.random.default_rng((self.seed, self.number))
-        node = parents.get(self.rule)(self._tree, {}, rng)
-        return self.prepared.reference if node is None else self._versions[node.number]
+    def _repairable(self, node: int) -> bool:
+        waiting = self._broken.get(node)
+        if not waiting:
+            return False
+        failed = waiting[-1][0]
+        used = self._used.get(failed)
+        return (used[_FIX] if used else 0) < self._edges[failed][_FIX][0]
 
-    def _spent(self, parent: int) -> bool:
-        """Whether nothing that is recorded of this parent is left to try."""
-        if parent != self.prepared.reference:
-            return not self.left[parent]
-        return self.best >= 0 and not self.drafts_left and self._repairable(parent) is None
+    def _ruled(self, tree: Tree) -> int:
+        """What a rule over the tree chooses, or the fastest open version where that has nothing left."""
+        rng = np.random.default_rng((self._seed, self.number))
+        node = parents.get(self.rule)(tree, {}, rng)
+        parent = self.reference if node is None else self._versions[node.number]
+        if parent != self.reference:
+            spent = not self._left[parent]
+        else:
+            spent = self.best >= 0 and not self.drafts_left and not self._repairable(parent)
+        return self._open if spent and self._open >= 0 else parent
 
     def _fastest(self) -> int:
         found, fastest = -1, -math.inf
-        for node in self.order:
-            if self.left[node] and self.values[node] > fastest:
-                found, fastest = node, self.values[node]
+        for node, (value, _, _) in self.visited.items():
+            if self._left[node] and value > fastest:
+                found, fastest = node, value
         return found
 
     # As a search tree -------------------------------------------------------------------------------------
@@ -411,12 +389,12 @@ class Walk:
             self._grow(tree, told)
         return tree
 
-    def _grow(self, tree: Tree, told: tuple[int, int, int, int, bool]) -> None:
-        child, origin, action, number, became = told
+    def _grow(self, tree: Tree, told: tuple[int, int, int, int, bool, int]) -> None:
+        child, origin, action, number, became, _ = told
         evaluation = self.prepared.evaluations[child]
         if evaluation.correct:
-            evaluation = evaluation.replace(speedup=math.exp(self.values[child]))
-        above = None if origin == self.prepared.reference else self._numbers[origin]
+            evaluation = evaluation.replace(speedup=math.exp(self.visited[child][0]))
+        above = None if origin == self.reference else self._numbers[origin]
         self._numbers[child], self._versions[number] = number, child
         node = Node(number, above, ACTIONS[action].name, 0, self.prepared.candidates[child], evaluation)
         # What became the best was decided above, where drawn repeats count.

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from ke_gym.envs import LAYOUT
+from ke_gym.envs import LAYOUT, spaces
 from ke_gym.envs.kernel_opt import KernelOptEnv
 from ke_gym.envs.replay import KernelOptReplayEnv
 from ke_gym.errors import UserError
@@ -22,17 +22,20 @@ SOFTMAX = tables()[0]
 
 
 @pytest.mark.parametrize("kind", reward.KINDS)
-@pytest.mark.parametrize("seed", range(3))
-def test_a_replay_shows_and_pays_what_the_live_environment_does(kind: reward.Kind, seed: int) -> None:
-    live = KernelOptEnv("softmax", horizon=14, reward=kind, **NARROW)
-    replay = KernelOptReplayEnv(SOFTMAX, horizon=14, reward=kind, noise="verdict")
+@pytest.mark.parametrize(("seed", "extended"), [(0, False), (1, False), (2, False), (0, True), (1, True)])
+def test_a_replay_shows_and_pays_what_the_live_environment_does(
+    kind: reward.Kind, seed: int, extended: bool
+) -> None:
+    live = KernelOptEnv("softmax", horizon=14, reward=kind, extended=extended, **NARROW)
+    replay = KernelOptReplayEnv(SOFTMAX, horizon=14, reward=kind, noise="verdict", extended=extended)
+    assert live.action_space == replay.action_space
     rng = np.random.default_rng(seed)
     seen = [env.reset(seed=seed)[0] for env in (live, replay)]
     for step in range(14):
         for name in LAYOUT:
             np.testing.assert_allclose(seen[1][name], seen[0][name], atol=1e-6, err_msg=f"{step} {name}")
         legal = np.flatnonzero(live.action_masks() & replay.action_masks())
-        action = int(rng.choice(legal[:-1])) if len(legal) > 1 else STOP.id
+        action = int(rng.choice(legal[:-1] if len(legal) > 1 else legal))
         taken = [env.step(action) for env in (live, replay)]
         seen = [result[0] for result in taken]
         (_, paid, *ends, told), (_, repaid, *reends, retold) = taken
@@ -42,7 +45,7 @@ def test_a_replay_shows_and_pays_what_the_live_environment_does(kind: reward.Kin
         assert retold["best_speedup"] == pytest.approx(told["best_speedup"])
         assert retold["speedup_ci"] == pytest.approx(told["speedup_ci"])
         assert replay.walk is not None
-        if any(ends) or replay.walk.depth.get(replay.walk.best, 0) >= DEPTH:
+        if any(ends) or any(depth >= DEPTH for _, depth, _ in replay.walk.visited.values()):
             break  # beyond, nothing was recorded
     assert step > 3
     live.close()
@@ -91,6 +94,53 @@ def test_what_was_never_recorded_is_masked() -> None:
             _, _, _, truncated, info = env.step(int(legal[seed % (len(legal) - 1)]))
             assert info["candidate"] == "" or info["candidate"] in table.candidates
         assert truncated or walk.evaluations <= len(table)
+
+
+def test_an_extended_action_goes_on_with_the_version_in_its_slot() -> None:
+    env = KernelOptReplayEnv(SOFTMAX, horizon=60, extended=True)
+    assert env.action_space == spaces.action_space(extended=True)
+    chosen = set()
+    for seed in range(6):
+        _, info = env.reset(seed=seed)
+        rng, ended = np.random.default_rng(seed), False
+        while not ended:
+            assert np.array_equal(env.action_masks(), info["action_mask"].astype(np.bool_))
+            legal = np.flatnonzero(info["action_mask"][:-1])
+            action = int(rng.choice(legal)) if len(legal) else 90
+            walk = env.walk
+            assert walk is not None
+            slot, _, _ = spaces.split(action, extended=True)
+            parent, told = walk.slots()[slot], len(walk.visited)
+            speedups = [walk.visited[node][0] for node in walk.slots()[1:]]
+            assert speedups == sorted(speedups, reverse=True)
+            _, _, *ends, info = env.step(action)
+            ended = any(ends)
+            if action < 88 and len(walk.visited) > told:
+                (above,) = {n.parent for n in walk.tree().nodes.values() if n.number == walk.number - 1}
+                made = walk.tree().nodes[above].candidate.id  # type: ignore[index]
+                assert made == SOFTMAX.candidates[parent]
+                chosen.add(slot)
+    assert chosen == {0, 1, 2, 3}
+    env.reset(seed=0)
+    # There is no second parent yet, and no such actions.
+    assert [env.step(action)[4]["outcome"] for action in (22, -1, 91)] == ["illegal"] * 3
+    assert play(env, 2) == play(env, 2)
+
+
+def test_observations_and_masks_are_never_written_to_again() -> None:
+    env = KernelOptReplayEnv(SOFTMAX)
+    observation, info = env.reset(seed=0)
+    kept, mask = {name: values.copy() for name, values in observation.items()}, info["action_mask"].copy()
+    seen, told = env.step(RESTART.id)[::4]
+    later = {name: values.copy() for name, values in seen.items()}
+    for _ in range(6):
+        env.step(int(np.flatnonzero(env.action_masks())[0]))
+    for name in LAYOUT:
+        np.testing.assert_array_equal(observation[name], kept[name])
+        np.testing.assert_array_equal(seen[name], later[name])
+    assert np.array_equal(info["action_mask"], mask) and not np.array_equal(told["action_mask"], mask)
+    seen["history"][:] = 0.5  # whoever writes into an observation writes into that one only
+    assert env.reset(seed=0)[0]["history"][1] == kept["history"][1]
 
 
 def test_the_clock_charges_what_was_recorded_and_the_oracle_nothing() -> None:
