@@ -1,4 +1,4 @@
-"""Compiles stores of finished (or still growing) searches into replay tables.
+"""Compiles stores of finished (or still growing) searches, and other tables, into replay tables.
 
 The store is the record: durable, append-only, complete. A table is made from it, and may be made again or
 extended by further stores at any time.
@@ -95,6 +95,18 @@ class Builder:
                 made.refusals[key] = (draw, child, dollars)
         return made
 
+    def join(self, other: Builder) -> None:
+        """Add what another one holds; where both know a version, the verdict stays and races are added."""
+        for name, theirs in other.versions.items():
+            known = self.versions.setdefault(name, theirs)
+            if known is not theirs:
+                _extend(known.races, theirs.races)
+        for key, children in other.children.items():
+            mine = self.children.setdefault(key, {})
+            for child, edge in children.items():
+                mine.setdefault(child, edge)
+        self.refusals = other.refusals | self.refusals
+
     def add(self, records: Sequence[NodeRecord]) -> None:
         """Add one recorded search; what was in flight when it ended is left out."""
         names: dict[int, str] = {}
@@ -118,9 +130,7 @@ class Builder:
         blocks = _blocks(evaluation)
         known = self.versions.get(candidate.id)
         if known is not None:
-            # The same races may come in twice: a store hands a known verdict to later searches.
-            mine = {block.tobytes() for block in known.races}
-            known.races += [block for block in blocks if block.tobytes() not in mine]
+            _extend(known.races, blocks)
             return
         low, high = evaluation.speedup_ci or (0.0, 0.0)
         self.versions[candidate.id] = _Version(
@@ -185,6 +195,12 @@ class Builder:
         return [row[:4] for row in rows], [row[4] for row in rows]
 
 
+def _extend(races: list[NDArray[np.int64]], more: Iterable[NDArray[np.int64]]) -> None:
+    """The same races may come in twice: a store hands a known verdict to later searches."""
+    known = {block.tobytes() for block in races}
+    races += [block for block in more if block.tobytes() not in known]
+
+
 def _blocks(evaluation: Evaluation) -> list[NDArray[np.int64]]:
     """Nanoseconds of (candidate, baseline) per round, in blocks of ``BLOCK`` rounds or a whole short race."""
     pairs = np.array([evaluation.times_ms, evaluation.reference_times_ms]).T
@@ -239,33 +255,45 @@ def searches(store: Store, named: Iterable[str] = ()) -> list[Recorded]:
     return found
 
 
-def build(found: Sequence[Recorded], table: Table | None = None) -> Table:
-    """One table of searches of one task, added to ``table`` if there is one.
+def build(found: Sequence[Recorded | Table]) -> Table:
+    """One table of searches of one task, or of tables of it.
 
     ``UserError`` if they are not of the same task, machine, threads and baseline.
     """
-    builder = Builder.of(table) if table is not None else Builder(found[0].identity, found[0].surroundings)
+    whole: Builder | None = None
     for one in found:
-        for key, value in vars(one.identity).items():
-            mine = getattr(builder.identity, key)
+        made = Builder.of(one) if isinstance(one, Table) else Builder(one.identity, one.surroundings)
+        if isinstance(one, Recorded):
+            made.add(one.records)
+        whole = whole or made
+        for key, value in vars(made.identity).items():
+            mine = getattr(whole.identity, key)
             if value != mine:
                 raise UserError(
-                    f"task {one.identity.task}: searches with {key} {mine!r} and {value!r} cannot share a table;"
+                    f"task {made.identity.task}: searches with {key} {mine!r} and {value!r} cannot share a table;"
                     " choose another --out"
                 )
-        builder.add(one.records)
-    return builder.table()
+        if whole is not made:
+            whole.join(made)
+    if whole is None:
+        raise UserError("a replay table needs at least one search")
+    return whole.table()
 
 
-def from_stores(stores: Sequence[Path], named: Sequence[str], out: Path) -> list[Table]:
-    """A table in ``out`` for every task searched in the stores (or the named ones), extending what is there.
+def from_files(files: Sequence[Path], named: Sequence[str], out: Path) -> list[Table]:
+    """A table in ``out`` for every task (or the named ones) of these stores and tables, extending what is there.
 
-    ``UserError`` for a missing store, a task that none of them has, or none at all.
+    ``UserError`` for a missing file, a task that none of them has, or none at all.
     """
-    found: dict[str, list[Recorded]] = {}
-    for path in stores:
+    found: dict[str, list[Recorded | Table]] = {}
+    for path in files:
         if not path.exists():
             raise UserError(f"there is no store {path}")
+        if path.suffix == ".npz":
+            table = Table.load(path)
+            if not named or table.task in named:
+                found.setdefault(table.task, []).append(table)
+            continue
         with Store(path) as store:
             for one in searches(store, named):
                 found.setdefault(one.identity.task, []).append(one)
@@ -273,12 +301,12 @@ def from_stores(stores: Sequence[Path], named: Sequence[str], out: Path) -> list
     if missing or not found:
         what = ", ".join(missing) or "any task"
         raise UserError(
-            f"no search of {what} in {', '.join(map(str, stores))} can be replayed: none was recorded by this version"
+            f"no search of {what} in {', '.join(map(str, files))} can be replayed: none was recorded by this version"
         )
     tables = []
     for name, recorded in sorted(found.items()):
         path = out / f"{name}.npz"
-        table = build(recorded, Table.load(path) if path.exists() else None)
+        table = build([Table.load(path), *recorded] if path.exists() else recorded)
         table.save(path)
         tables.append(table)
     return tables

@@ -2,12 +2,14 @@
 
     python scripts/record.py softmax rms_norm --budget 100
     python scripts/record.py --from runs/store.db --out tables
+    python scripts/record.py --from other/softmax.npz --out tables
     python scripts/record.py --verify tables
 
 The first form searches live, breadth-first: every strategy on the fastest versions of each depth. Everything
 measured is kept in a store (raw times, outcomes, costs); a recording that was stopped goes on where it was, and
 one of greater breadth adds to the table. The second form makes tables of searches that are already in a store,
-from whatever policy. Exit code 2 for bad input, 130 after Ctrl-C (what was recorded by then is kept).
+from whatever policy, or joins tables of the same machine. Exit code 2 for bad input, 130 after Ctrl-C (what was
+recorded by then is kept).
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class Args:
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Which tasks: names, families, "suite", files. With --from all tasks of the stores; with --verify files."""
-    stores: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
-    """Make tables of the searches in these stores instead of searching."""
+    sources: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
+    """Make tables of the searches in these stores (*.db) and tables (*.npz) instead of searching."""
     verify: bool = False
     """Check the tables named (files or folders) and list them."""
     out: Path = Path("tables")
@@ -71,8 +73,8 @@ def main(args: Args) -> int:
         files = catalog.files(args.tasks or (str(args.out),))
         show(console, [Table.load(path) for path in files])
         return 0
-    if args.stores:
-        made = compiling.from_stores(args.stores, args.tasks, args.out)
+    if args.sources:
+        made = compiling.from_files(args.sources, args.tasks, args.out)
         show(console, made)
         return 0
     if not args.tasks:
@@ -83,7 +85,7 @@ def main(args: Args) -> int:
     for number, task in enumerate(chosen, 1):
         title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
         ended = search(args, task, console, title)
-        made += compiling.from_stores([store_of(args)], (task.name,), args.out)
+        made += compiling.from_files([store_of(args)], (task.name,), args.out)
         if ended == "interrupted":
             break
     show(console, made)

@@ -72,9 +72,14 @@ def test_a_recording_goes_on_where_it_stopped_and_a_greater_breadth_adds_to_it(t
         search(store, "softmax", Breadth(3, 3, 2, 1))
         (whole,) = compiling.searches(store)
     assert same(compiling.build([narrow]), compiling.build([whole]))
-    extended = compiling.build([wide], compiling.build([narrow]))
+    extended = compiling.build([compiling.build([narrow]), wide])
     assert len(extended) > len(compiling.build([narrow]))
     assert set(extended.candidates) >= set(compiling.build([wide]).candidates)
+    narrow_table, wide_table = compiling.build([narrow]), compiling.build([wide])
+    assert same(compiling.build([narrow_table, wide_table]), extended), (
+        "tables join like the searches they hold"
+    )
+    assert same(compiling.build([narrow_table, narrow_table]), narrow_table)
 
 
 def test_the_first_draft_is_built_upon_however_slow_it_is(tmp_path: Path) -> None:
@@ -102,10 +107,10 @@ def test_any_finished_search_becomes_a_table(tmp_path: Path) -> None:
         )  # fmt: skip
         run(session, make("masked_random", 1), racer.evaluate, workers=2)
     racer.close()
-    (table,) = compiling.from_stores([tmp_path / "s.db"], (), tmp_path)
+    (table,) = compiling.from_files([tmp_path / "s.db"], (), tmp_path)
     assert set(table.candidates) == {node.candidate.id for node in session.tree}
     # The same store once more adds nothing.
-    (again,) = compiling.from_stores([tmp_path / "s.db"], ("softmax",), tmp_path)
+    (again,) = compiling.from_files([tmp_path / "s.db"], ("softmax",), tmp_path)
     assert same(table, again)
 
 
@@ -117,10 +122,10 @@ def test_searches_that_do_not_belong_together_are_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"machine .* and 'other' cannot share"):
         compiling.build([one, elsewhere])
     with pytest.raises(UserError, match="there is no store"):
-        compiling.from_stores([tmp_path / "none.db"], (), tmp_path)
+        compiling.from_files([tmp_path / "none.db"], (), tmp_path)
     Store(tmp_path / "empty.db").close()
     with pytest.raises(UserError, match="no search of swiglu"):
-        compiling.from_stores([tmp_path / "empty.db"], ("swiglu",), tmp_path)
+        compiling.from_files([tmp_path / "empty.db"], ("swiglu",), tmp_path)
 
 
 def rewritten(path: Path, **changes: object) -> Path:

@@ -147,7 +147,7 @@ def test_stores_become_tables_and_tables_are_verified(
     with Store(tmp_path / "s.db") as store:
         search(store, "softmax", Breadth(2, 2, 1, 1))
         search(store, "rms_norm", Breadth(2, 2, 1, 1))
-    assert record.main(record.Args(stores=(tmp_path / "s.db",), out=tmp_path / "t")) == 0
+    assert record.main(record.Args(sources=(tmp_path / "s.db",), out=tmp_path / "t")) == 0
     assert {path.name for path in (tmp_path / "t").iterdir()} == {"softmax.npz", "rms_norm.npz"}
     assert record.main(record.Args((str(tmp_path / "t"),), verify=True)) == 0
     said = capsys.readouterr().out
