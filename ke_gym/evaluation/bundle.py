@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ke_gym.languages.base import BuildError
 from ke_gym.languages.device import get_arch
 from ke_gym.tasks.task import Task
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"KEBUNDLE\0"
 _TASK = ("name", "source", "path", "family", "description", "precision", "tolerance", "backward", "shapes")
 
@@ -38,7 +39,8 @@ _TASK = ("name", "source", "path", "family", "description", "precision", "tolera
 class Packed:
     """One candidate for one task: its artifact, or why it has none. ``label`` is the caller's own name for it.
 
-    ``rival`` is the incumbent to race it against, with its artifact.
+    ``rival`` is the incumbent to race it against, with its artifact; ``final``: it is a search's winner
+    (``Evaluator.final``).
     """
 
     label: str
@@ -48,6 +50,7 @@ class Packed:
     outcome: str = "correct"
     log: str = ""
     rival: tuple[Candidate, Artifact] | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Bundle:
                     "outcome": p.outcome,
                     "log": p.log,
                     "rival": asdict(p.rival[0]) if p.rival else None,
+                    "final": p.final,
                     "bytes": [len(blob) for blob in pair],
                 }
                 for p, pair in zip(self.packed, blobs)
@@ -140,7 +144,7 @@ def _unpacked(
     against = (Candidate(**entry["rival"]), rival) if entry["rival"] and rival is not None else None
     return Packed(
         str(entry["label"]), entry["task"], Candidate(**entry["candidate"]), artifact,
-        str(entry["outcome"]), str(entry["log"]), against,
+        str(entry["outcome"]), str(entry["log"]), against, bool(entry["final"]),
     )  # fmt: skip
 
 
@@ -191,17 +195,17 @@ def run_bundle(
     open_evaluator: Callable[[Task], Evaluator],
     tell: Callable[[Judged], None] = lambda judged: None,
 ) -> list[Judged]:
-    """Race every candidate of a bundle, task by task; ``tell`` hears of each as soon as it is judged.
+    """Race every candidate of a bundle, task by task, on all GPUs at once; ``tell`` hears of each in turn.
 
     Raises ``UserError`` if the bundle was made for another architecture than this device's.
     """
     judged: list[Judged] = []
     for number, task in enumerate(bundle.tasks):
         waiting = [p for p in bundle.packed if p.task == number]
-        with open_evaluator(task) as evaluator:
-            for packed in waiting:
-                judged.append(judge(evaluator, bundle, packed))
-                tell(judged[-1])
+        with open_evaluator(task) as evaluator, ThreadPoolExecutor(evaluator.devices) as pool:
+            for one in pool.map(partial(judge, evaluator, bundle), waiting):
+                judged.append(one)
+                tell(one)
     return judged
 
 
@@ -215,6 +219,8 @@ def _judge(evaluator: Evaluator, packed: Packed) -> Evaluation:
     if packed.artifact is not None:
         try:
             evaluator.adopt(packed.candidate, packed.artifact)
+            if packed.final:
+                return evaluator.final(packed.candidate)
             if packed.rival is None:
                 return evaluator.evaluate(packed.candidate)
             evaluator.adopt(*packed.rival)

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,7 @@ class ExchangeEvaluator(Evaluator):
             self.peaks = cuda.Peaks.from_dict(about["peaks"])
             self.shape_sets, self.hidden = list(about["shape_sets"]), list(about["hidden"])
             self.contract = self.shape_sets[0]
+            self.devices = int(about["devices"])
             self.sandbox = str(about["sandbox"])
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
             self.zygote = self._state.enter_context(Zygote(1))
@@ -91,6 +93,15 @@ class ExchangeEvaluator(Evaluator):
 
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         """See ``Evaluator.evaluate``; many may be under way."""
+        return self._order_one(candidate, incumbent)
+
+    def final(self, candidate: Candidate) -> Evaluation:
+        """See ``Evaluator.final``."""
+        return self._order_one(candidate, None, final=True)
+
+    def _order_one(
+        self, candidate: Candidate, incumbent: Candidate | None, final: bool = False
+    ) -> Evaluation:
         start = time.perf_counter()
         try:
             artifact = self.build(candidate)
@@ -104,7 +115,7 @@ class ExchangeEvaluator(Evaluator):
                 outcome=error.outcome, log=error.log, baseline=self.baseline, machine=self.facts.fingerprint,
                 sandbox=self.sandbox, cost=cost,
             )  # fmt: skip
-        packed = Packed(candidate.id, 0, candidate, artifact, rival=rival)
+        packed = Packed(candidate.id, 0, candidate, artifact, rival=rival, final=final)
         answer = self._order(Bundle(artifact.arch, (self.task,), (packed,), self.baseline))
         (judged,) = read_results(json.dumps(answer))
         spent = Cost(
@@ -151,41 +162,56 @@ def serve(
     open_evaluator: Callable[[Task, str], Evaluator],
     tell: Callable[[str], None] = lambda said: None,
 ) -> None:
-    """Judge the bundles that appear in ``folder`` until a file called ``stop`` does.
+    """Judge the bundles that appear in ``folder`` until a file called ``stop`` does, one at a time for each GPU.
 
     ``open_evaluator(task, baseline)``; the last one stays open for the orders to come.
     """
     opened: dict[tuple[str, str], Evaluator] = {}
-    try:
+    under_way: dict[Path, Future[None]] = {}
+    with ExitStack() as state:
+        state.callback(_close, opened)
+        pool = state.enter_context(ThreadPoolExecutor(thread_name_prefix="serve"))
         while not (folder / STOP).exists():
+            for ended in [order for order, future in under_way.items() if future.done()]:
+                under_way.pop(ended).result()
             waiting = [o for o in folder.glob(f"*{ORDER}") if not o.with_suffix(ANSWER).exists()]
-            if not waiting:
+            waiting = [o for o in waiting if o not in under_way]
+            if not waiting or len(under_way) >= max((e.devices for e in opened.values()), default=1):
                 time.sleep(POLL_SECONDS)
                 continue
             order = min(waiting, key=lambda path: (path.stat().st_mtime_ns, path.name))
             try:
-                answer = _answer(Bundle.read(order), open_evaluator, opened)
+                bundle = Bundle.read(order)
+                key = (bundle.tasks[0].id, bundle.baseline)
+                if key not in opened:  # two tasks need not fit onto the device
+                    wait(under_way.values())
+                    _close(opened)
+                    opened[key] = open_evaluator(bundle.tasks[0], bundle.baseline)
             except UserError as error:
-                answer = json.dumps({"error": str(error)})
-            write_file(order.with_suffix(ANSWER), answer.encode())
-            tell(order.name)
-    finally:
-        for evaluator in opened.values():
-            evaluator.close()
+                _reply(order, json.dumps({"error": str(error)}), tell)
+                continue
+            under_way[order] = pool.submit(_serve, order, bundle, opened[key], tell)
 
 
-def _answer(
-    order: Bundle,
-    open_evaluator: Callable[[Task, str], Evaluator],
-    opened: dict[tuple[str, str], Evaluator],
-) -> str:
-    (task,) = order.tasks
-    key = (task.id, order.baseline)
-    if key not in opened:
-        while opened:  # two tasks need not fit onto the device
-            opened.popitem()[1].close()
-        opened[key] = open_evaluator(task, order.baseline)
-    evaluator: Any = opened[key]
+def _close(opened: dict[tuple[str, str], Evaluator]) -> None:
+    while opened:
+        opened.popitem()[1].close()
+
+
+def _reply(order: Path, answer: str, tell: Callable[[str], None]) -> None:
+    write_file(order.with_suffix(ANSWER), answer.encode())
+    tell(order.name)
+
+
+def _serve(order: Path, bundle: Bundle, evaluator: Evaluator, tell: Callable[[str], None]) -> None:
+    try:
+        answer = _answer(bundle, evaluator)
+    except UserError as error:
+        answer = json.dumps({"error": str(error)})
+    _reply(order, answer, tell)
+
+
+def _answer(order: Bundle, evaluator: Any) -> str:
     if order.packed:
         return results(
             (judge(evaluator, order, packed) for packed in order.packed), evaluator.facts.to_dict()
@@ -193,6 +219,7 @@ def _answer(
     about = {
         "facts": evaluator.facts.to_dict(),
         "peaks": evaluator.peaks.to_dict(),
+        "devices": evaluator.devices,
         "shape_sets": evaluator.shape_sets,
         "hidden": evaluator.hidden,
         "sandbox": evaluator.sandbox,

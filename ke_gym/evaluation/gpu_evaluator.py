@@ -43,7 +43,9 @@ from ke_gym.tasks.task import Task
 PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
 """Variables that tell where the driver and a toolkit are, which workers therefore keep."""
 DISPUTED = 0.25
-"""A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused."""
+"""A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused.
+
+On a busy host the clock is read late now and then: for everybody, so what the baseline was doubted for is taken off."""
 
 FRESH_ROUNDS = 12
 """Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
@@ -381,7 +383,7 @@ class GpuEvaluator(Evaluator):
         margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
         result, counts = judge.race(name, own.number, rival, rules, margin, baseline)
         believe(result)
-        if counts["disputed"] > DISPUTED * max(1, result.rounds):
+        if counts["disputed"] - counts["doubted"] > DISPUTED * max(1, result.rounds):
             raise Rejected(
                 "constraints", "the device's events claim less time than the host's clock measured"
             )

@@ -222,14 +222,15 @@ class GpuJudge:
         full = {stage.rng.randrange(limits.min_rounds)}
         samples: list[Sample] = []
         suspects: set[str] = set()
-        counts = {"rounds": 0, "throttled": 0, "disputed": 0}
+        counts = {"rounds": 0, "throttled": 0, "disputed": 0, "doubted": 0}
 
         def contestant(name: str, runner: CudaRunner | None) -> Callable[[], float]:
             def call() -> float:
                 with answering(name):
                     done = stage.call(chosen, runner, patience)
                 samples.append(done.sample)
-                counts["disputed"] += done.sample.disputed and name == "candidate"
+                if name != "incumbent":
+                    counts["disputed" if name == "candidate" else "doubted"] += done.sample.disputed
                 if done.out is not None:
                     due = counts["rounds"] in full or stage.rng.random() < FULL_CHECKS
                     if not stage.plausible(chosen, done.seed, done.out, due):

@@ -73,7 +73,8 @@ def counted(counters: Mapping[str, Mapping[str, float]]) -> tuple[tuple[str, flo
 def limiter_by_counters(profile: Profile, guessed: str) -> str:
     """What holds the kernel back by the device's counters; ``guessed`` where they leave it open.
 
-    The unit nearest to its peak; if none is near, few resident warps that wait for memory.
+    The unit nearest to its peak, DRAM before L2, through which all its traffic goes; if none is near, few resident
+    warps that wait for memory.
     """
     seen = dict(profile.counters)
     if not seen or guessed in ("latency", "launches"):
@@ -85,6 +86,8 @@ def limiter_by_counters(profile: Profile, guessed: str) -> str:
         "l1": seen.get("l1", 0.0),
         "instructions": seen.get("issue", 0.0),
     }
+    if units["dram"] >= BUSY:
+        del units["l2"]
     nearest = max(units, key=lambda unit: units[unit])
     if units[nearest] >= BUSY:
         return nearest

@@ -13,6 +13,9 @@ _LIMITS = {
     "dram": "main memory runs near its measured peak",
     "l3": "the last-level cache runs near its measured peak",
     "l2": "the L2 caches run near their measured peak",
+    "l1": "shared memory or the L1 caches run near their peak",
+    "occupancy": "few warps are resident, and they wait for memory",
+    "launches": "several short kernels follow each other, and launching them dominates",
     "instructions": "neither memory nor the FMA units are saturated: instructions and dependences set the"
     " pace",
 }

@@ -39,6 +39,8 @@ def made() -> Bundle:
 class FakeEvaluator:
     """Takes every artifact and finds every candidate correct."""
 
+    devices = 1
+
     def __init__(self, task: Task, arch: str = "sm_90") -> None:
         self.task, self.target = task, "cuda"
         self.facts = SimpleNamespace(arch=arch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,8 @@ class Device:
     """Stands for the evaluator of a machine with a GPU: every kernel takes a millisecond."""
 
     facts, peaks, sandbox, hidden, shape_sets = FACTS, PEAKS, "full", ["ragged"], ["gpu"]
+    devices = 2
+    both = threading.Barrier(2)
 
     def __init__(self, task: Task, baseline: str) -> None:
         if baseline == "compile":
@@ -48,8 +51,13 @@ class Device:
 
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         assert candidate.id in self.adopted and (incumbent is None or incumbent.id in self.adopted)
+        if "together" in candidate.source:
+            self.both.wait(20)
         gain = None if incumbent is None else 1.5
         return Evaluation(self.task.name, "cuda", "triton", candidate.id, "correct", time_ms=1.0, gain=gain)
+
+    def final(self, candidate: Candidate) -> Evaluation:
+        return self.evaluate(candidate).replace(log="looked at by memcheck")
 
     def close(self) -> None:
         self.closed = True
@@ -81,10 +89,20 @@ def test_candidates_are_built_here_and_judged_there(shared: Path, tmp_path: Path
         first = evaluator.evaluate(kernel("a"))
         assert (first.outcome, first.time_ms, first.gain) == ("correct", 1.0, None)
         assert evaluator.evaluate(kernel("b"), kernel("a")).gain == 1.5
+        assert evaluator.final(kernel("a")).log == "looked at by memcheck"
         broken = evaluator.evaluate(Candidate("def forward(x:", "triton"))
         assert broken.outcome == "compile" and broken.log
     orders = sorted(shared.glob(f"*{exchange.ORDER}"))
-    assert len(orders) == 3 and all(order.with_suffix(exchange.ANSWER).exists() for order in orders)
+    assert len(orders) == 4 and all(order.with_suffix(exchange.ANSWER).exists() for order in orders)
+
+
+def test_two_devices_there_judge_at_once(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    with ExchangeEvaluator(Task.load("softmax"), shared, folder=tmp_path) as evaluator:
+        assert evaluator.devices == 2
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(evaluator.evaluate, map(kernel, ("together_a", "together_b"))))
+    assert [e.outcome for e in found] == ["correct", "correct"]
 
 
 def test_what_the_other_side_says_is_said_here(shared: Path, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_who_was_refused_once_does_not_ask_again(
     [
         ({}, "dram", "dram"),
         ({"dram": 90.0, "issue": 40.0}, "instructions", "dram"),
+        ({"dram": 85.0, "l2": 91.0}, "instructions", "dram"),
+        ({"dram": 54.0, "l2": 83.0}, "instructions", "l2"),
         ({"dram": 40.0, "tensor": 75.0}, "instructions", "compute"),
         ({"l2": 70.0, "l1": 65.0}, "dram", "l2"),
         ({"issue": 80.0, "l1": 61.0}, "dram", "instructions"),

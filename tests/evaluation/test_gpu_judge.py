@@ -11,6 +11,7 @@ import torch
 
 from ke_gym.evaluation.gpu_judge import GpuJudge
 from ke_gym.evaluation.gpu_stage import Died
+from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, TensorSpec
@@ -270,3 +271,32 @@ def test_what_stays_right_is_told_from_what_does_not(judge: GpuJudge) -> None:
     )
     assert judge.soak(stays, 5.0) == {"ok": True}
     assert judge.soak(ends, 5.0) == {"ok": False}
+
+
+def test_a_call_that_the_host_s_clock_doubts_is_repeated(
+    judge: GpuJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubted, fine = Sample(2e-3, 1e-3, 2e-3, True, 1000), Sample(1e-3, 1e-3, 1e-3, True, 1000)
+    answers = [doubted, doubted, fine]
+    monkeypatch.setattr(judge.stage.watch, "time", lambda run, patience: answers.pop(0))
+    assert judge.stage.call(judge.sets["default"], None, 5.0).sample == fine
+    monkeypatch.setattr(judge.stage.watch, "time", lambda run, patience: doubted)
+    assert judge.stage.call(judge.sets["default"], None, 5.0).sample.disputed
+
+
+@pytest.mark.parametrize(("who", "count"), [("baseline", 0), ("candidate", 1)])
+def test_doubted_calls_are_counted_for_the_candidate_and_the_baseline(
+    judge: GpuJudge, monkeypatch: pytest.MonkeyPatch, who: str, count: int
+) -> None:
+    plain = judge.stage.call
+
+    def call(chosen: Any, runner: Any, patience: float) -> Any:
+        done = plain(chosen, runner, patience)
+        lying = (runner is None) == (who == "baseline")
+        return replace(done, sample=replace(done.sample, seconds=done.sample.device_s * (2 if lying else 1)))
+
+    monkeypatch.setattr(judge.stage, "call", call)
+    answer = run_race(judge, "right")
+    counts = answer["counts"]
+    rounds = len(answer["values"])
+    assert (counts["disputed"], counts["doubted"]) == (count * rounds, (1 - count) * rounds)

@@ -15,7 +15,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_evaluator, gpu_judge
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import OutOfDeviceMemory
+from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.languages.plan import Launch, TensorSpec
 from ke_gym.tasks.task import Task
@@ -217,3 +217,17 @@ def test_kernels_are_built_for_the_device_that_is_there() -> None:
     assert gpu_evaluator.arch_of(replace(FACTS, arch="sm_80")) == "sm_80"
     with pytest.raises(UserError, match=r"compute capability 7\.5, which kernels are not built for"):
         gpu_evaluator.arch_of(replace(FACTS, arch="sm_75"))
+
+
+@pytest.mark.parametrize(("doubted", "outcome"), [(0, "constraints"), (8, "correct")])
+def test_events_that_claim_too_little_are_the_candidate_s_if_the_baseline_s_do_not(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch, doubted: int, outcome: str
+) -> None:
+    race = GpuClient.race
+
+    def on_a_busy_host(self: GpuClient, *arguments: Any) -> Any:
+        result, counts = race(self, *arguments)
+        return result, {**counts, "disputed": result.rounds, "doubted": doubted * result.rounds // 8}
+
+    monkeypatch.setattr(GpuClient, "race", on_a_busy_host)
+    assert evaluator.evaluate(candidate(evaluator, "fine")).outcome == outcome
