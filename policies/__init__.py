@@ -37,6 +37,7 @@ _BUILT_IN = {
     "ppo": "ke_gym.policies.ppo:PPO",
     "ppo_guided": "ke_gym.policies.ppo_guided:PPOGuided",
     "puct": "ke_gym.policies.puct:PUCT",
+    "rotting": "ke_gym.policies.rotting:Rotting",
     "round_robin": "ke_gym.policies.round_robin:RoundRobin",
     "thompson": "ke_gym.policies.thompson:Thompson",
     "ucb1": "ke_gym.policies.ucb1:UCB1",

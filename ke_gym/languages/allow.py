@@ -7,9 +7,10 @@ import re
 
 import torch
 
-# Files, storages and raw memory; tensors whose contents are whatever lay there; values that leave the device.
+# Files, storages and raw memory (executors know the two forms of as_strided that only read); tensors whose contents are
+# whatever lay there; values that leave the device.
 _REFUSED = re.compile(
-    r"^(from_file|set_|set_data|_?resize\w*|resize_as_\w*|\w*storage\w*|record_stream|_pin_memory|pin_memory"
+    r"^(as_strided_(?!copy$)\w*|from_file|set_|set_data|_?resize\w*|resize_as_\w*|\w*storage\w*|record_stream|_pin_memory|pin_memory"
     r"|is_pinned|_local_scalar_dense|item|equal|is_nonzero|empty\w*|new_empty\w*|_empty\w*|_cuda_\w*"
     r"|_debug\w*|_print|_assert\w*|_version|retain_grad|requires_grad_|output_nr|data"
     r"|_backward|_fw_primal|_make_dual|_test\w*|_nested\w*|_sparse\w*|sparse_\w*|_coalesce\w*)$"

@@ -11,7 +11,7 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryPlan", "PlanError", "PlanRunner", "plan_memory"]
 
 Closure = Callable[[], object]
+AS_STRIDED = ("aten.as_strided.default", "aten.as_strided_copy.default")
 
 
 class PlanRunner:
@@ -270,7 +271,7 @@ class PlanRunner:
         overload = resolve(step.target)
         if any(a.alias_info is not None and a.alias_info.is_write for a in overload._schema.arguments):
             return False
-        result = overload(*self._concrete(step.args), **self._concrete_kwargs(step))
+        result = overload(*self._positional(step), **self._concrete_kwargs(step))
         base = self._values[self._roots[value]]
         if result.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
             return False
@@ -287,7 +288,7 @@ class PlanRunner:
         nested = [i for i, a in enumerate(step.args) if isinstance(a, tuple) and made & set(refs(a))]
         named = [n for n, a in step.kwargs.items() if made & set(refs((a,)))]
         skip = {i for i, _ in slots} | set(nested)
-        args = [None if i in skip else self._concrete(a) for i, a in enumerate(step.args)]
+        args = [None if i in skip else a for i, a in enumerate(self._positional(step, skip))]
         kwargs = {n: None if n in named else self._concrete(a) for n, a in step.kwargs.items()}
 
         def call() -> None:
@@ -308,6 +309,27 @@ class PlanRunner:
                 values.pop(value, None)
 
         return call
+
+    def _positional(self, step: Call, skip: Collection[int] = ()) -> list[Any]:
+        """The arguments of a call but those in ``skip``, which a run makes.
+
+        ``as_strided`` counts from the beginning of a storage. The plan means the storage of its operand; here, that
+        holds other tensors too.
+        """
+        args = [None if i in skip else self._concrete(a) for i, a in enumerate(step.args)]
+        if step.target not in AS_STRIDED or 0 in skip:
+            return args
+        operand, root = args[0], self._values[self._roots[step.args[0].value]]
+        begin = root.storage_offset() * root.itemsize // operand.itemsize
+        size, stride = args[1], args[2]
+        offset = args[3] + begin if len(args) > 3 and args[3] is not None else operand.storage_offset()
+        end = offset + sum((n - 1) * by for n, by in zip(size, stride)) + 1
+        whole = TensorSpec.of(root).storage_bytes // operand.itemsize
+        if math.prod(size) and not begin <= offset < end <= begin + whole:
+            raise PlanError(
+                f"{step.target} {tuple(size)} by {tuple(stride)} reaches beyond its operand's memory"
+            )
+        return [operand, size, stride, offset]
 
     def _concrete(self, argument: Any) -> Any:
         if isinstance(argument, Ref):

@@ -220,3 +220,31 @@ def test_memory_is_reused() -> None:
     made = artifact(chain([0, 2, 3, 4, 5, 6]), [7])
     assert plan_memory(made.plans["cpu"]).size < 3 * 128
     assert plan_memory(made.plans["cpu"], reuse=False).size >= 5 * 96
+
+
+@pytest.mark.parametrize("target", ["as_strided.default", "as_strided_copy.default"])
+@pytest.mark.parametrize("made", [False, True])
+def test_as_strided_counts_from_its_operand_wherever_that_lies(target: str, made: bool) -> None:
+    """In a plan a tensor has its storage to itself; an executor puts many into one."""
+    steps: list[Step] = [Alloc(2, SPEC), affine(0, 2, 1.0), Alloc(3, SPEC), affine(2, 3, 1.0)]
+    operand = Ref(3 if made else 0)
+    turned = call(target, operand, (4, 5), (1, 4), 3, out=4)
+    steps += [turned, call("mul.Tensor", Ref(4), 2.0, out=5)]
+    pool = torch.randn(100)
+    x = pool[40:64].view(4, 6)
+    spec = TensorSpec((4, 5), (1, 4) if target == "as_strided.default" else (5, 1), "float32")
+    runner = PlanRunner(artifact(steps, [5], [spec]), "cpu", [x], tensors()[1])
+    torch.testing.assert_close(runner.run()[0], 2 * x.clone().as_strided((4, 5), (1, 4), 3))
+
+
+@pytest.mark.parametrize(
+    "layout", [((24,), (2,), 0), ((24,), (1,), 1), ((30,), (1,), 0), ((5, 5), (6, 1), 0)]
+)
+def test_as_strided_stays_in_the_memory_of_its_operand(layout: tuple[Any, ...]) -> None:
+    steps: list[Step] = [
+        call("as_strided.default", Ref(0), *layout, out=2),
+        call("sum.default", Ref(2), out=3),
+    ]
+    x = torch.randn(200)[40:64].view(4, 6)
+    with pytest.raises(PlanError, match="beyond its operand's memory"):
+        PlanRunner(artifact(steps, [3], [TensorSpec((), (), "float32")]), "cpu", [x], tensors()[1])
