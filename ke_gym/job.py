@@ -94,6 +94,7 @@ def optimize(
     exchange: str | Path | None = None,
     learned: bool = True,
     warm_start: float = 0.0,
+    inspect: bool = True,
     out: str | Path = "runs",
     resume: str | Path | None = None,
     watch: Watch | None = None,
@@ -118,6 +119,8 @@ def optimize(
         learned: add what this search teaches to the lessons beside the store (a model that proposes also puts them
             in words), and tell models of earlier ones.
         warm_start: how often a draft is the best recorded kernel of this or a similar task, from 0 to 1.
+        inspect: look at the winner with what the target has besides races (on a GPU ``compute-sanitizer`` and ``ncu``,
+            up to a minute).
         out: the folder in which the run's own folder is made.
         resume: a run's folder: continue that search with what it recorded, and with its own target, language, baseline,
             policy, proposer, seed and threads.
@@ -150,7 +153,7 @@ def optimize(
         )  # fmt: skip
     module = task if isinstance(task, nn.Module) else None
     try:
-        return _search(loaded, module, settings, limits, run_dir, watch or Watch())
+        return _search(loaded, module, settings, limits, run_dir, watch or Watch(), inspect)
     except (UserError, KeyboardInterrupt):
         if not (run_dir / RUN_FILE).exists():  # refused or interrupted before it began
             shutil.rmtree(run_dir)
@@ -210,6 +213,7 @@ def _search(
     limits: Budget,
     run_dir: Path,
     watch: Watch,
+    inspect: bool,
 ) -> Result:
     # Policies lie above this package; the main job is the one place that reaches up for them.
     from ke_gym import policies
@@ -255,7 +259,7 @@ def _search(
         stopped = run(session, policy, evaluate, workers=workers, watch=watch)
         if stopped != "interrupted":
             try:
-                confirm_best(session, evaluator, watch)
+                confirm_best(session, evaluator, watch, inspect)
             except KeyboardInterrupt:
                 stopped = "interrupted"
         result = _result(task, module, session, evaluator, stopped, run_dir, proof)
@@ -396,8 +400,8 @@ def remembering(
     return evaluate
 
 
-def confirm_best(session: Session, evaluator: Evaluator, watch: Watch) -> None:
-    """Race the closest challengers against the best, then measure the winner anew.
+def confirm_best(session: Session, evaluator: Evaluator, watch: Watch, inspect: bool = True) -> None:
+    """Race the closest challengers against the best, then measure the winner anew, and ``inspect`` it.
 
     The best of many noisy measurements flatters itself: what is reported was measured after the choice. A
     winner that fails this time gives way to the next fastest; if ``FINALISTS`` in a row fail, nothing is best.
@@ -416,7 +420,8 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch) -> None:
     finalists = [champion, *(node for node in ranked if node is not champion)][:FINALISTS]
     for node in finalists:
         watch.confirming(session, node)
-        final = replace(node, evaluation=evaluator.final(node.candidate))
+        judge = evaluator.final if inspect else evaluator.evaluate
+        final = replace(node, evaluation=judge(node.candidate))
         if final.correct and final.evaluation.speedup_ci is not None:
             tree.crown(final)
             return

@@ -39,7 +39,7 @@ METRICS = {
     "stall_barrier": "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
 }
 """A dozen metrics by the names that profiles give them; shares are percent, stalls warps waiting per issue."""
-PROFILE_SECONDS, SANITIZE_SECONDS = 60.0, 45.0
+PROFILE_SECONDS, SANITIZE_SECONDS = 60.0, 30.0
 """On one H200: ``ncu`` takes 6 to 7 s, ``memcheck`` 4 to 5, ``racecheck`` 8 and, with much shared memory, minutes."""
 CHECKS = ("memcheck", "racecheck")
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")

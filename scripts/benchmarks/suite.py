@@ -236,6 +236,7 @@ class Suite:
                 workers=2 if self.target == "cpu" else GPU_WORKERS,
                 policy=self.policy,
                 seed=self.seed,
+                inspect=False,
                 out=self.out,
             )
         except UserError as error:
