@@ -15,20 +15,24 @@ from ke_gym.envs import catalog, spaces
 from ke_gym.envs.bank import bank_of
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
-from ke_gym.envs.prepared import DESCRIBED, HISTORY, N_STRATEGIES, PER_STRATEGY, SLICES
+from ke_gym.envs.prepared import DESCRIBED, HISTORY, N_ACTIONS, N_STRATEGIES, PER_STRATEGY, SLICES
 from ke_gym.envs.replay import EPISODES, Noise, check_noise, pick
-from ke_gym.envs.walk import FAST_RULES
+from ke_gym.envs.walk import COMPILED, DULL, FAST_RULES
 from ke_gym.errors import UserError
-from ke_gym.evaluation.evaluation import OUTCOMES
 from ke_gym.search import reward
 from ke_gym.search.observation import RECENT
 from ke_gym.search.reward import Kind
 from ke_gym.strategies import FIX, RESTART, STOP
 
 Indices = NDArray[np.int64]
-_COMPILE, _WRONG = OUTCOMES.index("compile"), OUTCOMES.index("correctness")
-_NEVER = np.iinfo(np.int64).max
+Flags = NDArray[np.bool_]
+Values = NDArray[np.float64]
 _LOG_10, _LOG_MILESTONE = math.log(10), math.log(reward.MILESTONE)
+_KINDS = 4
+_PARTS = tuple(SLICES.items())
+_MARGIN = 3 * (N_ACTIONS - N_STRATEGIES)
+"""Columns behind the observation, where statistics of the controls go, which nobody sees."""
+_THREE = np.arange(3)
 
 
 class BatchedReplayVecEnv(VecEnv):
@@ -39,6 +43,9 @@ class BatchedReplayVecEnv(VecEnv):
     themselves; the last observation is then in ``info["terminal_observation"]``, beside ``task``, ``best_speedup``,
     ``evaluations``, ``clock_s`` and ``TimeLimit.truncated``. Other infos are empty. Episode i is the one that the
     single environment makes of seed + i.
+
+    A step is the same hundred array operations for all episodes, whatever each of them does: one that evaluates nothing
+    writes to places that nobody reads. State of a version in an episode lies at ``lane + version`` of flat arrays.
     """
 
     def __init__(
@@ -66,44 +73,52 @@ class BatchedReplayVecEnv(VecEnv):
         self.horizons = np.resize(np.array(listed, dtype=np.int64), n_envs)
         self.noise = noise
         super().__init__(n_envs, spaces.observation_space(), spaces.action_space())
-        n, width = n_envs, self.bank.width
+        n, width, longest = n_envs, self.bank.width, max(listed)
         self._all = np.arange(n)
         self._rngs = [np.random.default_rng() for _ in range(n)]
-        longest = max(listed)
         self._uniforms = np.zeros((n, EPISODES, longest + 2))
         self._episode = np.full(n, EPISODES)
         self._drawn = np.zeros((n, longest))
         self._actions = np.zeros(n, np.int64)
-        self.table = np.zeros(n, np.int64)
-        self._offset = np.zeros(n, np.int64)
-        self._reference = np.zeros(n, np.int64)
-        self._parent = np.zeros(n, np.int64)
-        self._steps, self._evaluations, self._duplicates, self._drafts, self._covered, self._best_at = (
-            np.zeros(n, np.int64) for _ in range(6)
+        # Where each episode's values begin in the flat arrays.
+        self._lane, self._nowhere = self._all * width, self._all * width + width - 1
+        self._by_step, self._by_action, self._by_kind, self._by_recent = (
+            self._all * size for size in (longest, N_ACTIONS, _KINDS, RECENT)
         )
-        self._best = np.full(n, -1)
-        self._best_value, self.clock = np.zeros(n), np.zeros(n)
-        self._last_outcome = np.zeros(n, np.int64)
-        self._recent = np.zeros((n, RECENT, 3), np.int64)
-        """Of the latest evaluations: did not compile, was wrong, was correct but won nothing."""
-        self._recent_sums = np.zeros((n, 3), np.int64)
-        self._best_dull = np.zeros(n, np.bool_)
+        self.table, self._offset, self._reference, self._parent, self._failed = (
+            np.zeros(n, np.int64) for _ in range(5)
+        )
+        """``_failed``: the version that FIX would repair; -1 if there is none."""
+        self._steps, self._evaluations, self._duplicates, self._drafts, self._covered = (
+            np.zeros(n, np.int64) for _ in range(5)
+        )
+        self._best, self._best_at, self._open = (np.full(n, -1) for _ in range(3))
+        """``_open``: the fastest visited version that has a recorded strategy left; -1 if none has."""
+        self._best_value, self._best_depth, self.clock, self._last_outcome = (np.zeros(n) for _ in range(4))
+        self._best_dull, self._drafts_left = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
         """Whether the best became that by default, as the first correct version, and won nothing either."""
-        self._worked = np.zeros((n, 25), np.bool_)
-        self._visited = np.zeros((n, width), np.bool_)
-        self._value = np.zeros((n, width))
-        self._order, self._depth, self._root, self._left = (np.zeros((n, width), np.int64) for _ in range(4))
-        self._used = np.zeros((n, width, 25), np.int16)
-        self._open = np.full(n, -1)
-        """The fastest visited version that has a recorded strategy left; -1 if none has."""
-        self._fixable = np.full((n, width), -1)
+        self._recent = np.zeros(n * RECENT, np.int64)
+        """Kinds of the latest evaluations, and how many there are of each."""
+        self._kinds = np.zeros((n, _KINDS), np.int64)
+        self._worked = np.zeros(n * N_ACTIONS, np.bool_)
+        self._told = np.zeros((n, longest + 1), np.int64)
+        """The versions of an episode, in order."""
+        self._visited = np.zeros(n * width, np.bool_)
+        self._state = np.zeros((n * width, 3))
+        """Of every version visited: log-speedup as drawn, depth, first draft."""
+        self._left = np.zeros(n * width, np.int64)
+        """Strategies that can still be taken."""
+        self._used = np.zeros((n * width, N_ACTIONS), np.int16)
+        self._spent = np.zeros((n * width, N_STRATEGIES), np.bool_)
+        self._fixable = np.full(n * width, -1)
         """The failed version that FIX would repair, for each parent; -1 where none is recorded."""
         self._broken: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(n)]
-        self._stats = np.zeros((4, n, N_STRATEGIES))
+        self._stats = np.zeros((n * N_ACTIONS, 4))
         """Tries, failures, sums and counts of gains."""
-        self._mask = np.zeros((n, 25), np.bool_)
+        self._mask = np.zeros((n, N_ACTIONS), np.bool_)
         self._mask[:, STOP.id] = True
-        self._flat = np.zeros((n, spaces.SIZE), np.float32)
+        self._flat = np.zeros((n, spaces.SIZE + _MARGIN), np.float32)
+        self._columns = (self._all * self._flat.shape[1] + PER_STRATEGY)[:, None] + _THREE
 
     # Episodes ---------------------------------------------------------------------------------------------
 
@@ -132,21 +147,29 @@ class BatchedReplayVecEnv(VecEnv):
         for i, option in zip(which, options):
             if option:
                 table[i] = pick(self.tables, option, 0.0)
-        self.table[which] = table
-        self._drawn[which] = uniforms[:, 2:]
-        self._offset[which] = bank.offsets[table]
-        self._reference[which] = bank.references[table]
+        # Of the last episode, only what was visited has to be forgotten.
+        longest = int(self._evaluations[which].max(initial=0))
+        nodes = np.column_stack((self._told[which, :longest], self._reference[which]))
+        touched = (nodes + self._lane[which, None]).ravel()
+        self._used[touched], self._spent[touched], self._visited[touched] = 0, False, False
+        self._fixable[touched] = -1
+        self.table[which], self._drawn[which] = table, uniforms[:, 2:]
+        self._offset[which], self._reference[which] = bank.offsets[table], bank.references[table]
+        self._state[self._lane[which] + bank.references[table]] = 0.0
         for counter in (
             self._steps, self._evaluations, self._duplicates, self._drafts, self._covered, self._best_value,
-            self.clock, self._last_outcome, self._recent, self._recent_sums, self._best_dull, self._worked,
-            self._visited, self._used,
+            self._best_depth, self.clock, self._last_outcome, self._best_dull, self._kinds,
         ):  # fmt: skip
             counter[which] = 0
-        for unknown in (self._best, self._best_at, self._open, self._fixable):
+        for unknown in (self._best, self._best_at, self._open):
             unknown[which] = -1
-        self._stats[:, which] = 0.0
-        self._left[which] = bank.fanout[table]
-        self._flat[which] = bank.starts[table]
+        self._drafts_left[which] = bank.has_drafts[table]
+        for lanes in (
+            self._recent.reshape(-1, RECENT), self._worked.reshape(-1, N_ACTIONS),
+            self._stats.reshape(-1, N_ACTIONS, 4),
+        ):  # fmt: skip
+            lanes[which] = 0
+        self._flat[which, : spaces.SIZE] = bank.starts[table]
         for i in which.tolist():
             if self._broken[i]:
                 self._broken[i] = {}
@@ -156,24 +179,21 @@ class BatchedReplayVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step all episodes."""
-        actions, every = self._actions, self._all
+        actions = self._actions
         self._steps += 1
-        known = np.where((actions >= 0) & (actions < 25), actions, 0)
-        legal = self._mask[every, known] & (known == actions)
+        known = np.where((actions >= 0) & (actions < N_ACTIONS), actions, 0)
+        legal = self._mask.ravel().take(self._by_action + known) & (known == actions)
         stopped = legal & (actions == STOP.id)
-        rewards = np.where(legal, 0.0, reward.DUPLICATE_PENALTY)
-        acting = np.flatnonzero(legal & ~stopped)
-        if len(acting):
-            rewards[acting] = self._act(acting, actions[acting])
+        rewards = self._act(legal & ~stopped, actions)
+        rewards[stopped] = 0.0
         self._settle()
         ended = stopped | (self._steps >= self.horizons)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if ended.any():
             which = np.flatnonzero(ended)
-            last = self._flat[which]
-            for row, i in enumerate(which.tolist()):
+            for i, last in zip(which.tolist(), self._flat[which]):
                 infos[i] = {
-                    "terminal_observation": {name: last[row, part] for name, part in SLICES.items()},
+                    "terminal_observation": {name: last[part] for name, part in _PARTS},
                     "TimeLimit.truncated": not stopped[i],
                     "task": self.tables[self.table[i]].task,
                     "best_speedup": math.exp(self._best_value[i]),
@@ -184,140 +204,141 @@ class BatchedReplayVecEnv(VecEnv):
             self._settle()
         return self._observation(), rewards.astype(np.float32), ended, infos
 
-    def _act(self, who: Indices, actions: Indices) -> NDArray[np.float64]:
-        """Take legal actions other than STOP in episodes ``who``; returns their rewards."""
+    def _act(self, acting: Flags, actions: Indices) -> Values:
+        """Take legal actions other than STOP in the episodes ``acting``; returns all rewards."""
         bank = self.bank
-        base = actions == RESTART.id
-        origin = np.where(base, self._reference[who], self._parent[who])
-        repairs = actions == FIX.id
-        if repairs.any():
-            origin[repairs] = self._fixable[who[repairs], origin[repairs]]
-        row = self._offset[who] + origin
-        count, first = bank.counts[row, actions], bank.first[row, actions]
-        taken = self._used[who, origin, actions].astype(np.int64)
-        child = bank.children[first + taken]
-        again = (taken < count) & self._visited[who, child]
+        actions = np.where(acting, actions, STOP.id)
+        base, repairs = actions == RESTART.id, actions == FIX.id
+        origin = np.where(base, self._reference, self._parent)
+        origin = np.where(repairs, self._failed, origin)
+        at = self._lane + origin
+        first, count, total, repeating = bank.edges.take(
+            (self._offset + origin) * N_ACTIONS + actions, axis=0
+        ).T
+        used = self._used.ravel()
+        place = at * N_ACTIONS + actions
+        taken = used.take(place).astype(np.int64)
+        child = bank.children.take(first + taken)
+        again = (taken < count) & self._visited.take(self._lane + child)
         while again.any():
             taken += again
-            child = bank.children[first + taken]
-            again = (taken < count) & self._visited[who, child]
+            child = bank.children.take(first + taken)
+            again = (taken < count) & self._visited.take(self._lane + child)
         told = taken < count
-        totals = bank.totals[row, actions]
-        used = np.where(told, taken + 1, totals)
-        self._used[who, origin, actions] = used
-        spent = (used >= totals) & (actions < N_STRATEGIES)
-        if spent.any():
-            self._spend(who[spent], origin[spent])
-        if told.all():
-            return self._tell(who, actions, origin, row, child, base)
-        refused = ~told
-        self._duplicates[who[refused]] += bank.repeating[row[refused], actions[refused]]
-        for i in who[refused & repairs].tolist():
-            self._fixable[i, self._parent[i]] = -1
-        rewards = np.full(len(who), reward.DUPLICATE_PENALTY)
-        if told.any():
-            rewards[told] = self._tell(
-                who[told], actions[told], origin[told], row[told], child[told], base[told]
-            )
-        return rewards
+        taken = np.where(told, taken + 1, total)
+        used[place] = taken
+        exhausted = acting & (taken >= total)
+        self._drafts_left &= ~(exhausted & base)
+        spent = np.flatnonzero(exhausted & (actions < N_STRATEGIES))
+        if len(spent):
+            self._exhaust(spent, at[spent], actions[spent], origin[spent])
+        refused = acting & ~told
+        if refused.any():
+            self._duplicates += refused * repeating
+            dead = np.flatnonzero(refused & repairs)
+            self._fixable[self._lane[dead] + self._parent[dead]] = -1
+        if not told.any():
+            return np.full(self.num_envs, reward.DUPLICATE_PENALTY)
+        return self._tell(told, np.where(told, actions, STOP.id), origin, at, child, base & told)
 
-    def _spend(self, who: Indices, origin: Indices) -> None:
+    def _exhaust(self, who: Indices, at: Indices, actions: Indices, origin: Indices) -> None:
         """One more strategy of ``origin`` is used up; find the next open version where it was the last."""
-        left = self._left[who, origin] - 1
-        self._left[who, origin] = left
+        self._spent[at, actions] = True
+        left = self._left[at] - 1
+        self._left[at] = left
         who = who[(left == 0) & (origin == self._open[who])]
         if len(who):
-            open_ = self._visited[who] & (self._left[who] > 0)
-            values = np.where(open_, self._value[who], -np.inf)
-            # The first told among equals.
-            ties = values == values.max(axis=1, keepdims=True)
-            found = np.where(ties, self._order[who], _NEVER).argmin(axis=1)
-            self._open[who] = np.where(open_.any(axis=1), found, -1)
+            told = self._told[who, : int(self._evaluations[who].max())]
+            places = told + self._lane[who, None]
+            late = np.arange(told.shape[1]) >= self._evaluations[who, None]
+            values = np.where((self._left[places] > 0) & ~late, self._state[places, 0], -np.inf)
+            fastest = values.argmax(axis=1)  # the first told among equals
+            every = np.arange(len(who))
+            self._open[who] = np.where(values[every, fastest] > -np.inf, told[every, fastest], -1)
 
     def _tell(
-        self,
-        who: Indices,
-        actions: Indices,
-        origin: Indices,
-        row: Indices,
-        child: Indices,
-        base: NDArray[np.bool_],
-    ) -> NDArray[np.float64]:
-        """Add versions ``child``, made from ``origin`` (at ``row`` of the bank); returns the rewards."""
-        bank = self.bank
-        made = self._offset[who] + child
-        correct, value = bank.correct[made], bank.values[made]
+        self, told: Flags, actions: Indices, origin: Indices, at: Indices, child: Indices, base: Flags
+    ) -> Values:
+        """Add versions ``child``, made from ``origin`` (at place ``at``), in the episodes ``told``; returns the rewards."""
+        bank, every = self.bank, self._all
+        (
+            found, value, gap, rival, improved, cost, penalty, outcome, kind, fanout, draft, noise_first, noise_count,
+        ) = bank.facts.take(np.where(told, self._offset + child, 0), axis=0).T  # fmt: skip
+        correct = told & (found > 0)
         if self.noise == "sample":
-            drawn = self._drawn[who, self._steps[who] - 1] * bank.noise_count[made]
-            value = value + bank.noise[bank.noise_first[made] + drawn.astype(np.int64)]
-        best, before = self._best[who], self._best_value[who]
+            drawn = self._drawn.ravel().take(self._by_step + self._steps - 1)
+            value = value + bank.noise.take((noise_first + np.trunc(drawn * noise_count)).astype(np.int64))
+        best, before, number = self._best, self._best_value, self._evaluations
+        above, depth, root = self._state.take(at, axis=0).T
         # A fresh draft has no parent: it is compared with the best so far.
-        against = np.where(base, np.where(best >= 0, before, 0.0), self._value[who, origin])
-        self._value[who, child] = value
-        self._visited[who, child] = True
-        number = self._evaluations[who]
-        self._order[who, child] = number
-        self._evaluations[who] = number + 1
-        self.clock[who] += bank.costs[made]
-        self._depth[who, child] = np.where(base, 1, self._depth[who, origin] + 1)
-        self._root[who, child] = np.where(base, bank.draft[made], self._root[who, origin])
-        self._drafts[who] += base
-        open_ = self._open[who]
-        further = (bank.fanout[self.table[who], child] > 0) & (
-            (open_ < 0) | (value > self._value[who, open_])
+        against = np.where(base, before, above)
+        place = np.where(told, self._lane + child, self._nowhere)
+        made = np.empty((self.num_envs, 3))
+        made[:, 0], made[:, 1], made[:, 2] = (
+            value,
+            np.where(base, 1.0, depth + 1),
+            np.where(base, draft, root),
         )
-        self._open[who] = np.where(further, child, open_)
-        matched = bank.rivals[made] == best  # no best and the reference are both -1
-        wins = correct & np.where(matched, bank.improved[made], value + bank.gaps[made] > before)
+        self._state[place] = made
+        self._visited[place] = told
+        self._left[place] = fanout
+        self._told[every, number] = child
+        self.clock += cost * told
+        self._drafts += base
+        open_ = self._open
+        further = told & (fanout > 0) & ((open_ < 0) | (value > self._state[self._lane + open_, 0]))
+        self._open = np.where(further, child, open_)
+        # No best and the reference are both -1.
+        wins = correct & np.where(rival == best, improved > 0, value + gap > before)
         became = wins | (correct & (best < 0))
-        self._best[who] = np.where(became, child, best)
-        self._best_value[who] = np.where(became, value, before)
-        self._best_at[who] = np.where(became, number, self._best_at[who])
-        self._covered[who] += correct & ~self._worked[who, actions]
-        self._worked[who, actions] |= correct
-        outcome = bank.outcomes[made]
         dull = correct & ~wins
-        self._best_dull[who] = np.where(became, dull, self._best_dull[who])
-        kinds = np.stack((outcome == _COMPILE, outcome == _WRONG, dull), axis=1)
-        slot = number % RECENT
-        self._recent_sums[who] += kinds - self._recent[who, slot]
-        self._recent[who, slot] = kinds
-        self._last_outcome[who] = outcome
-        self._count(who, actions, correct, value - against, ~base & bank.correct[row])
-        for at in np.flatnonzero(~correct | (actions == FIX.id)).tolist():
-            self._repair(int(who[at]), int(origin[at]), int(actions[at]), int(child[at]), bool(correct[at]))
-        kind = self.rules.reward
-        if kind != "milestone":
-            new = np.where(became, np.clip(value - before * (best >= 0), 0.0, reward.CLIP), 0.0)
-            over = np.where(
-                actions == FIX.id, reward.REPAIR_BONUS, np.clip(value - against, -0.2, reward.CLIP)
-            )
-            gained = new if kind == "best" else over if kind == "parent" else new + reward.DENSITY * over
-        else:
+        self._best = np.where(became, child, best)
+        self._best_value = np.where(became, value, before)
+        self._best_depth = np.where(became, made[:, 1], self._best_depth)
+        self._best_at = np.where(became, number, self._best_at)
+        self._best_dull = np.where(became, dull, self._best_dull)
+        doing = self._by_action + actions
+        worked = self._worked.take(doing)
+        self._covered += correct & ~worked
+        self._worked[doing] = worked | correct
+        self._last_outcome = np.where(told, outcome, self._last_outcome)
+        slot = self._by_recent + number % RECENT
+        old = self._recent.take(slot)
+        new = np.where(told, np.where(dull, DULL, kind.astype(np.int64)), old)
+        self._recent[slot] = new
+        kinds = self._kinds.ravel()
+        kinds[self._by_kind + old] -= 1
+        kinds[self._by_kind + new] += 1
+        self._evaluations = number + told
+        self._count(doing, actions, told, correct, np.where(correct & ~base, value - against, 0.0))
+        for i in np.flatnonzero(told & (~correct | (actions == FIX.id))).tolist():
+            self._repair(i, int(origin[i]), int(actions[i]), int(child[i]), bool(correct[i]))
+        kind_paid = self.rules.reward
+        if kind_paid == "milestone":
             gained = np.where(value <= _LOG_MILESTONE, 1.0, np.where(became, 3.0, 2.0))
-        failed = -1.0 if kind == "milestone" else bank.penalties[made]
-        return np.where(correct, gained, failed)
+            penalty = np.full(self.num_envs, -1.0)
+        else:
+            gained = np.where(became, np.minimum(np.maximum(value - before, 0.0), reward.CLIP), 0.0)
+            if kind_paid != "best":
+                over = np.minimum(np.maximum(value - against, -0.2), reward.CLIP)
+                over = np.where(actions == FIX.id, reward.REPAIR_BONUS, over)
+                gained = over if kind_paid == "parent" else gained + reward.DENSITY * over
+        return np.where(correct, gained, np.where(told, penalty, reward.DUPLICATE_PENALTY))
 
-    def _count(
-        self, who: Indices, actions: Indices, correct: NDArray[np.bool_], gain: NDArray[np.float64],
-        known: NDArray[np.bool_],
-    ) -> None:  # fmt: skip
+    def _count(self, doing: Indices, actions: Indices, told: Flags, correct: Flags, gain: Values) -> None:
         """The statistics of each strategy, and what the observation says of them."""
-        plain = actions < N_STRATEGIES
-        if not plain.all():
-            who, actions, correct = who[plain], actions[plain], correct[plain]
-            gain, known = gain[plain], known[plain]
-        stats = self._stats[:, who, actions]
-        known = known & correct
-        stats[0] += 1
-        stats[1] += ~correct
-        stats[2] += np.where(known, gain, 0.0)
-        stats[3] += known
-        self._stats[:, who, actions] = stats
-        at = PER_STRATEGY + 3 * actions
-        self._flat[who, at] = np.minimum(stats[0] / 5, 1.0)
-        self._flat[who, at + 1] = np.clip(stats[2] / np.maximum(stats[3], 1), -1.0, 1.0)
-        self._flat[who, at + 2] = stats[1] / stats[0]
+        stats = self._stats.take(doing, axis=0)
+        stats[:, 0] += told
+        stats[:, 1] += told & ~correct
+        stats[:, 2] += gain
+        stats[:, 3] += correct
+        self._stats[doing] = stats
+        tries, failures, gains, known = stats.T
+        seen = np.empty((self.num_envs, 3))
+        seen[:, 0] = np.minimum(tries / 5, 1.0)
+        seen[:, 1] = np.minimum(np.maximum(gains / np.maximum(known, 1), -1.0), 1.0)
+        seen[:, 2] = failures / np.maximum(tries, 1)
+        self._flat.ravel()[self._columns + 3 * actions[:, None]] = seen
 
     def _repair(self, i: int, origin: int, action: int, child: int, correct: bool) -> None:
         """Failures are rare, so they are kept track of one by one, as ``Walk`` does."""
@@ -332,50 +353,50 @@ class BatchedReplayVecEnv(VecEnv):
         waiting = self._broken[i][parent]
         failed = waiting[-1][0] if waiting else -1
         if failed >= 0:
-            left = self.bank.totals[self._offset[i] + failed, FIX.id] - self._used[i, failed, FIX.id]
-            failed = failed if left > 0 else -1
-        self._fixable[i, parent] = failed
+            total = self.bank.edges[(self._offset[i] + failed) * N_ACTIONS + FIX.id, 2]
+            failed = failed if self._used[self._lane[i] + failed, FIX.id] < total else -1
+        self._fixable[self._lane[i] + parent] = failed
 
     def _settle(self) -> None:
         """Choose all parents and write down what is seen of them, and what is legal."""
-        bank, every, best, reference = self.bank, self._all, self._best, self._reference
+        bank, best, reference, lane = self.bank, self._best, self._reference, self._lane
         found = best >= 0
         parent = np.where(found, best, reference) if self.rules.parent_rule == "best" else reference
-        stuck = (self._left[every, parent] == 0) & (parent != reference) & (self._open >= 0)
+        stuck = (self._left.take(lane + parent) == 0) & (parent != reference) & (self._open >= 0)
         parent = np.where(stuck, self._open, parent)
         self._parent = parent
-        row = self._offset + parent
+        row, at = self._offset + parent, lane + parent
+        self._failed = self._fixable.take(at)
         mask = self._mask
-        mask[:, :N_STRATEGIES] = bank.recorded[row] > self._used[every, parent, :N_STRATEGIES]
-        mask[:, FIX.id] = self._fixable[every, parent] >= 0
-        drafts = bank.totals[self._offset + reference, RESTART.id]
-        mask[:, RESTART.id] = drafts > self._used[every, reference, RESTART.id]
+        np.greater(bank.recorded.take(row, axis=0), self._spent.take(at, axis=0), out=mask[:, :N_STRATEGIES])
+        mask[:, FIX.id] = self._failed >= 0
+        mask[:, RESTART.id] = self._drafts_left
+        state = self._state.take(at, axis=0)
         flat = self._flat
-        flat[:, DESCRIBED] = bank.described[
-            bank.described_first[row] + self._root[every, parent] * (parent != reference)
-        ]
-        count = np.minimum(np.maximum(self._evaluations, 1), RECENT)
-        since = self._evaluations - self._best_at - 1
-        seen = np.empty((self.num_envs, 12))
-        seen[:, 0] = 1.0 - self._steps / self.horizons
-        seen[:, 1] = since / 10
-        seen[:, 2] = self._best_value / _LOG_10
-        seen[:, 3] = np.where(
-            found & (parent != reference), self._best_value - self._value[every, parent], 0.0
+        flat[:, DESCRIBED] = bank.described.take(
+            bank.described_first.take(row) + state[:, 2].astype(np.int64), axis=0
         )
-        seen[:, 4:7] = self._recent_sums
-        seen[:, 6] -= self._best_dull & (since < RECENT)  # the best itself is not slow
-        seen[:, 4:7] /= count[:, None]
-        seen[:, 7] = self._duplicates / np.maximum(self._evaluations + self._duplicates, 1)
-        seen[:, 8] = self._covered / N_STRATEGIES
-        seen[:, 9] = np.where(found, self._depth[every, best] / 10, 0.0)
-        seen[:, 10] = self._last_outcome / (len(OUTCOMES) - 1)
-        seen[:, 11] = self._drafts / 5
-        np.minimum(np.maximum(seen, -1.0, out=seen), 1.0, out=flat[:, HISTORY], casting="same_kind")
+        evaluations = self._evaluations
+        count = np.minimum(np.maximum(evaluations, 1), RECENT)
+        since = evaluations - self._best_at - 1
+        seen = np.empty((12, self.num_envs))
+        seen[0] = 1.0 - self._steps / self.horizons
+        seen[1] = since / 10
+        seen[2] = self._best_value / _LOG_10
+        seen[3] = np.where(found & (parent != reference), self._best_value - state[:, 0], 0.0)
+        seen[4:7] = self._kinds.T[COMPILED:]
+        seen[6] -= self._best_dull & (since < RECENT)  # the best itself is not slow
+        seen[4:7] /= count
+        seen[7] = self._duplicates / np.maximum(evaluations + self._duplicates, 1)
+        seen[8] = self._covered / N_STRATEGIES
+        seen[9] = self._best_depth / 10
+        seen[10] = self._last_outcome
+        seen[11] = self._drafts / 5
+        flat[:, HISTORY] = np.minimum(np.maximum(seen, -1.0, out=seen), 1.0, out=seen).T
 
     def _observation(self) -> VecEnvObs:
-        flat = self._flat.copy()
-        return {name: flat[:, part] for name, part in SLICES.items()}
+        flat = self._flat[:, : spaces.SIZE].copy()
+        return {name: flat[:, part] for name, part in _PARTS}
 
     # What stable-baselines3 asks of the single environments ------------------------------------------------
 

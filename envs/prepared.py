@@ -133,7 +133,7 @@ class Prepared:
     @cached_property
     def pictures(self) -> memoryview:
         """The bytes of ``described``, version after version and draft after draft."""
-        return memoryview(np.ascontiguousarray(self.described)).cast("B")
+        return memoryview(self.described.tobytes())
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

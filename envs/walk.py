@@ -40,9 +40,9 @@ _FIX, _RESTART, _STOP = FIX.id, RESTART.id, STOP.id
 _TASK, _HARDWARE, _CODE, _PROFILE, _HISTORY, _STRATEGIES = SLICES.values()
 _LOG_10, _LOG_MILESTONE, _LAST_OUTCOME = math.log(10), math.log(reward.MILESTONE), len(OUTCOMES) - 1
 _CLIP, _REPAIRED = reward.CLIP, reward.REPAIR_BONUS
-_GAINED, _COMPILED, _WRONG, _DULL = range(4)
+GAINED, COMPILED, WRONG, DULL = range(4)
 """Kinds of evaluations: won or failed otherwise, did not compile, was wrong, was correct but won nothing."""
-_KINDS = tuple({"compile": _COMPILED, "correctness": _WRONG}.get(outcome, _GAINED) for outcome in OUTCOMES)
+KINDS = tuple({"compile": COMPILED, "correctness": WRONG}.get(outcome, GAINED) for outcome in OUTCOMES)
 # The observation is written as bytes: an assignment to a slice of an array would take five times as long.
 _FLOAT = np.dtype(np.float32).itemsize
 _write_history = Struct(f"{HISTORY.stop - HISTORY.start}f").pack_into
@@ -239,7 +239,7 @@ class Walk:
                 self._breadth = min(len(self._worked) / N_STRATEGIES, 1.0)
             # A recorded race speaks of the rival it was run against (-1: the reference); else the interval has to do.
             wins = improved if rival == self.best else value + low > before
-            kind = _GAINED if wins else _DULL
+            kind = GAINED if wins else DULL
             if wins or self.best < 0:
                 became = True
                 self.best, self.best_at, self.best_value, self.best_speedup = (
@@ -252,7 +252,7 @@ class Walk:
                 self._best_depth = min(depth / 10, 1.0)
                 self._dull_by_default = not wins
         else:
-            kind = _KINDS[code]
+            kind = KINDS[code]
         self._last_outcome = code / _LAST_OUTCOME
         recent, all_told = self._recent, self._told
         recent[kind] += 1
@@ -342,9 +342,9 @@ class Walk:
             since / 10 if since < 10 else 1.0,
             self._best_share,
             (gap if gap > -1.0 else -1.0) if gap < 1.0 else 1.0,
-            recent[_COMPILED] / count,
-            recent[_WRONG] / count,
-            (recent[_DULL] - (self._dull_by_default and since < RECENT)) / count,
+            recent[COMPILED] / count,
+            recent[WRONG] / count,
+            (recent[DULL] - (self._dull_by_default and since < RECENT)) / count,
             duplicates / (evaluations + duplicates) if duplicates else 0.0,
             self._breadth,
             self._best_depth,
@@ -358,7 +358,8 @@ class Walk:
             return False
         failed = waiting[-1][0]
         used = self._used.get(failed)
-        return (used[_FIX] if used else 0) < self._edges[failed][_FIX][0]
+        total: int = self._edges[failed][_FIX][0]
+        return (used[_FIX] if used else 0) < total
 
     def _ruled(self, tree: Tree) -> int:
         """What a rule over the tree chooses, or the fastest open version where that has nothing left."""
