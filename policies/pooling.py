@@ -17,14 +17,16 @@ from ke_gym.policies.playing import Episode
 def pooled(folders: Sequence[Path]) -> Comparison:
     """The comparison over all tasks of those that lie in ``folders`` (their ``compare.json``).
 
-    ``UserError`` unless all have the same policies, budget and number of runs, and no task occurs twice.
+    Of every task as many runs as the shortest comparison has. ``UserError`` unless all have the same policies and
+    budget, and no task occurs twice.
     """
     data = [_read(folder) for folder in folders]
     first = data[0]
     for folder, one in zip(folders, data):
-        for key, what in (("budget", "budget"), ("runs", "number of runs")):
-            if one[key] != first[key]:
-                raise UserError(f"{folder} has another {what} ({one[key]}) than {folders[0]} ({first[key]})")
+        if one["budget"] != first["budget"]:
+            raise UserError(
+                f"{folder} has another budget ({one['budget']}) than {folders[0]} ({first['budget']})"
+            )
         if odd := {*one["episodes"]} ^ {*first["episodes"]}:
             raise UserError(f"{', '.join(sorted(odd))} took part in only one of {folders[0]} and {folder}")
     tasks = [task for one in data for task in one["tasks"]]
@@ -35,7 +37,7 @@ def pooled(folders: Sequence[Path]) -> Comparison:
     episodes = {
         name: [
             [_episode(episode) for one in data for episode in one["episodes"][name][run]]
-            for run in range(first["runs"])
+            for run in range(min(one["runs"] for one in data))
         ]
         for name in first["episodes"]
     }

@@ -30,7 +30,7 @@ from ke_gym import policies, tasks
 from ke_gym.envs import LIVE, catalog, make
 from ke_gym.errors import UserError
 from ke_gym.policies import Policy, plots
-from ke_gym.policies.comparison import BASELINES, Comparison
+from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
 from ke_gym.policies.playing import Episode, play, replay_runs
 from ke_gym.policies.pooling import pooled
 from ke_gym.policies.tracking import Mode, Tracker
@@ -52,6 +52,8 @@ class Args:
     """Searches per policy and task."""
     env: Literal["replay", "live"] = "replay"
     """Recorded searches, or kernels built and raced on this machine."""
+    threads: int | None = None
+    """Live: CPU threads of every kernel and of the reference; all cores by default."""
     pool: tuple[Path, ...] = ()
     """Compare nothing anew: pool finished comparisons (their --out folders), each of other tasks."""
     workload: str = ""
@@ -159,29 +161,40 @@ def replayed(
 def measured(
     args: Args, names: list[str], console: Console
 ) -> tuple[dict[str, list[list[Episode]]], dict[str, float]]:
-    """Runs live. All share one store, so that a kernel is measured once and means the same to all policies."""
+    """Runs live. All share one store, so that a kernel is measured once and means the same to all policies.
+
+    Ctrl-C ends it with the runs that are complete, if there are any; the store makes another start quick.
+    """
     chosen = [task for spec in args.tasks for task in tasks.resolve(spec)]
     args.out.mkdir(parents=True, exist_ok=True)
     shared = args.out / "store.db"
-    found: dict[str, list[list[Episode]]] = {name: [[] for _ in range(args.seeds)] for name in names}
-    best: dict[str, float] = {}
-    for task in chosen:
+    found: dict[str, list[list[Episode]]] = {name: [] for name in names}
+    try:
         for seed in range(args.seeds):
-            # In turn, so that a drift of the machine meets all alike.
+            run: dict[str, list[Episode]] = {name: [] for name in names}
+            for task in chosen:
+                # In turn, so that a drift of the machine meets all alike.
+                for name in names:
+                    policy = policies.make(name, seed)
+                    env = make(
+                        LIVE, tasks=task, horizon=args.budget, parent_rule=policy.parent_rule, reward=policy.reward,
+                        threads=args.threads, store=shared,
+                    )  # fmt: skip
+                    try:
+                        run[name].append(play(policy, env, seed=seed, keep=True))
+                    finally:
+                        env.close()
+                    reached = math.exp(run[name][-1].curve[-1])
+                    console.print(f"{task.name} seed {seed} {name}: {reached:.2f}x", highlight=False)
             for name in names:
-                policy = policies.make(name, seed)
-                env = make(
-                    LIVE, tasks=task, horizon=args.budget, parent_rule=policy.parent_rule, reward=policy.reward,
-                    store=shared,
-                )  # fmt: skip
-                try:
-                    episode = play(policy, env, seed=seed, keep=True)
-                finally:
-                    env.close()
-                found[name][seed].append(episode)
-                reached = math.exp(episode.curve[-1])
-                best[task.name] = max(best.get(task.name, 1.0), reached)
-                console.print(f"{task.name} seed {seed} {name}: {reached:.2f}x", highlight=False)
+                found[name].append(run[name])
+    except KeyboardInterrupt:
+        if not found[CHANCE]:
+            raise
+        console.print(f"stopped after {len(found[CHANCE])} of {args.seeds} runs of all tasks")
+    best: dict[str, float] = {}
+    for episode in (episode for runs in found.values() for run in runs for episode in run):
+        best[episode.task] = max(best.get(episode.task, 1.0), math.exp(episode.curve[-1]))
     return found, best
 
 
