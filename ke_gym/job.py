@@ -24,6 +24,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError
 from ke_gym.codegen.features import Features
+from ke_gym.codegen.program import Program
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
@@ -220,6 +221,9 @@ def _search(
 
     policy = policies.make(settings.policy, settings.seed)
     _check_store(settings, run_dir)
+    if settings.target != "cpu" and "rewriter" in proposers.members(settings.proposer):
+        # While processes start on the device; a CPU's measure it meanwhile, and want it for themselves.
+        threading.Thread(target=_capture_ahead, args=(task, settings.language), daemon=True).start()
     with (
         Store(settings.store or None) as store,
         open_evaluator(
@@ -276,6 +280,12 @@ def _search(
         if settings.learned:
             write_back(store.path.parent / FOLDER, lessons)
     return result
+
+
+def _capture_ahead(task: Task, language: str) -> None:
+    """Have the task's program at hand; what is wrong with it is said when it is asked for."""
+    with contextlib.suppress(UserError):
+        Program.for_language(task, language)
 
 
 def _in_words(

@@ -78,7 +78,8 @@ class Builder:
         )
         text = source.encode()
         args = {"source_bytes": len(text), "language": language, "options": {**options, "seconds": timeout}}
-        with self._zygote.spawn("ke_gym.evaluation.builder:serve", args, sandbox=sandbox) as worker:
+        module = "builder_triton" if language == "triton" else "builder"
+        with self._zygote.spawn(f"ke_gym.evaluation.{module}:serve", args, sandbox=sandbox) as worker:
             try:
                 worker.channel.send({}, text + signature)
                 header, data = worker.channel.recv(timeout, limit=ARTIFACT_LIMIT)

@@ -16,6 +16,8 @@ from rich.table import Table
 from ke_gym.targets import cpu
 
 console = Console()
+if not console.is_terminal:
+    console.width = 160
 
 
 @dataclass(frozen=True)
