@@ -120,7 +120,10 @@ class Expected:
 
 
 def _quantile(values: Tensor, q: float) -> float:
-    return float(values.kthvalue(max(1, math.ceil(q * values.numel()))).values)
+    place = max(1, math.ceil(q * values.numel()))
+    if values.is_cuda:  # where a selection is the work of a single block
+        return float(values.sort().values[place - 1])
+    return float(values.kthvalue(place).values)
 
 
 def judge_output(output: Tensor, expected: Expected) -> Verdict:

@@ -137,6 +137,7 @@ class GpuEvaluator(Evaluator):
         self._signature: bytes = beside._signature if beside else b""
         self._too_large: str = beside._too_large if beside else ""
         self._spares: list[GpuClient] = []
+        self._used: list[GpuClient] = []
         self._evaluated = 0
         self._steady: Artifact | None = None
         self._inspector = Inspector(self._replayed, self._lanes.all)
@@ -329,14 +330,20 @@ class GpuEvaluator(Evaluator):
         try:
             return super()._race(base, artifact, rival, entries)  # type: ignore[arg-type]
         finally:
-            while self._spares:
-                self._spares.pop().close()
+            opened = [*self._spares, *self._used]
+            self._spares, self._used = [], []
+            if opened:
+                with ThreadPoolExecutor(len(opened)) as pool:
+                    list(pool.map(GpuClient.close, opened))
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
-        """See ``Evaluator._fresh_race``; the processes of one confirmation are started together, before it."""
+        """See ``Evaluator._fresh_race``; a confirmation's processes start together, before it, and end after it."""
         if rules is SOAK:
             self._spares = self._open_spares()
-        judge = self._spares.pop() if self._spares else self._fresh_judge()
+        if self._spares:
+            self._used.append(self._spares.pop())
+            return self._race_sets(self._used[-1], artifact, rival, rules)  # type: ignore[arg-type]
+        judge = self._fresh_judge()
         try:
             return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
         finally:
