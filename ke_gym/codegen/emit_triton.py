@@ -20,11 +20,11 @@ LOCALS = {
     Tiles: {"row", "col", "start", "top", "shift"},
     Product: {
         "tile", "number", "batch", "group", "height", "tile_m", "tile_n", "m", "n", "k", "a", "b", "acc", "start",
-        "left", "right", "left_tiles", "right_tiles", "part", "first", "partial",
+        "left", "right", "left_tiles", "right_tiles", "part", "first", "i", "tap", "c",
     },
     Flash: {
         "tile", "batch", "m", "n", "d", "e", "d_down", "n_down", "query", "keys", "values", "score", "top", "total",
-        "acc", "start", "whole", "end", "x", "high", "shift", "weights", "rescale",
+        "acc", "start", "whole", "end", "x", "high", "shift", "weights", "rescale", "block", "blocks", "gone",
     },
 }  # fmt: skip
 _LOCAL = re.compile(

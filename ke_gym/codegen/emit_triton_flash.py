@@ -11,9 +11,20 @@ from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, u
 LOG2E = "1.4426950408889634"  # exp2 is what the hardware has
 
 
+TOGETHER = 32  # blocks of keys whose sums are added up at once
+
+
 def print_flash(flash: Flash, used: set[str]) -> list[str]:
     """The body of an attention kernel, line by line."""
     return Printer(flash, used).print()
+
+
+def print_beyond(flash: Flash, used: set[str]) -> list[str]:
+    """The body of the kernel that finds the NaN and infinities among the values of every block of keys.
+
+    Weights of zero make NaN of them, for queries too that see none of these keys.
+    """
+    return Printer(flash, used).beyond()
 
 
 class Printer:
@@ -75,14 +86,33 @@ class Printer:
         self.lines.append(f"end = tl.cdiv(min({_plus('tile * M + M', visible - 1)}, {keys}), N) * N")
         self._loop("0, whole", flash.open, False)
         self._loop("whole, end", flash.scores, self.ragged["n"])
-        tail: list[str] = []
-        rows = self._axis("n_down", "start + tl.arange(0, N)[:, None]", tail)
-        self._enter(tail, rows, self.across)
-        value = self._operand(flash.operands[2])
-        tail.append(f"acc += tl.sum({enclosed(value)}.to(tl.float32) * 0.0, axis=0, keep_dims=True)")
-        self.text.leave()
-        self.lines.append(f"for start in range(end, {keys}, N):  # weights of zero, but NaN stays NaN")
-        self.lines += [f"    {line}" for line in tail]
+        count = -(-keys // flash.blocks.n)
+        mask = " & ".join([f"(blocks < {count})", *([self.across.mask] if self.across.mask else [])])
+        place = f"(batch * {count} + blocks) * {flash.shape.dv} + e"
+        self.lines += [
+            f"for block in range(end // N, {count}, {TOGETHER}):  # weights of zero, but NaN stays NaN",
+            f"    blocks = block + tl.arange(0, {TOGETHER})[:, None]",
+            f"    gone = tl.load({flash.beyond} + {place}, mask={mask}, other=0.0)",
+            "    acc += tl.sum(gone, axis=0, keep_dims=True)",
+        ]
+
+    def beyond(self) -> list[str]:
+        """One block of keys: zero times their values, summed up."""
+        flash, lines = self.flash, self.lines
+        lines.append("block = tl.program_id(0)")
+        lines.append(f"batch = tl.program_id(1){'.to(tl.int64)' if self.wide else ''}")
+        self.batch = Axis(self.vars["batch"], "batch")
+        rows = self._axis("n_down", "block * N + tl.arange(0, N)[:, None]", lines)
+        self.across = self._axis("e", f"tl.arange(0, {self.e})[None, :]", lines)
+        self.text.axes = [self.batch, rows, self.across]
+        value = enclosed(self._operand(flash.operands[2]))
+        lines.append(f"gone = tl.sum({value}.to(tl.float32) * 0.0, axis=0, keep_dims=True)")
+        count = -(-flash.shape.keys // flash.blocks.n)
+        mask = f", mask={self.across.mask}" if self.across.mask else ""
+        lines.append(
+            f"tl.store({flash.beyond} + (batch * {count} + block) * {flash.shape.dv} + e, gone{mask})"
+        )
+        return lines
 
     def _loop(self, bounds: str, scores: Expr, ragged: bool) -> None:
         """The online softmax over a range of keys, in powers of two."""

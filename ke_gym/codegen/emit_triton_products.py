@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ke_gym.codegen.emit_triton import pointers
-from ke_gym.codegen.expr import Expr, Load, walk
-from ke_gym.codegen.products import Described, Product, variables
+from ke_gym.codegen.expr import Expr, Load, Rewriter, Var, of, walk
+from ke_gym.codegen.operands import Described, variables
+from ke_gym.codegen.products import Product
 from ke_gym.codegen.tiles import depends, power_above
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, padded, uses_in
 
@@ -24,11 +25,14 @@ def tiled(product: Product) -> dict[str, Described]:
 def loaded(product: Product) -> list[str]:
     """The tensors that the product's kernel reads through pointers."""
     described = tiled(product)
-    roots = [operand for side, operand in zip(_AXES, product.operands) if side not in described]
+    roots = [operand for side, operand in zip(_AXES, product.taken) if side not in described]
     if product.blocks.split == 1:
         roots += [store.expr for store in product.stores]
-    read = {node.buffer for node in walk(*roots) if isinstance(node, Load)}
-    return [b.name for b in product.reads if b.name in read]
+    read = dict.fromkeys(node.buffer for node in walk(*roots) if isinstance(node, Load) and node.index)
+    return [
+        *(b.name for b in product.reads if b.name in read),
+        *(product.copy(side) for side in product.packed),
+    ]
 
 
 @dataclass
@@ -45,10 +49,14 @@ class Printer:
 
     def __post_init__(self) -> None:
         shape, blocks = self.product.shape, self.product.blocks
+        self.parts = self.product.parts
         self.described = tiled(self.product)
         self.ragged = {axis: getattr(shape, axis) % getattr(blocks, axis) != 0 for axis in "mnk"}
         self.wide = max(b.extent for b in (*self.product.reads, *self.product.writes)) >= 1 << 31
         self.pointers = pointers(self.product)
+        self.pointers = self.pointers | {name: name for name in map(self.product.copy, self.product.packed)}
+        window = self.product.window
+        self.moving = window if window is not None and window.channels % blocks.k == 0 else None
 
     # ------------------------------------------------------------------------------------------- kernels
 
@@ -67,6 +75,32 @@ class Printer:
             inner.append(f"tile = number % {rows * columns}")
         return lines + _indented([*inner, *self._tile()])
 
+    def packing(self, side: str) -> list[str]:
+        """The kernel that copies an operand, so that what is summed over is contiguous."""
+        shape, row = self.product.shape, _AXES[side].replace("k", "")
+        size, blocks = getattr(shape, row), pack_blocks(self.product, side)
+        operand = dict(zip(_AXES, self.product.operands))[side]
+        tiles = -(-size // blocks[row.upper()])
+        lines = self.outer = ["tile = tl.program_id(0)"]
+        place = f"{row}{_ACROSS[side][row]} * {shape.k} + k{_ACROSS[side]['k']}"
+        cast = ".to(tl.int64)" if self.wide else ""
+        if depends(operand, variables(shape)[0]):
+            lines.append(f"batch = tl.program_id(1){cast}")
+            place = f"batch * {size * shape.k} + {place}"
+        self.ragged = dict.fromkeys("mnk", False)
+        for axis, number in ((row, f"tile % {tiles}"), ("k", f"tile // {tiles}")):
+            where = f"{number} * {axis.upper()} + tl.arange(0, {axis.upper()})"
+            lines.append(f"{axis} = ({where}){cast}" if cast else f"{axis} = {where}")
+            self.ragged[axis] = getattr(shape, axis) % blocks[axis.upper()] != 0
+            if self.ragged[axis]:
+                lines.append(f"{axis}_ok = {axis} < {getattr(shape, axis)}")
+        text, _, masks = self._text(side, operand)
+        text.widen = False
+        value, mask = text.value(operand), " & ".join(mask for mask in masks.values() if mask)
+        tail = f", mask={mask}" if mask else ""
+        lines.append(f"tl.store({self.product.copy(side)} + {place}, {value}{tail})")
+        return lines
+
     def total(self) -> list[str]:
         """The kernel that adds up the parts' sums and stores the results."""
         shape, split = self.product.shape, self.product.blocks.split
@@ -74,8 +108,15 @@ class Printer:
         lines = [*self._programs(), *_place(-(-shape.m // m), -(-shape.n // n), 1)]
         self.ragged = {"m": shape.m % m != 0, "n": shape.n % n != 0}
         lines += self._positions()
-        at, mask = self._partial(), " & ".join(f"{a}_ok{_ACROSS[a]}" for a in "mn" if self.ragged[a])
-        loaded_ = f"tl.load(partial + {at}, mask={mask}, other=0.0)" if mask else f"tl.load(partial + {at})"
+        at, mask = (
+            self._partial(),
+            " & ".join(f"{a}_ok{_ACROSS['result'][a]}" for a in "mn" if self.ragged[a]),
+        )
+        loaded_ = (
+            f"tl.load({self.parts} + {at}, mask={mask}, other=0.0)"
+            if mask
+            else f"tl.load({self.parts} + {at})"
+        )
         lines += [
             "acc = tl.zeros([M, N], tl.float32)",
             f"for part in range({split}):",
@@ -98,9 +139,12 @@ class Printer:
             lines += ["part = tl.program_id(2)", f"first = part * {share}"]
         lines += self._positions()
         lines.append("acc = tl.zeros([M, N], tl.float32)")
-        operands = dict(zip(sides, self.product.operands))
+        operands = dict(zip(sides, self.product.taken))
         steps = {side: self._step(operands[side]) for side in sides if side not in self.described}
-        if any(self.ragged["k"] or not step for step in steps.values()):
+        if self.moving is not None and "right" in steps:
+            self.body.append(f"tap = start // {self.moving.channels}")
+            self.body.append(f"c = start % {self.moving.channels} + tl.arange(0, K)")
+        elif any(self.ragged["k"] or not step for step in steps.values()):
             self.body.append("k = start + tl.arange(0, K)")
         if self.ragged["k"] and steps:
             self.body.append(f"k_ok = k < {shape.k}")
@@ -154,10 +198,13 @@ class Printer:
         where = {"m": "tile_m * M", "n": "tile_n * N", "k": "start"}
         place = [where[axis] for axis in view.axes]
         tile = f"{side}_tiles.load([{', '.join(place)}])"
-        if view.batched:
-            batch = "batch.to(tl.int32)" if self.wide else "batch"
+        batch = "batch.to(tl.int32)" if self.wide else "batch"
+        if view.batch == "apart":
             sizes = ", ".join(axis.upper() for axis in view.axes)
             tile = f"{side}_tiles.load([{batch}, {', '.join(place)}]).reshape({sizes})"
+        elif view.batch:
+            rows = view.shape[0] // self.product.shape.batch
+            tile = f"{side}_tiles.load([{batch} * {rows} + {place[0]}, {place[1]}])"
         turned = "" if view.axes == _AXES[side] else ".T"
         self.body.append(f"{side} = {tile}{turned}{self.narrow}")
 
@@ -165,7 +212,7 @@ class Printer:
         """What prints an operand's expression; the axes' names in the tile, and their masks."""
         batch, m, n, k = variables(self.product.shape)
         along = {"m": m, "n": n, "k": k}
-        around = dict(zip(_AXES[side], ("[:, None]", "[None, :]")))
+        around = _ACROSS[side]
         shaped = {axis: f"{axis}{around[axis]}" for axis in around}
         masks = {axis: f"{axis}_ok{around[axis]}" if self.ragged[axis] else "" for axis in around}
         sizes = {b.name: b.extent for b in self.product.reads}
@@ -195,7 +242,13 @@ class Printer:
         """An operand's tile, each element by its index or computed."""
         text, shaped, masks = self._text(side, operand)
         along = dict(zip("mnk", variables(self.product.shape)[1:]))
-        text.enter(self.body, {along["k"]})
+        inner = {along["k"]}
+        if self.moving is not None:  # blocks of k that stay within a tap
+            tap, c = Var("tap", self.moving.taps), Var("c", self.moving.channels)
+            operand = Rewriter({along["k"]: of(tap) * c.size + of(c)}).expr(operand)
+            text.axes += [Axis(tap, "tap"), Axis(c, shaped["k"].replace("k", "c"))]
+            along["k"], inner = c, {tap, c}
+        text.enter(self.body, inner)
         pure = isinstance(operand, Load) or padded(operand) is not None
         text.widen = not pure
         value = text.value(operand)
@@ -221,8 +274,8 @@ class Printer:
         return f"{part} * {size}{batch} + m[:, None] * {shape.n} + n[None, :]"
 
     def _keep(self) -> list[str]:
-        mask = " & ".join(f"{a}_ok{_ACROSS[a]}" for a in "mn" if self.ragged[a])
-        return [f"tl.store(partial + {self._partial()}, acc{f', mask={mask}' if mask else ''})"]
+        mask = " & ".join(f"{a}_ok{_ACROSS['result'][a]}" for a in "mn" if self.ragged[a])
+        return [f"tl.store({self.parts} + {self._partial()}, acc{f', mask={mask}' if mask else ''})"]
 
     def _epilogue(self) -> list[str]:
         product, shape = self.product, self.product.shape
@@ -248,7 +301,17 @@ class Printer:
         return lines
 
 
-_ACROSS = {"m": "[:, None]", "n": "[None, :]"}
+_ACROSS = {
+    "left": {"m": "[:, None]", "k": "[None, :]"},
+    "right": {"k": "[:, None]", "n": "[None, :]"},
+    "result": {"m": "[:, None]", "n": "[None, :]"},
+}
+
+
+def pack_blocks(product: Product, side: str) -> dict[str, int]:
+    """Rows and elements of each that one program copies."""
+    row, k = _AXES[side].replace("k", ""), product.shape.k
+    return {row.upper(): min(power_above(getattr(product.shape, row)), 64), "K": min(power_above(k), 64)}
 
 
 def sum_blocks(product: Product) -> tuple[int, int]:

@@ -28,7 +28,8 @@ from ke_gym.codegen.expr import (
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
-from ke_gym.codegen.products import element, position, precisions
+from ke_gym.codegen.operands import element, position
+from ke_gym.codegen.products import precisions
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tiles import chosen, joined
 
@@ -94,6 +95,11 @@ class Flash:
         if self.shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
         return choices
+
+    @property
+    def beyond(self) -> str:
+        """Where it is kept which values of a block of keys are NaN or infinite."""
+        return f"{self.name}_beyond"
 
 
 def variables(shape: Shape) -> dict[str, Var]:

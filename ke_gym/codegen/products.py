@@ -1,38 +1,36 @@
 """A product and the pointwise nodes around it, as one kernel of a GPU. Language-independent.
 
 Programs take tiles of the product; the epilogue sees finished tiles in registers instead of a tensor in memory.
-Operands are expressions of their index: a strided view, pointwise nodes that nothing else needs, or, for a
-convolution, the window that a row of the product sees (Chetlur et al., "cuDNN", 2014: implicit GEMM).
+Operands are expressions of their index: a strided view, pointwise nodes that nothing else needs, or the windows of a
+convolution (``convolutions``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ke_gym.codegen.contract import contraction_of
+from ke_gym.codegen.convolutions import Convolution, Window
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
-    Const,
     Expr,
     Index,
     Load,
     Op,
     Rewriter,
     Search,
-    Var,
     cast,
     constant,
-    in_range,
     of,
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
+from ke_gym.codegen.operands import Described, Shape, across, described, element, position, variables
 from ke_gym.codegen.schedule import Group
-from ke_gym.codegen.tiles import chosen, joined
+from ke_gym.codegen.tiles import chosen, depends, joined
 
 CONVOLUTION = "aten.convolution.default"
 BIASED = "aten.addmm.default"
@@ -41,18 +39,10 @@ FILL = 132  # programs that keep every multiprocessor busy
 # A product with a side this short waits for memory: tf32x3 costs it nothing, and TF32's errors (the hardware
 # truncates) no longer add up along a chain of such products.
 SKINNY = 32
-SHARE = 128  # least of the summed dimension that is worth a program of its own
-
-
-@dataclass(frozen=True)
-class Shape:
-    """``batch`` products of ``m`` x ``k`` by ``k`` x ``n``, of operands in ``dtype``."""
-
-    batch: int
-    m: int
-    n: int
-    k: int
-    dtype: str
+SIDES = ("left", "right")
+SPLITS = (1, 2, 4, 8, 16, 32)
+SHARE = 128  # least of the summed dimension that a program of its own may get
+DEEP = 2048  # and what it is worth having one for
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,8 @@ class Blocks:
     ``precision`` is what fp32 operands are multiplied in: "ieee", "tf32x3" (three products that add up to nearly
     fp32), "tf32", or "bf16". ``split``: programs that share a tile, each with its part of ``k``; a second kernel adds
     their sums up, always in the same order. ``persistent``: programs that walk over all tiles (0: a program a tile).
-    ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA).
+    ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA). ``packed``: operands in
+    which ``k`` is not contiguous are copied first, so that it is: TF32's matrix instructions read nothing else.
     """
 
     m: int
@@ -75,23 +66,7 @@ class Blocks:
     split: int = 1
     persistent: int = 0
     loads: str = "pointers"
-
-
-@dataclass(frozen=True)
-class Described:
-    """An operand as a tensor descriptor: a view of ``buffer``, its outer and inner dimension named in ``axes``.
-
-    With ``batched``, the batch is a third dimension, the outermost.
-    """
-
-    buffer: str
-    axes: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def batched(self) -> bool:
-        return len(self.shape) == 3
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,12 +80,13 @@ class Store:
 
 @dataclass(frozen=True)
 class Product:
-    """What one kernel does."""
+    """What one kernel does. ``operands`` are what is multiplied, ``taken`` where the kernel finds it."""
 
     name: str
     shape: Shape
     blocks: Blocks
     operands: tuple[Expr, Expr]
+    window: Window | None
     stores: tuple[Store, ...]
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
@@ -125,10 +101,10 @@ class Product:
         choices: dict[str, list[Any]] = {
             "m": [b for b in (16, 32, 64, 128, 256) if b < 2 * max(shape.m, 9)],
             "n": [b for b in (16, 32, 64, 128, 256) if b < 2 * max(shape.n, 9)],
-            "k": [16, 32, 64, 128],
+            "k": self.depths,
             "warps": [2, 4, 8],
             "stages": [1, 2, 3, 4, 5],
-            "split": [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or shape.k >= SHARE * s],
+            "split": [s for s in SPLITS if s == 1 or shape.k >= SHARE * s],
         }
         if shape.m > self.blocks.m and shape.n > self.blocks.n:
             choices["group"] = [1, 4, 8, 16]
@@ -136,14 +112,60 @@ class Product:
             choices["persistent"] = [0, FILL, 2 * FILL]
         if any(self.described):
             choices["loads"] = ["pointers", "descriptors"]
+        if any(self.packable):
+            choices["packed"] = [False, True]
         if shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
         return choices
 
     @property
+    def packable(self) -> tuple[bool, bool]:
+        """Which operands a copy would put in order: a convolution's weights, and matrices in fp32."""
+        left, right = (across(operand, self.shape) for operand in self.operands)
+        single = self.shape.dtype == "f32"
+        return left and (single or self.window is not None), right and single
+
+    @property
+    def packed(self) -> dict[str, Expr]:
+        """The sides ("left", "right") that are copied first, and what of."""
+        if not self.blocks.packed:
+            return {}
+        sides = zip(SIDES, self.operands, self.packable)
+        return {side: operand for side, operand, copied in sides if copied}
+
+    def copy(self, side: str) -> str:
+        """Where a packed operand lies."""
+        return f"{self.name}_{side}"
+
+    @property
+    def parts(self) -> str:
+        """Where the parts' sums lie."""
+        return f"{self.name}_parts"
+
+    @property
+    def taken(self) -> tuple[Expr, Expr]:
+        """The operands as the kernel reads them."""
+        batch, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(self.shape))
+        found = []
+        for side, operand, row, rows in zip(SIDES, self.operands, (m, n), (self.shape.m, self.shape.n)):
+            if side in self.packed:
+                row = row + batch * rows if depends(operand, variables(self.shape)[0]) else row
+                operand = Load(self.copy(side), (joined(row * self.shape.k + k),), self.shape.dtype)
+            found.append(operand)
+        return found[0], found[1]
+
+    @property
     def described(self) -> tuple[Described | None, Described | None]:
         """Both operands as tensor descriptors, where they can be."""
-        return described(self.operands[0], "mk", self.shape), described(self.operands[1], "kn", self.shape)
+        left, right = self.taken
+        depth = self.blocks.k
+        return described(left, "mk", self.shape, depth), described(right, "kn", self.shape, depth)
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of ``k``; of a convolution, those that stay within a tap, if there are any."""
+        within = [b for b in (16, 32, 64, 128) if self.window is not None and self.window.channels % b == 0]
+        return within or [16, 32, 64, 128]
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -157,37 +179,10 @@ class Product:
         return -(-steps // self.blocks.split) * self.blocks.k
 
 
-def variables(shape: Shape) -> tuple[Var, Var, Var, Var]:
-    """Batch, row and column of the product, and what is summed over."""
-    return Var("batch", shape.batch), Var("m", shape.m), Var("n", shape.n), Var("k", shape.k)
-
-
 def precisions(policy: str) -> list[str]:
     """What products of fp32 operands may be computed in, by the task's precision policy."""
     allowed = {"strict": ["ieee", "tf32x3"], "tf32": ["tf32", "tf32x3", "ieee"]}
     return allowed.get(policy, ["bf16", "tf32", "tf32x3", "ieee"])
-
-
-def described(operand: Expr, axes: str, shape: Shape) -> Described | None:
-    """The operand as a tensor descriptor; None unless it is a view with one contiguous dimension, the other
-    strides multiples of 16 bytes, that begins where its buffer does."""
-    if not isinstance(operand, Load):
-        return None
-    (index,) = operand.index
-    batch, *rest = variables(shape)
-    sizes = {var.name: var.size for var in rest}
-    step = {var.name: index.coefficient(var) for var in (batch, *rest)}
-    inner = next((axis for axis in axes if step[axis] == 1 and sizes[axis] > 1), None)
-    if inner is None or index.const or len(index.terms) != sum(c != 0 for c in step.values()):
-        return None
-    outer = axes.replace(inner, "")
-    strides = [step[outer], *([step["batch"]] if step["batch"] else [])]
-    if sizes[outer] == 1 or any(s <= 0 or s * BYTES[shape.dtype] % 16 for s in strides):
-        return None
-    extents = (sizes[outer], sizes[inner])
-    if not step["batch"]:
-        return Described(operand.buffer, outer + inner, extents, (step[outer], 1))
-    return Described(operand.buffer, outer + inner, (shape.batch, *extents), (step["batch"], step[outer], 1))
 
 
 class Builder:
@@ -202,6 +197,7 @@ class Builder:
         self.step: Extern = step
         self.nodes = {n: s for n in group.nodes if isinstance(s := graph.steps[n], Node)}
         self.product = step.outputs[0]
+        self.window: Window | None = None
 
     def build(self) -> Product:
         a, b = self.step.args[1:3] if self.step.target == BIASED else self.step.args[:2]
@@ -226,9 +222,10 @@ class Builder:
         total = sum(x.numel * BYTES[x.dtype] for x in (*reads, *writes))
         origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
         drafted = Product(
-            writes[-1].name, shape, heuristic(shape, self.graph.precision), operands, tuple(stores), reads, writes,
-            total, self.group, tuple(dict.fromkeys(origins)), self.graph.precision,
+            writes[-1].name, shape, SMALLEST, operands, self.window, tuple(stores), reads, writes, total, self.group,
+            tuple(dict.fromkeys(origins)), self.graph.precision,
         )  # fmt: skip
+        drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
             raise Illegal("tiles that do not suit the warps")
@@ -275,30 +272,18 @@ class Builder:
         return Op("add", (self.acc, widened(self._element(bias, own))), "f32")
 
     def _convolution(self, dtype: str) -> Made:
-        """Rows of the product are output positions, columns output channels, summed over input windows."""
-        x, w, bias, stride, padding, dilation, transposed, _, groups = self.step.args
-        if transposed or groups != 1 or dtype == "f32":  # in fp32 the library's own are several times as fast
-            raise Illegal("this kind of convolution")
-        out, rank = self.product.shape, len(x.shape) - 2
-        stride, padding, dilation = (_spread(values, rank) for values in (stride, padding, dilation))
-        positions = math.prod(out[2:])
-        shape = Shape(1, out[0] * positions, out[1], math.prod(w.shape[1:]), dtype)
-        _, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
-        taps = math.prod(w.shape[2:])
-        index, inside = [m // positions, k // taps], []
-        for d in range(rank):
-            at = (m // math.prod(out[3 + d :])) % out[2 + d]
-            tap = (k // math.prod(w.shape[3 + d :])) % w.shape[2 + d]
-            index.append(at * stride[d] + tap * dilation[d] - padding[d])
-            inside.append(in_range(index[-1], 0, x.shape[2 + d]))
-        left = self._element(x, tuple(index))
-        for test in inside:
-            if not (isinstance(test, Const) and test.value):
-                left = Op("where", (test, left, Const(0.0, left.dtype)), left.dtype)
-        weights = tuple((k // math.prod(w.shape[d + 1 :])) % w.shape[d] for d in range(1, len(w.shape)))
-        right = self._element(w, (n, *weights))
-        place = ((m // positions) * out[1] + n) * positions + m % positions
-        return shape, (left, right), joined(place), self._biased(bias, (n,))
+        if dtype == "f32":  # the library's own are several times as fast
+            raise Illegal("a convolution in fp32")
+        call = Convolution.of(self.step)
+        window = call.window
+        shape = Shape(call.out[0], call.out[1], call.positions, window.taps * window.channels, dtype)
+        batch, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
+        if window.taps > 1:
+            self.window = window
+        left = call.weight(self._element, m, k)
+        right = call.input(self._element, batch, n, k)
+        place = joined((batch * shape.m + m) * shape.n + n)
+        return shape, (left, right), place, self._biased(self.step.args[2], (m,))
 
     def _element(self, view: View, index: tuple[Index, ...]) -> Expr:
         """The element of an operand at ``index``."""
@@ -356,60 +341,46 @@ def widened(expr: Expr) -> Expr:
     return cast(expr, "f32")
 
 
-def position(index: tuple[Index, ...], stride: tuple[int, ...]) -> Index:
-    """The element of a buffer at ``index``."""
-    total = constant(0)
-    for i, s in zip(index, stride):
-        total = total + i * s
-    return total
+SMALLEST = Blocks(16, 32, 128, 4, 4)
+HALF = (
+    Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 4),
+    Blocks(32, 64, 64, 4, 4), SMALLEST,
+)  # fmt: skip
+TRUNCATED = (Blocks(128, 256, 32, 8, 3), Blocks(128, 128, 32, 8, 3))
+SINGLE = (
+    Blocks(128, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 4), Blocks(32, 64, 64, 4, 4), Blocks(16, 64, 64, 4, 4),
+    Blocks(64, 16, 64, 4, 4), Blocks(16, 32, 64, 4, 4),
+)  # fmt: skip
+DRAFTS = {"ieee": SINGLE, "tf32x3": SINGLE, "tf32": (*TRUNCATED, *SINGLE), "bf16": HALF}
 
 
-def element(graph: Graph, nodes: Mapping[str, Node], view: View, index: tuple[Index, ...]) -> Expr:
-    """The element of a view at ``index``: from memory, or computed if one of ``nodes`` makes it."""
-    place = position(index, view.stride) + view.offset
-    if view.buffer not in nodes:
-        return Load(view.buffer, (joined(place),), graph.buffers[view.buffer].dtype)
-
-    def inline(load: Load) -> Expr:
-        if load.buffer not in nodes:
-            return Load(
-                load.buffer, (joined(position(load.index, graph.buffers[load.buffer].stride)),), load.dtype
-            )
-        node = nodes[load.buffer]
-        if not node.pointwise:
-            raise Illegal("an operand is reduced")
-        return Rewriter(dict(zip(node.vars, load.index)), inline).expr(node.expr)
-
-    node = nodes[view.buffer]
-    binding = tuple(
-        (place // stride) % size if size != 1 else constant(0)
-        for stride, size in zip(contiguous_stride(node.shape), node.shape)
-    )
-    return inline(Load(view.buffer, binding, node.dtype))
-
-
-def _spread(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return tuple(values) * rank if len(values) == 1 else tuple(values)
-
-
-def heuristic(shape: Shape, policy: str) -> Blocks:
-    """Large tiles where there are enough of them to fill the device, else smaller ones."""
+def heuristic(product: Product) -> Blocks:
+    """Large tiles where there are enough of them to fill the device, else smaller ones, or parts of ``k``."""
+    shape, policy = product.shape, product.policy
     half = shape.dtype != "f32"
     precision = "ieee" if half else {"strict": "tf32x3", "tf32": "tf32", "bf16": "bf16"}[policy]
     if precision == "tf32" and min(shape.m, shape.n, shape.k) <= SKINNY:
         precision = "tf32x3"
-    deep = 64 if half or precision == "bf16" else 32
-    drafts = [
-        Blocks(128, 256, 64, 8, 3) if deep == 64 else Blocks(128, 64, 32, 4, 3),
-        Blocks(128, 128, deep, 8, 3),
-        Blocks(128, 64, deep, 4, 3),
-        Blocks(64, 64, deep, 4, 4),
-        Blocks(32, 64, 64, 4, 4),
-        Blocks(16, 32, 128, 4, 4),
-    ]
+    drafts = HALF if half else DRAFTS[precision]
+    if product.window is not None:  # what is loaded element by element takes many warps, not many stages
+        drafts = (Blocks(128, 128, 32, 4, 2), Blocks(64, 128, 32, 4, 2), *HALF[3:])
     fitting = [b for b in drafts if b.m < 2 * max(shape.m, 9) and b.n < 2 * max(shape.n, 17)] or drafts[-1:]
+    most = max([s for s in SPLITS if shape.k >= DEEP * s], default=1)
     for blocks in fitting:
         programs = shape.batch * -(-shape.m // blocks.m) * -(-shape.n // blocks.n)
-        if programs >= FILL:
+        if programs * most >= FILL:
             break
-    return replace(blocks, precision=precision)
+    split = next((s for s in SPLITS if programs * s >= FILL), most) if programs < FILL else 1
+    blocks = replace(
+        blocks, precision=precision, split=min(split, most),
+        k=max(b for b in product.depths if b <= max(blocks.k, product.depths[0])),
+    )  # fmt: skip
+    # The copy is read and written once; what it saves grows with the other operand.
+    copied = precision.startswith("tf32") and min(shape.m, shape.n) >= 512 and shape.k >= SHARE
+    copied = copied or product.window is not None
+    if copied and any(product.packable):
+        blocks = replace(blocks, packed=True)
+    large = min(blocks.m, blocks.n) >= 128 and half and shape.batch == 1
+    if large and all(replace(product, blocks=blocks).described):
+        blocks = replace(blocks, loads="descriptors")
+    return blocks

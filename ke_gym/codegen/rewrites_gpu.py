@@ -130,6 +130,7 @@ def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 REWRITES: dict[str, Variants] = {
     "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles,))),
     "vectorize": by_launch("rows", kinds=(Tiles,)),
+    "layout_coalesce": by_launch("packed"),
     "traversal_swizzle": by_launch("group"),
     "prefetch_pipeline": by_launch("stages", "loads"),
     "fuse": fuse,

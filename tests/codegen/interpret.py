@@ -25,7 +25,7 @@ from ke_gym.tasks import Task
 SMALL = "ragged"
 FOLDER = Path(__file__).parent
 HALF = [str(path) for path in sorted((FOLDER / "half").glob("*.py"))]
-# Products that are split, walked over by few programs, or fetched by bulk copies.
+# Products that are split, walked over by few programs, fetched by bulk copies or put in order first; convolutions.
 PRODUCTS = [
     (str(FOLDER / "products" / f"{name}.py"), launch)
     for name, launch in (
@@ -36,6 +36,13 @@ PRODUCTS = [
         ("batched", (("m", 16), ("n", 16), ("persistent", 132))),
         ("deep", (("k", 64), ("split", 4))),
         ("deep", (("k", 32), ("split", 4), ("loads", "descriptors"))),
+        ("deep", (("k", 64), ("packed", True), ("loads", "descriptors"))),
+        ("rows", (("packed", True),)),
+        ("rows", (("k", 16), ("loads", "descriptors"))),
+        ("conv1d", (("k", 16), ("m", 16), ("n", 32))),
+        ("conv1d", (("k", 16), ("packed", False))),
+        ("conv2d", (("warps", 2),)),
+        ("pointwise", (("loads", "descriptors"),)),
     )
 ]
 

@@ -1,0 +1,167 @@
+"""A group's kernels in Triton and the lines of ``forward`` that launch them: most take one, products up to four."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import Any
+
+from ke_gym.codegen import module
+from ke_gym.codegen.emit_triton import pointers, print_tiles
+from ke_gym.codegen.emit_triton_flash import print_beyond, print_flash
+from ke_gym.codegen.emit_triton_products import Printer, loaded, pack_blocks, sum_blocks, tiled
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.expr import Expr, Load, walk
+from ke_gym.codegen.flash import Flash
+from ke_gym.codegen.operands import Described, variables
+from ke_gym.codegen.products import Product
+from ke_gym.codegen.tiles import Tiles, depends
+
+Printed = tuple[str, str]
+"""The kernels' text, and the lines that launch them."""
+
+
+def printed(nest: Any, suffix: str, used: set[str]) -> Printed:
+    """Raises ``Illegal`` for what no kernel of a GPU does."""
+    if isinstance(nest, Tiles):
+        return _tiles(nest, suffix, used)
+    if isinstance(nest, Product):
+        return _product(nest, suffix, used)
+    if isinstance(nest, Flash):
+        return _flash(nest, suffix, used)
+    raise Illegal("no kernel of a GPU")
+
+
+class Launches:
+    """Collects the kernels of one group, in the order in which they run."""
+
+    def __init__(self, work: Tiles | Product | Flash, suffix: str) -> None:
+        self.work, self.suffix = work, suffix
+        self.names = pointers(work)
+        self.kernels: list[str] = []
+        self.lines: list[str] = []
+
+    def tensors(self, *names: str) -> dict[str, str]:
+        """What the kernel calls these tensors -> what ``forward`` does."""
+        return {self.names.get(name, name): name for name in names}
+
+    def read(self, *roots: Expr) -> dict[str, str]:
+        """The tensors that these expressions read."""
+        found = {n.buffer for n in walk(*roots) if isinstance(n, Load) and n.index}
+        return self.tensors(*(b.name for b in self.work.reads if b.name in found))
+
+    @property
+    def results(self) -> dict[str, str]:
+        return self.tensors(*(b.name for b in self.work.writes))
+
+    def room(self, name: str, size: tuple[int, ...], dtype: str) -> None:
+        """Memory for what one kernel hands to the next."""
+        device = f"{self.work.writes[0].name}.device"
+        self.lines.append(f"{name} = torch.empty({module._tuple(size)}, dtype={dtype}, device={device})")
+
+    def add(
+        self,
+        ending: str,
+        body: list[str],
+        grid: tuple[int, ...],
+        tensors: dict[str, str],
+        sizes: dict[str, int],
+        options: dict[str, int],
+    ) -> None:
+        """One kernel; ``ending`` tells it from the others of its group."""
+        name = f"compute_{self.work.name}{ending}{self.suffix}"
+        parameters = ", ".join([*tensors, *(f"{size}: tl.constexpr" for size in sizes)])
+        listed = [*tensors.values(), *(f"{k}={v}" for k, v in (sizes | options).items())]
+        head = f"def {name}({parameters}):"
+        if len(head) > 110:
+            head = f"def {name}(\n    {parameters}\n):"
+        comment = f"# {module.computes(self.work)}"
+        self.kernels.append(
+            "\n".join([comment, "@triton.jit", head, textwrap.indent("\n".join(body), "    ")])
+        )
+        given = ", ".join(listed)
+        launch = f"{name}[{module._tuple(grid)}]({given})"
+        if len(launch) > 106:
+            described = any(value.startswith("TensorDescriptor") for value in listed)
+            given = ",\n    ".join(listed) + "," if described else given
+            launch = f"{name}[{module._tuple(grid)}](\n    {given}\n)"
+        self.lines.append(launch)
+
+    @property
+    def text(self) -> Printed:
+        return "\n\n\n".join(self.kernels), "\n".join(self.lines)
+
+
+def _tiles(tiles: Tiles, suffix: str, used: set[str]) -> Printed:
+    blocks, body = tiles.blocks, print_tiles(tiles, used)
+    sizes = {"ROWS": blocks.rows} if blocks.rows > 1 else {}
+    if any("BLOCK" in line for line in body):
+        sizes["BLOCK"] = blocks.columns
+    options = {"num_warps": blocks.warps}
+    if tiles.passes:
+        options["num_stages"] = blocks.stages
+    launches = Launches(tiles, suffix)
+    tensors = launches.tensors(*(b.name for b in tiles.reads)) | launches.results
+    launches.add("", body, (math.ceil(tiles.rows / blocks.rows),), tensors, sizes, options)
+    return launches.text
+
+
+def _flash(flash: Flash, suffix: str, used: set[str]) -> Printed:
+    shape, blocks = flash.shape, flash.blocks
+    launches = Launches(flash, suffix)
+    grid = (math.ceil(shape.queries / blocks.m), shape.batch)
+    tensors = launches.tensors(*(b.name for b in flash.reads)) | launches.results
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    if flash.visible is not None:
+        count, beyond = math.ceil(shape.keys / blocks.n), {flash.beyond: flash.beyond}
+        launches.room(flash.beyond, (shape.batch, count, shape.dv), "torch.float32")
+        body, read = print_beyond(flash, used), launches.read(flash.operands[2])
+        launches.add("_beyond", body, (count, shape.batch), read | beyond, {"N": blocks.n}, {"num_warps": 4})
+        tensors = beyond | tensors
+    launches.add("", print_flash(flash, used), grid, tensors, {"M": blocks.m, "N": blocks.n}, options)
+    return launches.text
+
+
+def _product(product: Product, suffix: str, used: set[str]) -> Printed:
+    """Copies of operands, the product, and the sum of its parts, as far as they are asked for."""
+    shape, blocks = product.shape, product.blocks
+    launches = Launches(product, suffix)
+    for side, operand in product.packed.items():
+        row = shape.m if side == "left" else shape.n
+        copies = shape.batch if depends(operand, variables(shape)[0]) else 1
+        name, sizes = product.copy(side), pack_blocks(product, side)
+        launches.room(name, (copies, row, shape.k), module._TORCH[shape.dtype])
+        tiles = math.prod(math.ceil(a / b) for a, b in zip((row, shape.k), sizes.values()))
+        tensors = launches.read(operand) | {name: name}
+        body, where = Printer(product, used).packing(side), (tiles, copies) if copies > 1 else (tiles,)
+        launches.add(f"_{side}", body, where, tensors, sizes, {"num_warps": 4})
+    rows, columns = product.tiles
+    grid: tuple[int, ...] = (rows * columns, *((shape.batch,) if shape.batch > 1 else ()))
+    if blocks.persistent:
+        grid = (min(rows * columns * shape.batch, blocks.persistent),)
+    elif blocks.split > 1:
+        grid = (rows * columns, shape.batch, blocks.split)
+    sizes = {"M": blocks.m, "N": blocks.n, "K": blocks.k}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    tensors = {f"{side}_tiles": _descriptor(view, sizes) for side, view in tiled(product).items()}
+    if tensors:
+        used.add("TensorDescriptor")
+    tensors |= launches.tensors(*loaded(product))
+    body = Printer(product, used).main()
+    if blocks.split == 1:
+        launches.add("", body, grid, tensors | launches.results, sizes, options)
+        return launches.text
+    parts = product.parts
+    launches.room(parts, (blocks.split, shape.batch, shape.m, shape.n), "torch.float32")
+    launches.add("_parts", body, grid, tensors | {parts: parts}, sizes, options)
+    m, n = sum_blocks(product)
+    tiles = math.ceil(shape.m / m) * math.ceil(shape.n / n)
+    tensors = {parts: parts} | launches.read(*(s.expr for s in product.stores)) | launches.results
+    grid = (tiles, shape.batch) if shape.batch > 1 else (tiles,)
+    launches.add("", Printer(product, used).total(), grid, tensors, {"M": m, "N": n}, {"num_warps": 4})
+    return launches.text
+
+
+def _descriptor(view: Described, sizes: dict[str, int]) -> str:
+    block = [*([1] if view.batch == "apart" else []), *(sizes[axis.upper()] for axis in view.axes)]
+    return f"TensorDescriptor({view.buffer}, {list(view.shape)}, {list(view.stride)}, {block})"
