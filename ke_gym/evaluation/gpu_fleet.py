@@ -80,8 +80,8 @@ class GpuFleet(Evaluator):
         return self._first.build(candidate)
 
     def decide(self, candidate: Candidate, rival: Candidate) -> Evaluation:
-        """See ``Evaluator.decide``."""
-        with self._one() as member:
+        """See ``Evaluator.decide``; on the first GPU, whose record this one shows."""
+        with self._one(self._first) as member:
             return member.decide(candidate, rival)
 
     def final(self, candidate: Candidate) -> Evaluation:
@@ -89,9 +89,14 @@ class GpuFleet(Evaluator):
         with self._one() as member:
             return member.final(candidate)
 
-    def aa_race(self, artifact: Artifact) -> Race:
-        """See ``Evaluator.aa_race``."""
+    def race_baseline(self, candidate: Candidate) -> float:
+        """See ``Evaluator.race_baseline``."""
         with self._one() as member:
+            return member.race_baseline(candidate)
+
+    def aa_race(self, artifact: Artifact) -> Race:
+        """See ``Evaluator.aa_race``; on the first GPU, whose record this one shows."""
+        with self._one(self._first) as member:
             return member.aa_race(artifact)
 
     def _judged(
@@ -107,14 +112,22 @@ class GpuFleet(Evaluator):
     # -- who is free -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def _one(self) -> Iterator[GpuEvaluator]:
-        """A GPU that nobody else uses. Raises the last one's ``UserError`` if there is none left."""
+    def _one(self, wanted: GpuEvaluator | None = None) -> Iterator[GpuEvaluator]:
+        """A GPU that nobody else uses: ``wanted``, if it still takes part.
+
+        Raises the last one's ``UserError`` if there is none left.
+        """
+
+        def able() -> list[GpuEvaluator]:
+            return [m for m in self._free if m is wanted or wanted not in self._members]
+
         with self._turn:
-            self._turn.wait_for(lambda: self._free or not (self._members or self._opening))
+            self._turn.wait_for(lambda: able() or not (self._members or self._opening))
             if not self._free:
                 assert self._lost is not None
                 raise self._lost
-            member = self._free.pop(0)
+            member = able()[0]
+            self._free.remove(member)
         try:
             yield member
         finally:

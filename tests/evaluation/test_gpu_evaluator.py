@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,45 @@ def test_the_proven_kernel_runs_in_the_user_s_process(task: Task, evaluator: Eva
 def test_a_device_that_is_not_there_says_how_to_go_on(task: Task, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--compile-only"):
         open_evaluator(task, "cuda:99", folder=tmp_path)
+
+
+IN_THREE = (
+    KERNEL.replace("general = True\n", "")
+    + """
+
+@triton.jit
+def copy(x, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at, mask=at < n), mask=at < n)
+
+def forward(x, scale):
+    first, second, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    rows[(x.shape[0],)](x, scale, first, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    for a, b in ((first, second), (second, out)):
+        copy[(triton.cdiv(x.numel(), 1024),)](a, b, x.numel(), BLOCK=1024)
+    return out
+"""
+)
+
+
+def test_a_plan_that_goes_as_a_graph_is_right_in_every_call(task: Task, evaluator: Evaluator) -> None:
+    candidate = Candidate(IN_THREE, "triton")
+    artifact = evaluator.build(candidate)
+    plan = replace(artifact.plans["default"].choose({}), graph=True)
+    evaluator.adopt(candidate, replace(artifact, plans={"default": plan}))
+    evaluation = evaluator.evaluate(candidate)
+    assert evaluation.correct, evaluation.log
+    assert evaluator.build(candidate).plans["default"].graph
+    kernel = Kernel(
+        task, Reference(task.reference("default").module.cuda()), evaluator.build(candidate), "cuda"
+    )
+    for _ in range(3):
+        x = torch.randn(512, 1000, device="cuda")
+        with torch.no_grad():
+            assert torch.allclose(kernel(x), torch.softmax(x, -1), atol=1e-6)
+
+
+def test_a_winner_is_looked_at_by_the_tools_that_are_there(evaluator: Evaluator) -> None:
+    final = evaluator.final(Candidate(KERNEL, "triton"))
+    assert final.correct, final.log
+    assert dict(final.profile.counters).get("time_ns", 0) > 0 or "no counters" in final.log

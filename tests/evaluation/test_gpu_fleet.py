@@ -147,6 +147,17 @@ def test_the_incumbent_races_on_the_candidate_s_device(
     assert len(seen) == 4 and all(with_rival for _, with_rival in seen)
 
 
+def test_races_for_the_record_are_the_first_device_s(
+    fleet: GpuFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(GpuEvaluator, "aa_race", lambda self, artifact: seen.append(self._device))
+    first, _ = _members(fleet)
+    for _ in range(3):
+        fleet.aa_race(one_launch("squared", SPEC))
+    assert seen == [0, 0, 0] and fleet.record is first.record
+
+
 def test_what_was_found_fastest_on_one_device_is_known_on_the_other(fleet: GpuFleet) -> None:
     first, second = _members(fleet)
     assert first._settled is second._settled and first._builds is second._builds
