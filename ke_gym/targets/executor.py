@@ -316,7 +316,7 @@ class PlanRunner:
         ``as_strided`` counts from the beginning of a storage. The plan means the storage of its operand; here, that
         holds other tensors too.
         """
-        args = [None if i in skip else self._concrete(a) for i, a in enumerate(step.args)]
+        args: list[Any] = [None if i in skip else self._concrete(a) for i, a in enumerate(step.args)]
         if step.target not in AS_STRIDED or 0 in skip:
             return args
         operand, root = args[0], self._values[self._roots[step.args[0].value]]
