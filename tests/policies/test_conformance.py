@@ -79,6 +79,9 @@ class TestPPO(suite("ppo")): ...  # type: ignore[misc]
 class TestPPOGuided(suite("ppo_guided")): ...  # type: ignore[misc]
 
 
+class TestRotting(suite("rotting")): ...  # type: ignore[misc]
+
+
 class TestRoundRobin(suite("round_robin")): ...  # type: ignore[misc]
 
 

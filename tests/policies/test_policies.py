@@ -18,6 +18,7 @@ from ke_gym.policies.features import LAYOUT, PROFILE, irrelevance, vector
 from ke_gym.policies.islands_map_elites import IslandsMapElites
 from ke_gym.policies.kernelband import KernelBand, k_means
 from ke_gym.policies.network import NetworkPolicy
+from ke_gym.policies.rotting import Rotting
 from ke_gym.strategies import ACTIONS, RESTART, STRATEGIES, get
 from ke_gym.testing.policies import legal, observation, searches
 
@@ -40,7 +41,7 @@ def paid(policy: Policy, steps: int, pays: int, mask: np.ndarray = ALL) -> list[
 LEARNERS = (
     "auc_bandit", "beta_thompson", "boosted_trees", "discounted_ucb", "epsilon_greedy", "islands_map_elites",
     "kernelband:c=0.2", "linucb:untrained", "lints:untrained", "puct:untrained", "thompson", "ucb1", "uct",
-    "ppo_guided:untrained",
+    "ppo_guided:untrained", "rotting:untrained",
 )  # fmt: skip
 
 
@@ -52,6 +53,31 @@ def test_learners_come_to_prefer_what_pays(spec: str) -> None:
 
 def test_epsilon_greedy_drafts_first() -> None:
     assert paid(policies.make("epsilon_greedy"), 4, pays=11) == [RESTART.id] * 4
+
+
+def test_a_rotting_bandit_learns_what_is_left_of_a_strategy_after_each_use() -> None:
+    """Action 3 pays in its first two uses of a search, action 7 a little in every one."""
+
+    def search(policy: Policy, steps: int) -> list[int]:
+        chosen: list[int] = []
+        for step in range(steps):
+            start = np.array([step == 0])
+            action = int(policy.predict(ZERO, episode_start=start, action_masks=ALL)[0])
+            reward = 0.4 if action == 3 and chosen.count(3) < 2 else 0.05 if action == 7 else 0.0
+            policy.update(Transition(ZERO, action, reward, ZERO, False, ALL, {"best_gain": reward}))
+            chosen.append(action)
+        return chosen
+
+    policy = Rotting()
+    policy.training = True
+    for _ in range(200):
+        search(policy, 40)
+    curves = policy.curves()
+    assert curves[3, 0] > 0.3 and curves[3, 4] < 0.1 and 0.04 < curves[7, 4] <= curves[7, 0] < 0.06
+    assert (np.diff(curves, axis=1) <= 0).all()
+    policy.training = False
+    chosen = search(policy, 30)
+    assert chosen[:2] == [3, 3] and chosen[2:].count(7) > 20
 
 
 def test_round_robin_takes_every_action_in_turn() -> None:
