@@ -9,7 +9,6 @@ import random
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import Alone, DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_inspection import Inspector
 from ke_gym.evaluation.gpu_profile import described, limiter
+from ke_gym.evaluation.gpu_spares import Spares
 from ke_gym.evaluation.gpu_tools import Replayed
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
@@ -136,8 +136,7 @@ class GpuEvaluator(Evaluator):
         self._tuned: dict[str, frozenset[str]] = beside._tuned if beside else {}
         self._signature: bytes = beside._signature if beside else b""
         self._too_large: str = beside._too_large if beside else ""
-        self._spares: list[GpuClient] = []
-        self._used: list[GpuClient] = []
+        self._spares = Spares(self._open_judge, 0)
         self._evaluated = 0
         self._steady: Artifact | None = None
         self._inspector = Inspector(self._replayed, self._lanes.all)
@@ -330,19 +329,15 @@ class GpuEvaluator(Evaluator):
         try:
             return super()._race(base, artifact, rival, entries)  # type: ignore[arg-type]
         finally:
-            opened = [*self._spares, *self._used]
-            self._spares, self._used = [], []
-            if opened:
-                with ThreadPoolExecutor(len(opened)) as pool:
-                    list(pool.map(GpuClient.close, opened))
+            self._spares.close()
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
         """See ``Evaluator._fresh_race``; a confirmation's processes start together, before it, and end after it."""
         if rules is SOAK:
-            self._spares = self._open_spares()
-        if self._spares:
-            self._used.append(self._spares.pop())
-            return self._race_sets(self._used[-1], artifact, rival, rules)  # type: ignore[arg-type]
+            self._spares = Spares(self._open_judge, self._spare_count())
+        spare = self._spares.take()
+        if spare is not None:
+            return self._race_sets(spare, artifact, rival, rules)  # type: ignore[arg-type]
         judge = self._fresh_judge()
         try:
             return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
@@ -357,20 +352,11 @@ class GpuEvaluator(Evaluator):
             self.judge.close()
             return self._open_judge()
 
-    def _open_spares(self) -> list[GpuClient]:
+    def _spare_count(self) -> int:
         """As many judges as a confirmation needs, or as fit into a part of the device's memory."""
-        each = (
-            sum(2 * spec.storage_bytes for name in self.shape_sets for spec in self._specs(name))
-            + CONTEXT_BYTES
-        )
-        count = min(CONFIRMATIONS, int(SPARE_SHARE * self.facts.memory_bytes / each))
-        opened: list[GpuClient] = []
-        with ThreadPoolExecutor(max(1, count)) as pool:
-            futures = [pool.submit(self._open_judge) for _ in range(count)]
-        for future in futures:
-            if future.exception() is None:
-                opened.append(future.result())
-        return opened
+        specs = [spec for name in self.shape_sets for spec in self._specs(name)]
+        each = sum(2 * spec.storage_bytes for spec in specs) + CONTEXT_BYTES
+        return min(CONFIRMATIONS, int(SPARE_SHARE * self.facts.memory_bytes / each))
 
     def _race_set(  # type: ignore[override]
         self,
@@ -385,6 +371,7 @@ class GpuEvaluator(Evaluator):
         if rules is SOAK:
             if not judge.soak(own.number, name):
                 raise Rejected("correctness", "right when checked, wrong after some hundred calls")
+            self._spares.settle()  # until now nothing was timed
             rules = replace(CONFIRM, min_rounds=FRESH_ROUNDS, max_rounds=FRESH_ROUNDS)
         pace = judge.warm(name, own.number, rival, baseline)
         margin = self.record.margin(pace["baseline" if other is None else "incumbent"])

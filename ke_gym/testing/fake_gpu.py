@@ -48,6 +48,8 @@ class FakeDriver:
     def load(self, binary: bytes) -> int:
         if binary == b"broken":
             raise CudaError("cuModuleLoadData", 209, "CUDA_ERROR_NO_BINARY_FOR_GPU")
+        if binary == b"newer":
+            raise CudaError("cuModuleLoadData", 222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
         number = len(self.modules) + 1
         self.modules[number] = binary
         return number

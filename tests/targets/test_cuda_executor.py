@@ -227,7 +227,8 @@ def test_a_plan_says_that_it_goes_as_a_graph() -> None:
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [
-        (lambda a: replace(a, binaries={"k": b"broken"}), "refuses the binary"),
+        (lambda a: replace(a, binaries={"k": b"broken"}), r"refuses the binary.*another architecture.*--arch"),
+        (lambda a: replace(a, binaries={"k": b"newer"}), "refuses the binary.*update the driver"),
         (lambda a: replace(a, binaries={}), "missing"),
         (lambda a: _launching(a, kernel="nothing"), "NOT_FOUND"),
         (lambda a: _launching(a, geometry=Geometry((1, 1, 1), (32, 1, 1), shared=1 << 17)), "INVALID_VALUE"),
