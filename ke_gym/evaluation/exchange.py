@@ -28,6 +28,7 @@ from ke_gym.evaluation.bundle import Bundle, Packed, judge, read_results, result
 from ke_gym.evaluation.evaluation import Cost, Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import described_shapes
+from ke_gym.evaluation.gpu_setting import arch_of
 from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
@@ -126,8 +127,6 @@ class ExchangeEvaluator(Evaluator):
         return judged.evaluation.replace(cost=spent)
 
     def _compile(self, candidate: Candidate) -> Artifact:
-        from ke_gym.evaluation.gpu_evaluator import arch_of
-
         return self.builder.build(
             candidate.source, self.judge.signature, candidate.language, target="cuda", arch=arch_of(self.facts),
             multiprocessors=self.facts.cores, timeout=self.build_timeout,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import os
 import random
 import secrets
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +17,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
-from ke_gym.evaluation.builds import Builds, Cores
+from ke_gym.evaluation.builds import Builds
 from ke_gym.evaluation.checking import Rejected, draw_cases, errors_of, refusal
 from ke_gym.evaluation.contest import CONFIRM, SOAK, believe
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
@@ -28,20 +25,16 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import Alone, DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_inspection import Inspector
 from ke_gym.evaluation.gpu_profile import described, limiter
+from ke_gym.evaluation.gpu_setting import Lanes, arch_of, gpu_environment, kept_peaks, kept_zygote
 from ke_gym.evaluation.gpu_spares import Spares
 from ke_gym.evaluation.gpu_tools import Replayed
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
-from ke_gym.evaluation.zygote import Zygote
-from ke_gym.files import write_whole
-from ke_gym.languages import device
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, Plan, TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
 
-PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
-"""Variables that tell where the driver and a toolkit are, which workers therefore keep."""
 DISPUTED = 0.25
 """A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused.
 
@@ -60,37 +53,6 @@ class Entry:
 
     number: int
     shape_set: str
-
-
-class Lanes(Cores):
-    """Builds have the processor's cores but one; whoever holds ``all`` has the GPU. They go on side by side.
-
-    ``beside``: the lanes of another GPU, whose cores builds share.
-    """
-
-    def __init__(self, cores: int, beside: Lanes | None = None) -> None:
-        super().__init__(max(1, cores - 1))
-        self._gpu = threading.Lock()
-        self._pool = beside or self
-        self.device: DeviceLock | None = None
-
-    @contextmanager
-    def all(self) -> Iterator[None]:
-        with self._gpu, self.device or ExitStack(), self._pool.occupied():
-            yield
-
-    @contextmanager
-    def occupied(self) -> Iterator[None]:
-        """One core is not for builds: it holds the clock of a race."""
-        with self._condition:
-            self._start()
-            self._builds += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._builds -= 1
-                self._stop()
 
 
 class GpuEvaluator(Evaluator):
@@ -420,43 +382,3 @@ class GpuEvaluator(Evaluator):
 def open_to_choice(plan: Plan) -> bool:
     """Whether there is more than one way to run a plan: other launches, or all of them as one CUDA graph."""
     return bool(plan.choices) or sum(isinstance(step, Launch) for step in plan.steps) > 1
-
-
-def kept_peaks(folder: Path, measure: Any, again: bool = False) -> cuda.Peaks:
-    """The device's kept peaks, measured now if there are none; ``again`` keeps the better of both."""
-    import json
-
-    path = folder / "peaks-cuda.json"
-    kept = cuda.Peaks.from_dict(json.loads(path.read_text())) if path.exists() else None
-    if kept is not None and not again:
-        return kept
-    peaks = cuda.Peaks.from_dict(measure())
-    if kept is not None:
-        peaks = peaks.best(kept)
-    write_whole(path, json.dumps(peaks.to_dict()).encode())
-    return peaks
-
-
-@functools.cache
-def kept_zygote(threads: int, environment: tuple[tuple[str, str], ...]) -> Zygote:
-    """A zygote that all evaluators of this process share, one after the other: a warm one saves seconds. It ends with
-    this process."""
-    zygote = Zygote(threads, dict(environment))
-    atexit.register(zygote.close)
-    return zygote
-
-
-def gpu_environment(folder: Path) -> dict[str, str]:
-    """What workers for a GPU have in their environment besides the usual."""
-    caches = {"TORCHINDUCTOR_CACHE_DIR": folder / "inductor", "TRITON_CACHE_DIR": folder / "triton"}
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {**passed, **{name: str(path) for name, path in caches.items()}, "HOME": "/tmp"}
-
-
-def arch_of(facts: cuda.Facts) -> str:
-    """What kernels for this device are compiled for: the architecture with its own instructions.
-
-    Raises ``UserError`` for one that kernels are not built for.
-    """
-    number = int(facts.arch.removeprefix("sm_"))
-    return device.arch_of((number // 10, number % 10)).name
