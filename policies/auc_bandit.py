@@ -33,11 +33,15 @@ class AUCBandit(ScoringPolicy):
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
         scores = np.full(len(ACTIONS), np.inf)
-        for action in {used for used, _ in self.window}:
-            hits = [new_best for used, new_best in self.window if used == action]
+        window = [
+            *self.window,
+            *([action, 0] for action in np.repeat(np.arange(len(ACTIONS)), self.pending).tolist()),
+        ]
+        for action in {used for used, _ in window}:
+            hits = [new_best for used, new_best in window if used == action]
             n = len(hits)
             area = sum(i * hit for i, hit in enumerate(hits, 1)) * 2.0 / (n * (n + 1))
-            scores[action] = area + self.c * math.sqrt(2.0 * math.log2(len(self.window)) / n)
+            scores[action] = area + self.c * math.sqrt(2.0 * math.log2(len(window)) / n)
         return scores
 
     def update(self, transition: Transition) -> None:

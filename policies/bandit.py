@@ -67,6 +67,14 @@ class Bandit(ScoringPolicy):
             counts, means, squares = self.prior  # rows: views, updated in place
             _add(counts, means, squares, transition.action, value)
 
+    def evidence(self) -> tuple[Scores, Scores]:
+        """Tries and mean rewards of every action, shape (25,). What is pending counts as a try that brought nothing: the
+        virtual loss of parallel tree search (Chaslot et al., 2008)."""
+        if not self.pending.any():
+            return self.counts, self.means
+        tries = self.counts + self.pending
+        return tries, self.means * self.counts / np.maximum(tries, 1.0)
+
     def value(self, transition: Transition) -> float:
         """What a step was worth; subclasses may rescale it."""
         return transition.reward

@@ -44,6 +44,8 @@ class Policy(ABC):
         self.rng = np.random.default_rng(seed)
         self.training = False
         """Set by the trainer: what a search teaches is then kept for the next ones."""
+        self.pending = np.zeros(len(ACTIONS), dtype=np.int64)
+        """How often each action is under way: chosen, and not yet told of by ``update``."""
         self.trained_on: dict[str, Any] = {}
         """What the trainer says of the training: tables' hashes, steps, environment."""
 
@@ -56,6 +58,18 @@ class Policy(ABC):
 
     def update(self, transition: Transition) -> None:  # noqa: B027 (optional to override)
         """Learn from one completed step."""
+
+    def launched(self, action: int) -> None:
+        """``action`` was chosen and is under way; there may be further choices before it has ``landed``.
+
+        Only loops with several evaluations in flight say so. Policies may count what is pending as a virtual loss, so that
+        they don't choose the same again and again before the first answer.
+        """
+        self.pending[action] += 1
+
+    def landed(self, action: int) -> None:
+        """``action`` is no longer under way; its ``update`` follows."""
+        self.pending[action] = max(self.pending[action] - 1, 0)
 
     def reseed(self, seed: int) -> None:
         """Start the random stream anew; everything learned stays."""
@@ -76,6 +90,7 @@ class Policy(ABC):
         evaluators differ in how faithfully they pass ``state`` on.
         """
         if episode_start is not None and np.any(episode_start):
+            self.pending[:] = 0
             self.begin()
         if action_masks is None:
             action_masks = np.ones(len(ACTIONS), dtype=np.bool_)

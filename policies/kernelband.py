@@ -47,6 +47,7 @@ class KernelBand(ScoringPolicy):
             for a, r, f in zip(self.actions, self.rewards, self.features)
             if self._cluster(f) == cluster
         ]
+        here += [(action, 0.0) for action in np.repeat(np.arange(len(ACTIONS)), self.pending).tolist()]
         scores = np.full(len(ACTIONS), np.inf)
         for action in {a for a, _ in here}:
             gains = [r for a, r in here if a == action]

@@ -41,7 +41,10 @@ class LinearBandit(ScoringPolicy):
         x = np.append(vector(observation), 1.0)
         projected = self.inverse[actions] @ x
         means = np.einsum("ad,ad->a", projected, self.moments[actions])
-        return means, np.sqrt(np.maximum(projected @ x, 0.0))
+        variances = np.maximum(projected @ x, 0.0)
+        # What is pending counts as steps here that brought nothing.
+        shrunk = 1.0 / (1.0 + self.pending[actions] * variances)
+        return means * shrunk, np.sqrt(variances * shrunk)
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
         legal = np.flatnonzero(mask)

@@ -28,8 +28,9 @@ class Thompson(Bandit):
 
     def posterior(self) -> tuple[Scores, Scores]:
         """Means and standard deviations of every action's expected reward."""
-        tries = PRIOR_TRIES + self.counts
-        means = (PRIOR_TRIES * PRIOR_MEAN + self.counts * self.means) / tries
+        counts, gains = self.evidence()
+        tries = PRIOR_TRIES + counts
+        means = (PRIOR_TRIES * PRIOR_MEAN + counts * gains) / tries
         variance = (PRIOR_SD**2 + self.squares.sum()) / (1.0 + self.counts.sum())
         return means, np.sqrt(variance / tries)
 
@@ -49,8 +50,9 @@ class BetaThompson(Bandit):
 
     def posterior(self) -> tuple[Scores, Scores]:
         """The two parameters of every action's Beta distribution."""
-        successes = self.counts * self.means
-        return 1.0 + successes, 1.0 + self.counts - successes
+        tries, rates = self.evidence()
+        successes = tries * rates
+        return 1.0 + successes, 1.0 + tries - successes
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
         a, b = self.posterior()

@@ -29,10 +29,11 @@ class UCB1(Bandit):
         self.c, self.soft_mask = c, soft_mask
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
-        tried = self.counts > 0
-        counts = np.where(tried, self.counts, 1.0)
-        means = np.where(tried, self.means, URGENCY)
-        total = max(float(self.counts.sum()), 1.0)
+        tries, gains = self.evidence()
+        tried = tries > 0
+        counts = np.where(tried, tries, 1.0)
+        means = np.where(tried, gains, URGENCY)
+        total = max(float(tries.sum()), 1.0)
         scores: Scores = means + self.c * np.sqrt(2.0 * np.log(total) / counts)
         if self.soft_mask:
             scores = scores - self.soft_mask * irrelevance(observation)

@@ -40,11 +40,12 @@ class UCT(Bandit):
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
         # Half the best gain, half the mean one: a single lucky draw should not win for ever.
-        value: Scores = np.where(self.counts > 0, (self.best + self.means) / 2, URGENCY)
+        tries, gains = self.evidence()
+        value: Scores = np.where(tries > 0, (self.best + gains) / 2, URGENCY)
         if deterministic:
             return value
-        prior, total = self.prior_of(observation, mask), float(self.counts.sum())
-        bonus: Scores = self.c * prior * np.sqrt(1.0 + total) / (1.0 + self.counts)
+        prior, total = self.prior_of(observation, mask), float(tries.sum())
+        bonus: Scores = self.c * prior * np.sqrt(1.0 + total) / (1.0 + tries)
         return value + bonus
 
     def prior_of(self, observation: Observation, mask: NDArray[np.bool_]) -> Scores:

@@ -76,6 +76,15 @@ class Paying(Protocol):
         ...
 
 
+@runtime_checkable
+class Expecting(Protocol):
+    """What a policy has besides that makes up its mind while earlier choices are still under way."""
+
+    def launched(self, action: int) -> None: ...
+
+    def landed(self, action: int) -> None: ...
+
+
 class Watch:
     """Hooks of a search, called in the thread that runs it. The default ones do nothing."""
 
@@ -145,6 +154,7 @@ class _Loop:
         self.waiting = workers if self.writers == 1 else 2 * workers
         self.drafts: deque[_Draft] = deque()
         self.flights: deque[_Flight] = deque()
+        self.expecting = policy if isinstance(policy, Expecting) else None
         self.state: Any = None
         self.started = False
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
@@ -206,6 +216,8 @@ class _Loop:
             return False
         if not situation.mask[choice]:
             raise UserError(f"the policy chose {ACTIONS[choice].name}, which its action mask forbids")
+        if self.expecting is not None:
+            self.expecting.launched(choice)
         request = session.request(choice)
         if isinstance(request, Refusal):
             self.refused(situation, choice, request)
@@ -296,7 +308,7 @@ class _Loop:
         penalty = 0.0 if action == STOP.id else reward.refusal(refusal.kind)
         info = {"refusal": refusal.reason, "kind": refusal.kind}
         after = self.session.situation()
-        self.policy.update(
+        self.learn(
             Transition(
                 situation.observation, action, penalty, after.observation, action == STOP.id, situation.mask,
                 info,
@@ -327,7 +339,7 @@ class _Loop:
             "log_speedup": math.log(node.speedup) if node.speedup else 0.0,
         }
         after = self.session.situation()
-        self.policy.update(
+        self.learn(
             Transition(
                 flight.situation.observation,
                 flight.action,
@@ -339,6 +351,12 @@ class _Loop:
             )
         )
         self.watch.told(self.session, node, improved)
+
+    def learn(self, transition: Transition) -> None:
+        """Tell the policy of a completed step."""
+        if self.expecting is not None:
+            self.expecting.landed(transition.action)
+        self.policy.update(transition)
 
     def abandon(self) -> None:
         """Let go of what is in flight; evaluations that already run end when the evaluator is closed."""

@@ -98,15 +98,21 @@ class Env:
 
     def learning(self, loaded: list[Any]) -> float:
         """Steps a second of MaskablePPO's learning as scripts/train.py does it, validation left out."""
+        import torch
         from sb3_contrib import MaskablePPO
 
         envs = training_envs("maskable_ppo", REPLAY, BATCH, seed=0, tables=loaded, horizon=(20, 50, 100))
         shape = {"n_steps": LEARNED // BATCH, "batch_size": LEARNED // 4}
         model: Any = MaskablePPO("MlpPolicy", envs, device="cpu", seed=0, **shape, **PPO)
-        model.learn(LEARNED)
-        start = time.perf_counter()
-        model.learn(12 * LEARNED)
-        return 12 * LEARNED / (time.perf_counter() - start)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the trainer does
+        try:
+            model.learn(LEARNED)
+            start = time.perf_counter()
+            model.learn(12 * LEARNED)
+            return 12 * LEARNED / (time.perf_counter() - start)
+        finally:
+            torch.set_num_threads(threads)
 
     def overhead(self) -> float:
         """Seconds of a live step beyond the evaluation (and the proposal) itself."""

@@ -22,7 +22,7 @@ from ke_gym.policies import plots, statistics
 from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
 
 TRAINED = (
-    "puct", "ucb1", "discounted_ucb", "thompson", "beta_thompson", "linucb", "lints", "boosted_trees", "maskable_ppo",
+    "puct", "ucb1", "discounted_ucb", "thompson", "beta_thompson", "linucb", "lints", "boosted_trees", "rotting", "maskable_ppo",
     "ppo_guided",
 )  # fmt: skip
 UNTRAINED = (

@@ -9,6 +9,8 @@ import pytest
 
 from ke_gym import policies
 from ke_gym.candidate import Candidate
+from ke_gym.policies import Transition
+from ke_gym.policies.ucb1 import UCB1
 from ke_gym.proposers.base import Context, Proposal, Refusal
 from ke_gym.search import parents
 from ke_gym.search.budget import Budget
@@ -16,7 +18,8 @@ from ke_gym.search.run import run
 from ke_gym.search.session import Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node, Tree
-from ke_gym.strategies import RESTART, Strategy, get
+from ke_gym.strategies import ACTIONS, RESTART, Strategy, get
+from ke_gym.testing.policies import observation
 from tests.search.fakes import SETTING, FakeProposer, Judge, evaluation, kernel
 
 BUDGET = 30
@@ -99,3 +102,45 @@ def test_elites_are_the_best_of_each_family_and_size() -> None:
     tree = grown((None, 1.0), (None, 2.0), (None, 1.4), (None, 1.5), (None, None))
     chosen = {parents.elites(tree, {}, rng).number for _ in range(40)}  # type: ignore[union-attr]
     assert chosen == {1, 2}  # the best of fusion, and of vectorization
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["ucb1", "discounted_ucb", "uct", "puct:untrained", "thompson", "beta_thompson", "auc_bandit", "kernelband",
+     "linucb:untrained", "lints:untrained"],
+)  # fmt: skip
+def test_what_is_under_way_is_not_chosen_again_and_again(spec: str) -> None:
+    policy, seen = policies.make(spec, 0), observation(np.random.default_rng(0))
+    mask = np.zeros(len(ACTIONS), dtype=np.bool_)
+    mask[:6] = mask[-1] = True
+    for action, gain in enumerate((0.0, 0.0, 0.3, 0.0, 0.0, 0.0)):
+        policy.update(Transition(seen, action, gain, seen, False, mask, {"best_gain": gain}))
+
+    def choices() -> list[int]:
+        """What is chosen eight times in a row."""
+        policy.reseed(1)
+        return [int(policy.predict(seen, action_masks=mask)[0]) for _ in range(8)]
+
+    alone, chosen = choices(), []
+    policy.reseed(1)
+    for _ in range(8):
+        chosen.append(int(policy.predict(seen, action_masks=mask)[0]))
+        policy.launched(chosen[-1])
+    assert chosen.count(2) < alone.count(2)
+    for action in chosen:
+        policy.landed(action)
+    assert not policy.pending.any() and choices() == alone
+
+
+def test_a_search_says_what_is_under_way(tmp_path: Path) -> None:
+    under_way = []
+
+    class Counting(UCB1):
+        def launched(self, action: int) -> None:
+            super().launched(action)
+            under_way.append(int(self.pending.sum()))
+
+    policy = Counting(0)
+    searching = Session(Store(tmp_path / "s.db"), "s", SETTING, FakeProposer(), budget=Budget(20), seed=0)
+    run(searching, policy, Judge(), workers=3)
+    assert max(under_way) == 3 and not policy.pending.any()
