@@ -65,19 +65,20 @@ class Rotting(ScoringPolicy):
         return super().choose(observation, mask, deterministic)
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
-        promised = self._promised()
+        used = self.used + self.pending
+        promised = self._promised(used)
         expected = promised * (self.trust + self.yielded) / (self.trust + self.due)
-        seldom = np.sqrt(np.log(2.0 + self.used.sum()) / (1.0 + self.used))
+        seldom = np.sqrt(np.log(2.0 + used.sum()) / (1.0 + used))
         return np.asarray(expected + self.c * promised[mask].max() * seldom)
 
-    def _promised(self) -> Scores:
-        step = np.searchsorted(USES, self.used, side="right") - 1
+    def _promised(self, used: NDArray[np.int64]) -> Scores:
+        step = np.searchsorted(USES, used, side="right") - 1
         return np.asarray(self._curves[np.arange(len(ACTIONS)), step])
 
     def update(self, transition: Transition) -> None:
         action, gain = transition.action, max(transition.reward, 0.0)
         if not forced(transition):
-            self.due[action] += self._promised()[action]
+            self.due[action] += self._promised(self.used)[action]
             self.yielded[action] += gain
             if self.training:
                 step = np.searchsorted(USES, self.used[action], side="right") - 1

@@ -40,8 +40,10 @@ class UCT(Bandit):
 
     def scores(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> Scores:
         # Half the best gain, half the mean one: a single lucky draw should not win for ever.
-        tries, gains = self.evidence()
-        value: Scores = np.where(tries > 0, (self.best + gains) / 2, URGENCY)
+        value: Scores = np.where(self.counts > 0, (self.best + self.means) / 2, URGENCY)
+        # What is pending counts as tries that brought nothing.
+        tries = self.counts + self.pending
+        value = value * np.maximum(self.counts, 1.0) / np.maximum(tries, 1.0)
         if deterministic:
             return value
         prior, total = self.prior_of(observation, mask), float(tries.sum())

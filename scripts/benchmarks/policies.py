@@ -22,8 +22,8 @@ from ke_gym.policies import plots, statistics
 from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
 
 TRAINED = (
-    "puct", "ucb1", "discounted_ucb", "thompson", "beta_thompson", "linucb", "lints", "boosted_trees", "rotting", "maskable_ppo",
-    "ppo_guided",
+    "puct", "ucb1", "discounted_ucb", "thompson", "beta_thompson", "linucb", "lints", "boosted_trees", "rotting",
+    "maskable_ppo", "ppo_guided",
 )  # fmt: skip
 UNTRAINED = (
     "epsilon_greedy", "ucb1", "thompson", "auc_bandit", "hill_climb", "round_robin", "linucb:untrained", "uct",
