@@ -43,7 +43,7 @@ from ke_gym.search.result import Result
 from ke_gym.search.run import Paying, Watch, run
 from ke_gym.search.session import Session
 from ke_gym.search.store import Setting, Store
-from ke_gym.tasks import Reference, Task
+from ke_gym.tasks import Task
 from ke_gym.tasks.loader import built_in
 
 RUN_FORMAT = 1
@@ -452,7 +452,6 @@ def _result(
     if best is not None:
         artifact = evaluator.build(best.candidate)
         session.store.add_artifact(artifact.binary_id, artifact.to_bytes())
-    reference = Reference(module) if module is not None else task.reference(task.contract(evaluator.target))
     contract = evaluator.judge.shapes[evaluator.contract]
     floor_s = evaluator.peaks.floor_s(contract.work.bytes, contract.work.floor_flops)
     correct = sum(node.correct for node in session.tree)
@@ -470,7 +469,7 @@ def _result(
         stopped=stopped,
         floor_ms=1e3 * floor_s,
         run_dir=run_dir,
-        reference=reference,
+        module=module,
         usage=session.usage,
         dollars=session.spent.dollars,
         proof=proof,

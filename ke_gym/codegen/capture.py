@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from ke_gym.codegen.errors import CodegenError
+from ke_gym.errors import UserError
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
@@ -129,6 +132,18 @@ class Captured:
 # torch.export keeps state of the whole process (modes, caches), and so does `_quiet`.
 _exporting = threading.Lock()
 
+LARGE = 1 << 22
+DRAWING = frozenset(
+    (
+        "normal_",
+        "uniform_",
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "xavier_normal_",
+        "xavier_uniform_",
+        "trunc_normal_",
+    )
+)
 INSTEAD = (
     "a kernel written by hand can still be judged: scripts/evaluate.py --task TASK --kernel FILE runs one whose "
     "Python cannot be traced in the host lane"
@@ -137,8 +152,9 @@ INSTEAD = (
 
 def capture(task: Task, shape_set: str) -> Captured:
     """Raises ``CodegenError`` naming the operation and source line that cannot be captured, and what to do."""
-    reference = task.reference(shape_set)
-    inputs = task.inputs(shape_set, seed=0)
+    with _Unfilled():
+        reference = task.reference(shape_set)
+    inputs = _arguments(task, shape_set)
     try:
         with _exporting, _quiet():
             captured = _joint(reference, inputs) if task.backward else _exported(reference, inputs)
@@ -158,6 +174,38 @@ def capture(task: Task, shape_set: str) -> Captured:
                 f"and kernels are generated for fixed sizes; {INSTEAD}"
             )
     return captured
+
+
+class _Unfilled(TorchFunctionMode):
+    """Large parameters are left as they were allocated: a graph holds none of their values, and drawing a table of a
+    GPU's size takes as long as everything else."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")  # torch.nn.init hands it on by name
+        if func.__name__ in DRAWING and isinstance(tensor, torch.Tensor) and tensor.numel() >= LARGE:
+            return tensor
+        return func(*args, **kwargs)
+
+
+def _arguments(task: Task, shape_set: str) -> list[Any]:
+    """Arguments for the model: tensors that nobody has filled, since nobody reads them, and at a GPU's sizes that takes
+    half a minute; filled ones for a task that looks at what it draws."""
+    # A copy: what a task finds out about itself under fake tensors must not be kept.
+    fresh = type(task).from_bytes(task.to_bytes())
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            drawn = fresh.inputs(shape_set, seed=0, device="fake")
+    except (UserError, RuntimeError):
+        return task.inputs(shape_set, seed=0)
+    unfilled = {
+        id(value): torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        for value in drawn
+        if isinstance(value, torch.Tensor)
+    }
+    return [unfilled.get(id(value), value) for value in drawn]
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ke_gym.candidate import Candidate
 from ke_gym.deploy import Kernel
 from ke_gym.evaluation.evaluation import Evaluation
@@ -42,8 +44,8 @@ class Result:
     stopped: str
     floor_ms: float
     run_dir: Path
-    reference: Reference
-    """Parameters are read from here, and unproven inputs run here: the user's own module if there is one."""
+    module: nn.Module | None = None
+    """The user's own module, if the task was made from one."""
     usage: Usage = NOTHING
     """What models were asked in all; nothing where none was."""
     dollars: float = 0.0
@@ -81,6 +83,13 @@ class Result:
     def source(self) -> str:
         """The best kernel module's text; empty if none was correct."""
         return self.best.source if self.best else ""
+
+    @cached_property
+    def reference(self) -> Reference:
+        """Parameters are read from here, and unproven inputs run here: the user's own module if there is one."""
+        if self.module is not None:
+            return Reference(self.module)
+        return self.task.reference(self.task.contract(self.target))
 
     @cached_property
     def kernel(self) -> Kernel:
