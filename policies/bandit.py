@@ -72,7 +72,7 @@ class Bandit(ScoringPolicy):
         virtual loss of parallel tree search (Chaslot et al., 2008)."""
         if not self.pending.any():
             return self.counts, self.means
-        tries = self.counts + self.pending
+        tries: Scores = np.add(self.counts, self.pending, dtype=np.float64)
         return tries, self.means * self.counts / np.maximum(tries, 1.0)
 
     def value(self, transition: Transition) -> float:

@@ -129,7 +129,13 @@ class Policies:
                 main[CHOSEN] = chosen(Comparison(main, best), learned, families)
             title = f"leave one family out: {len(made)} families, {len(loaded)} tasks, {budget} evaluations"
             comparison = Comparison(main, best)
-            data.append(self._told(comparison, families, title, self.out / str(budget)))
+            scarce = [task for task, table in loaded.items() if len(table.drafts) < budget]
+            told = self._told(comparison, families, title, self.out / str(budget))
+            data.append(told | {"fewer_drafts_than_budget": scarce})
+            console.print(
+                f"{len(scarce)} of {len(loaded)} tables hold fewer than {budget} drafts: there best-of-N runs out of them",
+                highlight=False,
+            )
             for name in (*learned, *((CHOSEN,) if learned else ())):
                 figures.extend(held(comparison, name, families))
             if changed:
