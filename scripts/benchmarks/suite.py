@@ -32,9 +32,10 @@ COMPILERS = BASELINES[1:]
 # Families in the order of what compiling, checking and racing their tasks at GPU sizes takes.
 LONGEST = ("attention", "matmul", "conv")
 GPU_WORKERS = 4
-# Of the time that a task has, what its search may take before the last races; what is left to begin another task.
-SEARCHING = 0.5
-LEAST_SECONDS = 20.0
+# Of all the time, what searches have before compilers are raced; of a search's share, what it has before its last races;
+# what must be left to begin another one.
+SEARCHING, SEARCH_SHARE = 0.65, 0.75
+LEAST_SECONDS = 15.0
 # What the project promises of its families on a CPU, over eager.
 PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matmul": 1.0}
 
@@ -92,6 +93,16 @@ class Row:
         return min(self.delivered("eager"), self.compiled)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What one process does next for a task: ``search`` for ``seconds`` at most, and ``compare`` with compilers."""
+
+    task: bytes
+    seconds: float | None
+    compare: bool
+    search: bool = True
+
+
 @dataclass
 class Suite:
     """Optimize the built-in suite; resumable. On GPUs, several tasks at a time: see ``lanes``."""
@@ -130,12 +141,14 @@ class Suite:
         left = [task for task in chosen if not self._finished(done.get(task.name))]
         known = [done[task.name] for task in chosen if self._finished(done.get(task.name))]
         start = time.monotonic()
-        made = self._on_all_gpus(left) if self.target == "cuda" else map(self.finish, left)
+        in_turn = (row for task in left if (row := self.finish(task)) is not None)
+        made = self._on_all_gpus(left) if self.target == "cuda" else in_turn
         rows: dict[str, Row] = {}
         for row in itertools.chain(known, made):
             rows[row.task] = row
             self._tell(row, f"{len(rows)}/{len(chosen)}")
-        evaluations = sum(row.evaluations for row in rows.values()) - sum(row.evaluations for row in known)
+        names = {task.name for task in left if not (old := done.get(task.name)) or not old.run}
+        evaluations = sum(row.evaluations for row in rows.values() if row.task in names)
         rate = 60 * evaluations / (time.monotonic() - start) if evaluations else None
         if missing := [task.name for task in chosen if task.name not in rows]:
             console.print(f"not finished in time: {' '.join(missing)}", highlight=False)
@@ -156,37 +169,49 @@ class Suite:
         return not self.compilers or bool(row.over) or row.best_ms is None
 
     def _on_all_gpus(self, left: Sequence[Task]) -> Iterator[Row]:
-        """The rows as they are finished, the tasks that take longest first."""
-        until = time.monotonic() + (math.inf if self.seconds is None else self.seconds)
-        order = sorted(
-            left, key=lambda task: LONGEST.index(task.family) if task.family in LONGEST else len(LONGEST)
-        )
+        """The rows as they are finished, the tasks that take longest first: all searches, then the compilers."""
+        begin = time.monotonic()
+        until = begin + (math.inf if self.seconds is None else self.seconds)
         shares = lanes.shares(lanes.gpus(), self.lanes)
-
-        def jobs() -> Iterator[tuple[bytes, float | None]]:
-            for number, task in enumerate(order):
-                now = until - time.monotonic()
-                each = min(1.0, len(shares) / (len(order) - number)) * now
-                if now < LEAST_SECONDS:
-                    return
-                searching = SEARCHING if self.compilers else 1.5 * SEARCHING
-                yield task.to_bytes(), None if self.seconds is None else searching * each
-
-        for (task, _), row, error in lanes.spread(partial(_finish, self), jobs(), shares, until):
+        for job, row, error in lanes.spread(
+            partial(_finish, self), self._jobs(left, len(shares), begin), shares, until
+        ):
             if error is not None:  # one task's costs the others nothing
-                name = Task.from_bytes(task).name
+                name = Task.from_bytes(job.task).name
                 if not isinstance(error, lanes.Late):
                     console.print(f"{name}: {error}", highlight=False, style="red", markup=False)
                 row = self._read().get(name)  # the search may have ended before the comparison did
             if row is not None:
                 yield row
 
-    def finish(self, task: Task, seconds: float | None = None) -> Row:
-        """Do and write what is not in the file yet."""
+    def _jobs(self, left: Sequence[Task], lanes: int, begin: float) -> Iterator[Job]:
+        """What ``lanes`` at once are to do, in order; with a limit every search has its share of the time left."""
+        order = sorted(
+            left, key=lambda task: LONGEST.index(task.family) if task.family in LONGEST else len(LONGEST)
+        )
+        searched = begin + (self.seconds or 0.0) * (SEARCHING if self.compilers else 1.0)
+        for number, task in enumerate(order):
+            seconds = None
+            if self.seconds is not None:
+                now = searched - time.monotonic()
+                if now < LEAST_SECONDS:
+                    break
+                seconds = SEARCH_SHARE * now * min(1.0, lanes / (len(order) - number))
+            # The last searches of all are compared at once: nobody waits for them any more.
+            yield Job(task.to_bytes(), seconds, self.compilers and number >= len(order) - lanes)
+        for task in order[:-lanes] if self.compilers else ():
+            yield Job(task.to_bytes(), None, True, search=False)
+
+    def finish(
+        self, task: Task, seconds: float | None = None, compare: bool = True, search: bool = True
+    ) -> Row | None:
+        """Do and write what is not in the file yet, of search and comparison; the row, if there is one."""
         row = self._read().get(task.name)
-        if row is None or not row.run:
+        if search and (row is None or not row.run):
             row = self._optimize(task, seconds)
-        return row if self._finished(row) or not row.run else self._compare(task, row)
+        if row is None or not row.run or self._finished(row) or not (self.compilers and compare):
+            return row
+        return self._compare(task, row)
 
     @property
     def _file(self) -> Path:
@@ -263,10 +288,9 @@ class Suite:
         return self._write(replace(row, over=over))
 
 
-def _finish(suite: Suite, job: tuple[bytes, float | None]) -> Row:
+def _finish(suite: Suite, job: Job) -> Row | None:
     """``Suite.finish`` in a process of its own."""
-    task, seconds = job
-    return suite.finish(Task.from_bytes(task), seconds)
+    return suite.finish(Task.from_bytes(job.task), job.seconds, job.compare, job.search)
 
 
 def _filled(row: Row, result: Result) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,3 +164,31 @@ def test_on_gpus_the_report_names_what_stays_behind_a_library(
     assert "max-autotune-no-cudagraphs: 0.95x of 2 tasks" in printed
     assert "tasks below the best library path: matmul_skinny (0.60x)" in printed
     assert "evaluations a minute: 123" in printed and "pointwise over eager" not in printed
+
+
+def test_all_searches_come_before_the_compilers(suite: Any) -> None:
+    from ke_gym.tasks import Task
+
+    names = ("softmax", "conv1d", "matmul_skinny", "row_sum")
+    made = suite.Suite(names, "cuda", seconds=400)
+    jobs = list(made._jobs([Task.load(name) for name in names], 2, time.monotonic()))
+    told = [(Task.from_bytes(job.task).name, job.search, job.compare) for job in jobs]
+    assert told == [
+        ("matmul_skinny", True, False),
+        ("conv1d", True, False),
+        ("softmax", True, True),  # nobody waits for the last ones
+        ("row_sum", True, True),
+        ("matmul_skinny", False, True),
+        ("conv1d", False, True),
+    ]
+    # Two at a time, two tasks a lane: half of what the searches have, and less for their last races.
+    limits = [job.seconds for job in jobs if job.search]
+    assert 0 < limits[0] < 0.5 * 400 and limits[0] < limits[1] < limits[2]
+    late = list(made._jobs([Task.load("softmax")], 2, time.monotonic() - 399))
+    assert not any(job.search for job in late)
+
+
+def test_a_search_that_is_not_there_is_not_compared(suite: Any, tmp_path: Path) -> None:
+    from ke_gym.tasks import Task
+
+    assert suite.Suite((), "cuda", out=tmp_path).finish(Task.load("softmax"), search=False) is None
