@@ -237,20 +237,31 @@ class GpuClient:
 
 
 class DeviceLock:
-    """At most one process measures on a GPU at a time; a file lock that this process holds while it does."""
+    """At most one process measures on a GPU at a time; a file lock that this process holds while it does.
+
+    Who waits is next: a second lock, held while waiting, keeps whoever had the device just now from taking it again.
+    """
 
     def __init__(self, folder: Path, uuid: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(folder / f"gpu-{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._fd, self._next = (
+            os.open(folder / f"gpu-{uuid}.{name}", flags, 0o600) for name in ("lock", "next")
+        )
 
     def __enter__(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        fcntl.flock(self._next, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self._next, fcntl.LOCK_UN)
 
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._fd)
+        os.close(self._next)
 
 
 def described_shapes(described: dict[str, Any]) -> dict[str, GpuShape]:

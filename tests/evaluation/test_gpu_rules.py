@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_evaluator, gpu_judge
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.languages.plan import Launch, TensorSpec
 from ke_gym.tasks.task import Task
@@ -231,3 +232,26 @@ def test_events_that_claim_too_little_are_the_candidate_s_if_the_baseline_s_do_n
 
     monkeypatch.setattr(GpuClient, "race", on_a_busy_host)
     assert evaluator.evaluate(candidate(evaluator, "fine")).outcome == outcome
+
+
+def test_who_waits_for_a_device_is_next(tmp_path: Path) -> None:
+    mine, other = DeviceLock(tmp_path, "GPU-0"), DeviceLock(tmp_path, "GPU-0")
+    order = []
+
+    def wait() -> None:
+        waiting.set()
+        with other:
+            order.append("other")
+
+    waiting = threading.Event()
+    thread = threading.Thread(target=wait)
+    with mine:
+        thread.start()
+        waiting.wait()
+        time.sleep(0.2)  # it stands in line
+    with mine:
+        order.append("mine")
+    thread.join()
+    mine.close()
+    other.close()
+    assert order == ["other", "mine"]
