@@ -133,7 +133,7 @@ class Prepared:
     @cached_property
     def pictures(self) -> memoryview:
         """The bytes of ``described``, version after version and draft after draft."""
-        return memoryview(self.described.tobytes())
+        return self.described.data.cast("B")
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
