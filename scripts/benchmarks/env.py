@@ -39,6 +39,12 @@ class Env:
         for name, measure, target in (
             (f"replay, {BATCH} searches at once", self.batched, 1_000_000),
             ("replay, one search", self.single, 200_000),
+            # Of a single table more stays in the processor's caches.
+            (
+                "replay, one search, the largest table only",
+                lambda loaded: self.single([max(loaded, key=len)]),
+                200_000,
+            ),
             ("MaskablePPO on replay, end to end", self.learning, 20_000),
         ):
             rate = measure(loaded)
