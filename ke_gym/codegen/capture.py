@@ -185,7 +185,11 @@ class _Unfilled(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")  # torch.nn.init hands it on by name
-        if func.__name__ in DRAWING and isinstance(tensor, torch.Tensor) and tensor.numel() >= LARGE:
+        if (
+            getattr(func, "__name__", "") in DRAWING
+            and isinstance(tensor, torch.Tensor)
+            and tensor.numel() >= LARGE
+        ):
             return tensor
         return func(*args, **kwargs)
 

@@ -19,8 +19,10 @@ from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.exchange import ExchangeEvaluator
 from ke_gym.evaluation.gpu_client import GpuShape
 from ke_gym.evaluation.work import Work
+from ke_gym.job import optimize, read_run
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
+from ke_gym.search.store import Store
 from ke_gym.targets.cuda import Peaks
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import FACTS
@@ -51,10 +53,13 @@ class Device:
 
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         assert candidate.id in self.adopted and (incumbent is None or incumbent.id in self.adopted)
-        if "together" in candidate.source:
+        if candidate.language == "triton" and "together" in candidate.source:
             self.both.wait(20)
         gain = None if incumbent is None else 1.5
-        return Evaluation(self.task.name, "cuda", "triton", candidate.id, "correct", time_ms=1.0, gain=gain)
+        return Evaluation(
+            self.task.name, "cuda", candidate.language, candidate.id, "correct", time_ms=1.0, reference_ms=2.0,
+            speedup=2.0, speedup_ci=(1.9, 2.1), gain=gain,
+        )  # fmt: skip
 
     def final(self, candidate: Candidate) -> Evaluation:
         return self.evaluate(candidate).replace(log="looked at by memcheck")
@@ -124,3 +129,23 @@ def test_garbage_in_the_folder_is_answered_and_does_no_harm(shared: Path) -> Non
         threading.Event().wait(0.05)
     data: dict[str, Any] = json.loads(answer.read_text())
     assert "no bundle" in data["error"]
+
+
+def test_a_search_is_in_the_language_it_was_asked_for(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KE_GYM_HOME", str(tmp_path))
+    result = optimize(
+        "softmax",
+        target="cuda",
+        language="cuda",
+        exchange=shared,
+        budget=2,
+        out=tmp_path / "runs",
+        learned=False,
+    )
+    _, settings = read_run(result.run_dir)
+    with Store(settings.store) as store:
+        nodes = store.nodes(settings.session)
+    assert settings.language == "cuda" and len(nodes) == 2 and result.speedup == 2.0
+    assert all(node.candidate.language == "cuda" for node in nodes)
