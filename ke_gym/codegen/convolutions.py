@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Const, Expr, Index, Op, in_range
+from ke_gym.codegen.expr import Const, Expr, Index, Load, Op, in_range
 from ke_gym.codegen.graph import Extern, View
 
 Element = Callable[[View, tuple[Index, ...]], Expr]
@@ -20,10 +20,11 @@ Element = Callable[[View, tuple[Index, ...]], Expr]
 
 @dataclass(frozen=True)
 class Window:
-    """How the summed dimension is made up: ``taps`` times ``channels``."""
+    """How the summed dimension is made up: ``taps`` times ``channels``. ``pairs``: the call, if it fits words."""
 
     channels: int
     taps: int
+    pairs: Convolution | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,35 @@ class Convolution:
         """The weight of output channel ``m`` at ``k``."""
         channels = self.w.shape[1]
         return element(self.w, (m, k % channels, *self._taps(k // channels)))
+
+    @property
+    def even(self) -> bool:
+        """Whether words of two elements cover the input and the output, and steps between positions are single."""
+        words = (self.x.shape[-1], self.out[-1], self.x.offset, *self.x.stride[:-1])
+        return self.x.stride[-1] == 1 and self.stride[-1] == 1 and not any(size % 2 for size in words)
+
+    def word(self, words: str, batch: Index, j: Index, c: Index, tap: int, phase: int) -> tuple[Expr, bool]:
+        """The word of the input in which position ``2 * j + phase`` finds channel ``c`` at ``tap``; if it is in the
+        word's upper half. ``words`` names the input's memory as words."""
+        sizes = self.w.shape[2:]
+        place = batch * (self.x.stride[0] // 2) + c * (self.x.stride[1] // 2) + self.x.offset // 2
+        tests, high = [], False
+        out = (*self.out[2:-1], self.out[-1] // 2)
+        for d, size in enumerate(self.x.shape[2:]):
+            moved = tap // math.prod(sizes[d + 1 :]) % sizes[d] * self.dilation[d] - self.padding[d]
+            at = (j // math.prod(out[d + 1 :])) % out[d]
+            if d == len(sizes) - 1:
+                step, size = 1, size // 2
+                at, high = at + (phase + moved) // 2, (phase + moved) % 2 == 1
+            else:
+                step, at = self.x.stride[2 + d] // 2, at * self.stride[d] + moved
+            place = place + at * step
+            tests.append(in_range(at, 0, size))
+        value: Expr = Load(words, (place,), "i32")
+        for test in tests:
+            if not (isinstance(test, Const) and test.value):
+                value = Op("where", (test, value, Const(0, "i32")), "i32")
+        return value, high
 
     def _taps(self, tap: Index) -> list[Index]:
         """A tap's place in each spatial dimension."""

@@ -20,7 +20,7 @@ LOCALS = {
     Tiles: {"row", "col", "start", "top", "shift"},
     Product: {
         "tile", "number", "batch", "group", "height", "tile_m", "tile_n", "m", "n", "k", "a", "b", "acc", "start",
-        "left", "right", "left_tiles", "right_tiles", "part", "first", "i", "tap", "c",
+        "left", "right", "left_tiles", "right_tiles", "part", "first", "tap", "c", "j", "words", "even", "odd",
     },
     Flash: {
         "tile", "batch", "m", "n", "d", "e", "d_down", "n_down", "query", "keys", "values", "score", "top", "total",

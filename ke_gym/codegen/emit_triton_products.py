@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ke_gym.codegen import emit_triton_words as words
 from ke_gym.codegen.emit_triton import pointers
 from ke_gym.codegen.expr import Expr, Load, Rewriter, Var, of, walk
 from ke_gym.codegen.operands import Described, variables
@@ -138,10 +139,17 @@ class Printer:
             share = self.product.share
             lines += ["part = tl.program_id(2)", f"first = part * {share}"]
         lines += self._positions()
+        window = self.product.window
+        if blocks.words and window is not None and window.pairs is not None:
+            if "left" not in self.described:
+                self._follow("left", self.product.taken[0])
+            return [*lines, *words.loop(self, window.pairs), *self._epilogue()]
         lines.append("acc = tl.zeros([M, N], tl.float32)")
         operands = dict(zip(sides, self.product.taken))
         steps = {side: self._step(operands[side]) for side in sides if side not in self.described}
-        if self.moving is not None and "right" in steps:
+        if self.unrolled:
+            self.body.append("c = start + tl.arange(0, K)")
+        elif self.moving is not None:
             self.body.append(f"tap = start // {self.moving.channels}")
             self.body.append(f"c = start % {self.moving.channels} + tl.arange(0, K)")
         elif any(self.ragged["k"] or not step for step in steps.values()):
@@ -159,13 +167,24 @@ class Printer:
         precise = "" if exact else f', input_precision="{blocks.precision}"'
         self.body.append(f"acc = tl.dot(left, right, acc{precise})")
         self.body += [f"{_POINTERS[side]} += {step}" for side, step in steps.items() if step]
-        bounds = f"0, {shape.k}"
-        if blocks.split > 1:
-            even = share * blocks.split == shape.k
-            bounds = f"first, first + {share}" if even else f"first, min(first + {share}, {shape.k})"
-        lines.append(f"for start in range({bounds}, K):")
-        lines += _indented(self.body)
+        lines += self._loop()
         return lines + (self._epilogue() if blocks.split == 1 else self._keep())
+
+    def _loop(self) -> list[str]:
+        """The loop over ``k``; tap by tap if they are unrolled, so that it is known which of them reads whole vectors."""
+        k, split, share = self.product.shape.k, self.product.blocks.split, self.product.share
+        if self.unrolled and self.moving is not None:
+            inner = [f"for start in range(0, {self.moving.channels}, K):", *_indented(self.body)]
+            return [f"for tap in tl.static_range({self.moving.taps}):", *_indented(inner)]
+        bounds = f"0, {k}"
+        if split > 1:
+            last = f"first + {share}"
+            bounds = f"first, {last if share * split == k else f'min({last}, {k})'}"
+        return [f"for start in range({bounds}, K):", *_indented(self.body)]
+
+    @property
+    def unrolled(self) -> bool:
+        return self.moving is not None and self.product.blocks.unroll
 
     def _positions(self) -> list[str]:
         cast = ".to(tl.int64)" if self.wide else ""
@@ -195,7 +214,10 @@ class Printer:
     def _fetch(self, side: str) -> None:
         """An operand's tile, by its descriptor."""
         view = self.described[side]
-        where = {"m": "tile_m * M", "n": "tile_n * N", "k": "start"}
+        start = "start"
+        if self.unrolled and self.moving is not None:
+            start = f"tap * {self.moving.channels} + start"
+        where = {"m": "tile_m * M", "n": "tile_n * N", "k": start}
         place = [where[axis] for axis in view.axes]
         tile = f"{side}_tiles.load([{', '.join(place)}])"
         batch = "batch.to(tl.int32)" if self.wide else "batch"

@@ -31,9 +31,10 @@ from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_s
 from ke_gym.codegen.operands import element, position
 from ke_gym.codegen.products import precisions
 from ke_gym.codegen.schedule import Group
-from ke_gym.codegen.tiles import chosen, joined
+from ke_gym.codegen.tiles import chosen, depends, joined
 
 KIND = "aten.bmm.default"
+WITHIN = 16  # most queries of different heads in one tile
 WIDEST = 256  # elements of one query, key or value that a tile holds whole
 
 
@@ -147,6 +148,7 @@ class Builder:
             self._operand(v, (where["batch"], where["n"], where["e"])),
         )
         place = joined((where["batch"] * shape.queries + where["m"]) * shape.dv + where["e"])
+        shape, operands, scores, place = _together(shape, operands, scores, place)
         reads = self._reads((scores, *operands))
         origins = ("attention", *(n.origin for n in self.nodes.values()))
         drafted = Flash(
@@ -216,7 +218,12 @@ class Builder:
         return scores
 
     def _operand(self, view: View, index: tuple[Index, ...]) -> Expr:
-        return element(self.graph, self.nodes, view, index)
+        expr = element(self.graph, self.nodes, view, index)
+        copied = isinstance(expr, Op) and expr.name == "cast" and isinstance(expr.args[0], Load)
+        # A copy of halves: widened only to be narrowed again.
+        if copied and expr.args[0].dtype == self.graph.buffers[view.buffer].dtype:
+            return expr.args[0]
+        return expr
 
     def _reads(self, roots: tuple[Expr, ...]) -> tuple[Buffer, ...]:
         names = dict.fromkeys(
@@ -225,6 +232,24 @@ class Builder:
         if any(name in self.nodes for name in names):
             raise Illegal("an operand is reduced")
         return tuple(self.graph.buffers[name] for name in names)
+
+
+def _together(
+    shape: Shape, operands: tuple[Expr, Expr, Expr], scores: Expr, place: Index
+) -> tuple[Shape, tuple[Expr, Expr, Expr], Expr, Index]:
+    """Single queries that share keys and values, as grouped heads do, as the rows of one tile: these are read once."""
+    if shape.queries > 1:
+        return shape, operands, scores, place
+    batch = variables(shape)["batch"]
+    for heads in (h for h in range(WITHIN, 1, -1) if shape.batch % h == 0):
+        packed = replace(shape, batch=shape.batch // heads, queries=heads)
+        names = variables(packed)
+        number = of(names["batch"]) * heads if packed.batch > 1 else constant(0)
+        rewriter = Rewriter({batch: number + of(names["m"])})
+        query, *shared = (rewriter.expr(operand) for operand in operands)
+        if not any(depends(operand, names["m"]) for operand in shared):
+            return packed, (query, shared[0], shared[1]), rewriter.expr(scores), joined(rewriter.index(place))
+    return shape, operands, scores, place
 
 
 def _multiplied(scores: Expr) -> Expr:

@@ -358,7 +358,12 @@ def attended(graph: Graph, plan: Plan) -> Plan:
                 rest.append(group if left == group.nodes else Group(left))
         attempt = _added(Plan(tuple(rest)), Group(inside), order)
         if legal(graph, attempt):
-            plan = joined(graph, attempt, step.name, graph.users[step.name])
+            near = list(graph.users[step.name])
+            if graph.device == "cuda":  # operands may be computed where they are read
+                near += [
+                    r for n in inside for r in graph.steps[n].reads if r in graph.steps and r not in inside
+                ]
+            plan = joined(graph, attempt, step.name, near)
     return plan
 
 

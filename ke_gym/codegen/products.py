@@ -42,6 +42,7 @@ SKINNY = 32
 SIDES = ("left", "right")
 SPLITS = (1, 2, 4, 8, 16, 32)
 SHARE = 128  # least of the summed dimension that a program of its own may get
+UNROLLED = 9  # most taps that are written out
 DEEP = 2048  # and what it is worth having one for
 
 
@@ -54,6 +55,7 @@ class Blocks:
     their sums up, always in the same order. ``persistent``: programs that walk over all tiles (0: a program a tile).
     ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA). ``packed``: operands in
     which ``k`` is not contiguous are copied first, so that it is: TF32's matrix instructions read nothing else.
+    ``unroll``: a convolution's taps are written out one after the other. ``words``: its input is read two at a time.
     """
 
     m: int
@@ -67,6 +69,8 @@ class Blocks:
     persistent: int = 0
     loads: str = "pointers"
     packed: bool = False
+    unroll: bool = False
+    words: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ class Product:
             choices["loads"] = ["pointers", "descriptors"]
         if any(self.packable):
             choices["packed"] = [False, True]
+        window = self.window
+        if window is not None and window.taps <= UNROLLED and window.channels % self.depths[0] == 0:
+            choices["unroll"] = [False, True]
+            if window.pairs is not None:
+                choices["words"] = [False, True]
         if shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
         return choices
@@ -227,8 +236,11 @@ class Builder:
         )  # fmt: skip
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
+        blocks = replace(blocks, unroll=blocks.unroll and blocks.split == 1 and not blocks.words)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
             raise Illegal("tiles that do not suit the warps")
+        if blocks.words and (blocks.split > 1 or not blocks.packed or blocks.n < 32):
+            raise Illegal("words are read tap by tap, with weights in that order")
         if blocks.split > 1 and blocks.persistent:
             raise Illegal("programs that share tiles do not walk over them")
         finished = replace(drafted, blocks=blocks)
@@ -279,7 +291,8 @@ class Builder:
         shape = Shape(call.out[0], call.out[1], call.positions, window.taps * window.channels, dtype)
         batch, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
         if window.taps > 1:
-            self.window = window
+            plain = call.even and call.x.buffer not in self.nodes
+            self.window = replace(window, pairs=call if plain else None)
         left = call.weight(self._element, m, k)
         right = call.input(self._element, batch, n, k)
         place = joined((batch * shape.m + m) * shape.n + n)
@@ -363,7 +376,7 @@ def heuristic(product: Product) -> Blocks:
         precision = "tf32x3"
     drafts = HALF if half else DRAFTS[precision]
     if product.window is not None:  # what is loaded element by element takes many warps, not many stages
-        drafts = (Blocks(128, 128, 32, 4, 2), Blocks(64, 128, 32, 4, 2), *HALF[3:])
+        drafts = (Blocks(128, 128, 32, 8, 2), Blocks(64, 128, 32, 4, 2), *HALF[3:])
     fitting = [b for b in drafts if b.m < 2 * max(shape.m, 9) and b.n < 2 * max(shape.n, 17)] or drafts[-1:]
     most = max([s for s in SPLITS if shape.k >= DEEP * s], default=1)
     for blocks in fitting:
@@ -372,14 +385,14 @@ def heuristic(product: Product) -> Blocks:
             break
     split = next((s for s in SPLITS if programs * s >= FILL), most) if programs < FILL else 1
     blocks = replace(
-        blocks, precision=precision, split=min(split, most),
+        blocks, precision=precision, split=min(split, most), unroll="unroll" in product.knobs(),
         k=max(b for b in product.depths if b <= max(blocks.k, product.depths[0])),
     )  # fmt: skip
     # The copy is read and written once; what it saves grows with the other operand.
     copied = precision.startswith("tf32") and min(shape.m, shape.n) >= 512 and shape.k >= SHARE
     copied = copied or product.window is not None
     if copied and any(product.packable):
-        blocks = replace(blocks, packed=True)
+        blocks = replace(blocks, packed=True, words="words" in product.knobs() and blocks.n >= 32)
     large = min(blocks.m, blocks.n) >= 128 and half and shape.batch == 1
     if large and all(replace(product, blocks=blocks).described):
         blocks = replace(blocks, loads="descriptors")

@@ -129,13 +129,13 @@ def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 
 REWRITES: dict[str, Variants] = {
     "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles,))),
-    "vectorize": by_launch("rows", kinds=(Tiles,)),
+    "vectorize": either(by_launch("rows", kinds=(Tiles,)), by_launch("words")),
     "layout_coalesce": by_launch("packed"),
     "traversal_swizzle": by_launch("group"),
     "prefetch_pipeline": by_launch("stages", "loads"),
     "fuse": fuse,
     "fission": fission,
-    "unroll_ilp": by_launch("columns", kinds=(Tiles,)),
+    "unroll_ilp": either(by_launch("columns", kinds=(Tiles,)), by_launch("unroll")),
     "precision_math": by_launch("precision"),
     "work_partition": by_launch("warps"),
     "split_reduce": by_launch("split"),

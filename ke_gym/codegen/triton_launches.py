@@ -136,7 +136,7 @@ def _product(product: Product, suffix: str, used: set[str]) -> Printed:
         body, where = Printer(product, used).packing(side), (tiles, copies) if copies > 1 else (tiles,)
         launches.add(f"_{side}", body, where, tensors, sizes, {"num_warps": 4})
     rows, columns = product.tiles
-    grid: tuple[int, ...] = (rows * columns, *((shape.batch,) if shape.batch > 1 else ()))
+    grid: tuple[int, ...] = (rows * columns, shape.batch) if shape.batch > 1 else (rows * columns,)
     if blocks.persistent:
         grid = (min(rows * columns * shape.batch, blocks.persistent),)
     elif blocks.split > 1:

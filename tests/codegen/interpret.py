@@ -41,7 +41,12 @@ PRODUCTS = [
         ("rows", (("k", 16), ("loads", "descriptors"))),
         ("conv1d", (("k", 16), ("m", 16), ("n", 32))),
         ("conv1d", (("k", 16), ("packed", False))),
+        ("conv1d", (("unroll", False), ("loads", "descriptors"))),
+        ("conv1d", (("unroll", True), ("loads", "descriptors"))),
+        ("conv1d", (("words", True),)),
+        ("conv1d", (("words", True), ("m", 16), ("n", 32), ("k", 16), ("loads", "descriptors"))),
         ("conv2d", (("warps", 2),)),
+        ("conv2d_even", (("words", True),)),
         ("pointwise", (("loads", "descriptors"),)),
     )
 ]
