@@ -236,11 +236,10 @@ class Builder:
         )  # fmt: skip
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
-        blocks = replace(blocks, unroll=blocks.unroll and blocks.split == 1 and not blocks.words)
+        words = blocks.words and blocks.packed and blocks.split == 1 and blocks.n >= 32
+        blocks = replace(blocks, words=words, unroll=blocks.unroll and blocks.split == 1 and not words)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
             raise Illegal("tiles that do not suit the warps")
-        if blocks.words and (blocks.split > 1 or not blocks.packed or blocks.n < 32):
-            raise Illegal("words are read tap by tap, with weights in that order")
         if blocks.split > 1 and blocks.persistent:
             raise Illegal("programs that share tiles do not walk over them")
         finished = replace(drafted, blocks=blocks)
