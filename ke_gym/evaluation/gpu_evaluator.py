@@ -6,7 +6,7 @@ import os
 import random
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class GpuEvaluator(Evaluator):
         self._tuned: dict[str, frozenset[str]] = beside._tuned if beside else {}
         self._signature: bytes = beside._signature if beside else b""
         self._too_large: str = beside._too_large if beside else ""
-        self._spares = Spares(self._open_judge, 0)
+        self._spares = Spares(self._open_spare, 0)
         self._evaluated = 0
         self._steady: Artifact | None = None
         self._inspector = Inspector(self._replayed, self._lanes.all)
@@ -296,7 +296,7 @@ class GpuEvaluator(Evaluator):
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
         """See ``Evaluator._fresh_race``; a confirmation's processes start together, before it, and end after it."""
         if rules is SOAK:
-            self._spares = Spares(self._open_judge, self._spare_count())
+            self._spares = Spares(self._open_spare, self._spare_count())
         spare = self._spares.take()
         if spare is not None:
             return self._race_sets(spare, artifact, rival, rules)  # type: ignore[arg-type]
@@ -313,6 +313,17 @@ class GpuEvaluator(Evaluator):
         except OutOfDeviceMemory:
             self.judge.close()
             return self._open_judge()
+
+    def _open_spare(self) -> GpuClient:
+        """A judge that has once come to a verdict: a device's code is loaded where it is first used."""
+        judge = self._open_judge()
+        try:
+            with suppress(OutOfDeviceMemory):
+                judge.self_verdict(self.contract)
+            return judge
+        except BaseException:
+            judge.close()
+            raise
 
     def _spare_count(self) -> int:
         """As many judges as a confirmation needs, or as fit into a part of the device's memory."""

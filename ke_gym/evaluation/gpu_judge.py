@@ -325,6 +325,8 @@ class GpuJudge:
         chosen = self.sets[shape_set]
         arguments = self.stage.draw(shape_set, self.stage.rng.getrandbits(60))
         verdict = self.stage.verdict(chosen, arguments, list(chosen.reference(*arguments)))
+        del arguments
+        torch.cuda.empty_cache()
         return (verdict or Verdict(False, "most of what it computes is not finite")).to_dict()
 
 
