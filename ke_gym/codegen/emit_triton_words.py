@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ke_gym.codegen.convolutions import Convolution
-from ke_gym.codegen.expr import Var, of
+from ke_gym.codegen.expr import Var, constant, of
 from ke_gym.codegen.operands import variables
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, enclosed
 
@@ -22,7 +22,7 @@ def loop(printer: Printer, call: Convolution) -> list[str]:
     """The loop over channels with all taps in it; defines ``acc``."""
     product, shape = printer.product, printer.product.shape
     words, positions = printer.pointers[call.x.buffer], shape.n // 2
-    j, c = Var("j", positions), Var("c", call.w.shape[1])
+    j = Var("j", positions)
     ragged = positions % (product.blocks.n // 2) != 0
     lines = [
         f"words = {words}.to(tl.pointer_type(tl.int32), bitcast=True)",
@@ -31,33 +31,45 @@ def loop(printer: Printer, call: Convolution) -> list[str]:
         "even = tl.zeros([M, N // 2], tl.float32)",
         "odd = tl.zeros([M, N // 2], tl.float32)",
     ]
-    body = ["c = start + tl.arange(0, K)"]
+    depth, written = product.blocks.k, product.blocks.unroll
+    c = Var("c", depth if written else call.w.shape[1])
+    body = [f"c = {'' if written else 'start + '}tl.arange(0, K)"]
     text = Text(printer.used, {}, outer=lines, lines=lines, pointers={"words": "words"})
     text.axes = [
         Axis(variables(shape)[0], "batch"), Axis(j, "j[None, :]", "j_ok[None, :]" if ragged else ""),
         Axis(c, "c[:, None]"),
     ]  # fmt: skip
     text.enter(body, {c})
-    batch = of(variables(shape)[0]) if shape.batch > 1 else of(variables(shape)[0]) * 0
-    kind = TYPES[shape.dtype]
-    for tap in range(call.window.taps):
-        body.append(f"left = {_weights(printer, tap * call.w.shape[1])}")
-        for phase, total in enumerate(("even", "odd")):
-            expr, high = call.word("words", batch, of(j), of(c), tap, phase)
-            word = enclosed(text.value(expr))
+    batch = of(variables(shape)[0]) if shape.batch > 1 else constant(0)
+    products = []
+    for first in range(0, call.w.shape[1], depth) if written else (0,):
+        for tap in range(call.window.taps):
+            places = [call.word("words", batch, of(j), of(c) + first, tap, phase) for phase in (0, 1)]
+            # Written out, all loads come before the first product, so that all are under way at once.
+            values = [(enclosed(text.value(expr)), high) for expr, high in places] if written else []
+            products.append((tap * call.w.shape[1] + first, places, values))
+    for first, places, values in products:
+        body.append(f"left = {_weights(printer, first)}")
+        for total, (expr, high) in zip(("even", "odd"), places):
+            word = values[0][0] if values else enclosed(text.value(expr))
+            values = values[1:]
             half = f"({word} >> 16)" if high else word
-            body.append(f"{total} = tl.dot(left, {half}.to(tl.int16).to({kind}, bitcast=True), {total})")
+            body.append(
+                f"{total} = tl.dot(left, {half}.to(tl.int16).to({TYPES[shape.dtype]}, bitcast=True), {total})"
+            )
     text.leave()
-    if "left" not in printer.described:
-        body.append("a += K")
-    lines.append(f"for start in range(0, {c.size}, K):")
-    return [*lines, *(f"    {line}" for line in body), "acc = tl.interleave(even, odd)"]
+    if not written:
+        if "left" not in printer.described:
+            body.append("a += K")
+        body = [f"for start in range(0, {c.size}, K):", *(f"    {line}" for line in body)]
+    return [*lines, *body, "acc = tl.interleave(even, odd)"]
 
 
 def _weights(printer: Printer, first: int) -> str:
     """The weights of one tap, whose channels begin at ``first``."""
     place = f"{first} + start" if first else "start"
     if "left" in printer.described:
+        place = str(first) if printer.product.blocks.unroll else place
         return f"left_tiles.load([tile_m * M, {place}])"
     pointer = f"a + {first}" if first else "a"
     mask = ", mask=m_ok[:, None], other=0.0" if printer.ragged["m"] else ""

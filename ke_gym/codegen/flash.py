@@ -219,10 +219,10 @@ class Builder:
 
     def _operand(self, view: View, index: tuple[Index, ...]) -> Expr:
         expr = element(self.graph, self.nodes, view, index)
-        copied = isinstance(expr, Op) and expr.name == "cast" and isinstance(expr.args[0], Load)
-        # A copy of halves: widened only to be narrowed again.
-        if copied and expr.args[0].dtype == self.graph.buffers[view.buffer].dtype:
-            return expr.args[0]
+        if isinstance(expr, Op) and expr.name == "cast" and isinstance(expr.args[0], Load):
+            (load,) = expr.args
+            if load.dtype == self.graph.buffers[view.buffer].dtype:
+                return load  # a copy of halves: widened only to be narrowed again
         return expr
 
     def _reads(self, roots: tuple[Expr, ...]) -> tuple[Buffer, ...]:
@@ -287,7 +287,5 @@ def heuristic(shape: Shape, policy: str) -> Blocks:
     if shape.queries <= 16:
         return Blocks(16, 64, 4, 2, precision)
     if half:
-        return Blocks(128 if shape.queries >= 128 else 64, 64, 8 if shape.queries >= 128 else 4, 3, precision)
-    return (
-        Blocks(32, 32, 4, 2, precision) if max(shape.d, shape.dv) > 64 else Blocks(128, 64, 8, 2, precision)
-    )
+        return Blocks(64, 64, 4, 3, precision)
+    return Blocks(128, 64, 8, 1 if max(shape.d, shape.dv) > 64 else 2, precision)

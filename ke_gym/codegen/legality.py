@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ke_gym.codegen import emit_cpp, emit_cpp_products, fusion, module_cuda
 from ke_gym.codegen.contract import Contraction
@@ -58,28 +57,30 @@ def _compare(program: Program, before: Schedule, after: Schedule, printed: bool)
                 differs = replace(nest, group=other.group) != other  # other loops, or the same in other words
                 if graph.device == "cuda":
                     # CUDA C++ has no pipeline stages, and its blocks have no more lanes than a row has use for.
-                    in_words = graph.language != "cuda" or _launched(nest) != _launched(other)
-                    changed = differs and in_words
+                    changed = differs and (graph.language != "cuda" or _reworded(graph, was, now, visible))
                     continue
                 changed = differs and not isinstance(nest, Contraction)  # not every form has all knobs
-                changed = changed or _text(graph, was, visible) != _text(graph, now, visible)
+                changed = changed or _reworded(graph, was, now, visible)
         if before.merged != after.merged:
             changed = changed or _mergeable(graph, new)
     return changed
 
 
-def _launched(nest: Any) -> tuple[str, str]:
-    """A CUDA C++ kernel and its launch as text."""
-    return module_cuda.kernel(nest, "", set())
+def _reworded(graph: Graph, was: Group, now: Group, visible: frozenset[str]) -> bool:
+    """Whether the two groups' kernels are printed differently."""
+    return _text(graph, was, visible) != _text(graph, now, visible)
 
 
 def _text(graph: Graph, group: Group, visible: frozenset[str]) -> str:
+    """What the group's kernel is printed to, in CUDA C++ with its launch."""
     key = ("text", group, visible)
     found: str | None = graph.memo.get(key)
     if found is None:
         nest = fusion.cached_nest(graph, group, visible)
         used: set[str] = set()
-        if isinstance(nest, Contraction):
+        if graph.device == "cuda":
+            found = "\n".join(module_cuda.kernel(nest, "", used))
+        elif isinstance(nest, Contraction):
             found = emit_cpp_products.print_contraction(nest, used)
         else:
             found = emit_cpp.print_nest(nest, used)

@@ -16,7 +16,7 @@ from ke_gym.codegen.emit_cuda import print_tiles
 from ke_gym.codegen.emit_cuda_lines import pointers
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
-from ke_gym.codegen.module_gpu import shape_set
+from ke_gym.codegen.module_gpu import shape_sets
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.tiles import Tiles
 
@@ -26,13 +26,7 @@ _HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     """The whole module as text."""
     used: set[str] = set()
-    kernels: list[str] = []
-    bodies = []
-    for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
-        suffix = f"_{number}" if len(graphs) > 1 else ""
-        sources, lines = shape_set(graph, plan, suffix, partial(kernel, suffix=suffix, used=used))
-        kernels.extend(sources)
-        bodies.append((graph, lines))
+    kernels, bodies = shape_sets(graphs, schedule, partial(kernel, used=used))
     imports, data = module.held(graphs)
     parts = [f'"""{name}, generated from its reference."""\n\n{imports}']
     if kernels:

@@ -9,17 +9,33 @@ from ke_gym.codegen import module
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph
-from ke_gym.codegen.schedule import Plan
+from ke_gym.codegen.schedule import Plan, Schedule
 
 _ON_CPU = {
     "aten._scaled_dot_product_flash_attention_for_cpu.default": "aten.scaled_dot_product_attention.default"
 }
 
 
-def shape_set(
-    graph: Graph, plan: Plan, suffix: str, kernel: Callable[[Any], tuple[str, str]]
+def shape_sets(
+    graphs: tuple[Graph, ...], schedule: Schedule, kernel: Callable[[Any, str], tuple[str, str]]
+) -> tuple[list[str], list[tuple[Graph, list[str]]]]:
+    """All kernels' texts, and of each shape set the lines of its ``forward``.
+
+    ``kernel`` gives a nest's text and its launch, their names ending as it is told.
+    """
+    kernels: list[str] = []
+    bodies = []
+    for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
+        suffix = f"_{number}" if len(graphs) > 1 else ""
+        sources, lines = _shape_set(graph, plan, suffix, kernel)
+        kernels.extend(sources)
+        bodies.append((graph, lines))
+    return kernels, bodies
+
+
+def _shape_set(
+    graph: Graph, plan: Plan, suffix: str, kernel: Callable[[Any, str], tuple[str, str]]
 ) -> tuple[list[str], list[str]]:
-    """The kernels' texts and the lines of ``forward``. ``kernel`` gives a nest's text and its launch."""
     nests(graph, plan)
     listed = [g.nodes for g in plan.groups]
     sources: list[str] = []
@@ -32,7 +48,7 @@ def shape_set(
             allocated.update(b.name for b in unit.outputs)
             continue
         nest: Any = cached_nest(graph, unit, visible_in(graph, unit.nodes, listed))
-        source, launch = kernel(nest)
+        source, launch = kernel(nest, suffix)
         sources.append(source)
         for buffer in nest.writes:
             if buffer.name not in allocated:

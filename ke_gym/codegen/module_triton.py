@@ -6,7 +6,7 @@ from functools import partial
 
 from ke_gym.codegen import module
 from ke_gym.codegen.graph import Graph
-from ke_gym.codegen.module_gpu import shape_set
+from ke_gym.codegen.module_gpu import shape_sets
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.triton_launches import printed
 from ke_gym.codegen.triton_text import HELPERS
@@ -15,13 +15,7 @@ from ke_gym.codegen.triton_text import HELPERS
 def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     """The whole module as text."""
     used: set[str] = set()
-    kernels: list[str] = []
-    bodies = []
-    for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
-        suffix = f"_{number}" if len(graphs) > 1 else ""
-        sources, lines = shape_set(graph, plan, suffix, partial(printed, suffix=suffix, used=used))
-        kernels.extend(sources)
-        bodies.append((graph, lines))
+    kernels, bodies = shape_sets(graphs, schedule, partial(printed, used=used))
     needed, data = module.held(graphs)
     imports = [needed]
     if kernels:

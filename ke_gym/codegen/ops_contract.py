@@ -44,9 +44,8 @@ def convolution(low: Lowering, x: Tensor, weight: Tensor, bias: Tensor | None, *
     result = low.current.meta["val"]
     stride, padding, dilation, transposed, _, groups = rest
     small = not transposed and groups == x.shape[1] and math.prod(weight.shape[2:]) <= MAX_TAPS
-    if small and dtype in ("f32", "f64") and result.is_contiguous():
-        product = depthwise(low, x, weight, stride, padding, dilation)
-        return product if bias is None else shifted(low, product, bias)
+    if small and result.is_contiguous():
+        return depthwise(low, x, weight, bias, stride, padding, dilation)
     if bias is None or dtype in ("bf16", "f16") or not result.is_contiguous():
         raise Illegal("called as it is")
     product = low.extern("aten.convolution.default", (x, weight, None, *rest), {}, torch.empty_like(result))

@@ -160,9 +160,15 @@ def adaptive_avg_pool(low: Lowering, a: Tensor, out: Sequence[int]) -> Tensor:
     return low.compute(shape, dtype, lambda i: op("mul", element(total, i), scale))
 
 
-def depthwise(low: Lowering, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """A convolution of every channel on its own with one or more small filters (Howard et al., 2017)."""
+def depthwise(
+    low: Lowering, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """A convolution of every channel on its own with one or more small filters (Howard et al., 2017).
+
+    Halves are summed up, and the bias added, before they are rounded, as the library does.
+    """
     shape, dtype = low.result()
+    wide = compute_dtype(dtype)
     kernel = weight.shape[2:]
     rank, filters = len(kernel), shape[1] // x.shape[1]
     sizes = (spread(stride, rank), spread(padding, rank, 0), spread(dilation, rank))
@@ -171,11 +177,11 @@ def depthwise(low: Lowering, x: Tensor, weight: Tensor, stride: Any, padding: An
         batch, channel, *place = index
         total: Expr | None = None
         for k, at in taps(kernel, *sizes, tuple(place)):
-            factor = element(weight, (channel, constant(0), *map(constant, k)))
+            factor = cast(element(weight, (channel, constant(0), *map(constant, k))), wide)
             inside, source = tap(x, (batch, channel // filters), at)
-            product = guarded(inside, op("mul", source, factor), literal(0, dtype))
+            product = guarded(inside, op("mul", cast(source, wide), factor), literal(0, wide))
             total = product if total is None else op("add", total, product)
         assert total is not None
-        return total
+        return total if bias is None else op("add", total, cast(element(bias, (channel,)), wide))
 
     return low.compute(shape, dtype, value)

@@ -43,7 +43,7 @@ SIDES = ("left", "right")
 SPLITS = (1, 2, 4, 8, 16, 32)
 SHARE = 128  # least of the summed dimension that a program of its own may get
 UNROLLED = 9  # most taps that are written out
-DEEP = 2048  # and what it is worth having one for
+DEEP = 1024  # and what it is worth having one for
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Blocks:
     their sums up, always in the same order. ``persistent``: programs that walk over all tiles (0: a program a tile).
     ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA). ``packed``: operands in
     which ``k`` is not contiguous are copied first, so that it is: TF32's matrix instructions read nothing else.
-    ``unroll``: a convolution's taps are written out one after the other. ``words``: its input is read two at a time.
+    ``unroll``: a convolution's taps are written out one after the other, or with ``words`` its blocks of channels.
+    ``words``: its input is read two at a time.
     """
 
     m: int
@@ -237,7 +238,7 @@ class Builder:
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         words = blocks.words and blocks.packed and blocks.split == 1 and blocks.n >= 32
-        blocks = replace(blocks, words=words, unroll=blocks.unroll and blocks.split == 1 and not words)
+        blocks = replace(blocks, words=words, unroll=blocks.unroll and blocks.split == 1)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
             raise Illegal("tiles that do not suit the warps")
         if blocks.split > 1 and blocks.persistent:
@@ -354,6 +355,7 @@ def widened(expr: Expr) -> Expr:
 
 
 SMALLEST = Blocks(16, 32, 128, 4, 4)
+WORDS = Blocks(128, 128, 32, 4, 1)
 HALF = (
     Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 4),
     Blocks(32, 64, 64, 4, 4), SMALLEST,
@@ -374,25 +376,28 @@ def heuristic(product: Product) -> Blocks:
     if precision == "tf32" and min(shape.m, shape.n, shape.k) <= SKINNY:
         precision = "tf32x3"
     drafts = HALF if half else DRAFTS[precision]
-    if product.window is not None:  # what is loaded element by element takes many warps, not many stages
-        drafts = (Blocks(128, 128, 32, 8, 2), Blocks(64, 128, 32, 4, 2), *HALF[3:])
+    few = product.window is not None and product.window.taps <= 5
+    if product.window is not None:  # few taps: on words, which do not go through bulk copies
+        drafts = (WORDS if few else Blocks(128, 128, 64, 4, 2), replace(WORDS, m=64), *HALF[3:])
     fitting = [b for b in drafts if b.m < 2 * max(shape.m, 9) and b.n < 2 * max(shape.n, 17)] or drafts[-1:]
     most = max([s for s in SPLITS if shape.k >= DEEP * s], default=1)
     for blocks in fitting:
         programs = shape.batch * -(-shape.m // blocks.m) * -(-shape.n // blocks.n)
         if programs * most >= FILL:
             break
-    split = next((s for s in SPLITS if programs * s >= FILL), most) if programs < FILL else 1
+    split = next((s for s in SPLITS if programs * s >= FILL), most)
+    if min(shape.m, shape.n) <= SKINNY and programs < 4 * FILL:
+        split = max(split, 2)  # many short streams fill the memory's pipes better
     blocks = replace(
-        blocks, precision=precision, split=min(split, most), unroll="unroll" in product.knobs(),
+        blocks, precision=precision, split=min(split, most),
         k=max(b for b in product.depths if b <= max(blocks.k, product.depths[0])),
     )  # fmt: skip
     # The copy is read and written once; what it saves grows with the other operand.
     copied = precision.startswith("tf32") and min(shape.m, shape.n) >= 512 and shape.k >= SHARE
     copied = copied or product.window is not None
     if copied and any(product.packable):
-        blocks = replace(blocks, packed=True, words="words" in product.knobs() and blocks.n >= 32)
-    large = min(blocks.m, blocks.n) >= 128 and half and shape.batch == 1
-    if large and all(replace(product, blocks=blocks).described):
+        blocks = replace(blocks, packed=True, words="words" in product.knobs() and few)
+    views = replace(product, blocks=blocks).described
+    if min(blocks.m, blocks.n) >= 64 and all(view is not None and view.batch != "apart" for view in views):
         blocks = replace(blocks, loads="descriptors")
     return blocks

@@ -43,11 +43,12 @@ PRODUCTS = [
         ("conv1d", (("k", 16), ("packed", False))),
         ("conv1d", (("unroll", False), ("loads", "descriptors"))),
         ("conv1d", (("unroll", True), ("loads", "descriptors"))),
-        ("conv1d", (("words", True),)),
+        ("conv1d", (("words", True), ("k", 16), ("unroll", True))),
         ("conv1d", (("words", True), ("m", 16), ("n", 32), ("k", 16), ("loads", "descriptors"))),
         ("conv2d", (("warps", 2),)),
         ("conv2d_even", (("words", True),)),
         ("pointwise", (("loads", "descriptors"),)),
+        ("depthwise", (("rows", 256),)),
     )
 ]
 
