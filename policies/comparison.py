@@ -173,8 +173,8 @@ class Comparison:
 
 
 def _recorded(episode: Episode) -> dict[str, Any]:
-    """All but the candidates."""
-    kept = {key: value for key, value in vars(episode).items() if key != "candidates"}
+    """All but the kernels."""
+    kept = {key: value for key, value in vars(episode).items() if key not in ("candidates", "leaders")}
     return kept | {"curve": [round(value, 5) for value in episode.curve.tolist()]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Episode:
     """Recorded or measured cost of all evaluations."""
     candidates: list[dict[str, Any]] = field(default_factory=list)
     """With ``keep``: outcome, speedup and source of each."""
+    leaders: list[str] = field(default_factory=list)
+    """With ``keep``: the best version's id after each step, "" while there is none; shape (horizon,)."""
 
 
 def play(
@@ -60,6 +62,7 @@ def play(
     curve: list[float] = []
     returned, seconds, correct, vain, best = 0.0, 0.0, 0, 0, 1.0
     candidates: list[dict[str, Any]] = []
+    leader, leaders = "", []
     start, over = True, False
     while not over:
         mask = info["action_mask"].astype(np.bool_)
@@ -80,15 +83,47 @@ def play(
             gained = min(max(math.log(info["best_speedup"] / best), 0.0), reward.CLIP)
             told = {"outcome": info["outcome"], "candidate": info["candidate"], "best_gain": gained}
             policy.update(Transition(observation, int(action), paid, after, over, mask, told))
+        if info["best_speedup"] != best:
+            leader = info["candidate"]
         best = info["best_speedup"]
+        if keep:
+            leaders.append(leader)
         observation = after
         curve.append(reached(env, best))
         if watch is not None:
             watch(len(curve), curve[-1])
     curve += curve[-1:] * (horizon - len(curve))
+    leaders += leaders[-1:] * (horizon - len(leaders))
     return Episode(
-        info["task"], np.array(curve), returned, info["evaluations"], correct, vain, seconds, candidates
+        info["task"],
+        np.array(curve),
+        returned,
+        info["evaluations"],
+        correct,
+        vain,
+        seconds,
+        candidates,
+        leaders,
     )
+
+
+def settled(episodes: Sequence[Episode]) -> list[Episode]:
+    """Kept searches with curves on which a version is worth the same in all: the mean of all its log-speedups.
+
+    Each search measured its kernels for itself, and one lucky measurement should decide nothing between them.
+    """
+    measured: dict[tuple[str, str], list[float]] = {}
+    for episode in episodes:
+        for made in episode.candidates:
+            if made["outcome"] == "correct":
+                measured.setdefault((episode.task, made["candidate"]), []).append(math.log(made["speedup"]))
+    worth = {key: max(float(np.mean(logs)), 0.0) for key, logs in measured.items()}
+    return [
+        replace(
+            episode, curve=np.array([worth.get((episode.task, leader), 0.0) for leader in episode.leaders])
+        )
+        for episode in episodes
+    ]
 
 
 def replay_runs(

@@ -31,7 +31,7 @@ from ke_gym.envs import LIVE, catalog, make
 from ke_gym.errors import UserError
 from ke_gym.policies import Policy, plots
 from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
-from ke_gym.policies.playing import Episode, play, replay_runs
+from ke_gym.policies.playing import Episode, play, replay_runs, settled
 from ke_gym.policies.pooling import pooled
 from ke_gym.policies.tracking import Mode, Tracker
 
@@ -161,24 +161,27 @@ def replayed(
 def measured(
     args: Args, names: list[str], console: Console
 ) -> tuple[dict[str, list[list[Episode]]], dict[str, float]]:
-    """Runs live. All share one store, so that a kernel is measured once and means the same to all policies.
+    """Runs live. Every policy remembers its own earlier runs, and no other's.
 
-    Ctrl-C ends it with the runs that are complete, if there are any; the store makes another start quick.
+    A kernel that is measured races the best so far; one that is remembered is compared by numbers of two occasions,
+    which favours whoever comes later. Ctrl-C ends it with the runs that are complete, if there are any; what is
+    remembered makes another start quick.
     """
     chosen = [task for spec in args.tasks for task in tasks.resolve(spec)]
     args.out.mkdir(parents=True, exist_ok=True)
-    shared = args.out / "store.db"
+    stores = {name: args.out / f"{i} {Path(name).stem}.db" for i, name in enumerate(names)}
     found: dict[str, list[list[Episode]]] = {name: [] for name in names}
     try:
         for seed in range(args.seeds):
             run: dict[str, list[Episode]] = {name: [] for name in names}
-            for task in chosen:
-                # In turn, so that a drift of the machine meets all alike.
-                for name in names:
+            for number, task in enumerate(chosen):
+                # In turn, so that a drift of the machine meets all alike; each is the first as often as the others.
+                first = (seed + number) % len(names)
+                for name in (*names[first:], *names[:first]):
                     policy = policies.make(name, seed)
                     env = make(
                         LIVE, tasks=task, horizon=args.budget, parent_rule=policy.parent_rule, reward=policy.reward,
-                        threads=args.threads, store=shared,
+                        threads=args.threads, store=stores[name],
                     )  # fmt: skip
                     try:
                         run[name].append(play(policy, env, seed=seed, keep=True))
@@ -192,9 +195,12 @@ def measured(
         if not found[CHANCE]:
             raise
         console.print(f"stopped after {len(found[CHANCE])} of {args.seeds} runs of all tasks")
+    flat = settled([episode for runs in found.values() for run in runs for episode in run])
+    told = iter(flat)
+    found = {name: [[next(told) for _ in run] for run in runs] for name, runs in found.items()}
     best: dict[str, float] = {}
-    for episode in (episode for runs in found.values() for run in runs for episode in run):
-        best[episode.task] = max(best.get(episode.task, 1.0), math.exp(episode.curve[-1]))
+    for episode in flat:
+        best[episode.task] = max(best.get(episode.task, 1.0), math.exp(episode.curve.max()))
     return found, best
 
 
