@@ -131,10 +131,13 @@ class GpuEvaluator(Evaluator):
     ) -> Evaluation:
         """See ``Evaluator._judged``."""
         base = base.replace(machine=self.facts.fingerprint)
-        try:
-            evaluation = super()._judged(base, artifact, rival, absent)
-        except OutOfDeviceMemory as error:  # somebody else has taken it meanwhile
-            evaluation = base.replace(outcome="constraints", log=str(error), rival="")
+        for _ in range(2):
+            try:
+                evaluation = super()._judged(base, artifact, rival, absent)
+                break
+            except OutOfDeviceMemory as error:  # somebody else has it: once more, in an empty process
+                self.judge.close()
+                evaluation = base.replace(outcome="constraints", log=str(error), rival="")
         if self._too_large:
             remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"
             evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
@@ -176,7 +179,7 @@ class GpuEvaluator(Evaluator):
                 judge = self._open_judge(self.hidden, self._alone)
                 try:
                     with self._alone(judge.facts.uuid):
-                        judge.self_verdict(self.contract)
+                        self._working_bytes = int(judge.self_verdict(self.contract)["peak"])
                     return judge
                 except ArmDied as death:
                     judge.close()
@@ -328,7 +331,8 @@ class GpuEvaluator(Evaluator):
     def _spare_count(self) -> int:
         """As many judges as a confirmation needs, or as fit into a part of the device's memory."""
         specs = [spec for name in self.shape_sets for spec in self._specs(name)]
-        each = sum(2 * spec.storage_bytes for spec in specs) + CONTEXT_BYTES
+        kept = sum(2 * spec.storage_bytes for spec in specs)
+        each = max(kept, self._working_bytes) + CONTEXT_BYTES
         return min(CONFIRMATIONS, int(SPARE_SHARE * self.facts.memory_bytes / each))
 
     def _race_set(  # type: ignore[override]

@@ -321,13 +321,15 @@ class GpuJudge:
         return {"mutants": results}
 
     def self_verdict(self, shape_set: str) -> dict[str, Any]:
-        """The reference judged as if it were a candidate."""
+        """The reference judged as if it were a candidate; ``peak``: the most bytes this process has held so far."""
         chosen = self.sets[shape_set]
         arguments = self.stage.draw(shape_set, self.stage.rng.getrandbits(60))
         verdict = self.stage.verdict(chosen, arguments, list(chosen.reference(*arguments)))
         del arguments
         torch.cuda.empty_cache()
-        return (verdict or Verdict(False, "most of what it computes is not finite")).to_dict()
+        peak = int(torch.cuda.max_memory_allocated(self.stage.device))
+        found = verdict or Verdict(False, "most of what it computes is not finite")
+        return {**found.to_dict(), "peak": peak}
 
 
 def _picked(arm: Arm, picks: dict[int, int]) -> Artifact:
@@ -385,13 +387,15 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         return request(**header, **({"blob": blob} if blob else {}))
     except Died as died:
         return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
-    except UserError as error:
-        return {"user_error": str(error)}
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        return {"out_of_memory": first_line(error)}
+    except (UserError, torch.OutOfMemoryError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if not isinstance(cause, torch.OutOfMemoryError):  # otherwise the task's own code ran out of memory
+            return {"user_error": str(error)}
+        full = first_line(cause)
     except Exception as error:  # the parent turns it into a clear message about the task
         if isinstance(error, CudaError) and error.sticky:
             return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}
         traceback.print_exc()
         return {"task_error": f"{type(error).__name__}: {first_line(error)}"}
+    torch.cuda.empty_cache()  # only now: exceptions hold what was allocated
+    return {"out_of_memory": full}

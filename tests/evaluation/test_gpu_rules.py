@@ -205,12 +205,41 @@ def test_a_judge_makes_room_for_one_that_confirms(
 def test_memory_that_somebody_else_took_is_an_outcome(
     evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise OutOfDeviceMemory("task wave does not fit into this GPU's memory (4 GiB); choose smaller sizes")
+    plain, left = Small.check, [2]
 
-    monkeypatch.setattr(evaluator.judge, "check", full)
+    def full(self: Small, *arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OutOfDeviceMemory("task wave does not fit into this GPU's memory (4 GiB)")
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Small, "check", full)
     evaluation = evaluator.evaluate(candidate(evaluator, "fine"))
     assert evaluation.outcome == "constraints" and "does not fit" in evaluation.log
+    left[0] = 1  # the second try has an empty process
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+
+
+def test_a_task_s_own_code_that_runs_out_of_memory_does_not_fit() -> None:
+    def reference() -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB\nmore")
+        except torch.OutOfMemoryError as error:
+            raise UserError("task.py:23: the forward pass failed") from error
+
+    patch = pytest.MonkeyPatch()
+    stand_in(patch)
+    found = gpu_judge.answer_to(reference, {}, b"")
+    patch.undo()
+    assert found == {"out_of_memory": "CUDA out of memory. Tried to allocate 16.00 GiB"}
+
+
+def test_confirmations_take_a_part_of_the_memory(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = evaluator._spare_count()
+    monkeypatch.setattr(evaluator, "_working_bytes", FACTS.memory_bytes)
+    assert (few, evaluator._spare_count()) == (5, 0)
 
 
 def test_kernels_are_built_for_the_device_that_is_there() -> None:
