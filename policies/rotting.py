@@ -34,7 +34,7 @@ class Rotting(ScoringPolicy):
     reward = "best"
     learned: ClassVar[tuple[str, ...]] = ("gains", "uses", "used", "yielded", "due", "c", "trust")
 
-    def __init__(self, seed: int = 0, c: float = 0.02, trust: float = 0.08) -> None:
+    def __init__(self, seed: int = 0, c: float = 0.1, trust: float = 0.08) -> None:
         super().__init__(seed)
         self.c, self.trust = c, trust
         self.gains = np.zeros((len(ACTIONS), len(USES)))
