@@ -29,7 +29,7 @@ from ke_gym.codegen.expr import (
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
 from ke_gym.codegen.operands import element, position
-from ke_gym.codegen.products import precisions
+from ke_gym.codegen.product_blocks import precisions
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tiles import chosen, depends, joined
 
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Blocks:
-    """``m`` queries per program, ``n`` keys at a time. ``precision`` as in ``products.Blocks``."""
+    """``m`` queries per program, ``n`` keys at a time. ``precision`` as in ``product_blocks.Blocks``."""
 
     m: int
     n: int
@@ -286,6 +286,9 @@ def heuristic(shape: Shape, policy: str) -> Blocks:
     precision = "ieee" if half else {"strict": "tf32x3", "tf32": "tf32", "bf16": "bf16"}[policy]
     if shape.queries <= 16:
         return Blocks(16, 64, 4, 2, precision)
+    wide = max(shape.d, shape.dv)
     if half:
-        return Blocks(64, 64, 4, 3, precision)
-    return Blocks(128, 64, 8, 1 if max(shape.d, shape.dv) > 64 else 2, precision)
+        return Blocks(64, 64, 4, 3 if wide <= 128 else 2, precision)
+    if wide > 128:
+        return Blocks(32, 32, 4, 2, precision)
+    return Blocks(128, 64, 8, 1 if wide > 64 else 2, precision)
