@@ -89,7 +89,8 @@ class _Check:
         """Run on poisoned memory; the outputs, and what was written where nothing may be, in words."""
         stage, chosen, runner = self._stage, self._chosen, self._runner
         seed, distribution, _ = case
-        given, out, held = stage.fill(chosen, seed, distribution), stage.blank(chosen), chosen.held
+        given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
+        held = chosen.held
         _ring(given)
         poison(out.bytes, out.placement.used, pattern)
         used = runner.memory.used
@@ -121,7 +122,7 @@ class _Check:
         seed, distribution, _ = case
         self._set_state(case)
         stage.hold(chosen)
-        given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen)
+        given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
         stage.finish(runner.run, self._patience)

@@ -277,7 +277,7 @@ class GpuJudge:
         """Median seconds of every step, what each kernel takes of the device, and the kernels' share of a call."""
         one = self.arms[arm]
         stage, chosen = self.stage, self.sets[one.shape_set]
-        given, out = stage.fill(chosen, stage.rng.getrandbits(60)), stage.blank(chosen)
+        given, out = stage.fill(chosen, stage.rng.getrandbits(60)), stage.blank(chosen, one.runner.plan)
         with foreign():
             one.runner.place(given.tensors, chosen.parameters, out.tensors)
             runs = [one.runner.step_times() for _ in range(PROFILE_RUNS)]

@@ -57,6 +57,12 @@ class Block:
         pairs = zip(self.placement.specs, self.placement.offsets)
         self.tensors = [view(self.bytes, spec, offset) for spec, offset in pairs]
 
+    def lay(self, specs: Sequence[TensorSpec]) -> None:
+        """See the tensors' memory in these layouts, until the next shift; none may need more bytes than it has."""
+        self.tensors = [
+            view(self.bytes, spec, at) for spec, at in zip(specs, self.placement.offsets, strict=True)
+        ]
+
     def jump(self, rng: random.Random) -> None:
         """Move the tensors to a random place."""
         self.shift(rng.randrange(SHIFTS))

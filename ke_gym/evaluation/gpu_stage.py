@@ -19,7 +19,7 @@ from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
 from ke_gym.evaluation.gpu_memory import Block, Placement, poison
 from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import TensorSpec
+from ke_gym.languages.plan import Plan, TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.targets._memory import PlanError
 from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, runtime
@@ -144,11 +144,12 @@ class Stage:
         copy_all(block.tensors, tensors_of(self.draw(chosen.name, seed, distribution)))
         return block
 
-    def blank(self, chosen: ShapeSet) -> Block:
-        """A fresh place for outputs."""
+    def blank(self, chosen: ShapeSet, plan: Plan) -> Block:
+        """A fresh place for what ``plan`` returns, laid out as it does (the reference may do otherwise)."""
         block = chosen.wanted[0]
         chosen.wanted.append(chosen.wanted.pop(0))
         block.jump(self.rng)
+        block.lay(plan.return_specs)
         return block
 
     def hold(self, chosen: ShapeSet) -> None:
@@ -161,6 +162,13 @@ class Stage:
 
     def runner(self, artifact: Artifact, chosen: ShapeSet, **options: Any) -> CudaRunner:
         """An artifact's kernels, loaded afresh. Raises ``PlanError``."""
+        plan = artifact.plans[chosen.name]
+        for index, (spec, wanted) in enumerate(zip(plan.return_specs, chosen.outputs, strict=True)):
+            if spec.storage_bytes > wanted.storage_bytes:
+                raise PlanError(
+                    f"output {index} is spread over {spec.storage_bytes} bytes, the reference's over"
+                    f" {wanted.storage_bytes}"
+                )
         return CudaRunner(
             artifact,
             chosen.name,
@@ -168,7 +176,7 @@ class Stage:
             chosen.parameters,
             driver=self.driver,
             device=self.device,
-            outputs=chosen.wanted[0].tensors,
+            outputs=self.blank(chosen, plan).tensors,
             **options,
         )
 
@@ -199,7 +207,7 @@ class Stage:
             if runner is None:
                 sample = self._timed_baseline(chosen, block, patience)
             else:
-                out = self.blank(chosen)
+                out = self.blank(chosen, runner.plan)
                 out.bytes.fill_(0xFF)
                 with foreign():
                     runner.place(block.tensors, chosen.parameters, out.tensors)
@@ -219,7 +227,7 @@ class Stage:
         What is honest only for its first calls shows itself, if not by then.
         """
         seed = self.rng.getrandbits(60)
-        block, out = self.fill(chosen, seed), self.blank(chosen)
+        block, out = self.fill(chosen, seed), self.blank(chosen, runner.plan)
         end = time.perf_counter() + SOAK_SECONDS
         for number in range(calls := self.rng.randrange(SOAK_CALLS // 2, SOAK_CALLS), 0, -1):
             last = number == 1 or time.perf_counter() > end

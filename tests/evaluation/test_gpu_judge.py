@@ -132,6 +132,30 @@ def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuJudge:
     return made
 
 
+def test_outputs_may_be_laid_out_otherwise_than_the_reference_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(FakeClocks, "now", 1000)
+    path = tmp_path / "turned.py"
+    path.write_text(
+        TASK.replace(
+            "return torch.sin(3 * x) + x * x", "return (torch.sin(3 * x) + x * x).t().contiguous().t()"
+        )
+    )
+    judge = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
+    judge.describe(["default"])
+    assert judge.sets["default"].outputs[0].stride == (1, ROWS)
+    answer = check(judge, "right")
+    assert "reason" not in answer, answer
+    assert "reason" in check(judge, "wrong")
+    arm = judge.load("default", one_launch("right", SPEC).to_bytes())["arm"]
+    assert judge.soak(arm, 5.0)["ok"] and judge.profile(arm, 5.0)["steps"]
+    spread = TensorSpec((ROWS, COLS), (2 * COLS, 1), "float32")
+    with pytest.raises(Died, match="is spread over"):
+        judge.load("default", one_launch("right", spread).to_bytes())
+
+
 def check(judge: GpuJudge, name: str) -> dict[str, Any]:
     arm = judge.load("default", one_launch(name, SPEC).to_bytes())["arm"]
     return judge.check(arm, CASES, 99, True, 5.0)
