@@ -72,8 +72,7 @@ class Rotting(ScoringPolicy):
         return np.asarray(expected + self.c * promised[mask].max() * seldom)
 
     def _promised(self, used: NDArray[np.int64]) -> Scores:
-        step = np.searchsorted(USES, used, side="right") - 1
-        return np.asarray(self._curves[np.arange(len(ACTIONS)), step])
+        return np.asarray(self._curves[np.arange(len(ACTIONS)), _step(used)])
 
     def update(self, transition: Transition) -> None:
         action, gain = transition.action, max(transition.reward, 0.0)
@@ -81,7 +80,7 @@ class Rotting(ScoringPolicy):
             self.due[action] += self._promised(self.used)[action]
             self.yielded[action] += gain
             if self.training:
-                step = np.searchsorted(USES, self.used[action], side="right") - 1
+                step = _step(self.used)[action]
                 self.gains[action, step] += gain
                 self.uses[action, step] += 1
         self.used[action] += 1
@@ -89,3 +88,8 @@ class Rotting(ScoringPolicy):
     def load_state_dict(self, state: dict[str, object]) -> None:
         super().load_state_dict(state)
         self._curves = self.curves()
+
+
+def _step(used: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Where on its curve a strategy is after so many uses."""
+    return np.searchsorted(USES, used, side="right") - 1

@@ -27,8 +27,14 @@ class Cores:
 
     @contextmanager
     def one(self) -> Iterator[None]:
+        with self._counted(lambda: not self._racing and self._builds < self._cores):
+            yield
+
+    @contextmanager
+    def _counted(self, free: Callable[[], bool]) -> Iterator[None]:
+        """One core less for builds, as soon as it is ``free``."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._racing and self._builds < self._cores)
+            self._condition.wait_for(free)
             self._start()
             self._builds += 1
         try:

@@ -43,15 +43,8 @@ class Lanes(Cores):
     @contextmanager
     def occupied(self) -> Iterator[None]:
         """One core is not for builds: it holds the clock of a race."""
-        with self._condition:
-            self._start()
-            self._builds += 1
-        try:
+        with self._counted(lambda: True):
             yield
-        finally:
-            with self._condition:
-                self._builds -= 1
-                self._stop()
 
 
 def kept_peaks(folder: Path, measure: Callable[[], dict[str, Any]], again: bool = False) -> cuda.Peaks:

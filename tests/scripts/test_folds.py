@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,16 @@ import pytest
 
 from ke_gym.errors import UserError
 from ke_gym.policies.base import Policy
-from tests.envs.recorded import tables
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from benchmarks import folds, policies
-
-    monkeypatch.setattr(policies.console, "width", 200)
-    return folds, policies
+def benchmarks(benchmark_module: Callable[[str], Any]) -> tuple[Any, Any]:
+    return benchmark_module("folds"), benchmark_module("policies")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for table in tables():
-        table.save(tmp_path / "tables" / f"{table.task}.npz")
-    return tmp_path / "tables"
+def folder(table_folder: Path) -> Path:
+    return table_folder
 
 
 def test_a_fold_is_trained_on_all_families_but_its_own(

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from ke_gym.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from benchmarks import lanes
-
-    return lanes
+def lanes(benchmark_module: Callable[[str], Any]) -> Any:
+    return benchmark_module("lanes")
 
 
 def job(what: str) -> Any:

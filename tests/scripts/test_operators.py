@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,10 @@ from ke_gym.proposers.base import Context, Proposal
 from ke_gym.proposers.rewriter import Rewriter
 from ke_gym.strategies import RESTART
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from benchmarks import operators
-
-    monkeypatch.setattr(operators.console, "width", 200)
-    return operators
+def operators(benchmark_module: Callable[[str], Any]) -> Any:
+    return benchmark_module("operators")
 
 
 def test_every_operator_is_a_task_with_the_sizes_it_is_named_after(operators: Any) -> None:

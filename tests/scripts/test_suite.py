@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,10 @@ import pytest
 
 from ke_gym.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from benchmarks import suite
-
-    monkeypatch.setattr(suite.console, "width", 200)
-    return suite
+def suite(benchmark_module: Callable[[str], Any]) -> Any:
+    return benchmark_module("suite")
 
 
 def row(suite: Any, task: str = "softmax", speedup: float = 2.0, **changes: Any) -> Any:

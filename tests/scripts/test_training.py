@@ -56,10 +56,8 @@ def run(name: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for table in tables():
-        table.save(tmp_path / "tables" / f"{table.task}.npz")
-    return tmp_path / "tables"
+def folder(table_folder: Path) -> Path:
+    return table_folder
 
 
 def test_a_policy_is_trained_and_compared(
