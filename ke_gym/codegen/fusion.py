@@ -12,7 +12,8 @@ from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
 from ke_gym.codegen.graph import Extern, Graph, Node
-from ke_gym.codegen.nest import COSTLY, Builder, Nest
+from ke_gym.codegen.nest import COSTLY, Nest
+from ke_gym.codegen.nesting import Builder
 from ke_gym.codegen.schedule import Group, Plan
 
 MAX_NODES = 64

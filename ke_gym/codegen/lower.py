@@ -22,15 +22,21 @@ from ke_gym.codegen.expr import (
     Expr,
     Index,
     Load,
-    Op,
     Var,
     cast,
-    compute_dtype,
     constant,
     linear,
     of,
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, Precision, Tensor, View, contiguous_stride
+from ke_gym.codegen.reserved import LOCAL, RESERVED
+from ke_gym.codegen.tensors import (
+    element,
+    full,
+    normal_dims,
+    squeeze,
+    variables_of,
+)
 
 TORCH_DTYPES = {
     torch.float32: "f32",
@@ -53,107 +59,6 @@ RuleT = TypeVar("RuleT", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 MAX_CONSTANT = 16 << 20  # bytes; as text, it must fit into the header of an artifact
-
-# What the printers call loops and values of their own.
-_LOCAL = re.compile(r"[hiotv]\d+|[cijt]|part|start|end|total|threads|count|at|acc|row|col|pos")
-# Names a parameter, buffer or local of the printed module must not take.
-RESERVED = frozenset(
-    [
-        "torch",
-        "lang",
-        "kernels",
-        "forward",
-        "out",
-        "int",
-        "float",
-        "double",
-        "char",
-        "bool",
-        "short",
-        "long",
-        "signed",
-        "unsigned",
-        "void",
-        "auto",
-        "const",
-        "for",
-        "if",
-        "else",
-        "while",
-        "do",
-        "switch",
-        "case",
-        "default",
-        "break",
-        "continue",
-        "return",
-        "static",
-        "struct",
-        "class",
-        "union",
-        "enum",
-        "new",
-        "delete",
-        "this",
-        "template",
-        "typename",
-        "namespace",
-        "using",
-        "operator",
-        "public",
-        "private",
-        "protected",
-        "virtual",
-        "inline",
-        "goto",
-        "sizeof",
-        "true",
-        "false",
-        "try",
-        "catch",
-        "throw",
-        "register",
-        "volatile",
-        "extern",
-        "and",
-        "or",
-        "not",
-        "xor",
-        "lambda",
-        "def",
-        "import",
-        "from",
-        "as",
-        "is",
-        "in",
-        "with",
-        "pass",
-        "global",
-        "None",
-        "True",
-        "False",
-        "assert",
-        "del",
-        "elif",
-        "except",
-        "finally",
-        "nonlocal",
-        "raise",
-        "yield",
-        "async",
-        "await",
-        "min",
-        "max",
-        "exp",
-        "log",
-        "std",
-        "ke",
-        "floordiv",
-        "remainder",
-        "power",
-        "search",
-    ]
-)
 
 
 def rule(*names: str) -> Callable[[RuleT], RuleT]:
@@ -189,7 +94,7 @@ class Lowering:
         self.values: dict[torch.fx.Node, Any] = {}
         self.taken: set[str] = set(captured.arguments) | RESERVED
         for name in captured.arguments:
-            if name in RESERVED or _LOCAL.fullmatch(name):
+            if name in RESERVED or LOCAL.fullmatch(name):
                 self.graph.renamed[name] = self.fresh(f"{name}_given")
         self.current: torch.fx.Node | None = None
         self.origin = ""
@@ -473,80 +378,6 @@ def _origin(node: torch.fx.Node) -> str:
     target = node.meta.get("original_aten") or node.target
     name = getattr(target, "_opname", None) or str(target).split(".")[1 if "." in str(target) else 0]
     return str(name).lstrip("_")
-
-
-def variables_of(shape: tuple[int, ...]) -> tuple[tuple[Var, ...], tuple[Index, ...]]:
-    variables = tuple(Var(f"d{k}", n) for k, n in enumerate(shape))
-    return variables, tuple(of(v) if v.size != 1 else constant(0) for v in variables)
-
-
-def normal_dims(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
-    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
-        return tuple(range(rank))
-    dims = (dims,) if isinstance(dims, int) else dims
-    return tuple(sorted(d % rank for d in dims)) if rank else ()
-
-
-def element(tensor: Any, index: tuple[Index, ...]) -> Expr:
-    """The element as a value to compute with."""
-    expr = tensor.at(index)
-    return cast(expr, tensor.dtype)
-
-
-def full(shape: Sequence[int], dtype: str, value: Any) -> Tensor:
-    literal = cast(
-        Const(value, "bool" if isinstance(value, bool) else "f64" if isinstance(value, float) else "i64"),
-        dtype,
-    )
-    return Tensor(tuple(shape), dtype, lambda _: literal)
-
-
-def squeeze(tensor: Tensor, dims: Sequence[int]) -> Tensor:
-    shape = tuple(n for d, n in enumerate(tensor.shape) if d not in dims)
-
-    def at(index: tuple[Index, ...]) -> Expr:
-        rest = iter(index)
-        return tensor.at(tuple(constant(0) if d in dims else next(rest) for d in range(len(tensor.shape))))
-
-    return Tensor(shape, tensor.dtype, at)
-
-
-def broadcast(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    shape = tuple(shape)
-    lead = len(shape) - len(tensor.shape)
-
-    def at(index: tuple[Index, ...]) -> Expr:
-        return tensor.at(tuple(constant(0) if n == 1 else i for n, i in zip(tensor.shape, index[lead:])))
-
-    return tensor if shape == tensor.shape else Tensor(shape, tensor.dtype, at)
-
-
-def reshape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    shape = tuple(shape)
-    if shape == tensor.shape:
-        return tensor
-
-    def at(index: tuple[Index, ...]) -> Expr:
-        flat = constant(0)
-        for i, stride in zip(index, contiguous_stride(shape)):
-            flat = flat + i * stride
-        old = []
-        for k, (size, stride) in enumerate(zip(tensor.shape, contiguous_stride(tensor.shape))):
-            part = flat // stride
-            leading = math.prod(tensor.shape[:k]) == 1
-            old.append(constant(0) if size == 1 else part if leading else part % size)
-        return tensor.at(tuple(old))
-
-    return Tensor(shape, tensor.dtype, at)
-
-
-def op(name: str, *args: Expr, dtype: str | None = None) -> Expr:
-    return Op(name, args, dtype or args[-1].dtype)
-
-
-def literal(value: float | int | bool, dtype: str) -> Expr:
-    kind = "bool" if isinstance(value, bool) else "f64" if isinstance(value, float) else "i64"
-    return cast(Const(value, kind), compute_dtype(dtype))
 
 
 def lower(captured: Captured, precision: Precision = "strict") -> Graph:

@@ -13,8 +13,9 @@ import torch
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Expr, Index, cast
 from ke_gym.codegen.graph import Tensor
-from ke_gym.codegen.lower import Lowering, broadcast, element, literal, op, reshape, rule
+from ke_gym.codegen.lower import Lowering, rule
 from ke_gym.codegen.ops_window import MAX_TAPS, depthwise
+from ke_gym.codegen.tensors import broadcast, element, literal, op, reshape
 
 
 @rule("addmm.default", "baddbmm.default")

@@ -8,7 +8,8 @@ from typing import Any
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Expr, Index, Indirect, Load, Op, Position, Search, cast, constant, of
 from ke_gym.codegen.graph import Tensor
-from ke_gym.codegen.lower import Lowering, broadcast, element, literal, op, rule
+from ke_gym.codegen.lower import Lowering, rule
+from ke_gym.codegen.tensors import broadcast, element, literal, op
 
 
 def indirect(value: Expr, size: int, wrap: bool) -> Index:

@@ -9,7 +9,8 @@ import torch
 
 from ke_gym.codegen.expr import Const, Expr, Op, cast, compute_dtype, is_float
 from ke_gym.codegen.graph import Tensor
-from ke_gym.codegen.lower import Lowering, broadcast, dtype_name, element, literal, op, rule
+from ke_gym.codegen.lower import Lowering, dtype_name, rule
+from ke_gym.codegen.tensors import broadcast, element, literal, op
 
 Formula = Callable[..., Expr]
 

@@ -24,10 +24,11 @@ from ke_gym.codegen.expr import (
     of,
 )
 from ke_gym.codegen.graph import Node, Tensor
-from ke_gym.codegen.lower import Lowering, element, literal, op, rule, variables_of
+from ke_gym.codegen.lower import Lowering, rule
 from ke_gym.codegen.ops_index import indirect
 from ke_gym.codegen.ops_reduce import same
 from ke_gym.codegen.ops_views import both, guarded
+from ke_gym.codegen.tensors import element, literal, op, variables_of
 
 MOST_WORK = 1 << 22  # comparisons; about what a library call costs
 

@@ -9,18 +9,8 @@ from typing import Any
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Const, Expr, Index, Op, Position, cast, constant, in_range, is_float
 from ke_gym.codegen.graph import Tensor
-from ke_gym.codegen.lower import (
-    Lowering,
-    broadcast,
-    element,
-    full,
-    literal,
-    normal_dims,
-    op,
-    reshape,
-    rule,
-    squeeze,
-)
+from ke_gym.codegen.lower import Lowering, rule
+from ke_gym.codegen.tensors import broadcast, element, full, literal, normal_dims, op, reshape, squeeze
 
 MAX_CAT = 16
 

@@ -28,8 +28,9 @@ from ke_gym.codegen.expr import (
     of,
 )
 from ke_gym.codegen.graph import Node, Tensor
-from ke_gym.codegen.lower import Lowering, element, literal, op, rule, variables_of
+from ke_gym.codegen.lower import Lowering, rule
 from ke_gym.codegen.ops_views import both, guarded
+from ke_gym.codegen.tensors import element, literal, op, variables_of
 
 MAX_TAPS = 25  # of a window printed tap by tap
 

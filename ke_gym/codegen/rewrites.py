@@ -19,7 +19,8 @@ from ke_gym.codegen.expr import Load, Op, walk
 from ke_gym.codegen.graph import Extern, Node, contiguous_stride
 from ke_gym.codegen.knobs import knobs, with_knobs
 from ke_gym.codegen.legality import changes
-from ke_gym.codegen.nest import COSTLY, Nest, outer_choices
+from ke_gym.codegen.nest import COSTLY, Nest
+from ke_gym.codegen.outer_loops import outer_choices
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
 from ke_gym.codegen.variants import (

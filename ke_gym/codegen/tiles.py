@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from ke_gym.codegen.binding import Binder
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -37,7 +38,6 @@ from ke_gym.codegen.expr import (
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, contiguous_stride
-from ke_gym.codegen.nest import Builder as LoopBuilder
 from ke_gym.codegen.schedule import Group
 
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
@@ -122,7 +122,7 @@ def column_var(columns: int) -> Var:
     return Var("col", columns)
 
 
-class Builder(LoopBuilder):
+class Builder(Binder):
     """Builds the ``Tiles`` of a group; raises ``Illegal`` if its nodes cannot share rows."""
 
     def _inline(self, load: Load) -> Expr:
@@ -131,7 +131,7 @@ class Builder(LoopBuilder):
             return load
         return Rewriter(dict(zip(node.vars, load.index))).expr(self.resolved[load.buffer])
 
-    def build(self) -> Tiles:  # type: ignore[override]
+    def build(self) -> Tiles:
         if not self.kept:
             raise Illegal("nothing to compute")
         reducing = [n for n in self.kept.values() if not n.pointwise]
