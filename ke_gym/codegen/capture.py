@@ -120,13 +120,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 class Captured:
     """An FX graph of ATen calls. Placeholders are named by ``names`` in order, ``None`` for plain scalars.
 
-    ``constants`` holds tensors the model makes from literals, by placeholder name.
+    ``constants`` holds tensors the model makes from literals, by placeholder name. ``weights`` are the arguments that
+    are state and the same in every call: none where gradients are asked for, since these change them.
     """
 
     graph: torch.fx.Graph
     names: tuple[str | None, ...]
     constants: dict[str, torch.Tensor]
     arguments: tuple[str, ...]
+    weights: tuple[str, ...] = ()
 
 
 # torch.export keeps state of the whole process (modes, caches), and so does `_quiet`.
@@ -283,7 +285,7 @@ def _exported(reference: Any, inputs: list[Any]) -> Captured:
     kept = [s.kind is OutputKind.USER_OUTPUT for s in signature.output_specs]
     output = program.graph.output_node()
     output.args = (tuple(a for a, keep in zip(output.args[0], kept) if keep),)
-    return Captured(program.graph, tuple(names), constants, (*arguments, *state))
+    return Captured(program.graph, tuple(names), constants, (*arguments, *state), tuple(state))
 
 
 def _joint(reference: Any, inputs: list[Any]) -> Captured:

@@ -98,9 +98,16 @@ class Printer:
         text, _, masks = self._text(side, operand)
         text.widen = False
         value, mask = text.value(operand), " & ".join(mask for mask in masks.values() if mask)
-        tail = f", mask={mask}" if mask else ""
-        lines.append(f"tl.store({self.product.copy(side)} + {place}, {value}{tail})")
-        return lines
+        tail, copy = f", mask={mask}" if mask else "", self.product.copy(side)
+        if self.product.kind(side) != shape.dtype:
+            value = f"{enclosed(value)}.to({TYPES[self.product.kind(side)]})"
+        if side != self.product.parted:
+            return [*lines, f"tl.store({copy} + {place}, {value}{tail})"]
+        return [
+            *lines, f"value = {value}", *_parted("value"),
+            f"tl.store({copy} + {place}, value_high{tail})",
+            f"tl.store({copy} + {size * shape.k} + {place}, value_low{tail})",
+        ]  # fmt: skip
 
     def total(self) -> list[str]:
         """The kernel that adds up the parts' sums and stores the results."""
@@ -145,6 +152,8 @@ class Printer:
                 self._follow("left", self.product.taken[0])
             return [*lines, *words.loop(self, window.pairs), *self._epilogue()]
         lines.append("acc = tl.zeros([M, N], tl.float32)")
+        if self.product.parted:
+            lines.append("rest = tl.zeros([M, N], tl.float32)")
         operands = dict(zip(sides, self.product.taken))
         steps = {side: self._step(operands[side]) for side in sides if side not in self.described}
         if self.unrolled:
@@ -165,9 +174,14 @@ class Printer:
                 self._compute(side, operands[side])
         exact = blocks.precision == "bf16" or shape.dtype != "f32"
         precise = "" if exact else f', input_precision="{blocks.precision}"'
-        self.body.append(f"acc = tl.dot(left, right, acc{precise})")
+        if self.product.parted:
+            self._parts()
+        else:
+            self.body.append(f"acc = tl.dot(left, right, acc{precise})")
         self.body += [f"{_POINTERS[side]} += {step}" for side, step in steps.items() if step]
         lines += self._loop()
+        if self.product.parted:  # of infinities, nothing remains
+            lines.append("acc += tl.where(rest == rest, rest, 0.0)")
         return lines + (self._epilogue() if blocks.split == 1 else self._keep())
 
     def _loop(self) -> list[str]:
@@ -194,6 +208,16 @@ class Printer:
             lines.append(f"{axis} = ({where}){cast}" if cast else f"{axis} = {where}")
         return lines + [f"{a}_ok = {a} < {getattr(self.product.shape, a)}" for a in "mn" if self.ragged[a]]
 
+    def _parts(self) -> None:
+        """Three products of TF32 parts; one operand's were made before (``packing``)."""
+        other = next(side for side in _AXES if side != self.product.parted)
+        here = {self.product.parted: self.product.parted, other: f"{other}_high"}
+        low = {side: f"{side}_low" for side in _AXES}
+        self.body += _parted(other)
+        for left, right, into in ((low["left"], here["right"], "rest"), (here["left"], low["right"], "rest"),
+                                  (here["left"], here["right"], "acc")):  # fmt: skip
+            self.body.append(f'{into} = tl.dot({left}, {right}, {into}, input_precision="tf32")')
+
     # ------------------------------------------------------------------------------------------ operands
 
     def _step(self, operand: Expr) -> int:
@@ -205,9 +229,10 @@ class Printer:
             return 0
         return operand.index[0].coefficient(k) * self.product.blocks.k
 
-    @property
-    def narrow(self) -> str:
+    def narrow(self, side: str) -> str:
         """What makes of an fp32 operand what is multiplied."""
+        if side in self.product.ready:
+            return ""
         halved = self.product.blocks.precision == "bf16" and self.product.shape.dtype == "f32"
         return ".to(tl.bfloat16)" if halved else ""
 
@@ -228,7 +253,10 @@ class Printer:
             rows = view.shape[0] // self.product.shape.batch
             tile = f"{side}_tiles.load([{batch} * {rows} + {place[0]}, {place[1]}])"
         turned = "" if view.axes == _AXES[side] else ".T"
-        self.body.append(f"{side} = {tile}{turned}{self.narrow}")
+        self.body.append(f"{side} = {tile}{turned}{self.narrow(side)}")
+        if side == self.product.parted:
+            tile = f"{side}_tiles.load([{view.shape[0] // 2} + {place[0]}, {place[1]}])"
+            self.body.append(f"{side}_low = {tile}{turned}")
 
     def _text(self, side: str, operand: Expr) -> tuple[Text, dict[str, str], dict[str, str]]:
         """What prints an operand's expression; the axes' names in the tile, and their masks."""
@@ -257,8 +285,11 @@ class Printer:
         pointer = _POINTERS[side]
         self.outer.append(f"{pointer} = {text.pointers[operand.buffer]} + {index}")
         mask = " & ".join(mask for mask in masks.values() if mask)
-        tile = f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
-        self.body.append(f"{side} = {tile}{self.narrow}")
+        tail = f", mask={mask}, other=0.0" if mask else ""
+        self.body.append(f"{side} = tl.load({pointer}{tail}){self.narrow(side)}")
+        if side == self.product.parted:
+            size = getattr(self.product.shape, _AXES[side].replace("k", "")) * self.product.shape.k
+            self.body.append(f"{side}_low = tl.load({pointer} + {size}{tail})")
 
     def _compute(self, side: str, operand: Expr) -> None:
         """An operand's tile, each element by its index or computed."""
@@ -276,12 +307,13 @@ class Printer:
         value = text.value(operand)
         kept = [axis for axis in shaped if depends(operand, along[axis])]
         wanted = " & ".join(mask for mask in masks.values() if mask)
-        kind = TYPES["bf16" if self.narrow else self.product.shape.dtype]
+        narrow = self.narrow(side)
+        kind = TYPES["bf16" if narrow else self.product.shape.dtype]
         if wanted and not (pure and len(kept) == 2):
             value = f"tl.where({wanted}, {bare_text(value)}, 0.0)"
         if len(kept) < 2:
             value = f"tl.broadcast_to({value}, [{', '.join(_AXES[side].upper())}])"
-        same = kind == TYPES["f32"] or (pure and not self.narrow)
+        same = kind == TYPES["f32"] or (pure and not narrow)
         self.body.append(f"{side} = {value if same else f'{enclosed(value)}.to({kind})'}")
         text.leave()
 
@@ -328,6 +360,12 @@ _ACROSS = {
     "right": {"k": "[:, None]", "n": "[None, :]"},
     "result": {"m": "[:, None]", "n": "[None, :]"},
 }
+
+
+def _parted(name: str) -> list[str]:
+    """What TF32 keeps of a tile, as its matrix instructions cut it off, and what is left of it."""
+    bits = f"({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)"
+    return [f"{name}_high = {bits}", f"{name}_low = {name} - {name}_high"]
 
 
 def pack_blocks(product: Product, side: str) -> dict[str, int]:

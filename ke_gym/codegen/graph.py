@@ -116,8 +116,9 @@ class Extern:
 class Graph:
     """One shape set of a reference: named inputs, steps in topological order, outputs by name.
 
-    ``precision`` is the task's policy for products: "strict", "tf32" or "bf16". ``device`` and
-    ``language``: what kernels are for and, where nothing else is asked for, printed in.
+    ``weights`` are the inputs that stay the same from call to call. ``precision`` is the task's policy for products:
+    "strict", "tf32" or "bf16". ``device`` and ``language``: what kernels are for and, where nothing else is asked for,
+    printed in.
     """
 
     inputs: dict[str, Buffer]
@@ -130,6 +131,7 @@ class Graph:
         default_factory=dict
     )  # of outputs: a buffer may be returned reshaped
     renamed: dict[str, str] = field(default_factory=dict)
+    weights: frozenset[str] = frozenset()
     precision: Precision = "strict"
     device: Literal["cpu", "cuda"] = "cpu"
     language: Literal["cpp", "triton", "cuda"] = "cpp"

@@ -9,6 +9,7 @@ from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern, Graph
 from ke_gym.codegen.nest import Nest
+from ke_gym.codegen.preparation import preparable
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
 
@@ -63,7 +64,19 @@ def _compare(program: Program, before: Schedule, after: Schedule, printed: bool)
                 changed = changed or _reworded(graph, was, now, visible)
         if before.merged != after.merged:
             changed = changed or _mergeable(graph, new)
+    if before.prepared != after.prepared:
+        prepared = after if after.prepared else before
+        if not _prepares(program, prepared):
+            return False
+        changed = True
     return changed
+
+
+def _prepares(program: Program, schedule: Schedule) -> bool:
+    """Whether a module of this schedule has anything to prepare; several shape sets have weights of their own each."""
+    if program.device != "cuda" or len(program.graphs) > 1:
+        return False
+    return preparable(program.graphs[0], schedule.plans[0])
 
 
 def _reworded(graph: Graph, was: Group, now: Group, visible: frozenset[str]) -> bool:

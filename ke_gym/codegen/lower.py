@@ -96,6 +96,7 @@ class Lowering:
         for name in captured.arguments:
             if name in RESERVED or LOCAL.fullmatch(name):
                 self.graph.renamed[name] = self.fresh(f"{name}_given")
+        self.graph.weights = frozenset(self.graph.renamed.get(name, name) for name in captured.weights)
         self.current: torch.fx.Node | None = None
         self.origin = ""
         self.titles: dict[str, int] = {}

@@ -281,9 +281,9 @@ def _return(graph: Graph) -> str:
     return f"return {', '.join(values)}"
 
 
-def _forward(bodies: list[tuple[Graph, list[str]]]) -> str:
-    arguments = list(bodies[0][0].arguments)
-    if any(list(graph.arguments) != arguments for graph, _ in bodies):
+def _forward(bodies: list[tuple[Graph, list[str]]], prepared: tuple[str, ...] = ()) -> str:
+    arguments = [*bodies[0][0].arguments, *prepared]
+    if any(graph.arguments != bodies[0][0].arguments for graph, _ in bodies):
         raise Illegal("the shape sets take different arguments")
     bodies = [
         (graph, [*(f"{inner} = {name}" for name, inner in graph.renamed.items()), *lines])

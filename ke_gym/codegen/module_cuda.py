@@ -16,7 +16,7 @@ from ke_gym.codegen.emit_cuda import print_tiles
 from ke_gym.codegen.emit_cuda_lines import pointers
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
-from ke_gym.codegen.module_gpu import shape_sets
+from ke_gym.codegen.module_gpu import Printed, functions
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.tiles import Tiles
 
@@ -26,7 +26,7 @@ _HEADERS = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     """The whole module as text."""
     used: set[str] = set()
-    kernels, bodies = shape_sets(graphs, schedule, partial(kernel, used=used))
+    kernels, called = functions(graphs, schedule, partial(_printed, used=used))
     imports, data = module.held(graphs)
     parts = [f'"""{name}, generated from its reference."""\n\n{imports}']
     if kernels:
@@ -37,7 +37,12 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
         )
         parts.append(f"kernels = lang.cuda(\n    r'''\n{source.strip()}\n'''\n)")
     parts += data
-    return "\n\n".join(parts) + "\n\n\n" + module._forward(bodies).rstrip() + "\n"
+    return "\n\n".join(parts) + "\n\n\n" + called + "\n"
+
+
+def _printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:
+    text, launch = kernel(nest, suffix, used)
+    return Printed(text, [launch])
 
 
 def kernel(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:

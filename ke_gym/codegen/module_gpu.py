@@ -1,11 +1,15 @@
-"""Schedule -> what ``forward`` of a module for a GPU does: what it allocates, launches and leaves to the library."""
+"""Schedule -> what a module for a GPU does: what its ``forward`` and ``prepare`` allocate, launch, and leave to the
+library."""
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from ke_gym.codegen import module
+from ke_gym.codegen import module, preparation
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph
@@ -16,47 +20,92 @@ _ON_CPU = {
 }
 
 
-def shape_sets(
-    graphs: tuple[Graph, ...], schedule: Schedule, kernel: Callable[[Any, str], tuple[str, str]]
-) -> tuple[list[str], list[tuple[Graph, list[str]]]]:
-    """All kernels' texts, and of each shape set the lines of its ``forward``.
+@dataclass(frozen=True)
+class Printed:
+    """The text of a group's kernels, and the lines that launch them: in ``forward``, and of ``copies`` of weights
+    ``before`` that, in the preparation."""
 
-    ``kernel`` gives a nest's text and its launch, their names ending as it is told.
-    """
+    text: str
+    lines: list[str]
+    before: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+
+
+Kernel = Callable[[Any, str, frozenset[str]], Printed]
+"""Prints a nest's kernels, their names ending as it is told, and makes copies of these tensors in the preparation."""
+
+
+def functions(graphs: tuple[Graph, ...], schedule: Schedule, kernel: Kernel) -> tuple[list[str], str]:
+    """All kernels' texts, and the functions ``forward`` and, if the schedule asks for it, ``prepare``."""
     kernels: list[str] = []
     bodies = []
+    prepared: dict[str, None] = {}
+    before = ""
     for number, (graph, plan) in enumerate(zip(graphs, schedule.plans)):
         suffix = f"_{number}" if len(graphs) > 1 else ""
-        sources, lines = _shape_set(graph, plan, suffix, kernel)
-        kernels.extend(sources)
-        bodies.append((graph, lines))
-    return kernels, bodies
+        body = _Body(graph, plan, suffix, kernel, schedule.prepared and len(graphs) == 1)
+        kernels.extend(body.kernels)
+        bodies.append((graph, body.forward))
+        prepared, before = body.made, body.prepare
+    forward = module._forward(bodies, tuple(prepared)).rstrip()
+    return kernels, f"{before}\n\n\n{forward}" if prepared else forward
 
 
-def _shape_set(
-    graph: Graph, plan: Plan, suffix: str, kernel: Callable[[Any, str], tuple[str, str]]
-) -> tuple[list[str], list[str]]:
-    nests(graph, plan)
-    listed = [g.nodes for g in plan.groups]
-    sources: list[str] = []
-    lines: list[str] = []
-    allocated = set(graph.inputs)
-    device = _device(graph)
-    for unit in order_steps(graph, plan):
-        if isinstance(unit, Extern):
-            lines.extend(_call(graph, unit, device))
-            allocated.update(b.name for b in unit.outputs)
-            continue
-        nest: Any = cached_nest(graph, unit, visible_in(graph, unit.nodes, listed))
-        source, launch = kernel(nest, suffix)
-        sources.append(source)
-        for buffer in nest.writes:
-            if buffer.name not in allocated:
-                lines.append(f"{buffer.name} = {_empty(graph, buffer, device)}")
-                allocated.add(buffer.name)
-        lines.append(launch)
-    lines.append(module._return(graph))
-    return sources, [*module.constants(graph, suffix, device)[1], *lines]
+class _Body:
+    """Kernels and functions of one shape set."""
+
+    def __init__(self, graph: Graph, plan: Plan, suffix: str, kernel: Kernel, prepared: bool) -> None:
+        nests(graph, plan)
+        self.graph = graph
+        self.kernels: list[str] = []
+        self.made: dict[str, None] = {}  # by the preparation
+        standing, ready = preparation.standing(graph, plan) if prepared else ([], frozenset())
+        lines: list[str] = []
+        before: list[str] = []
+        listed = [g.nodes for g in plan.groups]
+        allocated = set(graph.inputs)
+        for unit in order_steps(graph, plan):
+            early = unit in standing
+            home, device = (before, self._beside) if early else (lines, _device(graph))
+            if isinstance(unit, Extern):
+                home.extend(_call(graph, unit, device))
+                makes = [b.name for b in unit.outputs]
+            else:
+                nest: Any = cached_nest(graph, unit, visible_in(graph, unit.nodes, listed))
+                done = kernel(nest, suffix, ready)
+                self.kernels.append(done.text)
+                for buffer in nest.writes:
+                    if buffer.name not in allocated:
+                        home.append(f"{buffer.name} = {_empty(graph, buffer, device)}")
+                before.extend(done.before)
+                home.extend(done.lines)
+                self.made.update(dict.fromkeys(done.copies))
+                makes = [b.name for b in nest.writes]
+            allocated.update(makes)
+            if early:
+                self.made.update(dict.fromkeys(makes))
+        lines.append(module._return(graph))
+        self.forward = [*module.constants(graph, suffix, _device(graph))[1], *lines]
+        self.made = {name: None for name in self.made if _names(self.forward, name)}
+        self.prepare = self._prepare(before)
+
+    @property
+    def _beside(self) -> str:
+        return f"{next(name for name in self.graph.inputs if name in self.graph.weights)}.device"
+
+    def _prepare(self, lines: list[str]) -> str:
+        """The function that makes what ``forward`` then takes."""
+        inner = {name: self.graph.renamed.get(name, name) for name in self.graph.arguments}
+        taken = [n for n, tensor in inner.items() if tensor in self.graph.weights and _names(lines, tensor)]
+        renamed = [f"{inner[name]} = {name}" for name in taken if inner[name] != name]
+        entries = ", ".join(f'"{name}": {name}' for name in self.made)
+        body = textwrap.indent("\n".join([*renamed, *lines, f"return {{{entries}}}"]), "    ")
+        return f"def prepare({', '.join(taken)}):\n{body}"
+
+
+def _names(lines: list[str], name: str) -> bool:
+    """Whether one of the lines has the name in it."""
+    return any(re.search(rf"\b{re.escape(name)}\b", line) for line in lines)
 
 
 def _device(graph: Graph) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 
 from ke_gym.codegen import module
 from ke_gym.codegen.graph import Graph
-from ke_gym.codegen.module_gpu import shape_sets
+from ke_gym.codegen.module_gpu import functions
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.triton_launches import printed
 from ke_gym.codegen.triton_text import HELPERS
@@ -15,7 +15,7 @@ from ke_gym.codegen.triton_text import HELPERS
 def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     """The whole module as text."""
     used: set[str] = set()
-    kernels, bodies = shape_sets(graphs, schedule, partial(printed, used=used))
+    kernels, called = functions(graphs, schedule, partial(printed, used=used))
     needed, data = module.held(graphs)
     imports = [needed]
     if kernels:
@@ -29,5 +29,5 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     parts += data
     parts += [helper.rstrip() for helper in helpers]
     parts += kernels
-    parts.append(module._forward(bodies).rstrip())
+    parts.append(called)
     return "\n\n\n".join(parts) + "\n"

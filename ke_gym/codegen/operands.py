@@ -55,7 +55,7 @@ def described(operand: Expr, axes: str, shape: Shape, depth: int) -> Described |
         return None
     outer = axes.replace(inner, "")
     strides = [step[outer], *([step["batch"]] if step["batch"] else [])]
-    if sizes[outer] == 1 or any(s <= 0 or s * BYTES[shape.dtype] % 16 for s in strides):
+    if sizes[outer] == 1 or any(s <= 0 or s * BYTES[operand.dtype] % 16 for s in strides):
         return None
     rows, columns = sizes[outer], sizes[inner]
     if not step["batch"]:

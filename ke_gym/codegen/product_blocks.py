@@ -28,7 +28,8 @@ class Blocks:
     ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA). ``packed``: operands in
     which ``k`` is not contiguous are copied first, so that it is: TF32's matrix instructions read nothing else.
     ``unroll``: a convolution's taps are written out one after the other, or with ``words`` its blocks of channels.
-    ``words``: its input is read two at a time.
+    ``words``: its input is read two at a time. ``ready``: a weight is first copied into what is multiplied: bf16, or
+    both TF32 parts of it ("tf32x3").
     """
 
     m: int
@@ -44,6 +45,7 @@ class Blocks:
     packed: bool = False
     unroll: bool = False
     words: bool = False
+    ready: bool = False
 
 
 def precisions(policy: str) -> list[str]:

@@ -73,6 +73,7 @@ class Product:
     group: Group
     origins: tuple[str, ...]
     policy: str
+    weights: frozenset[str] = frozenset()
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
@@ -100,6 +101,8 @@ class Product:
                 choices["words"] = [False, True]
         if shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
+            if any(self.weighed):
+                choices["ready"] = [False, True]
         return choices
 
     @property
@@ -112,10 +115,43 @@ class Product:
     @property
     def packed(self) -> dict[str, Expr]:
         """The sides ("left", "right") that are copied first, and what of."""
-        if not self.blocks.packed:
-            return {}
         sides = zip(SIDES, self.operands, self.packable)
-        return {side: operand for side, operand, copied in sides if copied}
+        packed = self.blocks.packed
+        return {s: operand for s, operand, copied in sides if (packed and copied) or s in self.ready}
+
+    @property
+    def weighed(self) -> tuple[bool, bool]:
+        """Which operands are weights, one matrix for all products of a batch."""
+        batch = variables(self.shape)[0]
+        left, right = (
+            isinstance(operand, Load) and operand.buffer in self.weights and not depends(operand, batch)
+            for operand in self.operands
+        )
+        return left, right
+
+    @property
+    def ready(self) -> tuple[str, ...]:
+        """The side that is copied into what is multiplied: both TF32 parts of it, or bf16."""
+        if (
+            not self.blocks.ready
+            or self.blocks.precision not in ("tf32x3", "bf16")
+            or self.shape.dtype != "f32"
+        ):
+            return ()
+        return tuple(side for side, weight in zip(SIDES, self.weighed) if weight)[-1:]
+
+    @property
+    def parted(self) -> str:
+        """The side whose TF32 parts lie one after the other in its copy; "" if there is none."""
+        return "".join(self.ready) if self.blocks.precision == "tf32x3" else ""
+
+    def kind(self, side: str) -> str:
+        """The dtype of a packed operand's copy."""
+        return "bf16" if side in self.ready and not self.parted else self.shape.dtype
+
+    def standing(self, ready: frozenset[str]) -> list[str]:
+        """The sides whose copies depend on nothing but tensors that are ``ready``."""
+        return [s for s, o in self.packed.items() if isinstance(o, Load) and o.buffer in ready]
 
     def copy(self, side: str) -> str:
         """Where a packed operand lies."""
@@ -134,7 +170,7 @@ class Product:
         for side, operand, row, rows in zip(SIDES, self.operands, (m, n), (self.shape.m, self.shape.n)):
             if side in self.packed:
                 row = row + batch * rows if depends(operand, variables(self.shape)[0]) else row
-                operand = Load(self.copy(side), (joined(row * self.shape.k + k),), self.shape.dtype)
+                operand = Load(self.copy(side), (joined(row * self.shape.k + k),), self.kind(side))
             found.append(operand)
         return found[0], found[1]
 
@@ -143,7 +179,8 @@ class Product:
         """Both operands as tensor descriptors, where they can be."""
         left, right = self.taken
         depth = self.blocks.k
-        return described(left, "mk", self.shape, depth), described(right, "kn", self.shape, depth)
+        found = described(left, "mk", self.shape, depth), described(right, "kn", self.shape, depth)
+        return _both(found[0], self.parted == "left"), _both(found[1], self.parted == "right")
 
     @property
     def depths(self) -> list[int]:
@@ -201,7 +238,7 @@ class Builder:
         origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
         drafted = Product(
             writes[-1].name, shape, SMALLEST, operands, self.window, tuple(stores), reads, writes, total, self.group,
-            tuple(dict.fromkeys(origins)), self.graph.precision,
+            tuple(dict.fromkeys(origins)), self.graph.precision, self.graph.weights,
         )  # fmt: skip
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
@@ -311,6 +348,13 @@ class Builder:
         if any(name in self.nodes for name in names):
             raise Illegal("a node is needed in memory")
         return tuple(self.graph.buffers[name] for name in names)
+
+
+def _both(view: Described | None, parted: bool) -> Described | None:
+    """The descriptor of both parts of an operand, one below the other."""
+    if view is None or not parted:
+        return view
+    return replace(view, shape=(2 * view.shape[0], view.shape[1]))
 
 
 Made = tuple[Shape, tuple[Expr, Expr], Index, Expr]

@@ -73,6 +73,19 @@ def fission(program: Program, schedule: Schedule) -> Iterator[Schedule]:
             yield with_group(schedule, p, g, Group(group.nodes[:cut]), Group(group.nodes[cut:]))
 
 
+def prepare(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Declare what depends on weights alone a preparation; copies of weights, packed or ready to multiply, belong to it."""
+    yield replace(schedule, prepared=not schedule.prepared)
+    for p, g, group in groups(schedule):
+        kernel: Any = nest_of(program, schedule, p, g)
+        if isinstance(kernel, products.Product):
+            for knobs in (("ready",), ("packed",), ("packed", "ready")):
+                changed = group
+                for knob in knobs:
+                    changed = with_launch(changed, knob, True)
+                yield replace(with_group(schedule, p, g, changed), prepared=True)
+
+
 def _plan(listed: list[Group], order: dict[str, int]) -> Plan:
     return Plan(tuple(sorted(listed, key=lambda g: order[g.nodes[-1]])))
 
@@ -137,6 +150,7 @@ REWRITES: dict[str, Variants] = {
     "fission": fission,
     "unroll_ilp": either(by_launch("columns", kinds=(Tiles,)), by_launch("unroll")),
     "precision_math": by_launch("precision"),
+    "algebra_hoist": either(prepare, by_launch("ready")),
     "work_partition": by_launch("warps"),
     "split_reduce": by_launch("split"),
     "sync_launch": by_launch("persistent"),

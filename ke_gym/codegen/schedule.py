@@ -67,12 +67,14 @@ class Schedule:
     """One plan per public shape set, and what holds for the whole kernel module.
 
     merged: consecutive nests become one kernel, so that fewer launches are paid for.
+    prepared: what depends on weights alone is declared a preparation, done once (``preparation``).
     """
 
     plans: tuple[Plan, ...]
     flags: tuple[str, ...] = DEFAULT_FLAGS
     compiler: str = "g++"
     merged: bool = False
+    prepared: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
@@ -83,7 +85,8 @@ class Schedule:
         try:
             data = json.loads(text)
             plans = tuple(Plan(tuple(_group(g) for g in p["groups"])) for p in data["plans"])
-            return cls(plans, tuple(data["flags"]), data["compiler"], data["merged"])
+            prepared = data.get("prepared", False)
+            return cls(plans, tuple(data["flags"]), data["compiler"], data["merged"], prepared)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a schedule: {error!r}") from error
 

@@ -13,20 +13,18 @@ from ke_gym.codegen.emit_triton_products import Printer, loaded, pack_blocks, su
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Expr, Load, walk
 from ke_gym.codegen.flash import Flash
+from ke_gym.codegen.module_gpu import Printed
 from ke_gym.codegen.operands import Described, variables
 from ke_gym.codegen.products import Product
 from ke_gym.codegen.tiles import Tiles, depends
 
-Printed = tuple[str, str]
-"""The kernels' text, and the lines that launch them."""
 
-
-def printed(nest: Any, suffix: str, used: set[str]) -> Printed:
-    """Raises ``Illegal`` for what no kernel of a GPU does."""
+def printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:
+    """``ready`` are tensors of which copies are made in the preparation. Raises ``Illegal`` for what no kernel does."""
     if isinstance(nest, Tiles):
         return _tiles(nest, suffix, used)
     if isinstance(nest, Product):
-        return _product(nest, suffix, used)
+        return _product(nest, suffix, ready, used)
     if isinstance(nest, Flash):
         return _flash(nest, suffix, used)
     raise Illegal("no kernel of a GPU")
@@ -40,6 +38,8 @@ class Launches:
         self.names = pointers(work)
         self.kernels: list[str] = []
         self.lines: list[str] = []
+        self.before: list[str] = []
+        self.copies: list[str] = []
 
     def tensors(self, *names: str) -> dict[str, str]:
         """What the kernel calls these tensors -> what ``forward`` does."""
@@ -54,10 +54,13 @@ class Launches:
     def results(self) -> dict[str, str]:
         return self.tensors(*(b.name for b in self.work.writes))
 
-    def room(self, name: str, size: tuple[int, ...], dtype: str) -> None:
-        """Memory for what one kernel hands to the next."""
-        device = f"{self.work.writes[0].name}.device"
-        self.lines.append(f"{name} = torch.empty({module._tuple(size)}, dtype={dtype}, device={device})")
+    def room(self, name: str, size: tuple[int, ...], dtype: str, beside: str = "") -> None:
+        """Memory for what one kernel hands to the next; ``beside``: on this tensor's device, in the preparation."""
+        device = f"{beside or self.work.writes[0].name}.device"
+        lines = self.before if beside else self.lines
+        lines.append(f"{name} = torch.empty({module._tuple(size)}, dtype={dtype}, device={device})")
+        if beside:
+            self.copies.append(name)
 
     def add(
         self,
@@ -67,8 +70,9 @@ class Launches:
         tensors: dict[str, str],
         sizes: dict[str, int],
         options: dict[str, int],
+        before: bool = False,
     ) -> None:
-        """One kernel; ``ending`` tells it from the others of its group."""
+        """One kernel; ``ending`` tells it from the others of its group. ``before``: launched in the preparation."""
         name = f"compute_{self.work.name}{ending}{self.suffix}"
         parameters = ", ".join([*tensors, *(f"{size}: tl.constexpr" for size in sizes)])
         listed = [*tensors.values(), *(f"{k}={v}" for k, v in (sizes | options).items())]
@@ -85,11 +89,11 @@ class Launches:
             described = any(value.startswith("TensorDescriptor") for value in listed)
             given = ",\n    ".join(listed) + "," if described else given
             launch = f"{name}[{module._tuple(grid)}](\n    {given}\n)"
-        self.lines.append(launch)
+        (self.before if before else self.lines).append(launch)
 
     @property
     def text(self) -> Printed:
-        return "\n\n\n".join(self.kernels), "\n".join(self.lines)
+        return Printed("\n\n\n".join(self.kernels), self.lines, self.before, self.copies)
 
 
 def _tiles(tiles: Tiles, suffix: str, used: set[str]) -> Printed:
@@ -122,7 +126,7 @@ def _flash(flash: Flash, suffix: str, used: set[str]) -> Printed:
     return launches.text
 
 
-def _product(product: Product, suffix: str, used: set[str]) -> Printed:
+def _product(product: Product, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:
     """Copies of operands, the product, and the sum of its parts, as far as they are asked for."""
     shape, blocks = product.shape, product.blocks
     launches = Launches(product, suffix)
@@ -130,11 +134,13 @@ def _product(product: Product, suffix: str, used: set[str]) -> Printed:
         row = shape.m if side == "left" else shape.n
         copies = shape.batch if depends(operand, variables(shape)[0]) else 1
         name, sizes = product.copy(side), pack_blocks(product, side)
-        launches.room(name, (copies, row, shape.k), module._TORCH[shape.dtype])
+        beside = operand.buffer if side in product.standing(ready) and isinstance(operand, Load) else ""
+        room = (2 if side == product.parted else copies, row, shape.k)
+        launches.room(name, room, module._TORCH[product.kind(side)], beside)
         tiles = math.prod(math.ceil(a / b) for a, b in zip((row, shape.k), sizes.values()))
         tensors = launches.read(operand) | {name: name}
         body, where = Printer(product, used).packing(side), (tiles, copies) if copies > 1 else (tiles,)
-        launches.add(f"_{side}", body, where, tensors, sizes, {"num_warps": 4})
+        launches.add(f"_{side}", body, where, tensors, sizes, {"num_warps": 4}, before=beside != "")
     rows, columns = product.tiles
     grid: tuple[int, ...] = (rows * columns, shape.batch) if shape.batch > 1 else (rows * columns,)
     if blocks.persistent:

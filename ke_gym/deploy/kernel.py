@@ -27,8 +27,9 @@ class Kernel:
     Proven means: shapes, strides and dtypes of a public shape set, the same plain (non-tensor) arguments, the
     training mode of the evaluation, and no gradient asked of it. ``why_not(*inputs)`` says what stands in the
     way, ``fallbacks`` counts the reasons met so far. Parameters are read at every call, so the kernel follows
-    a module whose weights change. Thread-safe. For a GPU, module and inputs are expected there; results are
-    enqueued on the current stream, as torch's own are.
+    a module whose weights change; what it has prepared from them is made anew where torch has counted a change
+    (writes through ``.data`` are not counted: call ``forget()``). Thread-safe. For a GPU, module and inputs are
+    expected there; results are enqueued on the current stream, as torch's own are.
 
     Args:
         task: what the artifact was proven against.
@@ -47,6 +48,7 @@ class Kernel:
         self._target = "cpu" if target == "cpu" else "cuda"
         self._shape_sets: dict[tuple[Any, ...], str] = {}
         self._runners: dict[tuple[tuple[Any, ...], torch.device], PlanRunner] = {}
+        self._prepared: dict[tuple[tuple[Any, ...], torch.device], Edition | None] = {}
         self._structures: dict[tuple[Any, ...], tuple[list[bool], pytree.TreeSpec]] = {}
         self._backward = task.backward
         self._training = reference.module.training
@@ -88,7 +90,17 @@ class Kernel:
             assert self._artifact is not None
             runner = _runner(self._artifact, self._shape_sets[key], tensors, state, place)
             self._runners[key, place] = runner
+        if runner.plan.preparation is not None:
+            weights = _edition(self._state())
+            if weights is None or self._prepared.get((key, place)) != weights:
+                runner.prepare()
+                self._prepared[key, place] = weights
         return runner.run()
+
+    def forget(self) -> None:
+        """Prepare anew in the next call."""
+        with self._lock:
+            self._prepared.clear()
 
     def why_not(self, *inputs: Any) -> str | None:
         """Why these inputs would run the reference, or None if they would run the kernel."""
@@ -117,6 +129,17 @@ class Kernel:
 
     def _plain(self, inputs: Sequence[Any]) -> Any:
         return self.reference(*inputs) if self._backward else self.reference.module(*inputs)
+
+
+Edition = tuple[tuple[int, int], ...]
+"""Of every weight, where it lies and how often torch has written to it."""
+
+
+def _edition(weights: Sequence[torch.Tensor]) -> Edition | None:
+    """None where torch does not count."""
+    if any(weight.is_inference() for weight in weights):
+        return None
+    return tuple((weight.data_ptr(), weight._version) for weight in weights)
 
 
 def _shapes(task: Task, shape_set: str) -> list[Any]:

@@ -76,14 +76,13 @@ def _instantiate(
     inputs = [next(given) if isinstance(v, TensorSpec) else v for v in signature.inputs[shape_set]]
     specs = signature.state[shape_set]
     loaded = module.load(source)
-    function, names, model = module.bind(
-        loaded, len(inputs), specs, signature.init_inputs[shape_set], signature.seed
-    )
+    model = module.construct(loaded, signature.init_inputs[shape_set], signature.seed)
     if model is not None:
         for name, tensor in module._bindings(model, specs, signature.digests[shape_set]):
             tensor.data = state[name]
-    held = {name: state[name] for name in names}
-    return lambda: function(*inputs, **held)
+        return lambda: model(*inputs)
+    held = {name: state[name] for name in module.named(loaded, len(inputs), specs)}
+    return lambda: loaded.forward(*inputs, **held)
 
 
 def _store(result: Any, outputs: Sequence[torch.Tensor]) -> None:

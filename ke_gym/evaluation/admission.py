@@ -26,10 +26,12 @@ def admit(
     source: str,
     language: str,
     shapes: Mapping[str, tuple[Sequence[TensorSpec], Sequence[TensorSpec]]],
+    training: bool = False,
 ) -> None:
     """Raise ``BuildError`` unless ``artifact`` can be the one of ``source``.
 
     ``shapes``: per shape set the specs of what the task gives (inputs and state) and of what it wants back.
+    ``training``: weights are others in every call, so nothing can be prepared.
     """
     if artifact.source != source or artifact.language != language:
         raise BuildError("constraints", "the build reports another source than the one it was given")
@@ -41,6 +43,10 @@ def admit(
         raise BuildError("constraints", f"the build gave no plan for {len(missing)} of the task's shape sets")
     for name, (given, wanted) in shapes.items():
         _admit_plan(artifact.plans[name], given, wanted)
+        if training and artifact.plans[name].preparation is not None:
+            raise BuildError(
+                "constraints", "gradients are asked for: weights change, and nothing is prepared"
+            )
 
 
 def _admit_plan(plan: Plan, given: Sequence[TensorSpec], wanted: Sequence[TensorSpec]) -> None:
@@ -57,10 +63,12 @@ def _admit_plan(plan: Plan, given: Sequence[TensorSpec], wanted: Sequence[Tensor
             )
         if got.storage_bytes > PADDING_TIMES * _dense_bytes(want) + 4096:
             raise BuildError("constraints", f"output {index} is spread over {got.storage_bytes} bytes")
-    if len(plan.steps) > STEPS:
-        raise BuildError("constraints", f"the plan has {len(plan.steps)} steps; {STEPS} are allowed")
-    workspace = sum(step.spec.storage_bytes for step in plan.steps if isinstance(step, Alloc))
-    workspace += plan.scratch_bytes
+    parts = [plan] if plan.preparation is None else [plan, plan.preparation]
+    if (steps := sum(len(part.steps) for part in parts)) > STEPS:
+        raise BuildError("constraints", f"the plan has {steps} steps; {STEPS} are allowed")
+    workspace = sum(step.spec.storage_bytes for p in parts for step in p.steps if isinstance(step, Alloc))
+    workspace += sum(part.scratch_bytes for part in parts)
+    workspace += sum(spec.storage_bytes for spec in parts[-1].return_specs if len(parts) > 1)
     allowed = max(WORKSPACE, WORKSPACE_TIMES * sum(spec.storage_bytes for spec in (*given, *wanted)))
     if workspace > allowed:
         raise BuildError(

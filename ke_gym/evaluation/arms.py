@@ -11,7 +11,8 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ ANSWER_LIMIT = 1 << 20
 STOPPING_NS = 50_000
 WORKSPACE_BYTES = 4 * GIB
 _GO, _CHECK, _PROFILE = b"g", b"c", b"p"
+_PREPARE, _PREPARE_CHECK = b"r", b"s"
 _DONE, _FAILED = b"d", b"e"
 _MARK_BYTES = 64  # at the start of an arena: the step that is running, for the message about a crash
 
@@ -75,7 +77,9 @@ class Arm:
         memory: MemoryPlan,
         workspace_bytes: int,
         signature: bytes = b"",
+        prepares: bool = False,
     ) -> None:
+        self._prepares = prepares
         self.output_layout = Layout.plan(outputs)
         self.output_buffer = SharedBuffer(self.output_layout.bytes)
         self._arena_plan = memory
@@ -118,10 +122,22 @@ class Arm:
         stopping it: see ``elapsed``.
         Raises ``ArmDied``: ``"timeout"`` (it is killed then) or ``"runtime"``.
         """
-        worker, channel = self.worker, self.worker.channel
         if self._pattern is not None:
             self._poison(self._pattern)
-        self._command(_GO if self._pattern is None else _CHECK)
+        return self._timed(_GO if self._pattern is None else _CHECK, timeout)
+
+    def prepare(self, timeout: float) -> float:
+        """Run the plan's preparation for the weights as they are; the seconds it took (0: it has none).
+
+        Due whenever the weights have changed, and before inputs are drawn. Raises ``ArmDied``.
+        """
+        if not self._prepares:
+            return 0.0
+        return self._timed(_PREPARE if self._pattern is None else _PREPARE_CHECK, timeout)
+
+    def _timed(self, command: bytes, timeout: float) -> float:
+        worker, channel = self.worker, self.worker.channel
+        self._command(command)
         clock = time.perf_counter_ns
         try:
             start = clock()
@@ -278,6 +294,7 @@ class PlanArm(Arm):
             plan.return_specs,
             apart,
             workspace_bytes + plan_memory(plan).size,
+            prepares=plan.preparation is not None,
         )
 
 
@@ -369,6 +386,7 @@ def serve_plan(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         runner.run,
         lambda: checked.run_marked(lambda step: setattr(mark, "value", step)),
         lambda: _profile_plan(runner),
+        {_PREPARE: runner.prepare, _PREPARE_CHECK: checked.prepare},
     )
 
 
@@ -388,6 +406,7 @@ def serve(
     timed: Callable[[], object],
     checked: Callable[[], object],
     profiled: Callable[[], list[tuple[str, str, float]]],
+    others: Mapping[bytes, Callable[[], object]] = MappingProxyType({}),
 ) -> None:
     """Answer commands until the parent is gone. One byte in, work, one byte out: nothing else is timed."""
     sock = channel.sock
@@ -401,6 +420,9 @@ def serve(
                 send(_DONE)
             elif command == _CHECK:
                 checked()
+                send(_DONE)
+            elif command in others:
+                others[command]()
                 send(_DONE)
             elif command == _PROFILE:
                 runs = [profiled() for _ in range(channel.recv(OPEN_TIMEOUT)[0]["runs"])]

@@ -82,6 +82,7 @@ def check_case(
     if judge.load(shape_set, seed, distribution, state_seed) < 0.5:
         return Errors(0.0, 0.0, 0.0)
     entry.arm.check_mode(poison)
+    entry.arm.prepare(patience)
     entry.arm.call(patience)
     damage = entry.arm.damage()
     if damage:
@@ -98,8 +99,10 @@ def check_touched(
     """Two calls whose inputs and parameters differ in one element each: what is remembered shows."""
     judge.load(shape_set, *case)
     entry.arm.check_mode(0)
+    entry.arm.prepare(patience)
     entry.arm.call(patience)
     judge.touch(shape_set, seed)
+    entry.arm.prepare(patience)
     entry.arm.call(patience)
     verdict = judge.check(shape_set, entry.number)
     if not verdict["ok"]:

@@ -61,6 +61,10 @@ def race_entries(
     ``RivalFailed`` or ``ArmDied``. Without the baseline, outputs are not looked at.
     """
     judge.renew(shape_set, rng.getrandbits(60))
+    own.arm.prepare(patience)
+    if other is not None:
+        with rivals_fault():
+            other.arm.prepare(patience)
     # One timed output is compared with the oracle in full, and nobody knows which; others at random.
     full = {rng.randrange(rules.min_rounds)}
     rounds = itertools.count()

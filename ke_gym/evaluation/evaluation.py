@@ -80,8 +80,10 @@ class Evaluation:
     interval, from fresh processes and new seeds, cleared the machine's margin. ``trust`` is ``"plan"``, or
     ``"host"`` for a module whose Python ran. Times and speedups are None where none was measured.
 
-    ``times_ms`` and ``reference_times_ms`` are what every round took, in pairs; ``races`` says how many rounds
-    belong to each of the races they come from. ``rival`` is the id of the incumbent it raced ("": none).
+    ``preparation_ms`` is what the candidate's declared preparation takes, once for given weights and not in
+    ``time_ms``; None if it has none. ``times_ms`` and ``reference_times_ms`` are what every round took, in pairs;
+    ``races`` says how many rounds belong to each of the races they come from. ``rival`` is the id of the incumbent
+    it raced ("": none).
     """
 
     task: str
@@ -102,6 +104,7 @@ class Evaluation:
     improved: bool = False
     confirmed: bool = False
     rounds: int = 0
+    preparation_ms: float | None = None
     kernel_coverage: float | None = None
     limiter: str = ""
     profile: Profile = field(default_factory=Profile)

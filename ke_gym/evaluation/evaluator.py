@@ -229,7 +229,7 @@ class Evaluator:
             for name, shape in self.judge.shapes.items()
             if artifact.general or name not in self.hidden
         }
-        admit(artifact, candidate.source, candidate.language, wanted)
+        admit(artifact, candidate.source, candidate.language, wanted, self.task.backward)
         self._builds.keep(candidate, artifact)
 
     def _compile(self, candidate: Candidate) -> Artifact:
@@ -418,11 +418,14 @@ class Evaluator:
                     f"{1e3 * seconds:.3g} ms is faster than this machine can move the task's bytes or do its "
                     f"FLOPs ({1e3 * floor_s:.3g} ms by measured peaks)",
                 )
+        patience = self._patience(self.contract)
+        prepared = sorted(entry.arm.prepare(patience) for _ in range(3))[1]
         steps = entry.arm.profile(5)
         described: Profile = profile(artifact, shape.work, self.peaks, seconds, floor_s, steps)
         return base.replace(
             profile=described,
             limiter=limiter(described, self.facts, seconds),
+            preparation_ms=1e3 * prepared if prepared else None,
             kernel_coverage=round(self._coverage(artifact, entry, seconds), 4),
         )
 
@@ -440,10 +443,13 @@ class Evaluator:
             return 1.0
         if len(rest) == len(plan.steps):
             return 0.0
-        library = replace(artifact, binaries={}, plans={self.contract: replace(plan, steps=rest)})
+        library = replace(artifact, plans={self.contract: replace(plan, steps=rest)})
+        if plan.preparation is None:
+            library = replace(library, binaries={})
         patience = self._patience(self.contract)
         with self._entries() as open_entry:
             without = open_entry(library, self.contract)
+            without.arm.prepare(patience)
             seconds: dict[int, list[float]] = {entry.number: [], without.number: []}
             for _ in range(COVERAGE_ROUNDS):
                 self.judge.draw(self.contract, self._rng.getrandbits(60))

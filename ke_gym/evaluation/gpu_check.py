@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ke_gym.evaluation.acceptance import Verdict
-from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, damaged, poison, same_bits
+from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, same_bits
 from ke_gym.evaluation.gpu_stage import ShapeSet, Stage, copy_all, foreign, tensors_of
 from ke_gym.evaluation.shared import POISON
 from ke_gym.languages.artifact import Artifact
@@ -37,8 +37,9 @@ def check(
     memory = plan_memory(plan, reuse=False, red_zone=RED_ZONE, alignment=ALIGNMENT)
     with foreign():
         arena = torch.empty(memory.size, dtype=torch.uint8, device=stage.device)
-        runner = stage.runner(artifact, chosen, memory=memory, arena=arena)
-    answer = _Check(stage, chosen, runner, patience).run(cases, touch_seed, touched)
+        made = Block(Placement.of(plan.preparation.return_specs if plan.preparation else ()), stage.device)
+        runner = stage.runner(artifact, chosen, memory=memory, arena=arena, prepared=made.tensors)
+    answer = _Check(stage, chosen, runner, made, patience).run(cases, touch_seed, touched)
     runner.close()  # not after a fault: unloading waits for a kernel that hangs
     return answer
 
@@ -49,8 +50,11 @@ def errors(verdict: Verdict) -> dict[str, float]:
 
 
 class _Check:
-    def __init__(self, stage: Stage, chosen: ShapeSet, runner: CudaRunner, patience: float) -> None:
+    def __init__(
+        self, stage: Stage, chosen: ShapeSet, runner: CudaRunner, made: Block, patience: float
+    ) -> None:
         self._stage, self._chosen, self._runner, self._patience = stage, chosen, runner, patience
+        self._made = made  # where the preparation's results lie
 
     def run(self, cases: list[Case], touch_seed: int, touched: bool) -> dict[str, Any]:
         stage, chosen = self._stage, self._chosen
@@ -89,8 +93,11 @@ class _Check:
         """Run on poisoned memory; the outputs, and what was written where nothing may be, in words."""
         stage, chosen, runner = self._stage, self._chosen, self._runner
         seed, distribution, _ = case
+        made, held = self._made, chosen.held
+        poison(made.bytes, made.placement.used, pattern)
+        stage.prepare(chosen, runner, self._patience)
+        prepared = [tensor.clone() for tensor in made.tensors]
         given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
-        held = chosen.held
         _ring(given)
         poison(out.bytes, out.placement.used, pattern)
         used = runner.memory.used
@@ -104,6 +111,7 @@ class _Check:
             ("intermediate", runner.arena, used),
             ("input", given.bytes, given.placement.used),
             ("parameter", held.bytes, held.placement.used),
+            ("prepared tensor", made.bytes, made.placement.used),
         ):
             if (byte := damaged(block, kept)) is not None:
                 return out, f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
@@ -114,6 +122,9 @@ class _Check:
         for name, tensor in chosen.parameters.items():
             if not same_bits(tensor, chosen.reference.state[name]):
                 return out, f"wrote to parameter {name}, which is read-only"
+        for index, (tensor, kept) in enumerate(zip(made.tensors, prepared)):
+            if not same_bits(tensor, kept):
+                return out, f"wrote to prepared tensor {index}, which is read-only"
         return out, ""
 
     def _touched(self, case: Case, touch_seed: int) -> Verdict | None:
@@ -122,11 +133,13 @@ class _Check:
         seed, distribution, _ = case
         self._set_state(case)
         stage.hold(chosen)
+        stage.prepare(chosen, runner, self._patience)
         given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
         stage.finish(runner.run, self._patience)
         _touch([*given.tensors, *chosen.parameters.values()], touch_seed)
+        stage.prepare(chosen, runner, self._patience)
         stage.finish(runner.run, self._patience)
         arguments = stage.draw(chosen.name, seed, distribution)
         _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)

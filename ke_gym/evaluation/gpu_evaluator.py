@@ -390,6 +390,7 @@ class GpuEvaluator(Evaluator):
         return base.replace(
             profile=profile,
             limiter=limiter(profile, self.facts, seconds),
+            preparation_ms=None if answer["preparation"] is None else 1e3 * answer["preparation"],
             kernel_coverage=round(answer["coverage"], 4),
         )
 

@@ -277,6 +277,7 @@ class GpuJudge:
         """Median seconds of every step, what each kernel takes of the device, and the kernels' share of a call."""
         one = self.arms[arm]
         stage, chosen = self.stage, self.sets[one.shape_set]
+        preparation = self._preparation(chosen, one.runner, patience)
         given, out = stage.fill(chosen, stage.rng.getrandbits(60)), stage.blank(chosen, one.runner.plan)
         with foreign():
             one.runner.place(given.tensors, chosen.parameters, out.tensors)
@@ -286,7 +287,17 @@ class GpuJudge:
             "steps": list(zip(one.runner.step_names, medians)),
             "resources": one.runner.resources(),
             "coverage": self._coverage(one, chosen, patience),
+            "preparation": preparation,
         }
+
+    def _preparation(self, chosen: ShapeSet, runner: CudaRunner, patience: float) -> float | None:
+        """Seconds that the preparation takes: the second quickest of a few, timed like calls. None without one."""
+        if runner.plan.preparation is None:
+            return None
+        self.stage.prepare(chosen, runner, patience)
+        with foreign():
+            samples = [self.stage.watch.time(runner.prepare, patience) for _ in range(TUNING_ROUNDS)]
+        return sorted(sample.seconds for sample in samples)[1]
 
     def _coverage(self, arm: Arm, chosen: ShapeSet, patience: float) -> float:
         """The share of a call that is gone when the plan runs without its own kernels."""
@@ -296,9 +307,7 @@ class GpuJudge:
             return 0.0
         if not any(isinstance(step, Call) for step in rest):
             return 1.0
-        library = replace(
-            arm.artifact, binaries={}, plans={chosen.name: replace(plan, steps=rest, graph=False)}
-        )
+        library = replace(arm.artifact, plans={chosen.name: replace(plan, steps=rest, graph=False)})
         without = self.stage.runner(library, chosen)
         whole, part = (self._typical(chosen, runner, patience) for runner in (arm.runner, without))
         return max(0.0, 1.0 - part / whole)

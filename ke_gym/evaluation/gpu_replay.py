@@ -33,6 +33,7 @@ def replay(folder: Path, shape_set: str, device: torch.device, runs: int) -> Non
     inputs = [a for a in task.inputs(shape_set, SEED, device=str(device)) if isinstance(a, Tensor)]
     state = task.reference(shape_set, seed=0, device=str(device)).state
     runner = CudaRunner(artifact, shape_set, inputs, state, driver=Driver(), device=device)
+    runner.prepare()
     torch.cuda.synchronize(device)
     interface = runtime.cudart()
     interface.cudaProfilerStart()

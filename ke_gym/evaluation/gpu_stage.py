@@ -193,6 +193,14 @@ class Stage:
                 time.sleep(1e-5)
             torch.cuda.synchronize(self.device)
 
+    def prepare(self, chosen: ShapeSet, runner: CudaRunner, patience: float) -> None:
+        """Run a candidate's preparation, if it has one, for the weights as they are, to its end.
+
+        Before the contents of a call are drawn, so that nothing of them can be in it. Raises ``Died``.
+        """
+        if runner.plan.preparation is not None:
+            self.finish(lambda: runner.prepare(chosen.parameters), patience)
+
     def call(self, chosen: ShapeSet, runner: CudaRunner | None, patience: float) -> Called:
         """One timed call of a candidate or, without a runner, of the baseline, on contents of its own.
 
@@ -201,6 +209,8 @@ class Stage:
         them doubted every time.
         """
         for _ in range(TRIES):
+            if runner is not None:
+                self.prepare(chosen, runner, patience)
             seed = self.rng.getrandbits(60)
             block = self.fill(chosen, seed)
             out = None
@@ -226,6 +236,7 @@ class Stage:
 
         What is honest only for its first calls shows itself, if not by then.
         """
+        self.prepare(chosen, runner, patience)
         seed = self.rng.getrandbits(60)
         block, out = self.fill(chosen, seed), self.blank(chosen, runner.plan)
         end = time.perf_counter() + SOAK_SECONDS

@@ -120,6 +120,8 @@ def feedback(evaluation: Evaluation) -> str:
             f"speedup: {evaluation.speedup:.2f}x over {evaluation.baseline} {interval}, "
             f"{evaluation.time_ms:.3f} ms against {evaluation.reference_ms:.3f} ms"
         )
+    if evaluation.preparation_ms is not None:
+        lines.append(f"preparation: {evaluation.preparation_ms:.3f} ms, once for given weights, timed apart")
     shown = evaluation.profile
     if evaluation.limiter:
         lines.append(

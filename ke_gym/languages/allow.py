@@ -18,6 +18,14 @@ _REFUSED = re.compile(
 
 
 @functools.cache
+def draws(target: str) -> bool:
+    """Whether an overload that plans may call draws random numbers, anew in every call."""
+    namespace, name, overload = target.split(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return torch.Tag.nondeterministic_seeded in found.tags
+
+
+@functools.cache
 def refusal(target: str) -> str:
     """Why a plan may not call this overload ("aten.mm.default"), or "". Unknown names are refused."""
     parts = target.split(".")

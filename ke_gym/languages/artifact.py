@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ke_gym.languages.allow import refusal
+from ke_gym.languages.allow import draws, refusal
 from ke_gym.languages.declarations import POINTEES
 from ke_gym.languages.launch import fits
 from ke_gym.languages.plan import DTYPES, Call, Launch, Plan, Ref, Scratch, TensorMap, TensorSpec
@@ -56,8 +56,7 @@ class Artifact:
             repr(sorted(names.values())),
         ]
         for shape_set, plan in sorted(self.plans.items()):
-            steps = (_renamed(s, names) if isinstance(s, Launch) else s for s in plan.steps)
-            parts += [shape_set, replace(plan, steps=tuple(steps)).to_json()]
+            parts += [shape_set, _nameless(plan, names).to_json()]
         parts += [f"{name} {_digest(span_bytes(tensor))}" for name, tensor in sorted(self.constants.items())]
         return _digest("\0".join(parts).encode())
 
@@ -146,6 +145,11 @@ def _decode(header: dict[str, Any], data: bytes, position: int) -> Artifact:
 
 def _check(plan: Plan, binaries: Mapping[str, bytes], constants: Mapping[str, Tensor]) -> None:
     """Whether the executor can take the plan: known binaries, allowed operators, arguments that fit."""
+    if (made := plan.preparation) is not None:
+        _check(made, binaries, constants)
+        drawing = (s.target for s in made.steps if isinstance(s, Call) and draws(s.target))
+        if (target := next(drawing, None)) is not None:
+            raise ValueError(f"a preparation draws random numbers ({target}), which every call does anew")
     for source in plan.inputs:
         constant = constants.get(source.name)
         if source.source == "constant" and (constant is None or TensorSpec.of(constant) != source.spec):
@@ -171,6 +175,13 @@ def _check_launch(step: Launch, binaries: Mapping[str, bytes]) -> None:
             right = fits(ctype, value)
         if not right:
             raise ValueError(f"kernel {step.kernel!r} cannot take {value!r} as {ctype}")
+
+
+def _nameless(plan: Plan, names: Mapping[str, str]) -> Plan:
+    """The plan with its binaries' contents for their names."""
+    made = _nameless(plan.preparation, names) if plan.preparation is not None else None
+    steps = (_renamed(step, names) if isinstance(step, Launch) else step for step in plan.steps)
+    return replace(plan, steps=tuple(steps), preparation=made)
 
 
 def _renamed(step: Launch, names: Mapping[str, str]) -> Launch:

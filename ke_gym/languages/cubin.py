@@ -137,7 +137,8 @@ def examine(plans: Mapping[str, Plan], binaries: Mapping[str, bytes], arch: Arch
     block, ``occupancy``. Raises ``ValueError`` for what the binaries or the device do not allow.
     """
     launches: dict[str, dict[str, Any]] = {}
-    for plan in plans.values():
+    prepared = (plan.preparation for plan in plans.values() if plan.preparation is not None)
+    for plan in (*plans.values(), *prepared):
         for step in plan.steps:
             for launch in (step, *step.alternatives) if isinstance(step, Launch) else ():
                 found = _usage(launch, binaries[launch.binary], arch)

@@ -7,9 +7,9 @@ import inspect
 import linecache
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -42,27 +42,29 @@ def load(source: str) -> ModuleType:
     return module
 
 
-def bind(
-    module: ModuleType, inputs: int, state: Iterable[str], init_inputs: Sequence[Any], seed: int
-) -> tuple[Callable[..., Any], tuple[str, ...], nn.Module | None]:
-    """What to call, the state entries it takes by name, and the ``ModelNew`` behind it, if any.
+def construct(module: ModuleType, init_inputs: Sequence[Any], seed: int) -> nn.Module | None:
+    """The ``ModelNew`` of a module that has no ``forward``. Raises ``BuildError`` if it has neither."""
+    if getattr(module, "forward", None) is not None:
+        return None
+    model = getattr(module, "ModelNew", None)
+    if model is None:
+        raise BuildError("constraints", "the module defines neither forward(...) nor class ModelNew")
+    torch.manual_seed(seed)
+    built = model(*init_inputs)
+    if not isinstance(built, nn.Module):
+        raise BuildError("constraints", "ModelNew is not a torch.nn.Module")
+    return built
 
-    ``inputs`` is how many inputs the task has. Raises ``BuildError`` if the module has neither ``forward``
-    nor ``ModelNew``, or ``forward`` has parameters that are neither inputs nor state.
+
+def named(module: ModuleType, inputs: int, known: Iterable[str]) -> tuple[str, ...]:
+    """What ``forward`` takes by name, of what is ``known``: state entries and what ``prepare`` returned.
+
+    ``inputs`` is how many inputs the task has. Raises ``BuildError`` if ``forward`` has other parameters.
     """
-    function = getattr(module, "forward", None)
-    if function is None:
-        model = getattr(module, "ModelNew", None)
-        if model is None:
-            raise BuildError("constraints", "the module defines neither forward(...) nor class ModelNew")
-        torch.manual_seed(seed)
-        built = model(*init_inputs)
-        if not isinstance(built, nn.Module):
-            raise BuildError("constraints", "ModelNew is not a torch.nn.Module")
-        return built, (), built
+    function = module.forward
     if not callable(function):
         raise BuildError("constraints", "forward is not a function")
-    known = tuple(state)
+    known = tuple(known)
     parameters = list(inspect.signature(function).parameters.values())
     kinds = inspect.Parameter
     positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
@@ -79,7 +81,7 @@ def bind(
             f"forward takes {unknown[0]!r}, which is neither one of the {inputs} inputs nor in the state "
             f"({', '.join(known) or 'empty'})",
         )
-    return function, tuple(p.name for p in rest if p.name in known), None
+    return tuple(p.name for p in rest if p.name in known)
 
 
 class ModuleLanguage:
@@ -105,6 +107,8 @@ class ModuleLanguage:
             except BuildError:
                 raise
             except NotTraceable as reason:
+                if hasattr(module, "prepare") or hasattr(getattr(module, "ModelNew", None), "prepare"):
+                    raise BuildError("constraints", f"prepare needs a forward without: {reason}") from reason
                 return self._host(module, source, list(units.values()), str(reason), options)
             except (Exception, SystemExit) as error:
                 raise BuildError("compile", _blame(error)) from error
@@ -160,11 +164,74 @@ def _trace(
     module: ModuleType, signature: Signature, shape_set: str, device: Literal["cpu", "cuda"]
 ) -> Traced:
     inputs, state = signature.inputs[shape_set], signature.state[shape_set]
-    function, names, model = bind(
-        module, len(inputs), state, signature.init_inputs[shape_set], signature.seed
-    )
+    model = construct(module, signature.init_inputs[shape_set], signature.seed)
     held = _bindings(model, state, signature.digests[shape_set]) if model is not None else []
-    return trace(function, inputs, {name: state[name] for name in names}, held, device)
+    made = _prepare(model or module, state, held, device)
+    specs = dict(zip(made.names, made.traced.plan.return_specs)) if made is not None else {}
+    if clash := specs.keys() & state.keys():
+        raise BuildError("constraints", f"prepare returns {min(clash)!r}, which is a name in the state")
+    names = named(module, len(inputs), (*state, *specs)) if model is None else tuple(specs)
+    given = {name: state[name] for name in names if name in state}
+    taken = {name: spec for name, spec in specs.items() if name in names}
+    if missing := [name for name in specs if name not in taken]:
+        raise BuildError("constraints", f"prepare returns {missing[0]!r}, which forward does not take")
+    traced = trace(model or module.forward, inputs, given, held, device, taken)
+    return traced if made is None else made.before(traced)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What ``prepare`` was traced to; its plan returns what it calls ``names``, in order."""
+
+    names: tuple[str, ...]
+    traced: Traced
+
+    def before(self, traced: Traced) -> Traced:
+        """``traced``, which takes what is prepared, with its preparation."""
+        made = self.traced
+        return Traced(
+            replace(traced.plan, preparation=made.plan), {**made.constants, **traced.constants},
+            tuple({unit.name: unit for unit in (*made.units, *traced.units)}.values()),
+            tuple(dict.fromkeys((*made.warnings, *traced.warnings))),
+        )  # fmt: skip
+
+
+def _prepare(
+    owner: ModuleType | nn.Module,
+    state: Mapping[str, TensorSpec],
+    held: Sequence[tuple[str, Tensor]],
+    device: Literal["cpu", "cuda"],
+) -> _Prepared | None:
+    """Trace ``prepare`` of a module or ``ModelNew``, if there is one: it is given state entries and nothing else."""
+    function = getattr(owner, "prepare", None)
+    if function is None:
+        return None
+    if not callable(function):
+        raise BuildError("constraints", "prepare is not a function")
+    parameters = inspect.signature(function).parameters
+    if unknown := [p.name for p in parameters.values() if p.name not in state]:
+        raise BuildError(
+            "constraints",
+            f"prepare takes {unknown[0]!r}, which is not in the state ({', '.join(state) or 'empty'}); what "
+            "depends on inputs belongs into forward",
+        )
+    names: list[str] = []
+
+    def flat(**given: Tensor) -> list[Tensor]:
+        result = function(**given)
+        if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
+            raise BuildError("constraints", "prepare returns a dict of tensors by name")
+        names.extend(result)
+        return list(result.values())
+
+    try:
+        traced = trace(flat, (), {name: state[name] for name in parameters}, held, device)
+    except NotTraceable as reason:
+        raise BuildError("constraints", f"prepare cannot be traced: {reason}") from reason
+    specs = traced.plan.return_specs
+    if len(specs) != len(names) or any(s == 0 < n - 1 for x in specs for n, s in zip(x.shape, x.stride)):
+        raise BuildError("constraints", "prepare returns a dict of dense tensors by name")
+    return _Prepared(tuple(names), traced)
 
 
 def _trace_hidden(

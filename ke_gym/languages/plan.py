@@ -15,6 +15,8 @@ device binaries (cubins): its launches carry a ``Geometry``, and what the execut
   to memory of the launch's own, ``TensorMap`` a 128-byte ``CUtensorMap`` by value, the rest scalars.
 - A launch may carry ``alternatives``: launches of which any one does the same work (autotune configurations).
   Executors run the launch itself; who races picks others with ``Plan.choose``.
+
+Work that depends on weights alone may be declared a ``preparation``: a plan of its own, that is given no inputs.
 """
 
 from __future__ import annotations
@@ -105,11 +107,11 @@ class PlanInput:
     """One tensor the caller provides.
 
     ``source`` says from where: the task's inputs (``name`` is the position), the reference's state (``name``
-    is the mangled parameter name), or a constant the module computed when it was built (``name`` keys
-    ``Artifact.constants``).
+    is the mangled parameter name), a constant the module computed when it was built (``name`` keys
+    ``Artifact.constants``), or what the plan's preparation returns (``name`` is the position).
     """
 
-    source: Literal["input", "state", "constant"]
+    source: Literal["input", "state", "constant", "prepared"]
     name: str
     spec: TensorSpec
 
@@ -178,6 +180,8 @@ class Plan:
     """Everything the executor needs to compute the returns from the inputs, for one shape set.
 
     ``graph``: the launches are enqueued as one CUDA graph (plans for a GPU without library calls).
+    ``preparation``: what is computed from state and constants alone, anew for new weights but not in every call. Its
+    returns are inputs of the plan; it has none itself, so that nothing can depend on those of a call.
     """
 
     inputs: tuple[PlanInput, ...]
@@ -186,6 +190,7 @@ class Plan:
     return_specs: tuple[TensorSpec, ...]
     device: Literal["cpu", "cuda"] = "cpu"
     graph: bool = False
+    preparation: Plan | None = None
     version: int = PLAN_VERSION
 
     @property
@@ -208,7 +213,7 @@ class Plan:
 
     @property
     def scratch_bytes(self) -> int:
-        """The most that one launch takes as ``Scratch``."""
+        """The most that one launch takes as ``Scratch``, the preparation's left aside."""
         launches = [one for s in self.steps if isinstance(s, Launch) for one in (s, *s.alternatives)]
         return max((sum(a.size for a in one.args if isinstance(a, Scratch)) for one in launches), default=0)
 
@@ -413,6 +418,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "returns": list(plan.returns),
         "return_specs": [_encode_spec(s) for s in plan.return_specs],
         **({"graph": True} if plan.graph else {}),
+        **({"preparation": _encode_plan(plan.preparation)} if plan.preparation is not None else {}),
     }
 
 
@@ -446,7 +452,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         raise ValueError(f"plan version {data['version']!r}, this is version {PLAN_VERSION}")
     inputs = []
     for source, name, spec in data["inputs"]:
-        if source not in ("input", "state", "constant"):
+        if source not in ("input", "state", "constant", "prepared"):
             raise ValueError(f"unknown input source {source!r}")
         inputs.append(PlanInput(source, str(name), _decode_spec(spec)))
     steps = tuple(_decode_step(s) for s in data["steps"])
@@ -471,4 +477,25 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
     graph = data.get("graph", False)
     if type(graph) is not bool or (graph and device == "cpu"):
         raise ValueError(f"a plan for {device} with graph {graph!r}")
-    return Plan(tuple(inputs), steps, returns, return_specs, device, graph)
+    preparation = _decode_plan(data["preparation"]) if "preparation" in data else None
+    plan = Plan(tuple(inputs), steps, returns, return_specs, device, graph, preparation)
+    _check_preparation(plan)
+    return plan
+
+
+def _check_preparation(plan: Plan) -> None:
+    """Whether what is prepared depends on state and constants alone, and is what the plan takes."""
+    taken = [given for given in plan.inputs if given.source == "prepared"]
+    made = plan.preparation
+    if made is None:
+        if taken:
+            raise ValueError("a plan takes what no preparation makes")
+        return
+    if wrong := sorted({given.source for given in made.inputs} - {"state", "constant"}):
+        raise ValueError(f"a preparation may read state and constants, not what is {wrong[0]}")
+    if made.preparation is not None or made.graph or made.device != plan.device:
+        raise ValueError("a preparation is a plain plan for the plan's own device")
+    for given in taken:
+        position = int(given.name) if given.name.isdecimal() else len(made.returns)
+        if position >= len(made.returns) or made.return_specs[position] != given.spec:
+            raise ValueError(f"a plan takes {given.name!r} of its preparation, which makes no such tensor")

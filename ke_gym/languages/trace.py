@@ -95,17 +95,20 @@ def trace(
     state: Mapping[str, TensorSpec],
     bound: Sequence[tuple[str, Tensor]] = (),
     device: Literal["cpu", "cuda"] = "cpu",
+    prepared: Mapping[str, TensorSpec] | None = None,
 ) -> Traced:
-    """Run ``function(*inputs, **state)`` on fake tensors of ``device`` (which need not be there).
+    """Run ``function(*inputs, **state, **prepared)`` on fake tensors of ``device`` (which need not be there).
 
     ``inputs`` are specs, or plain values passed as they are. ``bound`` says which real tensors that the
-    module holds stand for entries of the reference's state. Raises ``BuildError`` for what a plan must not
-    do, and ``NotTraceable`` if the Python depends on data.
+    module holds stand for entries of the reference's state; ``prepared`` are its preparation's. Raises
+    ``BuildError`` for what a plan must not do, and ``NotTraceable`` if the Python depends on data.
     """
     recorder = _Recorder([(name, tensor) for name, tensor in bound], device)
     with recorder.fakes:
         arguments = [recorder.task_input(i) if isinstance(i, TensorSpec) else i for i in inputs]
         given = {name: recorder.state_input(name, spec) for name, spec in state.items()}
+        for position, (name, spec) in enumerate((prepared or {}).items()):
+            given[name] = recorder.prepared_input(name, str(position), spec)
     try:
         with torch.no_grad(), recorder.fakes, recorder, recording(recorder):
             result = function(*arguments, **given)
@@ -156,6 +159,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def state_input(self, name: str, spec: TensorSpec) -> Tensor:
         fake = self._fake(spec)
         self._adopt(fake, PlanInput("state", name, spec), f"state {name!r}")
+        return fake
+
+    def prepared_input(self, name: str, position: str, spec: TensorSpec) -> Tensor:
+        fake = self._fake(spec)
+        self._adopt(fake, PlanInput("prepared", position, spec), f"prepared {name!r}")
         return fake
 
     def _fake(self, spec: TensorSpec) -> FakeTensor:

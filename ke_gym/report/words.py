@@ -48,7 +48,7 @@ def why(tree: Tree) -> list[str]:
     if tree.best is None:
         return []
     best = tree.best.evaluation
-    return [*_where_it_came_from(tree), *_traffic(best), *_code(best)]
+    return [*_where_it_came_from(tree), *_prepared(best), *_traffic(best), *_code(best)]
 
 
 def _where_it_came_from(tree: Tree) -> list[str]:
@@ -65,6 +65,14 @@ def _where_it_came_from(tree: Tree) -> list[str]:
         told = ", ".join(f"{node.strategy} {100 * (gain - 1):+.0f} %" for gain, node in gains[:4])
         sentences.append(f"On top of that, what helped most: {told}.")
     return sentences
+
+
+def _prepared(best: Evaluation) -> list[str]:
+    if best.preparation_ms is None:
+        return []
+    return [
+        f"Weights are prepared once, which is not in these times: preparation: {best.preparation_ms:.3f} ms, once."
+    ]
 
 
 def _traffic(best: Evaluation) -> list[str]:

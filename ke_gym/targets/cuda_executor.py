@@ -58,6 +58,7 @@ class CudaRunner(PlanRunner):
         outputs: Sequence[torch.Tensor] | None = None,
         arena: torch.Tensor | None = None,
         memory: MemoryPlan | None = None,
+        prepared: Sequence[torch.Tensor] | None = None,
     ) -> None:
         plan = artifact.plans[shape_set]
         if plan.device != "cuda":
@@ -77,6 +78,7 @@ class CudaRunner(PlanRunner):
             outputs=outputs,
             arena=arena,
             memory=memory or plan_memory(plan, alignment=ALIGNMENT),
+            prepared=prepared,
         )
         if plan.graph:
             if not self.capturable:
@@ -99,6 +101,12 @@ class CudaRunner(PlanRunner):
         self._renew_outputs()
         self._graph.run(tuple(cell.value for cell in self._cells.values()), self._enqueue_on)
         return self._collect()
+
+    def _beside(self, artifact: Artifact, shape_set: str, state: Mapping[str, torch.Tensor]) -> PlanRunner:
+        return CudaRunner(
+            artifact, shape_set, [], state, driver=self._driver, device=self._device, stream=self._stream,
+            outputs=self.prepared,
+        )  # fmt: skip
 
     def _enqueue_on(self, stream: int) -> None:
         """Enqueue the plan's launches on another stream."""
@@ -169,6 +177,8 @@ class CudaRunner(PlanRunner):
     def close(self) -> None:
         """Unload the kernels; whatever was enqueued must have ended. A lost context has none left."""
         self._steps = []
+        if isinstance(self._preparation, CudaRunner):
+            self._preparation.close()
         with contextlib.suppress(CudaError):
             if self._graph is not None:
                 self._graph.close()

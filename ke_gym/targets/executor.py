@@ -12,6 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,9 @@ class PlanRunner:
     ``inputs`` and ``state`` are what the plan's inputs name; they may be replaced by ``bind``. ``outputs``:
     where results go, in every run; without it every run returns fresh tensors. ``arena``: uint8 memory of
     ``memory.size`` bytes for the intermediates, which ``memory`` places; by default its own.
+
+    A plan that has a preparation runs only after ``prepare``, and again so once it is given state that lies elsewhere;
+    whoever changes the state's contents prepares again. ``prepared``: where that goes, by default its own memory.
     """
 
     def __init__(
@@ -54,8 +58,16 @@ class PlanRunner:
         outputs: Sequence[torch.Tensor] | None = None,
         arena: torch.Tensor | None = None,
         memory: MemoryPlan | None = None,
+        prepared: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.plan: Plan = artifact.plans[shape_set]
+        made = self.plan.preparation
+        if prepared is None and made is not None:
+            prepared = [self._empty(spec) for spec in made.return_specs]
+        self.prepared = list(prepared or ())
+        """What the preparation makes."""
+        self._preparation: PlanRunner | None = None
+        self._current = made is None
         self._constants = {name: self._resident(tensor) for name, tensor in artifact.constants.items()}
         self._state = dict(state)
         self._outputs = None if outputs is None else list(outputs)
@@ -69,6 +81,11 @@ class PlanRunner:
         self._values: dict[int, torch.Tensor] = {}
         self._cells: dict[int, ctypes.c_void_p] = {}
         self._steps: list[tuple[str, Closure]] = []
+        if made is not None:
+            used = {step.binary for step in made.steps if isinstance(step, Launch)}
+            binaries = {name: data for name, data in artifact.binaries.items() if name in used}
+            alone = replace(artifact, plans={shape_set: made}, binaries=binaries)
+            self._preparation = self._beside(alone, shape_set, state)
         self.bind(inputs, state)
 
     def bind(self, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -77,6 +94,7 @@ class PlanRunner:
         Raises ``PlanError`` unless shape, stride and dtype are the plan's.
         """
         if state is not None:
+            self._current = self._current and (self._preparation is None or _same_places(state, self._state))
             self._state = dict(state)
         given = [self._given(entry, inputs) for entry in self.plan.inputs]
         rebuild = not self._steps or self._reads_tensors
@@ -89,6 +107,15 @@ class PlanRunner:
             self._place_allocations()
             self._steps = self._compile()
         self._borrowed = {t.untyped_storage().data_ptr() for t in given}
+
+    def prepare(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Run the preparation, if there is one, on ``state``, by default what is bound, as it is now."""
+        if state is not None:
+            self._state = dict(state)
+        if self._preparation is not None:
+            self._preparation.bind([], self._state)
+            self._preparation.run()
+        self._current = True
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """Execute the plan once."""
@@ -127,6 +154,10 @@ class PlanRunner:
         """Where all the plan's tensors lie."""
         return torch.device("cpu")
 
+    def _beside(self, artifact: Artifact, shape_set: str, state: Mapping[str, torch.Tensor]) -> PlanRunner:
+        """What runs the preparation."""
+        return PlanRunner(artifact, shape_set, [], state, outputs=self.prepared)
+
     def _load(self, binary: bytes) -> Any:
         """What ``_launch`` finds kernels in."""
         return load_library(binary)
@@ -149,6 +180,8 @@ class PlanRunner:
                 tensor = inputs[int(entry.name)]
             elif entry.source == "state":
                 tensor = self._state[entry.name]
+            elif entry.source == "prepared":
+                tensor = self.prepared[int(entry.name)]
             else:
                 tensor = self._constants[entry.name]
         except (IndexError, KeyError, ValueError):
@@ -183,6 +216,8 @@ class PlanRunner:
                 self._define(step.out, view(self._arena, step.spec, self._memory.offsets.get(step.out, 0)))
 
     def _renew_outputs(self) -> None:
+        if not self._current:
+            raise PlanError("the plan's preparation has not been run for this state")
         for value, spec in self._fresh:
             self._define(value, self._empty(spec))
 
@@ -372,6 +407,10 @@ def _matches(tensor: torch.Tensor, spec: TensorSpec) -> bool:
     if math.prod(spec.shape) == 0:
         return True
     return all(n == 1 or a == b for n, a, b in zip(spec.shape, tensor.stride(), spec.stride))
+
+
+def _same_places(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return {n: t.data_ptr() for n, t in one.items()} == {n: t.data_ptr() for n, t in other.items()}
 
 
 def _last_uses(plan: Plan, roots: dict[int, int]) -> dict[int, int]:

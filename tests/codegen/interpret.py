@@ -49,6 +49,11 @@ PRODUCTS = [
         ("conv2d_even", (("words", True),)),
         ("pointwise", (("loads", "descriptors"),)),
         ("depthwise", (("rows", 256),)),
+        ("weighted", (("seed", -1), ("prepared", True))),
+        ("weighted", (("packed", True), ("prepared", True))),
+        ("weighted", (("ready", True), ("prepared", True))),
+        ("weighted", (("ready", True), ("packed", True), ("loads", "descriptors"), ("prepared", True))),
+        ("weighted", (("ready", True), ("split", 2))),
     )
 ]
 
@@ -61,10 +66,15 @@ def program(name: str) -> Program:
 
 
 def with_launch(schedule: Schedule, launch: Any) -> Schedule:
-    """The schedule with these knobs of its first kernel."""
+    """The schedule with these knobs of its first product, or else kernel; ``prepared`` is the schedule's own, ``seed``
+    says which one it is (``check``)."""
     plan = schedule.plans[0]
-    first = replace(plan.groups[0], launch=tuple((str(k), v) for k, v in launch))
-    return Schedule((replace(plan, groups=(first, *plan.groups[1:])),))
+    knobs = tuple((str(k), v) for k, v in launch if k not in ("prepared", "seed"))
+    called = [k for k, group in enumerate(plan.groups) if any(n.startswith("mm") for n in group.nodes)]
+    at = min(called, default=0)
+    first = replace(plan.groups[at], launch=knobs)
+    groups = (*plan.groups[:at], first, *plan.groups[at + 1 :])
+    return Schedule((replace(plan, groups=groups),), prepared=dict(launch).get("prepared", False))
 
 
 def imported(source: str, folder: Path) -> ModuleType:
@@ -83,8 +93,12 @@ def compare(module: ModuleType, task: Task) -> None:
     reference = task.reference(SMALL)
     for seed, distribution in enumerate(("task", "special")):
         inputs = task.inputs(SMALL, seed, distribution)
+        given = {name: tensor.detach() for name, tensor in reference.state.items()}
+        if hasattr(module, "prepare"):
+            taken = inspect.signature(module.prepare).parameters
+            given |= module.prepare(**{name: given[name] for name in taken})
         names = list(inspect.signature(module.forward).parameters)[len(inputs) :]
-        got = module.forward(*inputs, **{n: reference.state[n].detach() for n in names})
+        got = module.forward(*inputs, **{name: given[name] for name in names})
         wanted = reference(*inputs)
         for a, b in zip([got] if isinstance(got, torch.Tensor) else got, wanted, strict=True):
             close = 2e-2 if b.dtype in (torch.bfloat16, torch.float16) else 2e-4
@@ -94,7 +108,7 @@ def compare(module: ModuleType, task: Task) -> None:
 def check(name: str, launch: Any) -> None:
     """Whether the module computes what the reference does, inputs with infinities and NaN included."""
     task, made = Task.load(name), program(name)
-    schedule = made.seeds()[0]
+    schedule = made.seeds()[dict(launch).get("seed", 0)]
     if launch:
         schedule = with_launch(schedule, launch)
         assert made.legal(schedule)
