@@ -1,23 +1,27 @@
 # make demo   the environment, then three PyTorch tasks made faster
 # make test   the environment, then all tests
-# make check  the environment, then ruff and mypy --strict on the installed package
+# make check  the environment, then ruff (make lint) and mypy --strict on the installed package (make types)
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check
+.PHONY: demo test check lint types
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/python scripts/optimize.py softmax bias_gelu matmul_bias_gelu --budget 25
 
 test: $(READY)
-	$(BIN)/python -m pytest tests --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-check: $(READY)
+check: lint types
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	rm -rf build
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --upgrade --target build/installed .
 	cd build && MYPYPATH=installed ../$(BIN)/mypy --config-file ../pyproject.toml -p ke_gym

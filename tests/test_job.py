@@ -27,6 +27,8 @@ from ke_gym.search.tree import Node
 from ke_gym.tasks import Task
 from ke_gym.tasks.loader import built_in
 
+pytestmark = pytest.mark.usefixtures("brief_races", "one_zygote")
+
 
 class Chain(nn.Module):
     """Seven passes over memory in eager mode, one in a generated kernel."""
@@ -78,7 +80,9 @@ def module() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def result(module: Chain, tmp_path_factory: pytest.TempPathFactory) -> ke_gym.Result:
+def result(
+    brief_races: None, one_zygote: None, module: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> ke_gym.Result:
     out = tmp_path_factory.mktemp("runs")
     example = torch.randn(512, 256)
     stopped = ke_gym.optimize(module, example, budget=3, out=out, watch=StopAfter(2))

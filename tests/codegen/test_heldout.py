@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import pytest
 from ke_gym.candidate import Candidate
 from ke_gym.codegen import Program
 from ke_gym.errors import UserError
-from ke_gym.evaluation import evaluator
 from ke_gym.evaluation.checking import draw_cases
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.zygote import Zygote
 from ke_gym.tasks import Task
 
 PROBLEMS = sorted((Path(__file__).parent / "heldout").glob("*.py"))
@@ -52,14 +49,12 @@ def judged(task: Task, source: str) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def verdicts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, one_zygote: None
 ) -> Iterator[dict[Path, tuple[str, Future[Evaluation]]]]:
     """First candidates of the chosen problems and their evaluations, two at a time, forked from one process."""
     names = {item.name for item in request.session.items}
     chosen = [path for path in PROBLEMS if any(name.endswith(f"[{path.stem}]") for name in names)]
-    with Zygote(2) as zygote, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("KE_GYM_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(evaluator, "Zygote", lambda threads: nullcontext(zygote))
+    with ThreadPoolExecutor(2) as pool:
         made: dict[Path, tuple[str, Future[Evaluation]]] = {}
         for path in chosen:
             task = Task.from_file(path)

@@ -286,6 +286,7 @@ def get_init_inputs():
 """
 
 
+@pytest.mark.usefixtures("brief_races")
 def test_a_real_search_measures_real_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KE_GYM_HOME", str(tmp_path))
     (tmp_path / "small.py").write_text(SMALL)

@@ -218,6 +218,7 @@ def get_init_inputs():
 """
 
 
+@pytest.mark.usefixtures("brief_races")
 def test_a_job_books_choices_proposals_and_lessons_alike(
     settings: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.machine import give_peaks
+from tests.scripts.command import here, in_process
+
 KEYS = {
     "task", "target", "language", "candidate", "outcome", "trust", "log", "error", "time_ms", "reference_ms",
     "speedup", "speedup_ci", "baseline", "kernel_coverage", "limiter", "cost",
@@ -58,22 +58,20 @@ def forward(x):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, measured: Path) -> Path:
     (tmp_path / "chain.py").write_text(TASK)
     (tmp_path / "kernel.py").write_text(KERNEL)
+    give_peaks(measured, tmp_path)
     return tmp_path
 
 
 def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments],
-        env=os.environ | {"KE_GYM_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return here("evaluate", *arguments, home=folder)
 
 
+@pytest.mark.usefixtures("brief_races", "one_zygote")
 def test_a_verdict_is_printed_and_not_paid_for_twice(folder: Path) -> None:
-    first = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json")
+    first = in_process("evaluate", "--task", "chain.py", "--kernel", "kernel.py", "--json", home=folder)
     assert first.returncode == 0, first.stderr
     verdict = json.loads(first.stdout)
     assert set(verdict) == KEYS
@@ -92,6 +90,7 @@ def test_a_verdict_is_printed_and_not_paid_for_twice(folder: Path) -> None:
     assert kept == anew, "what was measured last is what is remembered"
 
 
+@pytest.mark.usefixtures("brief_races", "one_zygote")
 def test_a_speedup_over_torch_compile_says_so(folder: Path) -> None:
     done = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--baseline", "compile", "--json")
     assert done.returncode == 0, done.stderr
@@ -100,6 +99,7 @@ def test_a_speedup_over_torch_compile_says_so(folder: Path) -> None:
     assert verdict["reference_ms"] > 0 and verdict["speedup"] > 0
 
 
+@pytest.mark.usefixtures("brief_races", "one_zygote")
 def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
     (folder / "kernel.py").write_text(KERNEL.replace("x[i] + 1", "x[i] + 2"))
     done = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json")

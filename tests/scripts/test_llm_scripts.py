@@ -18,8 +18,10 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.tasks import Task
 from ke_gym.testing.rewriter_endpoint import MODEL, RewriterEndpoint
+from tests.machine import give_peaks
 from tests.proposers.llm import KEY
-from tests.scripts.test_optimize import ROOT, TASK
+from tests.scripts.command import ROOT
+from tests.scripts.test_optimize import TASK
 
 
 def optimize(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +32,8 @@ def optimize(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Path:
+def task(tmp_path: Path, measured: Path) -> Path:
+    give_peaks(measured, tmp_path)
     path = tmp_path / "chain.py"
     path.write_text(TASK)
     return path

@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -14,8 +14,9 @@ import pytest
 
 from ke_gym.job import RunSettings, write_run
 from ke_gym.search.store import NodeRecord, Store
+from tests.machine import give_peaks
+from tests.scripts.command import command, here, in_process
 
-ROOT = Path(__file__).parents[2]
 KEYS = {
     "task", "target", "baseline", "reference_ms", "best_ms", "speedup", "speedup_ci", "kernel_coverage",
     "evaluations", "valid", "seconds", "run_dir",
@@ -41,14 +42,9 @@ def get_init_inputs():
 BODY = "return torch.relu(x * x + 1.0) - x"
 
 
-def command(home: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    line = [sys.executable, str(ROOT / "scripts" / "optimize.py"), *arguments]
-    return line, os.environ | {"KE_GYM_HOME": str(home), "PYTHONPATH": str(ROOT)}
-
-
-def optimize(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line, env = command(home, *arguments)
-    return subprocess.run(line, env=env, cwd=home, capture_output=True, text=True, timeout=300)
+@pytest.fixture(autouse=True)
+def _measured(tmp_path: Path, measured: Path) -> None:
+    give_peaks(measured, tmp_path)
 
 
 @pytest.fixture
@@ -58,8 +54,11 @@ def task(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("brief_races", "one_zygote")
 def test_json_gives_one_object_per_task(tmp_path: Path, task: Path) -> None:
-    done = optimize(tmp_path, str(task), "--budget", "2", "--json", "--out", str(tmp_path / "runs"))
+    done = here(
+        "optimize", str(task), "--budget", "2", "--json", "--out", str(tmp_path / "runs"), home=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)
     assert set(result) == KEYS
@@ -67,27 +66,29 @@ def test_json_gives_one_object_per_task(tmp_path: Path, task: Path) -> None:
     assert Path(result["run_dir"], "report.html").exists()
 
 
-def test_ctrl_c_ends_with_what_was_found(tmp_path: Path, task: Path) -> None:
-    line, env = command(tmp_path, str(task), "--budget", "500", "--out", str(tmp_path / "runs"))
+@contextmanager
+def foreground(home: Path, *words: str, stderr: int = subprocess.STDOUT) -> Iterator[subprocess.Popen[str]]:
+    """A search that runs as a terminal's foreground group; nothing of it is left afterwards."""
+    line, env = command("optimize", *words, home=home)
     child = subprocess.Popen(
-        line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        line, env=env, cwd=home, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whatever the tests were started with
     )  # fmt: skip
-    assert child.stdout is not None
-    for text in child.stdout:
-        if text.startswith("chain 2/500"):
-            # A terminal sends it to the whole foreground group.
-            os.killpg(child.pid, signal.SIGINT)
-            break
-    rest, _ = child.communicate(timeout=120)
-    assert child.returncode == 130, rest
-    assert "Traceback" not in rest and "report:" in rest
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert json.loads((run_dir / "result.json").read_text())["stopped"] == "interrupted"
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
 
 
-def lines_until(stream: IO[str], start: str) -> list[str]:
+def interrupt(child: subprocess.Popen[str]) -> None:
+    """Ctrl-C: the terminal sends it to the whole group."""
+    os.killpg(child.pid, signal.SIGINT)
+
+
+def lines_until(stream: IO[str] | None, start: str) -> list[str]:
     """The lines up to the first one that starts so."""
+    assert stream is not None
     seen = []
     for line in stream:
         seen.append(line)
@@ -96,19 +97,26 @@ def lines_until(stream: IO[str], start: str) -> list[str]:
     raise AssertionError("".join(seen))
 
 
+def test_ctrl_c_ends_with_what_was_found(tmp_path: Path, task: Path) -> None:
+    with foreground(tmp_path, str(task), "--budget", "500") as child:
+        lines_until(child.stdout, "chain 2/500")
+        interrupt(child)
+        rest, _ = child.communicate(timeout=120)
+    assert child.returncode == 130, rest
+    assert "Traceback" not in rest and "report:" in rest
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run_dir / "result.json").read_text())["stopped"] == "interrupted"
+
+
 def test_ctrl_c_before_the_first_evaluation_leaves_nothing_behind(tmp_path: Path, task: Path) -> None:
-    line, env = command(tmp_path, str(task), "--budget", "500", "--out", str(tmp_path / "runs"))
-    child = subprocess.Popen(
-        line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
     runs = tmp_path / "runs"
-    while not list(runs.glob("*chain")):
-        assert child.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.1)
-    os.killpg(child.pid, signal.SIGINT)
-    rest, _ = child.communicate(timeout=120)
+    with foreground(tmp_path, str(task), "--budget", "500") as child:
+        while not list(runs.glob("*chain")):
+            assert child.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.1)
+        interrupt(child)
+        rest, _ = child.communicate(timeout=120)
     assert child.returncode == 130, rest
     assert "Traceback" not in rest
     assert all((run_dir / "run.json").exists() for run_dir in runs.glob("*chain"))
@@ -116,15 +124,11 @@ def test_ctrl_c_before_the_first_evaluation_leaves_nothing_behind(tmp_path: Path
 
 def test_ctrl_c_in_the_second_task_prints_the_first(tmp_path: Path, task: Path) -> None:
     (tmp_path / "zzz.py").write_text(TASK)
-    line, env = command(tmp_path, str(task), "zzz.py", "--budget", "1", "--json")
-    child = subprocess.Popen(
-        line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert child.stderr is not None
-    lines_until(child.stderr, "chain: ")  # the verdict on the first: the second begins
-    os.killpg(child.pid, signal.SIGINT)
-    out, rest = child.communicate(timeout=120)
+    words = (str(task), "zzz.py", "--budget", "1", "--json")
+    with foreground(tmp_path, *words, stderr=subprocess.PIPE) as child:
+        lines_until(child.stderr, "chain: ")  # the verdict on the first: the second begins
+        interrupt(child)
+        out, rest = child.communicate(timeout=120)
     assert child.returncode == 130, rest
     assert "Traceback" not in rest
     assert next(result["task"] for result in json.loads(out)) == "chain"
@@ -138,18 +142,13 @@ def recorded(home: Path, run_dir: Path) -> list[NodeRecord]:
 
 
 def test_kill_9_then_resume_continues_the_search(tmp_path: Path, task: Path) -> None:
-    line, env = command(tmp_path, str(task), "--budget", "3", "--out", str(tmp_path / "runs"))
-    child = subprocess.Popen(line, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for text in child.stdout:
-        if text.startswith("chain 1/3"):
-            child.kill()
-            break
-    child.communicate()
+    with foreground(tmp_path, str(task), "--budget", "3") as child:
+        lines_until(child.stdout, "chain 1/3")
+        child.kill()
     (run_dir,) = (tmp_path / "runs").iterdir()
     before = recorded(tmp_path, run_dir)
     assert before
-    done = optimize(tmp_path, "--resume", str(run_dir), "--budget", "3", "--seed", "0")
+    done = in_process("optimize", "--resume", str(run_dir), "--budget", "3", "--seed", "0", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
     after = recorded(tmp_path, run_dir)
@@ -179,9 +178,15 @@ BAD_INPUT = {
 }
 
 
+CAPTURED = ("a shape that depends on data", "a branch that depends on data")
+
+
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Every case in a folder with an old run, and tasks that cannot be captured; two processes at a time."""
+    """Every case in a folder with an old run, and tasks that cannot be captured.
+
+    What torch has a say in is a process of its own, whose streams are all there is to see of it.
+    """
     home = tmp_path_factory.mktemp("refused")
     (home / "old").mkdir()
     (home / "old" / "run.json").write_text('{"format": 99}')
@@ -190,9 +195,10 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
     write_run(home / "kept", kept)
     (home / "shapes.py").write_text(TASK.replace(BODY, "return x * x[x > 0].numel()"))
     (home / "branch.py").write_text(TASK.replace(BODY, "return x if x.sum() > 0 else -x"))
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda case: optimize(home, *case[0]), BAD_INPUT.values())
-    found = dict(zip(BAD_INPUT, done, strict=True))
+    found = {
+        case: (in_process if case in CAPTURED else here)("optimize", *words, home=home)
+        for case, (words, _) in BAD_INPUT.items()
+    }
     assert not list(home.glob("runs/*"))  # nothing was begun
     return found
 
@@ -218,28 +224,20 @@ def test_a_refused_module_is_named_with_its_line_and_the_way_out(
         assert file in refusals[case].stderr and "host lane" in refusals[case].stderr
 
 
+@pytest.mark.usefixtures("brief_races", "one_zygote")
 def test_the_host_lane_does_what_the_refusal_says(tmp_path: Path) -> None:
     task, kernel = tmp_path / "count.py", tmp_path / "kernel.py"
     task.write_text(TASK.replace(BODY, "return x * x[x > 0].numel()"))
     kernel.write_text("def forward(x):\n    return x * int((x > 0).sum().item())\n")
-    line = [
-        sys.executable,
-        str(ROOT / "scripts" / "evaluate.py"),
-        "--task",
-        str(task),
-        "--kernel",
-        str(kernel),
-        "--json",
-    ]
-    _, env = command(tmp_path)
-    done = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = here("evaluate", "--task", str(task), "--kernel", str(kernel), "--json", home=tmp_path)
     verdict = json.loads(done.stdout)
     assert (verdict["outcome"], verdict["trust"]) == ("correct", "host")
 
 
+@pytest.mark.usefixtures("brief_races", "one_zygote")
 def test_one_refused_task_of_several_costs_the_others_nothing(tmp_path: Path, task: Path) -> None:
     (tmp_path / "aaa.py").write_text(TASK.replace(BODY, "return x if x.sum() > 0 else -x"))
-    done = optimize(tmp_path, "aaa.py", str(task), "--budget", "1", "--json")
+    done = here("optimize", "aaa.py", str(task), "--budget", "1", "--json", home=tmp_path)
     assert done.returncode == 2
     assert [result["task"] for result in json.loads(done.stdout)] == ["chain"]
     assert "error: aaa: torch.export refused" in done.stderr

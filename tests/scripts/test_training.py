@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +16,7 @@ from ke_gym.envs.recording import Breadth
 from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from tests.envs.recorded import search, tables
-
-ROOT = Path(__file__).parents[2]
+from tests.scripts.command import ROOT, here
 
 TASK = """
 import torch
@@ -47,12 +44,6 @@ def script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def run(name: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    env = os.environ | {"KE_GYM_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, env=env, cwd=home, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -118,6 +109,7 @@ def test_comparisons_of_single_tasks_pool_to_the_comparison_of_all(folder: Path,
         compare.main(compare.Args(out=tmp_path / "d"))
 
 
+@pytest.mark.usefixtures("brief_races")
 def test_live_searches_are_recorded_and_can_be_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +158,7 @@ def test_stores_become_tables_and_tables_are_verified(
 def test_bad_input_is_one_sentence_and_exit_code_2(
     name: str, arguments: tuple[str, ...], words: str, tmp_path: Path
 ) -> None:
-    done = run(name, *arguments, home=tmp_path)
+    done = here(name, *arguments, home=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert words in line

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts.command import here
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tasks.py"
 KERNELBENCH = Path(__file__).parent / "kernelbench"
@@ -59,5 +60,5 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("import torch\nclass Model(:\n")
     for spec, said in (("sofmax", "did you mean softmax"), (str(broken), f"{broken}:2: invalid syntax")):
-        result = subprocess.run([sys.executable, SCRIPT, "list", spec], capture_output=True, text=True)
+        result = here("tasks", "list", spec, home=tmp_path)
         assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
