@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, contract, flash, products, tiles
+from ke_gym.codegen import attend, contract, flash, products, tiles, windows
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
@@ -109,7 +109,9 @@ def _builder(graph: Graph, group: Group) -> Any:
         kinds = (tiles.Builder, products.Builder, flash.Builder)
     count = min(len(attend.products_of(graph, group.nodes)), 2)
     if count and graph.language == "cuda":
-        raise Illegal("in CUDA C++, products are the library's")
+        if count > 1:
+            raise Illegal("in CUDA C++, products are the library's")
+        return windows.Builder
     if group.one_pass and kinds[count] is not Builder:
         raise Illegal("only loop nests take statistics in one pass")
     return kinds[count]

@@ -15,6 +15,7 @@ from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
 from ke_gym.codegen.tiles import Tiles
 from ke_gym.codegen.variants import Variants, either, groups, nest_of, with_group
+from ke_gym.codegen.windows import Windowed
 
 MAX_TRIES = 64
 
@@ -24,7 +25,9 @@ def with_launch(group: Group, knob: str, value: Any) -> Group:
     return replace(group, launch=tuple(sorted((*kept, (knob, value)))))
 
 
-def by_launch(*names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash)) -> Variants:
+def by_launch(
+    *names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Windowed)
+) -> Variants:
     """Variants that set one knob of one kernel, nearest values first."""
 
     def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:

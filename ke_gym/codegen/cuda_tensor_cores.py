@@ -1,0 +1,137 @@
+"""What CUDA C++ kernels on Hopper's tensor cores call: barriers, bulk copies, transposition, warpgroup products.
+
+Sources: PTX ISA 8.x, "Asynchronous warpgroup level matrix instructions", "cp.async.bulk.tensor", "mbarrier".
+"""
+
+from __future__ import annotations
+
+_DEVICE = "__device__ __forceinline__"
+
+HELPERS = f"""\
+{_DEVICE} unsigned in_shared(const void* at) {{ return (unsigned)__cvta_generic_to_shared(at); }}
+
+{_DEVICE} void begin(unsigned barrier, int arrivals) {{
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+}}
+
+{_DEVICE} void arrive(unsigned barrier) {{
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}}
+
+{_DEVICE} void await(unsigned barrier, int phase) {{
+  asm volatile(
+      "{{\\n.reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n@!done bra again;\\n}}"
+      :: "r"(barrier), "r"(phase & 1) : "memory");
+}}
+
+// The threads that meet under one number go on together.
+template <int NUMBER, int THREADS>
+{_DEVICE} void meet() {{ asm volatile("bar.sync %0, %1;" :: "n"(NUMBER), "n"(THREADS) : "memory"); }}
+
+// What this thread wrote to shared memory is seen by bulk copies and tensor cores.
+{_DEVICE} void publish() {{ asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }}
+
+// Four matrices of 8 x 8 halves, transposed; each lane names a row of one.
+{_DEVICE} void take(unsigned (&four)[4], unsigned from) {{
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3]) : "r"(from) : "memory");
+}}
+
+{_DEVICE} void put(unsigned to, const unsigned (&four)[4]) {{
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {{%1, %2, %3, %4}};"
+               :: "r"(to), "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3]) : "memory");
+}}
+
+// Two matrices, the second below the first.
+{_DEVICE} void put(unsigned to, unsigned upper, unsigned lower) {{
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {{%1, %2}};"
+               :: "r"(to), "r"(upper), "r"(lower) : "memory");
+}}
+
+// A matrix whose rows of 8 halves follow each other, the next 8 columns `across` bytes away: it may begin at any row.
+{_DEVICE} unsigned long long matrix(unsigned at, unsigned across) {{
+  return (unsigned long long)(at >> 4) | (unsigned long long)(across >> 4) << 16 | 8ull << 32;
+}}
+
+{_DEVICE} void open_products() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
+
+{_DEVICE} void close_products() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
+
+// The sums are there; nothing that reads them moves before this.
+template <int COUNT>
+{_DEVICE} void await_products(float (&sums)[COUNT]) {{
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  #pragma unroll
+  for (int k = 0; k < COUNT; ++k) asm volatile("" : "+f"(sums[k]) :: "memory");
+}}
+"""
+
+BULK = f"""\
+struct alignas(64) CUtensorMap {{
+  unsigned long long opaque[16];
+}};
+
+{_DEVICE} void expect(unsigned barrier, int bytes) {{
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}}
+
+// A tile of a tensor, zeros where it reaches beyond.
+{_DEVICE} void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, int x, int y, int z) {{
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {{%3, %4, %5}}], [%2];"
+      :: "r"(to), "l"(&from), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
+}}
+
+{_DEVICE} void send(const CUtensorMap& to, unsigned from, int x, int y, int z) {{
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {{%2, %3, %4}}], [%1];\\ncp.async.bulk.commit_group;"
+      :: "l"(&to), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}}
+
+// The shared memory that was sent from may be written again.
+{_DEVICE} void await_sent() {{ asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }}
+"""
+
+
+def multiply(n: int, dtype: str) -> str:
+    """``sums (+)= a b``: 64 rows by ``n`` columns in a warpgroup's registers, both operands in shared memory."""
+    count = n // 2
+    results = [f"%{k}" for k in range(count)]
+    rows = ["    " + ", ".join(results[k : k + 16]) for k in range(0, count, 16)]
+    listed = ',"\n      "'.join(row.strip() for row in rows)
+    bound = [f'"+f"(sums[{k}])' for k in range(count)]
+    held = ",\n        ".join(", ".join(bound[k : k + 8]) for k in range(0, count, 8))
+    return f"""\
+{_DEVICE} void multiply(float (&sums)[{count}], unsigned long long a, unsigned long long b, bool add) {{
+  asm volatile(
+      "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 2}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {{"
+      "{listed}"
+      "}}, %{count}, %{count + 1}, add, 1, 1, 0, 0;\\n}}"
+      : {held}
+      : "l"(a), "l"(b), "r"((int)add));
+}}
+"""
+
+
+def pack(dtype: str) -> str:
+    """Two floats as halves, the first in the lower bits."""
+    return f"""\
+{_DEVICE} unsigned pack(float low, float high) {{
+  unsigned both;
+  asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}}
+"""
+
+
+def helpers(used: set[str]) -> list[str]:
+    """The text of the helpers that are used: "bulk", "tensor_cores", "multiply 200 f16", "pack f16"."""
+    texts = [text for name, text in (("bulk", BULK), ("tensor_cores", HELPERS)) if name in used]
+    for name in sorted(used):
+        kind, *rest = name.split()
+        if kind == "multiply":
+            texts.append(multiply(int(rest[0]), rest[1]))
+        elif kind == "pack":
+            texts.append(pack(rest[0]))
+    return texts

@@ -1,0 +1,309 @@
+"""Convolutions along one axis -> CUDA C++ on Hopper's tensor cores. What is computed is in ``windows``.
+
+One warpgroup transposes the tiles that bulk copies bring; the others multiply, a warpgroup for each 64 output channels,
+and hand the results to bulk copies. Shared memory holds matrices without swizzle, eight channels of a position in 16
+bytes, positions one after the other, so that a window may begin at any position.
+"""
+
+from __future__ import annotations
+
+from ke_gym.codegen.cuda_text import TYPES, Text, cast
+from ke_gym.codegen.expr import Expr, Load, walk
+from ke_gym.codegen.triton_text import bare_text
+from ke_gym.codegen.windows import STAGED, Windowed
+
+GROUP = 128  # threads of a warpgroup
+
+
+class Printer:
+    """Prints the kernel of one convolution."""
+
+    def __init__(self, windowed: Windowed, used: set[str]) -> None:
+        self.work, self.used = windowed, used
+        self.bulk = windowed.blocks.loads == "descriptors"
+        self.names = {b.name: f"{b.name}_ptr" for b in (*windowed.reads, *windowed.writes)}
+        sizes = [b.extent for b in (*windowed.reads, *windowed.writes)]
+        self.int = "long long" if max(sizes) >= 1 << 31 else "int"
+        self.groups = windowed.blocks.m // 64
+        self.kind = TYPES[windowed.shape.dtype]
+
+    @property
+    def threads(self) -> int:
+        return GROUP * (self.groups + 1)
+
+    @property
+    def pointers(self) -> list[str]:
+        """The tensors that the kernel reads or writes element by element."""
+        roots = [self.work.weight, *(store.expr for store in self.work.stores)]
+        if not self.bulk:
+            roots.append(self.work.input)
+        read = {n.buffer for n in walk(*roots) if isinstance(n, Load) and n.index}
+        return [b.name for b in self.work.reads if b.name in read] + (
+            [] if self.work.sent else [b.name for b in self.work.writes]
+        )
+
+    @property
+    def maps(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+        """The tensors that travel as tiles: the parameter, the tensor, its shape and that of a tile."""
+        work, found = self.work, []
+        if self.bulk and work.source is not None:
+            box = (1, work.depth, work.width)
+            found.append(("input_tiles", work.source.buffer, work.source.shape, box))
+        if work.sent:
+            shape = (work.shape.batch, work.shape.m, work.shape.n)
+            found.append(("output_tiles", work.writes[0].name, shape, (1, 16, work.blocks.n)))
+        return found
+
+    def helpers(self) -> set[str]:
+        """What ``cuda_tensor_cores.helpers`` is to print."""
+        needed = {"tensor_cores", f"multiply {self.work.blocks.n} {self.work.shape.dtype}"}
+        if self.bulk or self.work.sent:
+            needed.add("bulk")
+        if self.work.sent:
+            needed.add(f"pack {self.work.stores[0].buffer.dtype}")
+        return needed
+
+    def body(self) -> list[str]:
+        work, call = self.work, self.work.call
+        weights, copied, staged = work.sections
+        stages = work.blocks.stages if self.bulk else 0
+        barriers = weights + stages * copied + STAGED * staged
+        along = work.tiles[1]
+        lines = [
+            f"constexpr int TAPS = {call.window.taps}, DEPTH = {work.depth}, ROWS = {work.height + 1};",
+            f"constexpr int POSITIONS = {work.blocks.n}, SPAN = {work.span}, ALONG = {along};",
+            f"constexpr int TILES = {along * work.shape.batch}, TILE_BYTES = {staged};",
+            "extern __shared__ __align__(1024) unsigned char memory[];",
+            f"const unsigned weights = in_shared(memory), staged = weights + {weights + stages * copied};",
+            f"const unsigned full = weights + {barriers}, empty = full + {8 * STAGED};",
+            "const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;",
+            f"const int first = blockIdx.y * {work.blocks.m};"
+            if work.tiles[0] > 1
+            else "constexpr int first = 0;",
+        ]
+        if self.bulk:
+            lines += [
+                f"constexpr int WIDTH = {work.width}, COPIED = {copied}, STAGES = {stages};",
+                f"const unsigned copies = weights + {weights}, there = empty + {8 * STAGED};",
+            ]
+        lines += [
+            f"if (threadIdx.x == {GROUP * self.groups}) {{",
+            "  for (int t = 0; t < 2; ++t) {",
+            f"    begin(full + 8 * t, {GROUP});",
+            f"    begin(empty + 8 * t, {4 * self.groups});",
+            "  }",
+        ]
+        if self.bulk:
+            lines += [
+                "  for (int s = 0; s < STAGES; ++s) begin(there + 8 * s, 1);",
+                "  publish();",
+                "  for (int s = 0; s < STAGES; ++s) {",
+                "    const int tile = blockIdx.x + s * gridDim.x;",
+                "    if (tile < TILES) {",
+                *_indented(self._fetch("tile"), 3),
+                "    }",
+                "  }",
+            ]
+        lines += ["}", *self._weights(), "publish();", "__syncthreads();"]
+        lines += [f"if (threadIdx.x >= {GROUP * self.groups}) {{", *_indented(self._produce())]
+        return [*lines, "} else {", *_indented(self._consume()), "}"]
+
+    # ------------------------------------------------------------------------------------------ operands
+
+    def _fetch(self, tile: str) -> list[str]:
+        x = f"{tile} % ALONG * POSITIONS - {self.work.call.padding[0]}"
+        return [
+            "expect(there + 8 * s, COPIED);",
+            f"fetch(copies + s * COPIED, input_tiles, there + 8 * s, {x}, 0, {tile} / ALONG);",
+        ]
+
+    def _eight(self, expr: Expr, guard: str, to: str) -> list[str]:
+        """Eight channels from ``base`` on, as one store."""
+        text = self._text()
+        channels = self.work.call.window.channels
+        guards = [
+            g for g in (guard, f"c < {channels}" if channels % 8 or channels < self.work.depth else "") if g
+        ]
+        value = (
+            text.expr(expr)
+            if not guards
+            else f"{' && '.join(guards)} ? {text.expr(expr)} : {self.kind}(0.0f)"
+        )
+        return [
+            f"alignas(16) {self.kind} eight[8];",
+            "#pragma unroll",
+            "for (int j = 0; j < 8; ++j) {",
+            "  const int c = base + j;",
+            f"  eight[j] = {value};",
+            "}",
+            f"*reinterpret_cast<uint4*>(memory + {to}) = *reinterpret_cast<const uint4*>(eight);",
+        ]
+
+    def _weights(self) -> list[str]:
+        """All threads bring the weights, those of neighbouring channels side by side."""
+        ragged = self.work.shape.m % self.work.blocks.m != 0
+        inner = self._eight(
+            self.work.weight, f"m < {self.work.shape.m}" if ragged else "", "(k * ROWS + m - first) * 16"
+        )
+        return [
+            f"for (int item = threadIdx.x; item < TAPS * DEPTH / 8 * (ROWS - 1); item += {self.threads}) {{",
+            "  const int k = item % (TAPS * DEPTH / 8), m = first + item / (TAPS * DEPTH / 8);",
+            "  const int tap = k / (DEPTH / 8), base = k % (DEPTH / 8) * 8;",
+            *_indented(inner),
+            "}",
+        ]
+
+    def _produce(self) -> list[str]:
+        lines = [
+            f"const int thread = threadIdx.x - {GROUP * self.groups};",
+            "for (int i = 0, tile = blockIdx.x; tile < TILES; tile += gridDim.x, ++i) {",
+            f"  const int t = i % {STAGED};",
+        ]
+        if self.bulk:
+            lines += [
+                "  const int s = i % STAGES;",
+                "  await(there + 8 * s, i / STAGES);",
+                f"  await(empty + 8 * t, i / {STAGED} + 1);",
+                "  constexpr int MATRICES = DEPTH / 8 * (SPAN / 8);",
+                "  for (int next = thread / 32 * 4; next < MATRICES; next += 64) {",
+                "    unsigned four[4][4];",
+                "    unsigned to[4];",
+                "    #pragma unroll",
+                "    for (int q = 0; q < 4; ++q) {",
+                "      const int which = min(next + 16 * q + lane / 8, MATRICES - 1);",
+                "      const int c = which / (SPAN / 8), p = which % (SPAN / 8);",
+                "      take(four[q], copies + s * COPIED + (c * 8 + lane % 8) * WIDTH * 2 + p * 16);",
+                "      to[q] = staged + t * TILE_BYTES + (c * SPAN + p * 8 + lane % 8) * 16;",
+                "    }",
+                "    #pragma unroll",
+                "    for (int q = 0; q < 4; ++q) put(to[q], four[q]);",
+                "  }",
+                "  publish();",
+                "  arrive(full + 8 * t);",
+                f"  meet<1, {GROUP}>();",
+                "  const int later = tile + STAGES * gridDim.x;",
+                "  if (thread == 0 && later < TILES) {",
+                *_indented(self._fetch("later"), 2),
+                "  }",
+            ]
+        else:
+            length = self.work.call.x.shape[2]
+            inner = self._eight(self.work.input, f"p >= 0 && p < {length}", "offset + item * 16")
+            lines += [
+                f"  await(empty + 8 * t, i / {STAGED} + 1);",
+                f"  const {self.int} batch = tile / ALONG;",
+                "  const int offset = staged - weights + t * TILE_BYTES;",
+                "  #pragma unroll 2",
+                f"  for (int item = thread; item < DEPTH / 8 * SPAN; item += {GROUP}) {{",
+                "    const int base = item / SPAN * 8;",
+                f"    const int p = tile % ALONG * POSITIONS - {self.work.call.padding[0]} + item % SPAN;",
+                *_indented(inner, 2),
+                "  }",
+                "  publish();",
+                "  arrive(full + 8 * t);",
+            ]
+        return [*lines, "}"]
+
+    # ------------------------------------------------------------------------------------------- results
+
+    def _consume(self) -> list[str]:
+        work, dilation = self.work, self.work.call.dilation[0]
+        shift = "tap" if dilation == 1 else f"tap * {dilation}"
+        steps = work.call.window.taps * work.depth // 16
+        unrolled = "#pragma unroll" if steps <= 64 else "#pragma unroll 1"
+        freed = ["if (lane == 0) arrive(empty + 8 * t);"]
+        if work.sent:
+            freed = [
+                f"meet<2, {GROUP * self.groups}>();  // nobody reads the tile any more: the results take its place"
+            ]
+        lines = [
+            "for (int i = 0, tile = blockIdx.x; tile < TILES; tile += gridDim.x, ++i) {",
+            f"  const int t = i % {STAGED};",
+            "  const unsigned at = staged + t * TILE_BYTES;",
+            f"  await(full + 8 * t, i / {STAGED});",
+            "  float sums[POSITIONS / 2];",
+            "  open_products();",
+            f"  {unrolled}",
+            "  for (int tap = 0; tap < TAPS; ++tap) {",
+            "    #pragma unroll",
+            "    for (int c = 0; c < DEPTH / 8; c += 2) {",
+            "      const unsigned left = weights + ((tap * (DEPTH / 8) + c) * ROWS + warp / 4 * 64) * 16;",
+            f"      const unsigned right = at + (c * SPAN + {shift}) * 16;",
+            "      multiply(sums, matrix(left, ROWS * 16), matrix(right, SPAN * 16), tap + c > 0);",
+            "    }",
+            "  }",
+            "  close_products();",
+        ]
+        if work.sent:
+            lines += [
+                "  if (i > 0 && lane == 0) {",
+                "    await_sent();",
+                "    arrive(empty + 8 * (t ^ 1));",
+                "  }",
+            ]
+        lines += ["  await_products(sums);", *_indented(freed), *_indented(self._epilogue()), "}"]
+        return [*lines, "if (lane == 0) await_sent();"] if work.sent else lines
+
+    def _epilogue(self) -> list[str]:
+        work, shape = self.work, self.work.shape
+        ragged_m, ragged_n = shape.m % work.blocks.m != 0, shape.n % work.blocks.n != 0
+        m = "first + warp * 16 + lane / 4 + e / 2 * 8"
+        n = "start + j * 8 + lane % 4 * 2 + e % 2"
+        inner = [
+            f"const int m = {f'min({m}, {shape.m - 1})' if ragged_m else m};",
+            f"const int n = {f'min({n}, {shape.n - 1})' if ragged_n else n};",
+            "const float sum = sums[4 * j + e];",
+        ]
+        text = self._text()
+        for load in (x for s in work.stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
+            text.names[load] = "sum"
+        inner += text.bind([store.expr for store in work.stores])
+        if work.sent:
+            value = text.expr(work.stores[0].expr)
+            inner.append(f"sums[4 * j + e] = {bare_text(value)};")
+        else:
+            masks = [
+                t for t, ragged in ((f"{m} < {shape.m}", ragged_m), (f"{n} < {shape.n}", ragged_n)) if ragged
+            ]
+            guard = f"if ({' && '.join(masks)}) " if masks else ""
+            for store in work.stores:
+                kind, value = store.buffer.dtype, text.expr(store.expr)
+                value = cast(kind, value) if store.expr.dtype != kind else bare_text(value)
+                inner.append(f"{guard}{text.element(store.buffer.name, store.place)} = {value};")
+        lines = [
+            f"const {self.int} batch = tile / ALONG;",
+            "const int start = tile % ALONG * POSITIONS;",
+        ]
+        if work.sent:
+            lines.append("const unsigned own = at + warp * 16 * POSITIONS * 2;")
+        lines += [
+            "#pragma unroll",
+            "for (int j = 0; j < POSITIONS / 8; ++j) {",
+            "  #pragma unroll",
+            "  for (int e = 0; e < 4; ++e) {",
+            *_indented(inner, 2),
+            "  }",
+        ]
+        if work.sent:
+            lines.append(
+                "  put(own + lane % 16 * POSITIONS * 2 + j * 16, "
+                "pack(sums[4 * j], sums[4 * j + 1]), pack(sums[4 * j + 2], sums[4 * j + 3]));"
+            )
+        lines.append("}")
+        if work.sent:
+            lines += [
+                "publish();",
+                "__syncwarp();",
+                "if (lane == 0) send(output_tiles, own, start, first + warp * 16, batch);",
+            ]
+        if ragged_m:
+            lines = [f"if (first + warp * 16 < {shape.m}) {{", *_indented(lines), "}"]
+        return lines
+
+    def _text(self) -> Text:
+        sizes = {b.name: b.extent for b in (*self.work.reads, *self.work.writes)}
+        return Text(self.used, sizes, self.names)
+
+
+def _indented(lines: list[str], depth: int = 1) -> list[str]:
+    return ["  " * depth + line for line in lines]

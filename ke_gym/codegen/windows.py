@@ -1,0 +1,209 @@
+"""A convolution along one axis whose input lies in shared memory, a row for each position: a tap is a shift by rows.
+
+Memory is contiguous along positions, tensor cores want what is summed over (channels) contiguous: a block transposes
+each tile of the input once. Weights stay in shared memory while the block walks over tiles. Language-independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ke_gym.codegen import products
+from ke_gym.codegen.convolutions import Convolution
+from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.expr import BYTES, Expr, Var, of
+from ke_gym.codegen.graph import Buffer, View, contiguous_stride
+from ke_gym.codegen.operands import Shape, variables
+from ke_gym.codegen.product_blocks import FILL
+from ke_gym.codegen.products import Store
+from ke_gym.codegen.schedule import Group
+from ke_gym.codegen.tiles import chosen
+
+SHARED = 227 << 10  # bytes of shared memory that a block may have
+WIDEST = 248  # positions and halo of a tile: bulk copies take up to 256, some of them padding
+STAGED = 2  # transposed tiles: one is multiplied while the next is made
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block of threads computes ``m`` output channels at ``n`` positions, tile after tile.
+
+    ``loads``: "descriptors" (bulk copies of tiles, ``stages`` of them under way) or "pointers" (element by element).
+    ``persistent``: blocks that share the tiles.
+    """
+
+    m: int
+    n: int
+    stages: int
+    persistent: int
+    loads: str
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """What one kernel does.
+
+    ``weight`` is an expression of ``m``, ``tap`` and ``c``, ``input`` of ``batch``, ``c`` and position ``p``, wherever
+    there is one: everything else is zero. ``source`` is the input as a tensor in memory.
+    """
+
+    name: str
+    shape: Shape
+    call: Convolution
+    blocks: Blocks
+    weight: Expr
+    input: Expr
+    source: View | None
+    stores: tuple[Store, ...]
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    bytes: int
+    group: Group
+    origins: tuple[str, ...]
+
+    def knobs(self) -> dict[str, list[Any]]:
+        """Legal values of the launch's knobs here."""
+        return {
+            "m": [m for m in (64, 128, 192) if m < self.shape.m + 64],
+            "n": list(dict.fromkeys(self._positions(parts) for parts in self._parts())),
+            "stages": [1, 2, 3],
+            "persistent": [FILL, 2 * FILL],
+            "loads": ["pointers", "descriptors"] if self.fetched else ["pointers"],
+        }
+
+    def _parts(self) -> Iterator[int]:
+        least = -(-self.shape.n // (WIDEST - self.halo))
+        return (parts for parts in range(least, 2 * least + 1))
+
+    def _positions(self, parts: int) -> int:
+        """Positions of a tile where a sample has so many: an odd number of eights, which spreads over all banks."""
+        return odd(min(-(-self.shape.n // parts), WIDEST - self.halo - 8))
+
+    @property
+    def halo(self) -> int:
+        """Positions that a tile's last window reaches beyond the tile."""
+        return (self.call.w.shape[2] - 1) * self.call.dilation[0]
+
+    @property
+    def fetched(self) -> bool:
+        """Whether bulk copies can bring the input's tiles: its rows begin at multiples of 16 bytes."""
+        return self.source is not None and not any(s % 8 for s in self.source.stride[:-1])
+
+    @property
+    def sent(self) -> bool:
+        """Whether bulk copies can take the results away."""
+        halves = all(BYTES[store.buffer.dtype] == 2 for store in self.stores)
+        return len(self.stores) == 1 and halves and self.shape.n % 8 == 0
+
+    @property
+    def depth(self) -> int:
+        """Channels, with zeros for those that fill up a step of 16."""
+        return -(-self.call.w.shape[1] // 16) * 16
+
+    @property
+    def span(self) -> int:
+        """Rows of a transposed tile: its positions and the halo."""
+        return -(-(self.blocks.n + self.halo) // 8) * 8
+
+    @property
+    def width(self) -> int:
+        """Elements of a row of a tile as it is copied: an odd number of eights."""
+        return odd(self.span)
+
+    @property
+    def height(self) -> int:
+        """Output channels of a block, as far as there are any: steps of 16."""
+        return min(self.blocks.m, -(-self.shape.m // 16) * 16)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Blocks along output channels, and tiles along the positions of a sample."""
+        return -(-self.shape.m // self.blocks.m), -(-self.shape.n // self.blocks.n)
+
+    @property
+    def sections(self) -> tuple[int, int, int]:
+        """Bytes of shared memory for the weights, one copied tile, and one transposed tile, later its results."""
+        weights = self.call.window.taps * self.depth * (self.height + 1) * 2
+        copied = self.depth * self.width * 2 if self.blocks.loads == "descriptors" else 0
+        results = self.height * self.blocks.n * 2 if self.sent else 0
+        return round_up(weights, 128), copied, max(self.depth * self.span * 2, results)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block, barriers included."""
+        weights, copied, staged = self.sections
+        return weights + self.blocks.stages * copied + STAGED * staged + 8 * (self.blocks.stages + 2 * STAGED)
+
+
+class Builder(products.Builder):
+    """Builds the ``Windowed`` of a group; raises ``Illegal`` if it is no such convolution."""
+
+    def build(self) -> Any:
+        if self.step.target != products.CONVOLUTION or self.step.kwargs:
+            raise Illegal("in CUDA C++, products are the library's")
+        call = Convolution.of(self.step)
+        dtypes = {self.graph.buffers[v.buffer].dtype for v in (call.x, call.w)}
+        if len(call.out) != 3 or call.stride != (1,) or len(dtypes) != 1 or not dtypes <= {"bf16", "f16"}:
+            raise Illegal("a convolution of this kind in CUDA C++")
+        if self.product.stride != contiguous_stride(self.product.shape):
+            raise Illegal("the product is stored in another order")
+        window = call.window
+        shape = Shape(call.out[0], call.out[1], call.positions, window.taps * window.channels, dtypes.pop())
+        batch, m, n = (of(v) for v in variables(shape)[:3])
+        tap, c, p = (
+            of(Var(*v)) for v in (("tap", window.taps), ("c", window.channels), ("p", call.x.shape[2]))
+        )
+        value = self._biased(self.step.args[2], (m,))
+        stores = self._stores((batch * shape.m + m) * shape.n + n, value, self._after())
+        if not stores:
+            raise Illegal("nothing is stored")
+        weight, given = self._element(call.w, (m, c, tap)), self._element(call.x, (batch, c, p))
+        reads = self._reads(stores, (weight, given))
+        writes = tuple(store.buffer for store in stores)
+        total = sum(x.numel * BYTES[x.dtype] for x in (*reads, *writes))
+        origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
+        whole = call.x.stride == contiguous_stride(call.x.shape) and call.x.offset == 0
+        plain = (
+            whole
+            and call.x.buffer not in self.nodes
+            and self.graph.buffers[call.x.buffer].numel == math.prod(call.x.shape)
+        )
+        drafted = Windowed(
+            writes[-1].name, shape, call, Blocks(64, 8, 2, FILL, "pointers"), weight, given,
+            call.x if plain else None, tuple(stores), reads, writes, total, self.group, tuple(dict.fromkeys(origins)),
+        )  # fmt: skip
+        if drafted.depth > 256 or drafted.halo > WIDEST - 16 or min(window.channels, shape.m) < 16:
+            raise Illegal("a convolution of this size in CUDA C++")
+        drafted = replace(drafted, blocks=heuristic(drafted))
+        blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
+        finished = replace(drafted, blocks=blocks)
+        if finished.shared > SHARED:
+            raise Illegal("more than shared memory holds")
+        return finished
+
+
+def heuristic(windowed: Windowed) -> Blocks:
+    """All output channels and whole samples if they fit; as many copies under way as there is room for."""
+    knobs = windowed.knobs()
+    loads = knobs["loads"][-1]
+    drafts = [
+        Blocks(m, n, stages, FILL, loads)
+        for m in sorted((m for m in knobs["m"] if m <= 128), reverse=True)
+        for n in knobs["n"]
+        for stages in (2, 1)
+    ]
+    fitting = (blocks for blocks in drafts if replace(windowed, blocks=blocks).shared <= SHARED)
+    return next(fitting, drafts[-1])
+
+
+def odd(size: int) -> int:
+    """The least odd number of eights that holds ``size``."""
+    eights = -(-size // 8)
+    return 8 * (eights + 1 - eights % 2)
+
+
+def round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
