@@ -66,11 +66,12 @@ class Windowed:
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
+        count = self.tiles[1] * self.shape.batch
         return {
             "m": [m for m in (64, 128, 192) if m < self.shape.m + 64],
             "n": list(dict.fromkeys(self._positions(parts) for parts in self._parts())),
             "stages": [1, 2, 3],
-            "persistent": [FILL, 2 * FILL],
+            "persistent": [FILL, *([2 * FILL] if count > FILL else [])],
             "loads": ["pointers", "descriptors"] if self.fetched else ["pointers"],
         }
 

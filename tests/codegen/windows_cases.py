@@ -14,7 +14,7 @@ from ke_gym.tasks import Task
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
     "residual": {"RESIDUAL": True, "DTYPE": torch.bfloat16},
-    "several_tiles": {"LENGTH": 520, "INPUTS": 32, "OUTPUTS": 200, "TAPS": 5, "PADDING": 2},
+    "several_tiles": {"BATCH": 60, "LENGTH": 520, "INPUTS": 32, "OUTPUTS": 200, "TAPS": 5, "PADDING": 2},
     "dilated": {"LENGTH": 264, "INPUTS": 96, "OUTPUTS": 64, "DILATION": 3, "PADDING": 3, "BIAS": False},
     "odd": {"LENGTH": 53, "INPUTS": 20, "OUTPUTS": 33, "TAPS": 4, "PADDING": 2, "RESIDUAL": True},
     "odd_input": {"LENGTH": 58, "PADDING": 0, "BATCH": 300},
