@@ -7,7 +7,7 @@ extended by further stores at any time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,15 +16,20 @@ from numpy.typing import NDArray
 
 from ke_gym import strategies
 from ke_gym.candidate import Candidate
+from ke_gym.envs.prepared import Prepared
 from ke_gym.envs.table import NO_RACE, REFERENCE, REFUSED, REPEATED, Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION, OUTCOMES, Evaluation
 from ke_gym.search import observation
 from ke_gym.search.observation import Surroundings
-from ke_gym.search.store import NodeRecord, Store
+from ke_gym.search.store import NodeRecord, Setting, Store
 
 BLOCK = 10
 """Rounds of a repeat: the fewest that a race takes before it may end."""
+BUILT_UPON = 2
+"""Strategies recorded on a version from which on it counts as one that was built upon."""
+Alternative = Callable[[Candidate, strategies.Strategy, int], Candidate | None]
+"""(parent, strategy, draw) to what the proposer makes of it again at any time; None if there is no such draw."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,32 @@ class Builder:
             name = names[record.number] = record.candidate.id
             self._judged(record.candidate, record.evaluation)
             self.children.setdefault(key, {}).setdefault(name, (record.draw, record.dollars))
+
+    def close(self, made: Alternative, draws: int) -> int:
+        """Add the edges between recorded versions that are not recorded themselves; returns how many.
+
+        A search makes nothing twice. Where two strategies commute, or a draft is one strategy away from another, it
+        records one of the ways; a search that came the other way would find it as well. Of every version that was
+        built upon, the first ``draws`` alternatives of every strategy are followed.
+        """
+        tried: dict[str, set[int]] = {}
+        for parent, action in self.children:
+            if parent:
+                tried.setdefault(parent, set()).add(action)
+        added = 0
+        for parent in [parent for parent, actions in tried.items() if len(actions) >= BUILT_UPON]:
+            version = self.versions[parent]
+            origin = Candidate(version.source, version.language)
+            for strategy in strategies.STRATEGIES:
+                for draw in range(draws):
+                    child = made(origin, strategy, draw)
+                    if child is None:
+                        break
+                    known = self.children.setdefault((parent, strategy.id), {})
+                    if child.id in self.versions and child.id != parent and child.id not in known:
+                        known[child.id] = (draw, 0.0)
+                        added += 1
+        return added
 
     def _judged(self, candidate: Candidate, evaluation: Evaluation) -> None:
         blocks = _blocks(evaluation)
@@ -278,6 +309,32 @@ def build(found: Sequence[Recorded | Table]) -> Table:
     if whole is None:
         raise UserError("a replay table needs at least one search")
     return whole.table()
+
+
+def remember(store: Store, setting: Setting, table: Table) -> None:
+    """Let searches in ``store`` know the table's verdicts, so that nothing is measured twice.
+
+    ``UserError`` if it is of another task, machine, baseline or number of threads.
+    """
+    theirs = {"task": table.task_id, "target": table.target, "machine": table.machine,
+              "baseline": table.baseline, "threads": table.threads}  # fmt: skip
+    for key, value in theirs.items():
+        mine = getattr(setting, key)
+        if value != mine:
+            raise UserError(
+                f"task {table.task}: there is a table with {key} {value!r}, and here it is {mine!r}; choose another --out"
+            )
+    prepared = Prepared(table)
+    for candidate, evaluation in zip(prepared.candidates, prepared.evaluations):
+        store.add_candidate(candidate)
+        store.add_evaluation(setting, evaluation)
+
+
+def closed(table: Table, made: Alternative, draws: int) -> Table:
+    """The table with the edges that ``Builder.close`` adds."""
+    builder = Builder.of(table)
+    builder.close(made, draws)
+    return builder.table()
 
 
 def from_files(files: Sequence[Path], named: Sequence[str], out: Path) -> list[Table]:

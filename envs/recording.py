@@ -1,6 +1,7 @@
 """Breadth-first recording: every strategy on the fastest versions of each depth, for replay tables.
 
-The first correct draft is extended too, fast or not: it is where an episode begins.
+The first correct draft is extended too, fast or not: it is where an episode begins. So is what a search would hold for
+its best on the way from each of these: of all that was built upon, the fastest child that is faster than it.
 
 A search follows its policy, so what it leaves behind says little about the choices it did not make. A recording
 makes all of them, level by level, and keeps everything in a store, from which ``ke_gym.envs.table`` compiles.
@@ -30,7 +31,8 @@ class Breadth:
     depth: int = 5
     """Edges from the reference to the deepest versions."""
     width: int = 2
-    """How many versions of each depth are extended, the fastest first; at depth 1 the first draft besides."""
+    """How many versions of each depth are extended, the fastest first; besides, at depth 1 the first draft, and below
+    each version that was extended its fastest child, if that is faster."""
     draws: int = 1
     """Alternatives of each strategy on each of them."""
     repeats: int = 1
@@ -76,7 +78,7 @@ def record(
         recorder.told([(None, RESTART.id)] * breadth.drafts)
         level: list[Node] = list(session.tree)
         for depth in range(1, breadth.depth):
-            parents = _extended(level, breadth.width, first=depth == 1)
+            parents = _extended(level, breadth.width, session, first=depth == 1)
             known = len(session.tree)
             recorder.told([(p, s.id) for p in parents for s in STRATEGIES for _ in range(breadth.draws)])
             recorder.told([(p, FIX.id) for p in parents])
@@ -88,11 +90,21 @@ def record(
         recorder.close()
 
 
-def _extended(level: Sequence[Node], width: int, first: bool) -> list[Node]:
-    """The correct versions of a level that are built upon: the fastest, and the ``first`` one if asked."""
-    correct = [node for node in level if node.correct]
-    fastest = sorted(correct, key=lambda node: -node.speedup)[:width]
-    return [*(node for node in correct[:1] if first and node not in fastest), *fastest]
+def _extended(level: Sequence[Node], width: int, session: Session, first: bool) -> list[Node]:
+    """The correct versions of a level that are built upon: the fastest, the ``first`` one if asked, and the best next
+    step from each parent."""
+    correct = sorted((node for node in level if node.correct), key=lambda node: -node.speedup)
+    chosen = {node.number: node for node in correct[:width]}
+    if first and correct:
+        draft = min(correct, key=lambda node: node.number)
+        chosen[draft.number] = draft
+    led: set[int] = set()
+    for node in correct:
+        if node.parent is not None and node.parent not in led:
+            led.add(node.parent)
+            if node.speedup > session.tree.nodes[node.parent].speedup:
+                chosen[node.number] = node
+    return list(chosen.values())
 
 
 class _Recorder:

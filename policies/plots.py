@@ -104,7 +104,7 @@ def write(comparison: Comparison, folder: Path, title: str) -> Path:
 
 HEADER = (
     "policy", "AUC [95 %]", "log-speedup", "speedup", ">1x", ">1.2x", ">2x", "valid", "to 90 %",
-    "over random", "over best-of-N", "P(> random)",
+    "over random", "over best-of-N", "x random", "x best-of-N", "P(> random)",
 )  # fmt: skip
 
 
@@ -122,6 +122,7 @@ def rows(comparison: Comparison) -> list[list[str]]:
                 f"{score.validity:.2f}",
                 "-" if score.to_near is None else f"{score.to_near:.0f}",
                 *(str(score.over[name]) if name in score.over else "-" for name in BASELINES),
+                *(str(score.faster[name]) if name in score.faster else "-" for name in BASELINES),
                 f"{score.chances[BASELINES[0]]:.2f}" if BASELINES[0] in score.chances else "-",
             ]
         )

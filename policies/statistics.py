@@ -7,6 +7,7 @@ profiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def exp(self) -> Interval:
+        """Of a difference of logarithms, the ratio."""
+        return Interval(math.exp(self.value), math.exp(self.low), math.exp(self.high))
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

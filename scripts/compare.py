@@ -71,7 +71,7 @@ def main(args: Args) -> int:
         raise UserError("--seeds and --budget have to be positive")
     console = Console()
     if not console.is_terminal:
-        console.width = 200
+        console.width = 240
     if args.pool:
         comparison = pooled(args.pool)
         title = args.workload or f"{len(comparison.tasks)} tasks, {comparison.budget} evaluations"
@@ -171,6 +171,7 @@ def measured(
     args.out.mkdir(parents=True, exist_ok=True)
     stores = {name: args.out / f"{i} {Path(name).stem}.db" for i, name in enumerate(names)}
     found: dict[str, list[list[Episode]]] = {name: [] for name in names}
+    running: dict[str, Any] = {}
     try:
         for seed in range(args.seeds):
             run: dict[str, list[Episode]] = {name: [] for name in names}
@@ -179,14 +180,14 @@ def measured(
                 first = (seed + number) % len(names)
                 for name in (*names[first:], *names[:first]):
                     policy = policies.make(name, seed)
-                    env = make(
+                    env = running.pop(name, None) or make(
                         LIVE, tasks=task, horizon=args.budget, parent_rule=policy.parent_rule, reward=policy.reward,
                         threads=args.threads, store=stores[name],
                     )  # fmt: skip
-                    try:
-                        run[name].append(play(policy, env, seed=seed, keep=True))
-                    finally:
-                        env.close()
+                    running[name] = env
+                    run[name].append(play(policy, env, seed=seed, keep=True))
+                    if len(chosen) > 1:
+                        running.pop(name).close()
                     reached = math.exp(run[name][-1].curve[-1])
                     console.print(f"{task.name} seed {seed} {name}: {reached:.2f}x", highlight=False)
             for name in names:
@@ -195,6 +196,9 @@ def measured(
         if not found[CHANCE]:
             raise
         console.print(f"stopped after {len(found[CHANCE])} of {args.seeds} runs of all tasks")
+    finally:
+        for env in running.values():
+            env.close()
     flat = settled([episode for runs in found.values() for run in runs for episode in run])
     told = iter(flat)
     found = {name: [[next(told) for _ in run] for run in runs] for name, runs in found.items()}

@@ -7,9 +7,9 @@
 
 The first form searches live, breadth-first: every strategy on the fastest versions of each depth. Everything
 measured is kept in a store (raw times, outcomes, costs); a recording that was stopped goes on where it was, and
-one of greater breadth adds to the table. The second form makes tables of searches that are already in a store,
-from whatever policy, or joins tables of the same machine. Exit code 2 for bad input, 130 after Ctrl-C (what was
-recorded by then is kept).
+one of greater breadth adds to the table, whose verdicts are taken as known. The second form makes tables of
+searches that are already in a store, from whatever policy, or joins tables of the same machine. Exit code 2 for
+bad input, 130 after Ctrl-C (what was recorded by then is kept).
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from ke_gym import proposers, tasks
+from ke_gym.candidate import Candidate
 from ke_gym.envs import catalog, compiling
 from ke_gym.envs.recording import Breadth, record, repeated
 from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.job import remembering
+from ke_gym.proposers.base import Context, Proposal, Proposer
 from ke_gym.report.live import LiveView, PlainView
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
 from ke_gym.search.session import Session, new_session_id
 from ke_gym.search.store import Setting, Store
+from ke_gym.strategies import Strategy
 from ke_gym.tasks import Task
 
 
@@ -84,8 +87,13 @@ def main(args: Args) -> int:
     made = []
     for number, task in enumerate(chosen, 1):
         title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
-        ended = search(args, task, console, title)
-        made += compiling.from_files([store_of(args)], (task.name,), args.out)
+        proposer = proposers.make(args.proposer, task)
+        ended = search(args, task, proposer, console, title)
+        (table,) = compiling.from_files([store_of(args)], (task.name,), args.out)
+        if not proposer.stochastic:
+            table = compiling.closed(table, alternatives(proposer), proposer.draws)
+            table.save(args.out / f"{task.name}.npz")
+        made.append(table)
         if ended == "interrupted":
             break
     show(console, made)
@@ -96,9 +104,20 @@ def store_of(args: Args) -> Path:
     return args.store or args.out / "store.db"
 
 
-def search(args: Args, task: Task, console: Console, title: str) -> str:
+def alternatives(proposer: Proposer) -> compiling.Alternative:
+    """What the proposer makes of a parent whenever it is asked; nothing of ``param_tune``, which depends on what was tried."""
+
+    def made(parent: Candidate, strategy: Strategy, draw: int) -> Candidate | None:
+        if strategy.name == "param_tune":
+            return None
+        proposal = proposer.propose(parent, strategy, draw, Context())
+        return proposal.candidate if isinstance(proposal, Proposal) else None
+
+    return made
+
+
+def search(args: Args, task: Task, proposer: Proposer, console: Console, title: str) -> str:
     """Record one task into the store; returns why it ended."""
-    proposer = proposers.make(args.proposer, task)
     view = LiveView(console, title) if console.is_terminal else PlainView(console, title)
     with Store(store_of(args)) as store, Evaluator(task, threads=args.threads) as evaluator, view:
         setting = Setting(task.id, evaluator.target, evaluator.facts.fingerprint, evaluator.baseline,
@@ -114,6 +133,8 @@ def search(args: Args, task: Task, console: Console, title: str) -> str:
             surroundings=Surroundings.of(evaluator),
         )
         store.add_task(task)
+        if (known := args.out / f"{task.name}.npz").exists():
+            compiling.remember(store, setting, Table.load(known))
         remembered = remembering(store, setting, evaluator)
         evaluate = repeated(remembered, evaluator.evaluate, args.breadth.repeats)
         return record(session, evaluate, args.breadth, watch=view)

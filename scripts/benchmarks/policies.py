@@ -86,7 +86,7 @@ class Policies:
         if min(self.seeds, self.steps, self.bandit_steps, self.workers, *self.budgets) < 1:
             raise UserError("--seeds, --steps, --bandit-steps, --workers and --budgets have to be positive")
         if not console.is_terminal:
-            console.width = 200
+            console.width = 240
         made, effort = folds(self.tables), Effort(self.budgets, self.seeds, self.steps, self.bandit_steps)
         for fold in made:
             console.print(

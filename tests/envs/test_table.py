@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ke_gym.candidate import Candidate
 from ke_gym.envs import catalog, compiling
 from ke_gym.envs.compiling import Builder
 from ke_gym.envs.recording import Breadth
 from ke_gym.envs.table import REFERENCE, REFUSED, REPEATED, Table
 from ke_gym.errors import UserError
 from ke_gym.policies import make
+from ke_gym.proposers.base import Context, Proposal
 from ke_gym.search.budget import Budget
 from ke_gym.search.observation import Surroundings
 from ke_gym.search.run import run
 from ke_gym.search.session import Session
 from ke_gym.search.store import Setting, Store
-from ke_gym.strategies import RESTART
+from ke_gym.strategies import RESTART, Strategy
 from ke_gym.tasks import Task
 from tests.envs.recorded import Narrow, Racer, search, tables
 
@@ -94,6 +96,44 @@ def test_the_first_draft_is_built_upon_however_slow_it_is(tmp_path: Path) -> Non
     assert len(extended) == 2 and fastest in extended
     slower = (extended - {fastest}).pop()
     assert slower in correct and table.log_speedup[slower] < table.log_speedup[fastest]
+
+
+def test_edges_between_recorded_versions_are_found_again() -> None:
+    """A search makes nothing twice, so it records one of the ways that lead to a version."""
+    whole = tables()[0]
+    builder = Builder.of(whole)
+    built_upon = [key for key, made in builder.children.items() if key[0] and len(made) == 2]
+    for key in built_upon:
+        builder.children[key].popitem()
+
+    def again(parent: Candidate, strategy: Strategy, draw: int) -> Candidate | None:
+        if draw > 1 or not Narrow().mask(parent)[strategy.id]:
+            return None
+        made = Narrow().propose(parent, strategy, draw, Context())
+        return made.candidate if isinstance(made, Proposal) else None
+
+    assert len(built_upon) > 20 and builder.close(again, 8) == len(built_upon)
+    np.testing.assert_array_equal(builder.table().edges, whole.edges)
+    assert builder.close(again, 8) == 0
+
+
+def test_what_a_table_knows_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    breadth = Breadth(3, 3, 2, 1)
+    with Store(tmp_path / "a.db") as store:
+        search(store, "rms_norm", breadth)
+        (one,) = compiling.searches(store)
+    known = compiling.build([one])
+    racer = Racer(Task.load("rms_norm"))
+    known = dataclasses.replace(known, machine=racer.facts.fingerprint)
+    setting = Setting(known.task_id, known.target, known.machine, known.baseline, known.threads)
+    with Store(tmp_path / "b.db") as store:
+        compiling.remember(store, setting, known)
+        monkeypatch.setattr(Racer, "evaluate", None)
+        assert search(store, "rms_norm", breadth) == "complete"
+        (again,) = compiling.searches(store)
+        assert compiling.build([again]).candidates == known.candidates
+        with pytest.raises(UserError, match="there is a table with threads 1, and here it is 2"):
+            compiling.remember(store, dataclasses.replace(setting, threads=2), known)
 
 
 def test_any_finished_search_becomes_a_table(tmp_path: Path) -> None:

@@ -259,6 +259,10 @@ def test_a_comparison_has_all_figures_and_its_page(tmp_path: Path) -> None:
     # Chance is measured against its own median curve.
     chance = next(score for score in comparison.scores if score.policy == "masked_random")
     assert abs(chance.auc.value) < 0.3 and set(chance.over) == {"best_of_n"}
+    held = {name: comparison.curves[name].mean() for name in BASELINES}
+    ratio = chance.faster["best_of_n"]
+    assert ratio.value == pytest.approx(np.exp(held["masked_random"] - held["best_of_n"]))
+    assert ratio.low <= ratio.value <= ratio.high
     data = json.loads(json.dumps(comparison.to_dict()))
     assert data["budget"] == 12 and data["runs"] == 4 and len(data["episodes"]["best_of_n"]) == 4
     page = plots.write(comparison, tmp_path / "out", "a <title>")
