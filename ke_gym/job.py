@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
@@ -29,7 +30,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.opening import kernel_language, open_evaluator
-from ke_gym.evaluation.selfcheck import Proof, prove
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.files import write_whole
 from ke_gym.knowledge.learned import FOLDER, Lesson, distill, write_back
 from ke_gym.languages.base import BuildError
@@ -338,16 +339,18 @@ def _proposer(
 
 
 def proven(task: Task, store: Store, setting: Setting, evaluator: Evaluator) -> Proof | None:
-    """How far a user's own task can be trusted on this CPU, found out once per task text and machine.
+    """How far a user's own task can be trusted on this device, found out once per task text and machine.
 
-    None for the built-in suite, which is checked before it ships, and on GPUs. Raises ``UserError`` for a task by
-    which a kernel that computes nothing would be accepted, or none at all.
+    None for the built-in suite, which is checked before it ships, and where it cannot be tried. Raises
+    ``UserError`` for a task by which a kernel that computes nothing would be accepted, or none at all.
     """
-    if evaluator.target != "cpu" or built_in(task):
+    if built_in(task):
         return None
     proof = store.proof(setting)
     if proof is None:
-        proof = prove(evaluator.judge, evaluator.contract, evaluator.cases)
+        proof = evaluator.prove()
+        if proof is None:
+            return None
         store.add_proof(setting, proof)
     if proof.useless:
         remedy = (
@@ -473,7 +476,18 @@ def _result(
         usage=session.usage,
         dollars=session.spent.dollars,
         proof=proof,
+        refused=refused(session),
     )
+
+
+def refused(session: Session) -> dict[str, int]:
+    """Why candidates of a search were not taken: outcome → how many; "no gain": correct, but not faster."""
+    reasons = (
+        node.evaluation.outcome if not node.correct else "no gain"
+        for node in session.tree
+        if not (node.correct and node.evaluation.improved)
+    )
+    return dict(sorted(Counter(reasons).items()))
 
 
 # Run folders ----------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import ke_gym
-from ke_gym import job
 from ke_gym.errors import UserError
+from ke_gym.evaluation import evaluator
 from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.job import read_run
 from ke_gym.knowledge.learned import Lesson, distill
@@ -200,7 +200,7 @@ def test_a_task_that_lets_lesser_faults_through_is_searched_under_a_warning(
     assert "Warning: the checks of loose accept wrong versions of it" in weak.verdict()
     assert "skipped mul (0)" in json.loads((weak.run_dir / "result.json").read_text())["proof"]["survivors"]
     assert "mutants survive: half precision, skipped mul" in weak.report().read_text()
-    monkeypatch.setattr(job, "prove", None)  # not to be called again
+    monkeypatch.setattr(evaluator, "prove", None)  # not to be called again
     assert script.main(script.Args(tasks=(str(path),), budget=1, out=tmp_path)) == 0
     assert (
         "loose task check: WARNING: mutants survive: half precision, skipped mul" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,8 @@ from ke_gym.languages.base import BuildError, BuildOptions, Signature, build, ge
 ARTIFACT_LIMIT = 256 << 20
 BUILD_SECONDS = 120.0
 LOG_LIMIT = 20_000
+NICE = 10
+"""On a machine with GPUs builds go on beside races, whose processes come first."""
 END_SECONDS = 5.0
 """How long a build that has closed its connection may take to end."""
 # Part of every key. Raise it when tracing or compiling would give another artifact for the same source.
@@ -140,6 +143,7 @@ def _store(path: Path, data: bytes) -> None:
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Entry of a build, inside the compile sandbox."""
+    os.nice(NICE)
     _, blob = channel.recv(30.0)
     source, signature = blob[: args["source_bytes"]].decode(), blob[args["source_bytes"] :]
     try:

@@ -41,6 +41,7 @@ from ke_gym.evaluation.judge_client import JudgeClient, Shape
 from ke_gym.evaluation.profile import limiter, profile
 from ke_gym.evaluation.race import Race, Rules, confirm, planned
 from ke_gym.evaluation.record import MachineRecord, home
+from ke_gym.evaluation.selfcheck import Proof, prove
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -218,6 +219,11 @@ class Evaluator:
         """``evaluate`` for a search's winner: by itself, and with whatever else this target can look at."""
         return self.evaluate(candidate)
 
+    def prove(self) -> Proof | None:
+        """How far the task's checks can be trusted; None where that cannot be tried."""
+        with self._cores.all():
+            return prove(self.judge, self.contract, self.cases)
+
     def build(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""
         return self._builds.build(candidate, self._compile, self.adopt)
@@ -240,6 +246,9 @@ class Evaluator:
     def artifact(self, candidate_id: str) -> Artifact | None:
         """The artifact of a recently built candidate."""
         return self._builds.artifact(candidate_id)
+
+    def ready(self) -> None:
+        """Wait until all of ``devices`` take part."""
 
     @property
     def busy_s(self) -> float:

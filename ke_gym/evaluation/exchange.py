@@ -30,6 +30,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import described_shapes
 from ke_gym.evaluation.gpu_setting import arch_of
 from ke_gym.evaluation.record import MachineRecord, home
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -99,6 +100,10 @@ class ExchangeEvaluator(Evaluator):
     def final(self, candidate: Candidate) -> Evaluation:
         """See ``Evaluator.final``."""
         return self._order_one(candidate, None, final=True)
+
+    def prove(self) -> Proof | None:
+        """See ``Evaluator.prove``: not from here."""
+        return None
 
     def _order_one(
         self, candidate: Candidate, incumbent: Candidate | None, final: bool = False

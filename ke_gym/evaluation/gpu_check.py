@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, same_bits
-from ke_gym.evaluation.gpu_stage import ShapeSet, Stage, copy_all, foreign, tensors_of
+from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, copy_all, foreign, tensors_of
 from ke_gym.evaluation.shared import POISON
 from ke_gym.languages.artifact import Artifact
 from ke_gym.targets._memory import plan_memory
-from ke_gym.targets.cuda_executor import ALIGNMENT, CudaRunner
+from ke_gym.targets.cuda_executor import ALIGNMENT
 
 Case = tuple[int, str, int]
 """Seed, distribution, and seed of the parameters (0: as they are)."""
@@ -50,9 +50,7 @@ def errors(verdict: Verdict) -> dict[str, float]:
 
 
 class _Check:
-    def __init__(
-        self, stage: Stage, chosen: ShapeSet, runner: CudaRunner, made: Block, patience: float
-    ) -> None:
+    def __init__(self, stage: Stage, chosen: ShapeSet, runner: Runner, made: Block, patience: float) -> None:
         self._stage, self._chosen, self._runner, self._patience = stage, chosen, runner, patience
         self._made = made  # where the preparation's results lie
 
@@ -102,7 +100,7 @@ class _Check:
         poison(out.bytes, out.placement.used, pattern)
         used = runner.memory.used
         poison(runner.arena, used, pattern)
-        runner.scratch.fill_(POISON[pattern])
+        runner.fill_scratch(POISON[pattern])
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
         stage.finish(runner.run, self._patience)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ke_gym.tasks.task import Task
 
 START_SECONDS = 120.0
 REQUEST_SECONDS = 180.0
+APART = "KE_GYM_APART"
+"""A variable that has kernels launched by a process of their own, as where they could reach their launcher's memory."""
 WARM_SECONDS = 900.0
 """torch.compile may have to try a library's worth of kernels before its first race."""
 NO_DEVICE = (
@@ -80,11 +83,20 @@ class GpuClient:
     ) -> None:
         self.task = task
         self.alive = True
+        self.apart, self.why_not_apart = False, ""
+        self.launcher: Worker | None = None
+        self._link: socket.socket | None = None
+        self._exposed = False
         self.device = device
         self.patience = patience
+        self.signature = signature
         try:
             uuid = self._start(zygote, baseline)
             with alone(uuid) if alone is not None else nullcontext():
+                if self._exposed or os.environ.get(APART):
+                    self._start_launcher(zygote)
+                    answer = self._ask("move_apart")[0]
+                    self.apart, self.why_not_apart = bool(answer["apart"]), str(answer["why"])
                 described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
         except BaseException as error:
             self.close()
@@ -93,21 +105,44 @@ class GpuClient:
                     f"the process for GPU {device} failed at task {task.name}: {error.log}"
                 ) from error
             raise
-        self.signature = signature or found
+        self.signature = self.signature or found
         self.facts = Facts(**described["facts"])
         self.alike = tuple(int(number) for number in described["alike"])
         self.shapes = described_shapes(described["shapes"])
 
     def _start(self, zygote: Zygote, baseline: str) -> str:
         """Start the process; its device's UUID."""
-        self.worker: Worker = zygote.spawn(
-            "ke_gym.evaluation.gpu_judge:serve",
-            {"baseline": baseline, "device": self.device, "cores": sorted(os.sched_getaffinity(0))},
-        )
+        judges, self._link = socket.socketpair()
+        with judges:
+            self.worker: Worker = zygote.spawn(
+                "ke_gym.evaluation.gpu_judge:serve",
+                {
+                    "baseline": baseline,
+                    "device": self.device,
+                    "only": bool(self.signature),  # the first one looks around for GPUs like its own
+                    "cores": sorted(os.sched_getaffinity(0)),
+                },
+                fds=[judges.fileno()],
+            )
         self.worker.channel.send({}, self.task.to_bytes())
         said = self._receive("start", START_SECONDS)[0]
         self._raise_what_is_said(said)
+        self._exposed = bool(said["reads_host"])
         return str(said["uuid"])
+
+    def _start_launcher(self, zygote: Zygote) -> None:
+        """Start a process that launches kernels in the judge's place; nobody but the judge listens to it."""
+        assert self._link is not None
+        with self._link:
+            self.launcher = zygote.spawn(
+                "ke_gym.evaluation.gpu_launcher:serve",
+                {
+                    "device": self.device,
+                    "cores": sorted(os.sched_getaffinity(0)),
+                    "relaxed": self.task.precision != "strict",
+                },
+                fds=[self._link.fileno()],
+            )
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -232,8 +267,9 @@ class GpuClient:
     def close(self) -> None:
         """End the process, whatever it does."""
         self.alive = False
-        if (worker := getattr(self, "worker", None)) is not None:
-            worker.close()
+        for owned in (getattr(self, "worker", None), self.launcher, self._link):
+            if owned is not None:
+                owned.close()
 
 
 class DeviceLock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from ke_gym.evaluation.gpu_spares import Spares
 from ke_gym.evaluation.gpu_tools import Replayed
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, Plan, TensorSpec
 from ke_gym.targets import cuda
@@ -111,6 +113,9 @@ class GpuEvaluator(Evaluator):
             self.judge = self._first_judge(list(shape_sets or task.public_shapes("cuda")), not beside)
             self._state.callback(lambda: self.judge.close())
             self.facts = self.judge.facts
+            self.alike = self.judge.alike
+            """The numbers of the GPUs like this one that CUDA shows, this one among them."""
+            self.cases = draw_cases(self._rng)
             arch_of(self.facts)
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
             dtypes = {s.torch_dtype for s in self._specs(self.contract) if s.torch_dtype.is_floating_point}
@@ -121,10 +126,13 @@ class GpuEvaluator(Evaluator):
             self._state.close()
             raise
 
-    @property
-    def alike(self) -> tuple[int, ...]:
-        """The numbers of the GPUs like this one that CUDA shows, this one among them."""
-        return self.judge.alike
+    def prove(self) -> Proof | None:
+        """See ``Evaluator.prove``; None, with a warning, for a task whose wrong versions do not fit beside it."""
+        try:
+            return super().prove()
+        except OutOfDeviceMemory as error:
+            warnings.warn(f"{self.task.name} could not be proven before its search: {error}", stacklevel=2)
+            return None
 
     def _judged(
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str
@@ -143,8 +151,12 @@ class GpuEvaluator(Evaluator):
             evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
         if evaluation.improved and rival is not None:
             evaluation = self._inspector.glance(evaluation, artifact)
-        # Such kernels could have read and written this very process's memory.
-        return evaluation.replace(trust="host") if self.facts.reads_host else evaluation
+        if self.facts.reads_host and not self.judge.apart:
+            # Such kernels could have read and written the judge's own memory.
+            remark = f"kernels could reach the judge's memory on this machine: {self.judge.why_not_apart}"
+            log = "\n".join(filter(None, (evaluation.log, remark)))
+            evaluation = evaluation.replace(trust="host", log=log)
+        return evaluation
 
     def final(self, candidate: Candidate) -> Evaluation:
         """See ``Evaluator.final``: with ``compute-sanitizer``, whose findings refuse a kernel, and ``ncu``."""
@@ -332,7 +344,7 @@ class GpuEvaluator(Evaluator):
         """As many judges as a confirmation needs, or as fit into a part of the device's memory."""
         specs = [spec for name in self.shape_sets for spec in self._specs(name)]
         kept = sum(2 * spec.storage_bytes for spec in specs)
-        each = max(kept, self._working_bytes) + CONTEXT_BYTES
+        each = max(kept, self._working_bytes) + CONTEXT_BYTES * (2 if self.judge.apart else 1)
         return min(CONFIRMATIONS, int(SPARE_SHARE * self.facts.memory_bytes / each))
 
     def _race_set(  # type: ignore[override]

@@ -22,6 +22,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.race import Race
+from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.languages.artifact import Artifact
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
@@ -74,6 +75,15 @@ class GpuFleet(Evaluator):
     def peaks(self) -> cuda.Peaks:  # type: ignore[override]
         """The first GPU's."""
         return self._first.peaks
+
+    def prove(self) -> Proof | None:
+        """See ``Evaluator.prove``; on the first GPU."""
+        return self._first.prove()
+
+    def ready(self) -> None:
+        """See ``Evaluator.ready``."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._opening)
 
     def build(self, candidate: Candidate) -> Artifact:
         """See ``Evaluator.build``."""

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.gpu_profile import counted, limiter_by_counters
-from ke_gym.evaluation.gpu_tools import CHECKS, Replayed, ToolFailed, counters, sanitized
+from ke_gym.evaluation.gpu_tools import CHECKS, Replayed, ToolFailed, TooSlow, counters, sanitized
 from ke_gym.languages.artifact import Artifact
 
 COUNTING_S, COUNTING_SHARE = 10.0, 0.1
 """About what ``ncu`` takes for one kernel, and its share of a search's time at the most."""
+PART_BLOCKS = 64
+"""What is looked at of a launch that takes too long as a whole: blocks run the same code."""
 
 
 class Inspector:
@@ -41,11 +43,11 @@ class Inspector:
         said = [evaluation.log]
         for check in CHECKS:
             try:
-                with self._alone():
-                    found = sanitized(self._replayed(artifact), check)
+                found, remark = self._sanitized(artifact, check)
             except ToolFailed as failure:
                 said.append(f"not looked at by {check}: {failure}")
                 continue
+            said.append(remark)
             if found:
                 return evaluation.alone().replace(outcome="runtime", log=found, speedup=None, speedup_ci=None)
         try:
@@ -53,6 +55,19 @@ class Inspector:
         except ToolFailed as failure:
             said.append(f"no counters: {failure}")
         return evaluation.replace(log="\n".join(filter(None, said)))
+
+    def _sanitized(self, artifact: Artifact, check: str) -> tuple[str, str]:
+        """What a check finds, and what it did not look at, if anything. Raises ``ToolFailed``."""
+        replayed = self._replayed(artifact)
+        with self._alone():
+            try:
+                return sanitized(replayed, check), ""
+            except TooSlow as failure:
+                found = sanitized(replace(replayed, blocks=PART_BLOCKS), check)
+                return (
+                    found,
+                    f"{check} looked at {PART_BLOCKS} blocks of every launch, no more: {failure} for all",
+                )
 
     def _counted(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
         """With the device's counters, and what they say limits the kernel. Raises ``ToolFailed``."""

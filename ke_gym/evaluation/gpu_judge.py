@@ -1,6 +1,7 @@
 """The GPU's judge: one trusted process per device that draws inputs, runs everybody, and holds oracle and clock.
 
-Candidates are device code only, so they share this process's context, and nothing of it that could help them:
+Candidates are device code only, so they share this process's context (unless they could reach its host memory: then
+``gpu_apart``), and nothing of it that could help them:
 
 - contents are new in every single call, each contestant's its own, drawn on the device from a seed in host
   memory; what belongs to them (reference, oracle) is computed only after the candidate has finished;
@@ -13,6 +14,7 @@ A kernel that faults or hangs takes this process with it; the parent starts anot
 from __future__ import annotations
 
 import os
+import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,15 +30,15 @@ from ke_gym.evaluation import gpu_check, gpu_signature, mutants
 from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
+from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
-from ke_gym.evaluation.gpu_stage import Died, ShapeSet, Stage, first_line, foreign
-from ke_gym.evaluation.gpu_timing import Sample
+from ke_gym.evaluation.gpu_stage import Died, Runner, ShapeSet, Stage, first_line, foreign
+from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.race import Rules, race
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Call, Launch, Plan
 from ke_gym.targets import cuda
 from ke_gym.targets.cuda_driver import CudaError, Driver
-from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Task
 
 WARM_CALLS = 3
@@ -56,13 +58,15 @@ class Arm:
 
     artifact: Artifact
     shape_set: str
-    runner: CudaRunner
+    runner: Runner
 
 
 class GpuJudge:
     """The server side. One method per request; each returns a JSON-able dict (and maybe a blob)."""
 
-    def __init__(self, task: Task, baseline: str, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, baseline: str, device: torch.device, link: socket.socket | None = None
+    ) -> None:
         relaxed = task.precision != "strict"
         torch.backends.cuda.matmul.allow_tf32 = relaxed
         torch.backends.cudnn.allow_tf32 = relaxed
@@ -70,6 +74,7 @@ class GpuJudge:
         self.stage = Stage(task, device, Driver())
         self.sets: dict[str, ShapeSet] = {}
         self.arms: dict[int, Arm] = {}
+        self._link = link
         self._next = 0
 
     def describe(self, shape_sets: list[str], signature: bool = True) -> tuple[dict[str, Any], bytes]:
@@ -89,6 +94,14 @@ class GpuJudge:
         """The device's peaks."""
         torch.cuda.empty_cache()
         return cuda.measure(self.stage.device.index or 0).to_dict()
+
+    def move_apart(self) -> dict[str, Any]:
+        """Have candidates' kernels launched by the process at the other end of ``link``, if that is possible here."""
+        try:
+            self.stage.apart = Apart(Channel(self._link), self.stage.driver, self.stage.device)
+        except (Unfit, Hung) as refusal:
+            return {"apart": False, "why": str(refusal)}
+        return {"apart": True, "why": ""}
 
     # -- arms ------------------------------------------------------------------------------------------------
 
@@ -159,7 +172,7 @@ class GpuJudge:
         one.artifact, one.runner = artifact, runner
         return True
 
-    def _typical(self, chosen: ShapeSet, runner: CudaRunner | None, patience: float) -> float:
+    def _typical(self, chosen: ShapeSet, runner: Runner | None, patience: float) -> float:
         """Seconds of the second quickest of a few calls."""
         calls = (self.stage.call(chosen, runner, patience) for _ in range(TUNING_ROUNDS))
         return sorted(called.sample.seconds for called in calls)[1]
@@ -193,8 +206,8 @@ class GpuJudge:
                 )
         return {"pace": pace}
 
-    def _contestants(self, own: int, other: int | None, baseline: bool) -> dict[str, CudaRunner | None]:
-        found: dict[str, CudaRunner | None] = {"candidate": self.arms[own].runner}
+    def _contestants(self, own: int, other: int | None, baseline: bool) -> dict[str, Runner | None]:
+        found: dict[str, Runner | None] = {"candidate": self.arms[own].runner}
         if other is not None:
             found["incumbent"] = self.arms[other].runner
         if baseline:
@@ -224,7 +237,7 @@ class GpuJudge:
         suspects: set[str] = set()
         counts = {"rounds": 0, "throttled": 0, "disputed": 0, "doubted": 0}
 
-        def contestant(name: str, runner: CudaRunner | None) -> Callable[[], float]:
+        def contestant(name: str, runner: Runner | None) -> Callable[[], float]:
             def call() -> float:
                 with answering(name):
                     done = stage.call(chosen, runner, patience)
@@ -290,13 +303,13 @@ class GpuJudge:
             "preparation": preparation,
         }
 
-    def _preparation(self, chosen: ShapeSet, runner: CudaRunner, patience: float) -> float | None:
+    def _preparation(self, chosen: ShapeSet, runner: Runner, patience: float) -> float | None:
         """Seconds that the preparation takes: the second quickest of a few, timed like calls. None without one."""
         if runner.plan.preparation is None:
             return None
         self.stage.prepare(chosen, runner, patience)
         with foreign():
-            samples = [self.stage.watch.time(runner.prepare, patience) for _ in range(TUNING_ROUNDS)]
+            samples = [self.stage.timed(runner, patience, "prepare") for _ in range(TUNING_ROUNDS)]
         return sorted(sample.seconds for sample in samples)[1]
 
     def _coverage(self, arm: Arm, chosen: ShapeSet, patience: float) -> float:
@@ -357,17 +370,19 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         torch._inductor.config.compile_threads = max(1, len(args["cores"]) // 2)
         Path("/tmp").mkdir(exist_ok=True)
     torch.set_num_threads(1)
+    if args["only"]:
+        cuda.show_only(args["device"])
     try:
         if not torch.cuda.is_available():
             raise UserError("torch sees none")
-        device = torch.device("cuda", args["device"])
+        device = torch.device("cuda", 0 if args["only"] else args["device"])
         torch.cuda.set_device(device)
         torch.set_default_device(device)
-        judge = GpuJudge(Task.from_bytes(blob), args["baseline"], device)
+        judge = GpuJudge(Task.from_bytes(blob), args["baseline"], device, socket.socket(fileno=fds[0]))
     except (UserError, RuntimeError, OSError, AssertionError, CudaError) as error:
         channel.send({"no_device": first_line(error)})
         return
-    channel.send({"uuid": judge.stage.facts.uuid})
+    channel.send({"uuid": judge.stage.facts.uuid, "reads_host": judge.stage.facts.reads_host})
     while True:
         try:
             header, blob = channel.recv(timeout=None)

@@ -1,9 +1,10 @@
 """Runs one artifact's plan by itself, so that tools of the toolkit can watch it: ``ncu``, ``compute-sanitizer``.
 
-    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS
+    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS BLOCKS
 
-``FOLDER`` holds ``task`` and ``artifact`` (their bytes). Only the plan's own runs lie between the marks of the
-profiler's interface. The process is trusted: device code is all that is foreign in it.
+At most ``BLOCKS`` blocks of every launch run, all if that is 0. ``FOLDER`` holds ``task`` and ``artifact`` (their
+bytes). Only the plan's own runs lie between the marks of the profiler's interface. The process is trusted: device code is
+all that is foreign in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import Geometry, Launch, Plan
 from ke_gym.targets.cuda_driver import Driver, runtime
 from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Task
@@ -24,11 +26,33 @@ TASK, ARTIFACT = "task", "artifact"
 SEED = 7
 
 
-def replay(folder: Path, shape_set: str, device: torch.device, runs: int) -> None:
+def clipped(geometry: Geometry, blocks: int) -> Geometry:
+    """The same launch with the first blocks alone, whole clusters of them. One that waits for all its blocks stays."""
+    if geometry.cooperative:
+        return geometry
+    grid, left = [], blocks
+    for size, cluster in zip(geometry.grid, geometry.cluster):
+        grid.append(min(size, -(-max(1, left) // cluster) * cluster))
+        left //= grid[-1]
+    return replace(geometry, grid=(grid[0], grid[1], grid[2]))
+
+
+def _in_part(plan: Plan, blocks: int) -> Plan:
+    steps = [
+        replace(step, geometry=clipped(step.geometry, blocks))
+        if isinstance(step, Launch) and step.geometry is not None
+        else step
+        for step in plan.steps
+    ]
+    return replace(plan, steps=tuple(steps))
+
+
+def replay(folder: Path, shape_set: str, device: torch.device, runs: int, blocks: int = 0) -> None:
     """Run the plan ``runs`` times, launch by launch, on tensors with memory of their own."""
     task = Task.from_bytes((folder / TASK).read_bytes())
     artifact = Artifact.from_bytes((folder / ARTIFACT).read_bytes())
     plan = replace(artifact.plans[shape_set], graph=False)
+    plan = _in_part(plan, blocks) if blocks else plan
     artifact = replace(artifact, plans={shape_set: plan})
     inputs = [a for a in task.inputs(shape_set, SEED, device=str(device)) if isinstance(a, Tensor)]
     state = task.reference(shape_set, seed=0, device=str(device)).state
@@ -44,13 +68,13 @@ def replay(folder: Path, shape_set: str, device: torch.device, runs: int) -> Non
 
 
 def main(arguments: list[str]) -> None:
-    folder, shape_set, number, runs = arguments
+    folder, shape_set, number, runs, blocks = arguments
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     device = torch.device("cuda", int(number))
     torch.cuda.set_device(device)
     torch.set_default_device(device)
-    replay(Path(folder), shape_set, device, int(runs))
+    replay(Path(folder), shape_set, device, int(runs), int(blocks))
 
 
 if __name__ == "__main__":

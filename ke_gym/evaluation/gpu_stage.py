@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, runtime
 from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Reference, Task
 
+if TYPE_CHECKING:
+    from ke_gym.evaluation.gpu_apart import Apart, ApartRunner
+
+Runner = Union[CudaRunner, "ApartRunner"]
+"""What runs a candidate's plan, here or in a process of its own."""
 SAMPLED_BLOCKS, BLOCK = 32, 128
 TRIES = 4
 SOAK_CALLS, SOAK_CHECKS, SOAK_SECONDS = 600, 12, 1.0
@@ -56,6 +61,19 @@ def foreign() -> Iterator[None]:
     except (CudaError, RuntimeError) as error:
         fault = isinstance(error, CudaError) or "CUDA error" in str(error)
         raise Died("runtime", first_line(error), fatal=fault) from error
+
+
+def wait_for(run: Callable[[], object], patience: float, device: torch.device) -> None:
+    """Run what enqueues work, and wait for its end. Raises ``Hung``."""
+    run()
+    done = runtime.Event()
+    done.record()
+    end = time.perf_counter() + patience
+    while not done.query():
+        if time.perf_counter() > end:
+            raise Hung(patience)
+        time.sleep(1e-5)
+    torch.cuda.synchronize(device)
 
 
 @dataclass
@@ -105,6 +123,8 @@ class Stage:
         self.facts = cuda.facts(device.index or 0)
         self.watch = Stopwatch(device, self.facts.l2_bytes, Clocks(self.facts.uuid))
         self.rng = random.Random(secrets.randbits(62))
+        self.apart: Apart | None = None
+        """The process that launches candidates' kernels, if it is not this one."""
 
     def shape_set(self, name: str) -> ShapeSet:
         """Build the reference of a shape set and the memory that kernels will work in."""
@@ -160,7 +180,7 @@ class Stage:
 
     # -- calls -----------------------------------------------------------------------------------------------
 
-    def runner(self, artifact: Artifact, chosen: ShapeSet, **options: Any) -> CudaRunner:
+    def runner(self, artifact: Artifact, chosen: ShapeSet, **options: Any) -> Runner:
         """An artifact's kernels, loaded afresh. Raises ``PlanError``."""
         plan = artifact.plans[chosen.name]
         for index, (spec, wanted) in enumerate(zip(plan.return_specs, chosen.outputs, strict=True)):
@@ -169,31 +189,22 @@ class Stage:
                     f"output {index} is spread over {spec.storage_bytes} bytes, the reference's over"
                     f" {wanted.storage_bytes}"
                 )
+        given, outputs = chosen.given[0].tensors, self.blank(chosen, plan).tensors
+        if self.apart is not None:
+            return self.apart.runner(artifact, chosen.name, given, chosen.parameters, outputs, **options)
         return CudaRunner(
-            artifact,
-            chosen.name,
-            chosen.given[0].tensors,
-            chosen.parameters,
-            driver=self.driver,
-            device=self.device,
-            outputs=self.blank(chosen, plan).tensors,
+            artifact, chosen.name, given, chosen.parameters, driver=self.driver, device=self.device, outputs=outputs,
             **options,
-        )
+        )  # fmt: skip
 
     def finish(self, run: Callable[[], object], patience: float) -> None:
         """Run device code of a candidate to its end. Raises ``Died``."""
+        if self.apart is not None:
+            self.apart.patience = patience
         with foreign():
-            run()
-            done = runtime.Event()
-            done.record()
-            end = time.perf_counter() + patience
-            while not done.query():
-                if time.perf_counter() > end:
-                    raise Hung(patience)
-                time.sleep(1e-5)
-            torch.cuda.synchronize(self.device)
+            wait_for(run, patience, self.device)
 
-    def prepare(self, chosen: ShapeSet, runner: CudaRunner, patience: float) -> None:
+    def prepare(self, chosen: ShapeSet, runner: Runner, patience: float) -> None:
         """Run a candidate's preparation, if it has one, for the weights as they are, to its end.
 
         Before the contents of a call are drawn, so that nothing of them can be in it. Raises ``Died``.
@@ -201,7 +212,7 @@ class Stage:
         if runner.plan.preparation is not None:
             self.finish(lambda: runner.prepare(chosen.parameters), patience)
 
-    def call(self, chosen: ShapeSet, runner: CudaRunner | None, patience: float) -> Called:
+    def call(self, chosen: ShapeSet, runner: Runner | None, patience: float) -> Called:
         """One timed call of a candidate or, without a runner, of the baseline, on contents of its own.
 
         Again with other contents while enqueuing it took longer than the spin that hides it, or while the host's
@@ -221,17 +232,24 @@ class Stage:
                 out.bytes.fill_(0xFF)
                 with foreign():
                     runner.place(block.tensors, chosen.parameters, out.tensors)
-                    sample = self.watch.time(runner.run, patience)
+                    sample = self.timed(runner, patience)
             if sample.hidden and not sample.disputed:
                 break
         return Called(sample, out, seed)
+
+    def timed(self, runner: Runner, patience: float, what: Literal["run", "prepare"] = "run") -> Sample:
+        """Time one run of a candidate, or of its preparation, on what it has."""
+        if isinstance(runner, CudaRunner):
+            return self.watch.time(getattr(runner, what), patience)
+        assert self.apart is not None
+        return self.apart.time(runner.number, what, patience, self.watch.mhz())
 
     def _timed_baseline(self, chosen: ShapeSet, block: Block, patience: float) -> Sample:
         left, baseline = iter(block.tensors), chosen.baseline or chosen.reference
         arguments = [next(left) if a is None else a for a in chosen.plain]
         return self.watch.time(lambda: baseline(*arguments), patience)
 
-    def soak(self, chosen: ShapeSet, runner: CudaRunner, patience: float) -> bool:
+    def soak(self, chosen: ShapeSet, runner: Runner, patience: float) -> bool:
         """Call a candidate many times more, nobody knows how often; whether it stays right.
 
         What is honest only for its first calls shows itself, if not by then.

@@ -27,6 +27,18 @@ _HOST_SLACK, _HOST_SLACK_S = 1.25, 60e-6
 _LATE_S = 50e-6
 
 
+def spin_s(queue_s: float) -> float:
+    """Seconds that the spin before a call takes, if enqueuing it takes ``queue_s``."""
+    return _SPIN_S + 2 * min(queue_s, _MOST_SPIN_S)
+
+
+def settled(device_s: float, host_s: float | None) -> float:
+    """What counts: the time between events, unless the host's clock says clearly more."""
+    if host_s is not None and host_s > _HOST_SLACK * device_s + _HOST_SLACK_S:
+        return host_s
+    return device_s
+
+
 class Hung(Exception):
     """The device did not finish within ``seconds``."""
 
@@ -63,7 +75,7 @@ class Stopwatch:
         self._flush = torch.empty(FLUSH_TIMES * l2_bytes, dtype=torch.uint8, device=device)
         self._clocks = clocks
         self._cycles_per_s = 1e6 * (clocks.most_mhz() or 2000)
-        self._queue_s = _SPIN_S
+        self.queue_s = _SPIN_S
         self.top_mhz = 0
         self.dropped = 0
 
@@ -77,13 +89,23 @@ class Stopwatch:
             if spent > _WARM_S and self.top_mhz >= THROTTLED * self._clocks.most_mhz():
                 break
 
-    def time(self, run: Callable[[], object], patience: float) -> Sample:
-        """Time ``run``, which enqueues work and does not wait for it. Raises ``Hung`` after ``patience`` s."""
+    def time(
+        self,
+        run: Callable[[], object],
+        patience: float,
+        go: Callable[[], object] = int,
+        over: Callable[[], object] = int,
+    ) -> Sample:
+        """Time ``run``, which enqueues work and does not wait for it. Raises ``Hung`` after ``patience`` s.
+
+        ``go`` is called right before everything that belongs to the call, ``over`` right after it.
+        """
         start, stop = (runtime.Event(enable_timing=True) for _ in range(2))
         clock = time.perf_counter
         self._flush.zero_()
         torch.cuda.synchronize(self._device)
-        runtime._sleep(int((_SPIN_S + 2 * self._queue_s) * self._cycles_per_s))
+        go()
+        runtime._sleep(int(spin_s(self.queue_s) * self._cycles_per_s))
         start.record()
         begin = clock()
         run()
@@ -99,16 +121,20 @@ class Stopwatch:
         done = clock()
         torch.cuda.synchronize(self._device)
         late = clock() - done
-        self._queue_s = min(_MOST_SPIN_S, queued if not hidden else 0.8 * self._queue_s + 0.2 * queued)
+        over()
+        self.queue_s = min(_MOST_SPIN_S, queued if not hidden else 0.8 * self.queue_s + 0.2 * queued)
         device_s = start.elapsed_time(stop) / 1e3
         host_s = done - seen if hidden else None
         # Work that outlives the event on another stream is part of the call.
         seconds = device_s + (late if late > _LATE_S + 0.2 * device_s else 0.0)
-        if host_s is not None and host_s > _HOST_SLACK * seconds + _HOST_SLACK_S:
-            seconds = host_s
+        seconds = settled(seconds, host_s)
+        return Sample(seconds, device_s, host_s, hidden, self.mhz())
+
+    def mhz(self) -> int:
+        """The device's clock now."""
         mhz = self._clocks.mhz()
         self.top_mhz = max(self.top_mhz, mhz)
-        return Sample(seconds, device_s, host_s, hidden, mhz)
+        return mhz
 
     def throttled(self, samples: list[Sample]) -> bool:
         """Whether one of a round's calls ran at a clock too low to be compared with the others."""

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ke_gym.evaluation import gpu_replay
@@ -51,24 +51,32 @@ class ToolFailed(Exception):
     """A tool is missing, was refused, or did not end in time; its own words."""
 
 
+class TooSlow(ToolFailed):
+    """A tool did not end in time."""
+
+
 @dataclass(frozen=True)
 class Replayed:
-    """What is to be watched: a plan on one GPU, by its number among those that ``environment`` shows."""
+    """What is to be watched: a plan on one GPU, by its number among those that ``environment`` shows.
+
+    ``blocks``: so many of every launch's blocks at the most; 0 for all.
+    """
 
     task: Task
     artifact: Artifact
     shape_set: str
     device: int
     environment: dict[str, str]
+    blocks: int = 0
 
     def under(self, command: Sequence[str], runs: int, seconds: float) -> subprocess.CompletedProcess[str]:
-        """Run the plan under a tool. Raises ``ToolFailed`` if that takes longer than ``seconds``."""
+        """Run the plan under a tool. Raises ``TooSlow`` if that takes longer than ``seconds``."""
         with tempfile.TemporaryDirectory(prefix="ke-replay-") as folder:
             (Path(folder) / gpu_replay.TASK).write_bytes(self.task.to_bytes())
             (Path(folder) / gpu_replay.ARTIFACT).write_bytes(self.artifact.to_bytes())
             process = subprocess.Popen(
                 [*command, sys.executable, "-P", "-m", "ke_gym.evaluation.gpu_replay",
-                 folder, self.shape_set, str(self.device), str(runs)],
+                 folder, self.shape_set, str(self.device), str(runs), str(self.blocks)],
                 env={**worker_environment(1), **self.environment, "TMPDIR": folder, "HOME": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -83,7 +91,7 @@ class Replayed:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-                raise ToolFailed(f"{Path(command[0]).name} took more than {seconds:g} s") from None
+                raise TooSlow(f"{Path(command[0]).name} took more than {seconds:g} s") from None
         return subprocess.CompletedProcess(command, process.returncode, said)
 
 
@@ -144,19 +152,13 @@ def _pooled(launches: list[dict[str, float]], name: str) -> float:
 def sanitized(replayed: Replayed, check: str, seconds: float = SANITIZE_SECONDS) -> str:
     """What ``compute-sanitizer`` finds in one run of the plan, its own sentence; "" if nothing.
 
-    ``check`` is one of ``CHECKS``. Raises ``ToolFailed``.
+    ``check`` is one of ``CHECKS``. Raises ``ToolFailed``, and ``TooSlow`` after ``seconds``.
     """
     command = [find("compute-sanitizer"), "--tool", check, "--error-exitcode", str(_FOUND)]
     if check == "racecheck":
         command += ["--racecheck-report", "analysis"]
     outside = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation: bounds are its own
-    watched = Replayed(
-        replayed.task,
-        replayed.artifact,
-        replayed.shape_set,
-        replayed.device,
-        {**replayed.environment, **outside},
-    )
+    watched = replace(replayed, environment={**replayed.environment, **outside})
     done = watched.under(command, 1, seconds)
     if done.returncode == 0:
         return ""

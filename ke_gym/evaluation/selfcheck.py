@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,7 +74,15 @@ class Proof:
         return Proof(data["mutants"], tuple(data["survivors"]), data["rejected"])
 
 
-def prove(judge: JudgeClient, shape_set: str, cases: Sequence[Case]) -> Proof:
+class Judges(Protocol):
+    """What a proof needs of a judge, on whatever device."""
+
+    def self_verdict(self, shape_set: str) -> dict[str, Any]: ...
+
+    def mutants(self, shape_set: str, cases: list[Case]) -> dict[str, bool]: ...
+
+
+def prove(judge: Judges, shape_set: str, cases: Sequence[Case]) -> Proof:
     """The part of the check that takes no race; the mutants are judged on ``cases`` until all are rejected."""
     verdict = judge.self_verdict(shape_set)
     results: dict[str, bool] = {}

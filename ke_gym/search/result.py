@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ class Result:
     """What models were asked in all; nothing where none was."""
     dollars: float = 0.0
     proof: Proof | None = None
-    """How far the task's checks can be trusted; None where that was not tried here: for the built-in suite, on GPUs."""
+    """How far the task's checks can be trusted; None where that was not tried: for the built-in suite, by exchange."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """Why candidates were not taken: outcome → how many; "no gain": correct, but not faster."""
 
     @property
     def speedup(self) -> float:
@@ -171,6 +173,7 @@ class Result:
             "format": FORMAT,
             **self.to_dict(),
             "seed_correct": self.seed_correct,
+            "refused": self.refused,
             "stopped": self.stopped,
             "verdict": self.verdict(),
             "floor_ms": self.floor_ms,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 
 from ke_gym.targets.cuda_driver import Clocks, Driver, runtime
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 FOOTPRINTS = tuple(1 << p for p in range(20, 32))
 MATRIX = 8192
 SLACK = 0.9
@@ -134,6 +136,12 @@ def facts(device: int = 0) -> Facts:
         uuid=str(known.uuid),
         clock_mhz=Clocks(str(known.uuid)).most_mhz(),
     )
+
+
+def show_only(device: int) -> None:
+    """Let this process see one GPU alone, as number 0: starting CUDA takes longer the more it sees. Before it starts."""
+    shown = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+    os.environ[VISIBLE] = shown[device] if device < len(shown) else str(device)
 
 
 def alike(known: Facts) -> list[int]:

@@ -27,6 +27,7 @@ _PAGEABLE_ACCESS = 88  # CUdevice_attribute
 _PORTABLE_CLUSTER_BLOCKS = 8
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1  # CUstream_flags, CUstreamCaptureMode
 _UPDATE_FAILURE = 910  # CUresult
+_LAZY_PEER_ACCESS = 1  # CUipcMem_flags
 # CUtensorMapDataType
 TENSOR_MAP_TYPES = {
     "uint8": 0, "int8": 0, "bool": 0, "int16": 1, "int32": 3, "int64": 5, "float16": 6, "float32": 7,
@@ -34,6 +35,7 @@ TENSOR_MAP_TYPES = {
 }  # fmt: skip
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 TENSOR_MAP_BYTES = 128
+MEMORY_HANDLE_BYTES = 64
 # After these the context is lost, and with it the process (CUDA Driver API, CUresult).
 _STICKY = {214, 220, 700, 702, 709, 710, 712, 713, 714, 715, 716, 717, 718, 719}
 
@@ -56,6 +58,10 @@ class _Config(ctypes.Structure):
         ("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p),
         ("attributes", POINTER(_Attribute)), ("count", c_uint),
     ]  # fmt: skip
+
+
+class _MemoryHandle(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_ubyte * MEMORY_HANDLE_BYTES)]
 
 
 class Driver:
@@ -214,6 +220,23 @@ class Driver:
         self._call("cuDeviceGetAttribute", byref(value), c_int(_PAGEABLE_ACCESS), c_int(device))
         return bool(value.value)
 
+    def share(self, address: int) -> tuple[bytes, int]:
+        """What another process opens the allocation around a device address by, and where in it the address lies."""
+        begin, handle = c_uint64(), _MemoryHandle()
+        self._call("cuMemGetAddressRange_v2", byref(begin), None, c_uint64(address))
+        self._call("cuIpcGetMemHandle", byref(handle), c_uint64(address))
+        return bytes(handle.bytes), address - begin.value
+
+    def open_shared(self, handle: bytes) -> int:
+        """Where another process's allocation begins in this one."""
+        begin = c_uint64()
+        given = _MemoryHandle.from_buffer_copy(handle)
+        self._call("cuIpcOpenMemHandle_v2", byref(begin), given, c_uint(_LAZY_PEER_ACCESS))
+        return begin.value
+
+    def close_shared(self, begin: int) -> None:
+        self._call("cuIpcCloseMemHandle", c_uint64(begin))
+
     def version(self) -> int:
         """The newest CUDA that the driver knows: 13000 for 13.0."""
         value = c_int()
@@ -236,6 +259,23 @@ class Driver:
         text = c_char_p()
         self._lib.cuGetErrorName(c_int(code), byref(text))
         return CudaError(call, code, (text.value or b"unknown error").decode())
+
+
+class _Memory:
+    """Device memory by its address, as the CUDA array interface describes it."""
+
+    def __init__(self, begin: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (begin, False), "version": 3,
+        }  # fmt: skip
+
+
+def at_address(begin: int, size: int, device: torch.device) -> torch.Tensor:
+    """The ``size`` bytes at an address, as uint8; they stay whose they are."""
+    if device.type == "cpu":
+        raw = (ctypes.c_uint8 * size).from_address(begin)
+        return torch.frombuffer(raw, dtype=torch.uint8)
+    return torch.as_tensor(_Memory(begin, size), device=device)
 
 
 class Clocks:

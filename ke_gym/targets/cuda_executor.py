@@ -147,6 +147,10 @@ class CudaRunner(PlanRunner):
         for value, position in self._direct.items():
             self._define(value, self._outputs[position])
 
+    def fill_scratch(self, byte: int) -> None:
+        """Overwrite the memory of single launches."""
+        self.scratch.fill_(byte)
+
     def step_times(self) -> list[tuple[str, float]]:
         """Execute the plan once and return (step, seconds) for each, by device events around it."""
         self._renew_outputs()

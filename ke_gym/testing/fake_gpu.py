@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ke_gym.evaluation import gpu_judge, gpu_stage
+from ke_gym.evaluation import gpu_judge, gpu_launcher, gpu_stage
+from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import GpuClient
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Alloc, Geometry, Launch, Plan, PlanInput, Ref, TensorSpec
@@ -131,6 +133,15 @@ class FakeDriver:
     def forget_persisting_lines(self) -> None:
         pass
 
+    def share(self, address: int) -> tuple[bytes, int]:
+        return (address - 64).to_bytes(64, "little"), 64
+
+    def open_shared(self, handle: bytes) -> int:
+        return int.from_bytes(handle, "little")
+
+    def close_shared(self, begin: int) -> None:
+        pass
+
 
 class FakeEvent:
     """Host time stands in for device time; it has happened when it is asked for the second time."""
@@ -165,6 +176,21 @@ class FakeClocks:
         return 1000
 
 
+class FakeLauncher(gpu_launcher.Launcher):
+    """One in a thread of this process, which no filter may stop; it ends when the other end of ``sock`` is closed."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(Channel(sock), FakeDriver(), torch.device("cpu"))  # type: ignore[arg-type]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with self._channel:
+            super().serve()
+
+    def seal(self) -> None:
+        pass
+
+
 class InProcess(GpuClient):
     """A client whose judge is an object of this process; whatever it says goes through JSON all the same.
 
@@ -176,7 +202,12 @@ class InProcess(GpuClient):
     def _start(self, zygote: Any, baseline: str) -> str:
         with self._turn:
             self.server = gpu_judge.GpuJudge(self.task, baseline, torch.device("cpu"))
+        self._exposed = self.server.stage.facts.reads_host
         return self.server.stage.facts.uuid
+
+    def _start_launcher(self, zygote: Any) -> None:
+        self.server._link, theirs = self._link, _ = socket.socketpair()
+        FakeLauncher(theirs)
 
     def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
         assert self.alive
@@ -237,5 +268,6 @@ def stand_in(patch: MonkeyPatch) -> None:
         patch.setattr(torch.cuda, name, fake)
     patch.setattr(gpu_judge, "Driver", FakeDriver)
     patch.setattr(gpu_stage, "Clocks", FakeClocks)
+    patch.setattr(gpu_launcher, "Clocks", FakeClocks)
     patch.setattr(cuda, "facts", lambda _: FACTS)
     patch.setattr(cuda, "alike", lambda _: [0])

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -67,6 +67,8 @@ class Row:
     policy: str = "epsilon_greedy"
     seed: int = 0
     language: str = ""
+    refused: dict[str, int] = field(default_factory=dict)
+    """Why candidates were not taken: outcome → how many; "no gain": correct, but not faster."""
     floor_ms: float | None = None
     """What bytes and FLOPs take at this device's measured peaks, with the slack of ``Peaks.floor_s``."""
 
@@ -306,6 +308,7 @@ def _filled(row: Row, result: Result) -> Row:
         kernel_coverage=result.kernel_coverage,
         run=result.run_dir.name,
         floor_ms=result.floor_ms,
+        refused=result.refused,
     )
 
 
@@ -318,7 +321,9 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
         console.print("no task was finished", highlight=False)
         return
     compilers = [name for name in COMPILERS if any(name in row.over for row in rows)]
-    table = Table("task", "family", "eager", "over eager", "95 %", *compilers, "coverage", "valid", "per min")
+    table = Table(
+        "task", "family", "eager", "over eager", "95 %", *compilers, "coverage", "valid", "refused", "per min"
+    )
     for row in rows:
         low, high = row.speedup_ci
         table.add_row(
@@ -330,6 +335,7 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
             *(f"{row.over[c]:.2f}x" if c in row.over else "-" for c in compilers),
             "-" if row.kernel_coverage is None else f"{row.kernel_coverage:.2f}",
             f"{row.valid:.2f}",
+            ", ".join(f"{count} {reason}" for reason, count in row.refused.items()) or "-",
             f"{row.per_minute:.0f}",
         )
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from ke_gym.evaluation import gpu_inspection
 from ke_gym.evaluation.evaluation import Evaluation, Profile
 from ke_gym.evaluation.gpu_inspection import Inspector
 from ke_gym.evaluation.gpu_profile import counted, limiter_by_counters
-from ke_gym.evaluation.gpu_tools import ToolFailed
+from ke_gym.evaluation.gpu_replay import clipped
+from ke_gym.evaluation.gpu_tools import ToolFailed, TooSlow
 from ke_gym.evaluation.profile import feedback
-from ke_gym.languages.plan import TensorSpec
+from ke_gym.languages.plan import Geometry, TensorSpec
 from ke_gym.testing.fake_gpu import one_launch
 
 ARTIFACT = one_launch("k", TensorSpec((4,), (1,), "float32"))
@@ -111,3 +113,39 @@ def test_the_unit_nearest_to_its_peak_is_the_limiter(
 
 def test_counters_of_no_kernel_are_none() -> None:
     assert counted({}) == ()
+
+
+def test_what_takes_too_long_as_a_whole_is_looked_at_in_part_and_says_so(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Watched:
+        blocks: int = 0
+
+    def sanitized(watched: Watched, check: str) -> str:
+        if check == "racecheck" and not watched.blocks:
+            raise TooSlow("compute-sanitizer took more than 30 s")
+        return findings if watched.blocks else ""
+
+    findings = ""
+    monkeypatch.setattr(inspector, "_replayed", lambda _: Watched())
+    monkeypatch.setattr(gpu_inspection, "sanitized", sanitized)
+    final = inspector.final(JUDGED, ARTIFACT)
+    assert final.correct and "racecheck looked at 64 blocks of every launch, no more" in final.log
+    findings = "compute-sanitizer (racecheck): Error: Race reported"
+    assert inspector.final(JUDGED, ARTIFACT).outcome == "runtime"
+
+
+@pytest.mark.parametrize(
+    ("grid", "cluster", "part"),
+    [
+        ((8192, 1, 1), (1, 1, 1), (64, 1, 1)),
+        ((16, 100, 3), (1, 1, 1), (16, 4, 1)),
+        ((7, 1, 1), (1, 1, 1), (7, 1, 1)),
+        ((30, 12, 2), (3, 4, 1), (30, 4, 1)),
+    ],
+)
+def test_a_part_of_a_launch_is_whole_clusters(grid: Any, cluster: Any, part: Any) -> None:
+    whole = Geometry(grid, (32, 1, 1), cluster=cluster)
+    assert clipped(whole, 64).grid == part
+    assert clipped(replace(whole, cooperative=True), 64).grid == grid

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ke_gym.languages.plan import Launch, TensorSpec
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
     FakeClocks,
+    FakeLauncher,
     floats,
     integer,
     kernel,
@@ -119,17 +122,26 @@ import ctypes  # noqa: E402
 ctypes_byte = ctypes.c_uint8
 
 
-@pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuJudge:
+@pytest.fixture(params=["together", "apart"])
+def judge(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[GpuJudge]:
     stand_in(monkeypatch)
     monkeypatch.setattr(FakeClocks, "now", 1000)
     COUNT.clear()
     COUNT["calls"] = 0
     path = tmp_path / "task.py"
     path.write_text(TASK)
-    made = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
-    made.describe(["default"])
-    return made
+    mine, launchers = socket.socketpair()
+    made = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"), mine)
+    with mine:
+        if request.param == "apart":
+            FakeLauncher(launchers)
+            assert made.move_apart() == {"apart": True, "why": ""}
+        else:
+            launchers.close()
+        made.describe(["default"])
+        yield made
 
 
 def test_outputs_may_be_laid_out_otherwise_than_the_reference_s(

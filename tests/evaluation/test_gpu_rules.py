@@ -19,10 +19,13 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.languages.plan import Launch, TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.targets.cuda_driver import CudaError
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
     FACTS,
     PEAKS,
+    FakeDriver,
     InProcess,
     floats,
     integer,
@@ -171,11 +174,47 @@ def test_what_is_faster_than_physics_is_refused(
     assert evaluation.outcome == "constraints" and "faster than this GPU" in evaluation.log
 
 
-def test_where_kernels_reach_host_memory_trust_is_low(
+def test_where_kernels_reach_their_launcher_s_memory_it_is_not_the_judge(
     evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluator, "facts", replace(FACTS, reads_host=True))
-    assert evaluator.evaluate(candidate(evaluator, "fine")).trust == "host"
+    monkeypatch.setattr(cuda, "facts", lambda _: replace(FACTS, reads_host=True))
+    with GpuEvaluator(evaluator.task, folder=evaluator.folder) as opened:
+        assert opened.judge.apart
+        evaluation = opened.evaluate(candidate(opened, "fine"), candidate(opened, "tardy"))
+        assert evaluation.improved and evaluation.trust == "plan" and evaluation.profile.resources
+        assert opened.evaluate(candidate(opened, "off")).outcome == "correctness"
+        assert opened.evaluate(candidate(opened, "faulty")).outcome == "runtime"
+        assert opened.evaluate(candidate(opened, "fine")).correct
+
+
+def test_where_memory_cannot_be_lent_trust_is_low(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: FakeDriver, address: int) -> tuple[bytes, int]:
+        raise CudaError("cuIpcGetMemHandle", 801, "CUDA_ERROR_NOT_SUPPORTED")
+
+    monkeypatch.setattr(cuda, "facts", lambda _: replace(FACTS, reads_host=True))
+    monkeypatch.setattr(FakeDriver, "share", refused)
+    with GpuEvaluator(evaluator.task, folder=evaluator.folder) as opened:
+        evaluation = opened.evaluate(candidate(opened, "fine"))
+    assert evaluation.correct and evaluation.trust == "host"
+    assert "could reach the judge's memory on this machine: cuIpcGetMemHandle" in evaluation.log
+
+
+def test_a_task_proves_itself_on_its_device(evaluator: GpuEvaluator) -> None:
+    proof = evaluator.prove()
+    assert proof is not None and proof.ok and proof.mutants > 2
+
+
+def test_a_task_whose_wrong_versions_do_not_fit_is_not_proven(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OutOfDeviceMemory("4 GiB")
+
+    monkeypatch.setattr(Small, "mutants", full)
+    with pytest.warns(UserWarning, match="could not be proven before its search: 4 GiB"):
+        assert evaluator.prove() is None
 
 
 def test_peaks_are_measured_once_and_only_ever_raised(tmp_path: Path) -> None:

@@ -86,13 +86,13 @@ def test_the_plan_and_its_task_reach_the_tool(
     seen = tmp_path / "seen"
     script = (
         "import sys, pathlib\n"
-        f"folder = pathlib.Path(sys.argv[-4]); pathlib.Path({str(seen)!r}).write_text(' '.join(sys.argv))\n"
+        f"folder = pathlib.Path(sys.argv[-5]); pathlib.Path({str(seen)!r}).write_text(' '.join(sys.argv))\n"
         f"assert (folder / 'task').read_bytes() and (folder / 'artifact').read_bytes()\nprint({table!r})"
     )
     tool(tmp_path, "ncu", script, monkeypatch)
     assert counters(replayed) == {"k": {"time_ns": 7.0}}
     command = seen.read_text()
-    assert "--clock-control none" in command and command.endswith("default 0 1")
+    assert "--clock-control none" in command and command.endswith("default 0 1 0")
 
 
 def test_a_tool_that_takes_too_long_is_ended(

@@ -77,18 +77,20 @@ def test_throughput_of_several_gpus_is_held_against_one_s(
 
     asked = []
 
-    def spread(function: Any, jobs: Any, shares: Any) -> Any:
-        for share, numbers in zip(shares, jobs, strict=True):
-            asked.append((share.gpu, numbers))
-            yield numbers, (100.0, True), None
+    def run(self: Any, function: Any, numbers: range) -> tuple[float, bool]:
+        asked.append((self.share.gpu, self.share.cores, numbers))
+        return 100.0 * len(self.share.gpu.split(",")), True
 
     monkeypatch.setattr(lanes, "gpus", lambda: ["0", "1", "2"])
-    monkeypatch.setattr(lanes, "spread", spread)
-    one, all_of_them, verdicts = gpu.throughput("cuda", 8)
+    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: range(7))
+    monkeypatch.setattr(lanes.Lane, "run", run)
+    one, two, three, verdicts = gpu.throughput("cuda", 8)
     assert one.value == "100" and verdicts.reached
-    assert (all_of_them.measure, all_of_them.value) == (
-        "candidates a minute on 3 GPUs",
-        "300, 3.0 times one's",
-    )
+    assert (three.measure, three.value) == ("candidates a minute, 3 GPUs, 6 cores", "300, 3.00 times one's")
+    assert three.reached and two.value == "200, 2.00 times one's"
     # Nobody is judged twice: what is known is not built again.
-    assert asked == [("0", range(8)), ("0", range(8, 16)), ("1", range(16, 24)), ("2", range(24, 32))]
+    assert asked == [
+        ("0", (0, 1), range(8)),
+        ("0,1", (0, 1, 2, 3), range(8, 24)),
+        ("0,1,2", (0, 1, 2, 3, 4, 5), range(24, 48)),
+    ]

@@ -1,0 +1,233 @@
+"""The process that launches candidates' kernels where these could reach the memory of whoever launches them.
+
+It knows no task, no seed and no expected output: memory comes from the judge's process, opened through the driver, and
+what lies there afterwards the judge looks at itself. See ``gpu_apart`` for the judge's side. Whatever a kernel makes of
+this process, a system-call filter keeps it to itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ke_gym.evaluation import _seccomp
+from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.gpu_stage import Died, first_line, foreign, wait_for
+from ke_gym.evaluation.gpu_timing import Stopwatch
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.targets._memory import MemoryPlan, PlanError, view
+from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, at_address
+from ke_gym.targets.cuda_executor import CudaRunner
+
+READY, GO, OVER, FAILED = b"r", b"g", b"o", b"f"
+"""The bytes around a timed call: the launcher can begin, shall begin, has ended; or could not, and says why."""
+
+
+@dataclass
+class _Loaded:
+    """A plan that is ready to run, and the judge's memory that is open for it, by handle: where it begins."""
+
+    opened: dict[str, int] = field(default_factory=dict)
+    runner: CudaRunner | None = None
+
+
+class Launcher:
+    """Answers the judge's requests over ``channel``, one method each, until the judge is gone or the context lost."""
+
+    def __init__(self, channel: Channel, driver: Driver, device: torch.device) -> None:
+        self._channel, self._driver, self._device = channel, driver, device
+        facts = cuda.facts(device.index or 0)
+        self._watch = Stopwatch(device, facts.l2_bytes, Clocks(facts.uuid))
+        self._loaded: dict[int, _Loaded] = {}
+        self._next = 0
+
+    def serve(self) -> None:
+        """Answer until the judge is gone or this process is of no more use."""
+        self._channel.send({})
+        while True:
+            try:
+                header, blob = self._channel.recv(timeout=None)
+            except EOFError:
+                return
+            request = getattr(self, header.pop("do"))
+            try:
+                with foreign():
+                    answer = request(**header, **({"blob": blob} if blob else {}))
+            except Died as died:
+                answer = {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal}
+            self._channel.send(answer or {})
+            if answer and answer.get("fatal"):
+                return
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def probe(self, tensor: list[Any]) -> None:
+        """Add one to the judge's tensor: whether memory can be shared at all."""
+        probe = _Loaded()
+        self._tensor(probe, tensor).add_(1)
+        torch.cuda.synchronize(self._device)
+        self._close(probe)
+
+    def seal(self) -> None:
+        """From here on the system-call filter holds, where this machine's calls are known."""
+        if _seccomp.supported():
+            _seccomp.install(may_spawn=False)
+
+    def load(
+        self,
+        shape_set: str,
+        inputs: list[Any],
+        state: dict[str, Any],
+        outputs: list[Any],
+        arena: list[Any] | None,
+        memory: dict[str, Any] | None,
+        prepared: list[Any] | None,
+        blob: bytes,
+    ) -> dict[str, Any]:
+        """Load an artifact's kernels for memory of the judge's; the number they go by."""
+        artifact, loaded = Artifact.from_bytes(blob), _Loaded()
+        placed = None
+        if memory is not None:
+            offsets, lengths = (
+                {int(k): int(v) for k, v in memory[n].items()} for n in ("offsets", "lengths")
+            )
+            placed = MemoryPlan(offsets, lengths, memory["size"])
+        try:
+            loaded.runner = CudaRunner(
+                artifact,
+                shape_set,
+                [self._tensor(loaded, each) for each in inputs],
+                {name: self._tensor(loaded, each) for name, each in state.items()},
+                driver=self._driver,
+                device=self._device,
+                outputs=[self._tensor(loaded, each) for each in outputs],
+                arena=None if arena is None else self._tensor(loaded, arena),
+                memory=placed,
+                prepared=None if prepared is None else [self._tensor(loaded, each) for each in prepared],
+            )
+        except PlanError:
+            self._close(loaded)
+            raise
+        self._next += 1
+        self._loaded[self._next] = loaded
+        return {"number": self._next, "capturable": loaded.runner.capturable}
+
+    def unload(self, number: int) -> None:
+        loaded = self._loaded.pop(number)
+        self._runner(loaded).close()
+        self._close(loaded)
+
+    def place(self, number: int, inputs: list[Any], state: dict[str, Any], outputs: list[Any]) -> None:
+        """See ``CudaRunner.place``."""
+        loaded = self._loaded[number]
+        self._runner(loaded).place(
+            [self._tensor(loaded, each) for each in inputs],
+            {name: self._tensor(loaded, each) for name, each in state.items()},
+            [self._tensor(loaded, each) for each in outputs],
+        )
+
+    def run(self, number: int, patience: float) -> None:
+        wait_for(self._runner(self._loaded[number]).run, patience, self._device)
+
+    def prepare(self, number: int, patience: float, state: dict[str, Any]) -> None:
+        """See ``CudaRunner.prepare``."""
+        loaded = self._loaded[number]
+        given = {name: self._tensor(loaded, each) for name, each in state.items()}
+        wait_for(lambda: self._runner(loaded).prepare(given), patience, self._device)
+
+    def time(self, number: int, what: str, patience: float, queue_s: float) -> dict[str, Any]:
+        """One timed call of ``run`` or ``prepare``, between the judge's ``GO`` and ``OVER``; number 0 does nothing."""
+        does: Callable[[], object] = _nothing
+        if number:
+            runner = self._runner(self._loaded[number])
+            does = runner.prepare if what == "prepare" else runner.run
+        self._watch.queue_s = queue_s
+        try:
+            sample = self._watch.time(does, patience, self._begin, self._over)
+        except BaseException:
+            self._channel.sock.send(FAILED)
+            raise
+        late = sample.seconds - sample.device_s
+        return {
+            "device_s": sample.device_s,
+            "late": late,
+            "hidden": sample.hidden,
+            "queue_s": self._watch.queue_s,
+        }
+
+    def fill_scratch(self, number: int, byte: int) -> None:
+        self._runner(self._loaded[number]).fill_scratch(byte)
+        torch.cuda.synchronize(self._device)
+
+    def step_times(self, number: int) -> dict[str, Any]:
+        return {"steps": self._runner(self._loaded[number]).step_times()}
+
+    def resources(self, number: int) -> dict[str, Any]:
+        return {"resources": self._runner(self._loaded[number]).resources()}
+
+    # -- plumbing --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _runner(loaded: _Loaded) -> CudaRunner:
+        assert loaded.runner is not None
+        return loaded.runner
+
+    def _tensor(self, loaded: _Loaded, described: list[Any]) -> Tensor:
+        """The tensor that ``Apart.described`` tells of, opened for ``loaded``."""
+        handle, offset, shape, stride, dtype = described
+        spec = TensorSpec(tuple(shape), tuple(stride), dtype)
+        if not handle:
+            return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=self._device)
+        if handle not in loaded.opened:
+            loaded.opened[handle] = self._driver.open_shared(bytes.fromhex(handle))
+        return view(at_address(loaded.opened[handle] + offset, spec.storage_bytes, self._device), spec, 0)
+
+    def _close(self, loaded: _Loaded) -> None:
+        for begin in loaded.opened.values():
+            self._driver.close_shared(begin)
+
+    def _begin(self) -> None:
+        sock = self._channel.sock
+        sock.send(READY)
+        while True:  # without sleeping: the judge's clock runs from when it sends
+            try:
+                if sock.recv(1) != GO:
+                    raise EOFError("the judge is gone")
+                return
+            except BlockingIOError:
+                continue
+
+    def _over(self) -> None:
+        self._channel.sock.send(OVER)
+
+
+def _nothing() -> None:
+    """What the timing of a call adds to it is timed with this."""
+
+
+def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
+    """Entry of the process; ``fds`` holds its end of the connection to the judge."""
+    os.sched_setaffinity(0, args["cores"])
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = args["relaxed"]
+    torch.backends.cudnn.allow_tf32 = args["relaxed"]
+    link = Channel(socket.socket(fileno=fds[0]))
+    cuda.show_only(args["device"])
+    try:
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+        launcher = Launcher(link, Driver(), device)
+    except (RuntimeError, OSError, AssertionError, CudaError) as error:
+        link.send({"died": "runtime", "log": first_line(error), "fatal": True})
+    else:
+        launcher.serve()
+    os._exit(0)  # a lost context cannot be torn down in order
