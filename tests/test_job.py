@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import ke_gym
+from ke_gym import job
 from ke_gym.errors import UserError
 from ke_gym.evaluation import evaluator
 from ke_gym.evaluation.selfcheck import Proof
