@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Const, Expr, Index, Load, Op, in_range
-from ke_gym.codegen.graph import Extern, View
+from ke_gym.codegen.expr import Const, Expr, Index, Load, Op, constant, in_range, of
+from ke_gym.codegen.graph import Extern, View, contiguous_stride
+from ke_gym.codegen.operands import Shape, position, variables
+from ke_gym.codegen.tiles import joined
 
 Element = Callable[[View, tuple[Index, ...]], Expr]
 
@@ -25,6 +27,29 @@ class Window:
     channels: int
     taps: int
     pairs: Convolution | None = None
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A convolution's input, copied with its channels innermost: a matrix of ``pixels`` by ``channels`` per image.
+
+    ``source`` is its element, by the variables of ``shape``: image, pixel (``n``) and channel (``k``).
+    """
+
+    call: Convolution
+    shape: Shape
+    source: Expr
+
+    def read(self, copy: str, n: Index, k: Index) -> Expr:
+        """What position ``n`` of all images sees at ``k``, of the copy of that name."""
+        pixels, channels = self.shape.n, self.shape.k
+
+        def at(view: View, index: tuple[Index, ...]) -> Expr:
+            image, channel, *place = index
+            pixel = position(tuple(place), contiguous_stride(view.shape[2:]))
+            return Load(copy, (joined((image * pixels + pixel) * channels + channel),), self.shape.dtype)
+
+        return self.call.input(at, n // self.call.positions, n, k)
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,14 @@ class Convolution:
             if not (isinstance(test, Const) and test.value):
                 value = Op("where", (test, value, Const(0.0, value.dtype)), value.dtype)
         return value
+
+    def laid(self, element: Element, dtype: str) -> Laid:
+        """The input with its channels innermost."""
+        sizes = self.x.shape[2:]
+        shape = Shape(self.x.shape[0], self.w.shape[0], math.prod(sizes), self.w.shape[1], dtype)
+        image, _, pixel, channel = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
+        place = [(pixel // math.prod(sizes[d + 1 :])) % size for d, size in enumerate(sizes)]
+        return Laid(self, shape, element(self.x, (image, channel, *place)))
 
     def weight(self, element: Element, m: Index, k: Index) -> Expr:
         """The weight of output channel ``m`` at ``k``."""

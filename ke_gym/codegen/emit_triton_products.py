@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ke_gym.codegen import emit_triton_words as words
 from ke_gym.codegen.emit_triton import pointers
 from ke_gym.codegen.expr import Expr, Load, Rewriter, Var, of, walk
-from ke_gym.codegen.operands import Described, variables
+from ke_gym.codegen.operands import Described, Shape, variables
 from ke_gym.codegen.products import Product
 from ke_gym.codegen.tiles import depends, power_above
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, padded, uses_in
@@ -78,9 +78,9 @@ class Printer:
 
     def packing(self, side: str) -> list[str]:
         """The kernel that copies an operand, so that what is summed over is contiguous."""
-        shape, row = self.product.shape, _AXES[side].replace("k", "")
+        shape, row = self.product.copied(side), _AXES[side].replace("k", "")
         size, blocks = getattr(shape, row), pack_blocks(self.product, side)
-        operand = dict(zip(_AXES, self.product.operands))[side]
+        operand = self.product.packed[side]
         tiles = -(-size // blocks[row.upper()])
         lines = self.outer = ["tile = tl.program_id(0)"]
         place = f"{row}{_ACROSS[side][row]} * {shape.k} + k{_ACROSS[side]['k']}"
@@ -95,7 +95,7 @@ class Printer:
             self.ragged[axis] = getattr(shape, axis) % blocks[axis.upper()] != 0
             if self.ragged[axis]:
                 lines.append(f"{axis}_ok = {axis} < {getattr(shape, axis)}")
-        text, _, masks = self._text(side, operand)
+        text, _, masks = self._text(side, operand, shape)
         text.widen = False
         value, mask = text.value(operand), " & ".join(mask for mask in masks.values() if mask)
         tail, copy = f", mask={mask}" if mask else "", self.product.copy(side)
@@ -258,9 +258,11 @@ class Printer:
             tile = f"{side}_tiles.load([{view.shape[0] // 2} + {place[0]}, {place[1]}])"
             self.body.append(f"{side}_low = {tile}{turned}")
 
-    def _text(self, side: str, operand: Expr) -> tuple[Text, dict[str, str], dict[str, str]]:
+    def _text(
+        self, side: str, operand: Expr, shape: Shape | None = None
+    ) -> tuple[Text, dict[str, str], dict[str, str]]:
         """What prints an operand's expression; the axes' names in the tile, and their masks."""
-        batch, m, n, k = variables(self.product.shape)
+        batch, m, n, k = variables(shape or self.product.shape)
         along = {"m": m, "n": n, "k": k}
         around = _ACROSS[side]
         shaped = {axis: f"{axis}{around[axis]}" for axis in around}
@@ -370,8 +372,8 @@ def _parted(name: str) -> list[str]:
 
 def pack_blocks(product: Product, side: str) -> dict[str, int]:
     """Rows and elements of each that one program copies."""
-    row, k = _AXES[side].replace("k", ""), product.shape.k
-    return {row.upper(): min(power_above(getattr(product.shape, row)), 64), "K": min(power_above(k), 64)}
+    row, shape = _AXES[side].replace("k", ""), product.copied(side)
+    return {row.upper(): min(power_above(getattr(shape, row)), 64), "K": min(power_above(shape.k), 64)}
 
 
 def sum_blocks(product: Product) -> tuple[int, int]:

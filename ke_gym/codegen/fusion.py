@@ -382,10 +382,10 @@ def contracted(graph: Graph, plan: Plan) -> Plan:
     return plan
 
 
-def absorb(graph: Graph, plan: Plan, name: str) -> Plan:
+def absorb(graph: Graph, plan: Plan, name: str, launch: tuple[tuple[str, Any], ...] = ()) -> Plan:
     """Take over one product: with its users and makers in one kernel if possible, else alone, else not at all."""
     order = {n: k for k, n in enumerate(graph.steps)}
-    alone = _added(plan, Group((name,)), order)
+    alone = _added(plan, Group((name,), launch=launch), order)
     if not legal(graph, alone):
         return plan
     plan = alone
@@ -413,7 +413,9 @@ def _joins(graph: Graph, plan: Plan, name: str, other: str, order: dict[str, int
         return []
     rest = Plan(tuple(g for g in plan.groups if g is not home and g is not away))
     merged = Group(
-        tuple(sorted({*home.nodes, *away.nodes}, key=lambda n: order[n])), contraction=home.contraction
+        tuple(sorted({*home.nodes, *away.nodes}, key=lambda n: order[n])),
+        contraction=home.contraction,
+        launch=home.launch,
     )
     plans = [_added(rest, merged, order)]
     pointwise = [n for n in away.nodes if isinstance(s := graph.steps[n], Node) and s.pointwise]
@@ -422,9 +424,8 @@ def _joins(graph: Graph, plan: Plan, name: str, other: str, order: dict[str, int
         left = tuple(n for n in away.nodes if n not in taken)
         if not left:
             continue
-        part = _added(
-            rest, Group(tuple(sorted(taken, key=lambda n: order[n])), contraction=home.contraction), order
-        )
+        nodes = tuple(sorted(taken, key=lambda n: order[n]))
+        part = _added(rest, Group(nodes, contraction=home.contraction, launch=home.launch), order)
         plans.append(_added(part, Group(left), order))
     return plans
 

@@ -29,7 +29,7 @@ class Blocks:
     which ``k`` is not contiguous are copied first, so that it is: TF32's matrix instructions read nothing else.
     ``unroll``: a convolution's taps are written out one after the other, or with ``words`` its blocks of channels.
     ``words``: its input is read two at a time. ``ready``: a weight is first copied into what is multiplied: bf16, or
-    both TF32 parts of it ("tf32x3").
+    both TF32 parts of it ("tf32x3"). ``channels_last``: a convolution's input is copied first, its channels innermost.
     """
 
     m: int
@@ -46,6 +46,7 @@ class Blocks:
     unroll: bool = False
     words: bool = False
     ready: bool = False
+    channels_last: bool = False
 
 
 def precisions(policy: str) -> list[str]:
@@ -76,8 +77,9 @@ def heuristic(product: Product) -> Blocks:
     if precision == "tf32" and min(shape.m, shape.n, shape.k) <= SKINNY:
         precision = "tf32x3"
     drafts = HALF if half else DRAFTS[precision]
-    few = product.window is not None and product.window.taps <= 5
-    if product.window is not None:  # few taps: on words, which do not go through bulk copies
+    laid = product.laid is not None
+    few = product.window is not None and product.window.taps <= 5 and not laid
+    if product.window is not None and not laid:  # few taps: on words, which do not go through bulk copies
         drafts = (WORDS if few else Blocks(128, 128, 64, 4, 2), replace(WORDS, m=64), *HALF[3:])
     fitting = [b for b in drafts if b.m < 2 * max(shape.m, 9) and b.n < 2 * max(shape.n, 17)] or drafts[-1:]
     most = max([s for s in SPLITS if shape.k >= DEEP * s], default=1)
@@ -89,7 +91,7 @@ def heuristic(product: Product) -> Blocks:
     if min(shape.m, shape.n) <= SKINNY and programs < 4 * FILL:
         split = max(split, 2)  # many short streams fill the memory's pipes better
     blocks = replace(
-        blocks, precision=precision, split=min(split, most),
+        blocks, precision=precision, split=min(split, most), channels_last=laid,
         k=max(b for b in product.depths if b <= max(blocks.k, product.depths[0])),
     )  # fmt: skip
     # The copy is read and written once; what it saves grows with the other operand.

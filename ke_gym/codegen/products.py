@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ke_gym.codegen.contract import contraction_of
-from ke_gym.codegen.convolutions import Convolution, Window
+from ke_gym.codegen.convolutions import Convolution, Laid, Window
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -74,6 +74,8 @@ class Product:
     origins: tuple[str, ...]
     policy: str
     weights: frozenset[str] = frozenset()
+    convolves: bool = False
+    laid: Laid | None = None
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
@@ -99,6 +101,8 @@ class Product:
             choices["unroll"] = [False, True]
             if window.pairs is not None:
                 choices["words"] = [False, True]
+        if self.convolves:  # in fp32 and the order of the input, the library's own are several times as fast
+            choices["channels_last"] = [True] if shape.dtype == "f32" else [False, True]
         if shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
             if any(self.weighed):
@@ -116,8 +120,15 @@ class Product:
     def packed(self) -> dict[str, Expr]:
         """The sides ("left", "right") that are copied first, and what of."""
         sides = zip(SIDES, self.operands, self.packable)
-        packed = self.blocks.packed
+        packed, laid = self.blocks.packed, self.laid
+        if laid is not None:
+            sides = zip(SIDES, (self.operands[0], laid.source), (self.packable[0], True))
+            return {s: o for s, o, copied in sides if s == "right" or (packed and copied) or s in self.ready}
         return {s: operand for s, operand, copied in sides if (packed and copied) or s in self.ready}
+
+    def copied(self, side: str) -> Shape:
+        """The sizes by which a copy is made: of the right operand ``n`` by ``k``, of the left ``m`` by ``k``."""
+        return self.laid.shape if self.laid is not None and side == "right" else self.shape
 
     @property
     def weighed(self) -> tuple[bool, bool]:
@@ -168,7 +179,9 @@ class Product:
         batch, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(self.shape))
         found = []
         for side, operand, row, rows in zip(SIDES, self.operands, (m, n), (self.shape.m, self.shape.n)):
-            if side in self.packed:
+            if self.laid is not None and side == "right":
+                operand = self.laid.read(self.copy(side), n, k)
+            elif side in self.packed:
                 row = row + batch * rows if depends(operand, variables(self.shape)[0]) else row
                 operand = Load(self.copy(side), (joined(row * self.shape.k + k),), self.kind(side))
             found.append(operand)
@@ -213,6 +226,7 @@ class Builder:
         self.nodes = {n: s for n in group.nodes if isinstance(s := graph.steps[n], Node)}
         self.product = step.outputs[0]
         self.window: Window | None = None
+        self.laid: Laid | None = None
 
     def build(self) -> Product:
         a, b = self.step.args[1:3] if self.step.target == BIASED else self.step.args[:2]
@@ -225,11 +239,11 @@ class Builder:
             raise Illegal("the product is stored in another order")
         dtype = dtypes.pop()
         made = self._convolution(dtype) if self.step.target == CONVOLUTION else self._matrices(a, b, dtype)
-        shape, operands, place, value = made
+        shape, operands, index, value = made
         if shape.k < 16 or shape.batch > 65535:
             raise Illegal("a product of thin operands, or too many")
         after = self._after()
-        stores = self._stores(place, value, after)
+        stores = self._stores(index, value, after)
         if not stores:
             raise Illegal("nothing is stored")
         reads = self._reads(stores, operands)
@@ -239,6 +253,7 @@ class Builder:
         drafted = Product(
             writes[-1].name, shape, SMALLEST, operands, self.window, tuple(stores), reads, writes, total, self.group,
             tuple(dict.fromkeys(origins)), self.graph.precision, self.graph.weights,
+            self.step.target == CONVOLUTION, self.laid,
         )  # fmt: skip
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
@@ -272,7 +287,8 @@ class Builder:
         left = self._element(a, (batch, m, k)[-len(a.shape) :])
         right = self._element(b, (batch, k, n)[-len(b.shape) :])
         bias = self._biased(self.step.args[0], (m, n)) if self.step.target == BIASED else self.acc
-        return shape, (left, right), joined((batch * shape.m + m) * shape.n + n), bias
+        index = (m, n) if len(self.product.shape) == 2 else (batch, m, n)
+        return shape, (left, right), index, bias
 
     @property
     def acc(self) -> Load:
@@ -289,10 +305,13 @@ class Builder:
         return Op("add", (self.acc, widened(self._element(bias, own))), "f32")
 
     def _convolution(self, dtype: str) -> Made:
-        if dtype == "f32":  # the library's own are several times as fast
+        last = dict(self.group.launch).get("channels_last", False)
+        if dtype == "f32" and not last:
             raise Illegal("a convolution in fp32")
         call = Convolution.of(self.step)
         window = call.window
+        if last:
+            return self._channels_last(call, dtype)
         shape = Shape(call.out[0], call.out[1], call.positions, window.taps * window.channels, dtype)
         batch, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
         if window.taps > 1:
@@ -300,14 +319,33 @@ class Builder:
             self.window = replace(window, pairs=call if plain else None)
         left = call.weight(self._element, m, k)
         right = call.input(self._element, batch, n, k)
-        place = joined((batch * shape.m + m) * shape.n + n)
-        return shape, (left, right), place, self._biased(self.step.args[2], (m,))
+        return (
+            shape,
+            (left, right),
+            (batch, m, *_places(n, call.out[2:])),
+            self._biased(self.step.args[2], (m,)),
+        )
+
+    def _channels_last(self, call: Convolution, dtype: str) -> Made:
+        """The positions of all images one after the other, which read a copy of the input."""
+        if call.x.buffer in self.nodes:
+            raise Illegal("the input is computed where it is read")
+        window = call.window
+        self.laid = call.laid(self._element, dtype)
+        self.window = window if window.taps > 1 else None
+        shape = Shape(1, call.out[1], call.out[0] * call.positions, window.taps * window.channels, dtype)
+        _, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
+        operands = call.weight(self._element, m, k), call.input(self._element, n // call.positions, n, k)
+        index = (n // call.positions, m, *_places(n, call.out[2:]))
+        return shape, operands, index, self._biased(self.step.args[2], (m,))
 
     def _element(self, view: View, index: tuple[Index, ...]) -> Expr:
         """The element of an operand at ``index``."""
         return element(self.graph, self.nodes, view, index)
 
-    def _stores(self, flat: Index, acc: Expr, after: dict[str, Node]) -> list[Store]:
+    def _stores(self, index: tuple[Index, ...], acc: Expr, after: dict[str, Node]) -> list[Store]:
+        """``index`` is where a tile's element lies in the product."""
+        flat = joined(position(index, contiguous_stride(self.product.shape)))
         resolved: dict[str, Expr] = {}
 
         def inline(load: Load) -> Expr:
@@ -336,6 +374,10 @@ class Builder:
                 for var in reversed(node.vars):
                     binding[var] = (flat // step) % var.size if var.size != 1 else constant(0)
                     step *= var.size
+                if (
+                    self.laid is not None and node.shape == self.product.shape
+                ):  # no remainders of large numbers
+                    binding = dict(zip(node.vars, index))
                 expr = Rewriter(binding, read).expr(resolved[name])
                 stores.append(Store(self.graph.buffers[name], flat, expr))
         return stores
@@ -357,8 +399,13 @@ def _both(view: Described | None, parted: bool) -> Described | None:
     return replace(view, shape=(2 * view.shape[0], view.shape[1]))
 
 
-Made = tuple[Shape, tuple[Expr, Expr], Index, Expr]
-"""The product's sizes, its operands, where its element lies in the result, and its value with the bias."""
+Made = tuple[Shape, tuple[Expr, Expr], tuple[Index, ...], Expr]
+"""The product's sizes, its operands, its element's index in the result, and its value with the bias."""
+
+
+def _places(n: Index, sizes: tuple[int, ...]) -> list[Index]:
+    """Where the position ``n`` lies in each spatial dimension."""
+    return [(n // math.prod(sizes[d + 1 :])) % size for d, size in enumerate(sizes)]
 
 
 def widened(expr: Expr) -> Expr:

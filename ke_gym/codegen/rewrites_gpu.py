@@ -55,7 +55,10 @@ def fuse(program: Program, schedule: Schedule) -> Iterator[Schedule]:
                 if fusion.related(graph, list(first.nodes), list(second.nodes)):
                     nodes = tuple(sorted({*first.nodes, *second.nodes}, key=lambda n: order[n]))
                     rest = [g for g in plan.groups if g is not first and g is not second]
-                    yield _with_plan(schedule, p, _plan([*rest, Group(nodes)], order))
+                    kept = tuple(
+                        knob for knob in (*first.launch, *second.launch) if knob[0] == "channels_last"
+                    )
+                    yield _with_plan(schedule, p, _plan([*rest, Group(nodes, launch=kept)], order))
         for name, step in graph.steps.items():
             product = isinstance(step, Extern) and step.target in products.KINDS
             if product and not any(name in g.nodes for g in plan.groups):
@@ -87,6 +90,17 @@ def prepare(program: Program, schedule: Schedule) -> Iterator[Schedule]:
                 for knob in knobs:
                     changed = with_launch(changed, knob, True)
                 yield replace(with_group(schedule, p, g, changed), prepared=True)
+
+
+def channels_last(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """Convolutions over a copy of their input with the channels innermost: our own, or the library's taken over."""
+    yield from by_launch("channels_last")(program, schedule)
+    for p, (graph, plan) in enumerate(zip(program.graphs, schedule.plans)):
+        for name, step in graph.steps.items():
+            library = not any(name in g.nodes for g in plan.groups)
+            if library and isinstance(step, Extern) and step.target == products.CONVOLUTION:
+                taken = fusion.absorb(graph, plan, name, (("channels_last", True),))
+                yield _with_plan(schedule, p, taken)
 
 
 def _plan(listed: list[Group], order: dict[str, int]) -> Plan:
@@ -146,7 +160,7 @@ def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 REWRITES: dict[str, Variants] = {
     "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles,))),
     "vectorize": either(by_launch("rows", kinds=(Tiles,)), by_launch("words")),
-    "layout_coalesce": by_launch("packed"),
+    "layout_coalesce": either(by_launch("packed"), channels_last),
     "traversal_swizzle": by_launch("group"),
     "prefetch_pipeline": by_launch("stages", "loads"),
     "fuse": fuse,

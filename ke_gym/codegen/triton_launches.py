@@ -131,13 +131,14 @@ def _product(product: Product, suffix: str, ready: frozenset[str], used: set[str
     shape, blocks = product.shape, product.blocks
     launches = Launches(product, suffix)
     for side, operand in product.packed.items():
-        row = shape.m if side == "left" else shape.n
-        copies = shape.batch if depends(operand, variables(shape)[0]) else 1
+        size = product.copied(side)
+        row = size.m if side == "left" else size.n
+        copies = size.batch if depends(operand, variables(size)[0]) else 1
         name, sizes = product.copy(side), pack_blocks(product, side)
         beside = operand.buffer if side in product.standing(ready) and isinstance(operand, Load) else ""
-        room = (2 if side == product.parted else copies, row, shape.k)
+        room = (2 if side == product.parted else copies, row, size.k)
         launches.room(name, room, module._TORCH[product.kind(side)], beside)
-        tiles = math.prod(math.ceil(a / b) for a, b in zip((row, shape.k), sizes.values()))
+        tiles = math.prod(math.ceil(a / b) for a, b in zip((row, size.k), sizes.values()))
         tensors = launches.read(operand) | {name: name}
         body, where = Printer(product, used).packing(side), (tiles, copies) if copies > 1 else (tiles,)
         launches.add(f"_{side}", body, where, tensors, sizes, {"num_warps": 4}, before=beside != "")

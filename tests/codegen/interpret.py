@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ke_gym.codegen import Program
+from ke_gym.codegen import Program, fusion
 from ke_gym.codegen.capture import capture
+from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.tiles import for_gpu
@@ -54,6 +55,12 @@ PRODUCTS = [
         ("weighted", (("ready", True), ("prepared", True))),
         ("weighted", (("ready", True), ("packed", True), ("loads", "descriptors"), ("prepared", True))),
         ("weighted", (("ready", True), ("split", 2))),
+        ("conv1d", (("channels_last", True), ("loads", "descriptors"))),
+        ("conv2d", (("channels_last", True), ("warps", 2))),
+        ("conv2d_even", (("channels_last", True), ("unroll", True), ("prepared", True))),
+        ("pointwise", (("channels_last", True), ("loads", "descriptors"))),
+        ("conv2d_single", (("channels_last", True),)),
+        ("conv2d_single", (("channels_last", True), ("packed", True), ("ready", True), ("prepared", True))),
     )
 ]
 
@@ -65,16 +72,23 @@ def program(name: str) -> Program:
     return Program(name, (for_gpu(lower(capture(task, SMALL), task.precision)),))
 
 
-def with_launch(schedule: Schedule, launch: Any) -> Schedule:
-    """The schedule with these knobs of its first product, or else kernel; ``prepared`` is the schedule's own, ``seed``
-    says which one it is (``check``)."""
-    plan = schedule.plans[0]
+def with_launch(made: Program, launch: Any) -> Schedule:
+    """The program's schedule with these knobs of its products, or else of its first kernel.
+
+    ``prepared`` is the schedule's own, ``seed`` says which draft it is made from; ``channels_last`` takes the library's
+    convolutions over.
+    """
+    (graph,) = made.graphs
     knobs = tuple((str(k), v) for k, v in launch if k not in ("prepared", "seed"))
-    called = [k for k, group in enumerate(plan.groups) if any(n.startswith("mm") for n in group.nodes)]
-    at = min(called, default=0)
-    first = replace(plan.groups[at], launch=knobs)
-    groups = (*plan.groups[:at], first, *plan.groups[at + 1 :])
-    return Schedule((replace(plan, groups=groups),), prepared=dict(launch).get("prepared", False))
+    plan = made.seeds()[dict(launch).get("seed", 0)].plans[0]
+    called = [name for name, step in graph.steps.items() if isinstance(step, Extern)]
+    if ("channels_last", True) in knobs:
+        for name in called:
+            plan = fusion.absorb(graph, plan, name, (("channels_last", True),))
+    inside = [any(name in group.nodes for name in called) for group in plan.groups]
+    chosen = inside if any(inside) else [k == 0 for k in range(len(inside))]
+    groups = (replace(g, launch=knobs) if here else g for g, here in zip(plan.groups, chosen))
+    return Schedule((replace(plan, groups=tuple(groups)),), prepared=dict(launch).get("prepared", False))
 
 
 def imported(source: str, folder: Path) -> ModuleType:
@@ -108,10 +122,8 @@ def compare(module: ModuleType, task: Task) -> None:
 def check(name: str, launch: Any) -> None:
     """Whether the module computes what the reference does, inputs with infinities and NaN included."""
     task, made = Task.load(name), program(name)
-    schedule = made.seeds()[dict(launch).get("seed", 0)]
-    if launch:
-        schedule = with_launch(schedule, launch)
-        assert made.legal(schedule)
+    schedule = with_launch(made, launch) if launch else made.seeds()[0]
+    assert made.legal(schedule)
     with tempfile.TemporaryDirectory() as folder:
         compare(imported(made.emit(schedule), Path(folder)), task)
 

@@ -19,6 +19,7 @@ from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
+from ke_gym.languages.plan import Launch
 from ke_gym.tasks import Task
 from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case, case_ids, program, with_launch
 from tests.languages.gpu_modules import built, launches
@@ -118,7 +119,7 @@ def test_half_precision_is_one_kernel_of_its_own(name: str) -> None:
 
 def test_softmax_in_passes_reads_its_input_twice() -> None:
     made = program("softmax")
-    assert made.emit(with_launch(made.seeds()[0], (("columns", 64),))).count("tl.load(x ") == 2
+    assert made.emit(with_launch(made, (("columns", 64),))).count("tl.load(x ") == 2
 
 
 COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
@@ -126,7 +127,7 @@ COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
 
 def compiled(name: str, launch: Any = ()) -> Artifact:
     made, signature = program(name), Signature.of(Task.load(name), [SMALL])
-    schedule = with_launch(made.seeds()[0], launch) if launch else made.seeds()[0]
+    schedule = with_launch(made, launch) if launch else made.seeds()[0]
     return built(
         made.emit(schedule), inputs=signature.inputs[SMALL], outputs=signature.outputs[SMALL],
         state=dict(signature.state[SMALL]),
@@ -140,7 +141,10 @@ def test_first_drafts_compile_without_a_gpu(name: str) -> None:
     assert all(kernel["stack"] == 0 for kernel in artifact.report["kernels"]), "nothing spills at these sizes"
 
 
-@pytest.mark.parametrize("name, launch", PRODUCTS, ids=case_ids)
+REWRITTEN = [case for case in PRODUCTS if {"prepared", "channels_last", "ready"} & set(dict(case[1]))]
+
+
+@pytest.mark.parametrize("name, launch", [c for c in PRODUCTS if c not in REWRITTEN], ids=case_ids)
 def test_products_compile_without_a_gpu(name: str, launch: Any) -> None:
     knobs, steps = dict(launch), launches(compiled(name, launch))
     copies = [step for step in steps if step.kernel.endswith(("_left", "_right"))]
@@ -153,13 +157,26 @@ def test_products_compile_without_a_gpu(name: str, launch: Any) -> None:
         assert main.geometry.grid[0] == knobs["persistent"]
 
 
+@pytest.mark.parametrize("name, launch", [REWRITTEN[3], REWRITTEN[5], REWRITTEN[-1]], ids=case_ids)
+def test_weights_are_copied_in_a_preparation(name: str, launch: Any) -> None:
+    artifact = compiled(name, launch)
+    (plan,) = artifact.plans.values()
+    kernels = [step.kernel for step in launches(artifact)]
+    prepared = plan.preparation is not None
+    assert prepared == dict(launch).get("prepared", False)
+    made = plan.preparation.steps if plan.preparation is not None else ()
+    assert all(step.kernel.endswith(("_left", "_right")) for step in made if isinstance(step, Launch))
+    assert any(kernel.endswith("_left") for kernel in kernels) == (not prepared)
+    assert any(kernel.endswith("_right") for kernel in kernels) == ("channels_last" in dict(launch))
+
+
 def test_what_is_refused() -> None:
     made = program("softmax")
     with pytest.raises(CodegenError, match="triton, cuda, not in 'fortran'"):
         made.emit(made.seeds()[0], "fortran")
     with pytest.raises(CodegenError, match="was lowered for cuda; cpp is for cpu"):
         made.emit(made.seeds()[0], "cpp")
-    schedule = with_launch(made.seeds()[0], (("rows", 3),))
+    schedule = with_launch(made, (("rows", 3),))
     assert not made.legal(schedule)
     with pytest.raises(CodegenError, match="rows=3 is no choice here"):
         made.emit(schedule)

@@ -38,7 +38,7 @@ def test_plans_compute_the_reference(name: str, launch: Any, distribution: str) 
     made: Program = program(name)
     signature = Signature.of(task, [SMALL])
     artifact = built(
-        made.emit(with_launch(made.seeds()[0], launch) if launch else made.seeds()[0]),
+        made.emit(with_launch(made, launch) if launch else made.seeds()[0]),
         inputs=signature.inputs[SMALL],
         outputs=signature.outputs[SMALL],
         state=dict(signature.state[SMALL]),
@@ -50,6 +50,7 @@ def test_plans_compute_the_reference(name: str, launch: Any, distribution: str) 
     given = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs]
     state = {key: tensor.detach().to(device) for key, tensor in reference.state.items()}
     runner = CudaRunner(artifact, "default", given, state, driver=Driver(), device=device)
+    runner.prepare()
     got = [tensor.cpu() for tensor in runner.run()]
     torch.cuda.synchronize()
     for a, b in zip(got, wanted, strict=True):
