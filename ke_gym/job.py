@@ -51,6 +51,9 @@ RUN_FORMAT = 1
 RUN_FILE = "run.json"
 TASK_FILE = "task.bin"
 FINALISTS = 3
+AHEAD = 2
+"""What several GPUs have in flight each, over what one has: candidates are told in order, so while one is confirmed (5 s)
+the others judge what was asked ahead. (Simulated with the benchmark's mix: four GPUs do 3.0 instead of 2.2 times one's.)"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def optimize(
         proposer: a name from ``ke_gym.proposers``, or several, as "rewriter,openai".
         seed: of the search's choices; equal seeds repeat a search.
         threads: CPU threads of every kernel and of the reference; all cores by default.
-        workers: candidates in flight at once, for each GPU where there are several.
+        workers: candidates in flight at once; where there are several GPUs, twice as many for each.
         llm: how models are asked, for the proposer ``openai``.
         exchange: a folder shared with a machine that has the GPU and serves it there (``evaluate.py --serve``).
         learned: add what this search teaches to the lessons beside the store (a model that proposes also puts them
@@ -261,6 +264,8 @@ def _search(
         write_run(run_dir, RunSettings(**{**asdict(settings), "store": str(store.path.absolute())}))
         evaluate = remembering(store, setting, evaluator)
         workers = settings.workers * evaluator.devices
+        if evaluator.devices > 1:
+            workers *= AHEAD
         stopped = run(session, policy, evaluate, workers=workers, watch=watch)
         if stopped != "interrupted":
             try:
