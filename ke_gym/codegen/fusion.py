@@ -108,9 +108,9 @@ def _builder(graph: Graph, group: Group) -> Any:
     if graph.device == "cuda":
         kinds = (tiles.Builder, products.Builder, flash.Builder)
     count = min(len(attend.products_of(graph, group.nodes)), 2)
-    if count and graph.language == "cuda":
+    if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
         if count > 1:
-            raise Illegal("in CUDA C++, products are the library's")
+            raise Illegal("in CUDA C++, attention is the library's")
         return windows.Builder
     if group.one_pass and kinds[count] is not Builder:
         raise Illegal("only loop nests take statistics in one pass")
@@ -379,6 +379,16 @@ def contracted(graph: Graph, plan: Plan) -> Plan:
         if any(name in g.nodes for g in plan.groups):
             continue
         plan = absorb(graph, plan, name)
+    return plan
+
+
+def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
+    """``plan`` with every convolution in CUDA C++ whose kernel is to be had there (see ``windows``)."""
+    for k, group in enumerate(plan.groups):
+        other = replace(group, launch=(("language", windows.LANGUAGE),))
+        changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
+        if len(attend.products_of(graph, group.nodes)) == 1 and legal(graph, changed):
+            plan = changed
     return plan
 
 

@@ -1,6 +1,6 @@
 """Schedule -> CUDA C++ kernel module text: one source with the kernels, and a ``forward`` that launches them.
 
-Matrix products, convolutions and attention stay calls of the library.
+Matrix products and attention stay calls of the library, and so do convolutions that are none of ``windows``.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     parts = [f'"""{name}, generated from its reference."""\n\n{imports}']
     if kernels:
         parts[0] += "\n\nfrom ke_gym import lang"
-        includes = [f"#include <{h}>" for kind, h in _HEADERS.items() if any(kind in k for k in kernels)]
-        source = "\n".join(
-            [
-                "\n".join(includes) + "\n" if includes else "",
-                *helpers(used),
-                *cores.helpers(used),
-                "\n\n".join(kernels),
-            ]
-        )
-        parts.append(f"kernels = lang.cuda(\n    r'''\n{source.strip()}\n'''\n)")
+        parts.append(library(kernels, used))
     parts += data
     return "\n\n".join(parts) + "\n\n\n" + called + "\n"
+
+
+def library(kernels: list[str], used: set[str]) -> str:
+    """The statement that makes the kernels, with the helpers that they have ``used``."""
+    includes = [f"#include <{h}>" for kind, h in _HEADERS.items() if any(kind in k for k in kernels)]
+    head = "\n".join(includes) + "\n" if includes else ""
+    source = "\n".join([head, *helpers(used), *cores.helpers(used), "\n\n".join(kernels)])
+    return f"kernels = lang.cuda(\n    r'''\n{source.strip()}\n'''\n)"
 
 
 def _printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:

@@ -78,13 +78,19 @@ class Program:
     def seeds(self) -> list[Schedule]:
         """First drafts that differ in kind, the best guess first.
 
-        Everything fused with own contractions and attention; without attention; with library contractions; each
-        node on its own.
+        Everything fused with own contractions and attention, convolutions in CUDA C++ where that has a kernel for
+        them; all in one language; without attention; with library contractions; each node on its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
         attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
+        whole = [fusion.contracted(g, p) for g, p in zip(self.graphs, attended)]
         drafts = [
-            Schedule(tuple(fusion.contracted(g, p) for g, p in zip(self.graphs, attended))),
+            *(
+                [Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole)))]
+                if self.language == "triton"
+                else []
+            ),
+            Schedule(tuple(whole)),
             Schedule(tuple(fusion.contracted(g, p) for g, p in zip(self.graphs, loops))),
             Schedule(tuple(loops)),
             Schedule(tuple(fusion.unfused(g) for g in self.graphs)),

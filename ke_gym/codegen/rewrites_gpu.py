@@ -15,7 +15,7 @@ from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
 from ke_gym.codegen.tiles import Tiles
 from ke_gym.codegen.variants import Variants, either, groups, nest_of, with_group
-from ke_gym.codegen.windows import Windowed
+from ke_gym.codegen.windows import LANGUAGE, Windowed
 
 MAX_TRIES = 64
 
@@ -79,6 +79,16 @@ def fission(program: Program, schedule: Schedule) -> Iterator[Schedule]:
             yield with_group(schedule, p, g, Group(group.nodes[:cut]), Group(group.nodes[cut:]))
 
 
+def on_tensor_cores(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """A convolution in CUDA C++, its windows shifted in shared memory; or back in the language of the others."""
+    for p, g, group in groups(schedule):
+        kernel: Any = nest_of(program, schedule, p, g)
+        if isinstance(kernel, products.Product):
+            yield with_group(schedule, p, g, replace(group, launch=(("language", LANGUAGE),)))
+        elif isinstance(kernel, Windowed):
+            yield with_group(schedule, p, g, replace(group, launch=()))
+
+
 def prepare(program: Program, schedule: Schedule) -> Iterator[Schedule]:
     """Declare what depends on weights alone a preparation; copies of weights, packed or ready to multiply, belong to it."""
     yield replace(schedule, prepared=not schedule.prepared)
@@ -114,10 +124,11 @@ def _with_plan(schedule: Schedule, p: int, plan: Plan) -> Schedule:
 def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
     """See ``knobs.knobs``."""
     found: dict[str, list[Any]] = {}
+    pipelined = program.language != "cuda"
     for p, g, _ in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
         for name, values in kernel.knobs().items():
-            if len(values) > 1 and not (name == "stages" and program.language == "cuda"):
+            if len(values) > 1 and (name != "stages" or pipelined or isinstance(kernel, Windowed)):
                 found[f"{p}.{g}.{name}"] = list(values)
     return found
 
@@ -166,6 +177,7 @@ REWRITES: dict[str, Variants] = {
     "fuse": fuse,
     "fission": fission,
     "unroll_ilp": either(by_launch("columns", kinds=(Tiles,)), by_launch("unroll")),
+    "matrix_unit": on_tensor_cores,
     "precision_math": by_launch("precision"),
     "algebra_hoist": either(prepare, by_launch("ready")),
     "work_partition": by_launch("warps"),

@@ -24,6 +24,7 @@ from ke_gym.codegen.tiles import chosen
 
 SHARED = 227 << 10  # bytes of shared memory that a block may have
 WIDEST = 248  # positions and halo of a tile: bulk copies take up to 256, some of them padding
+LANGUAGE = "cuda"  # that has the instructions
 STAGED = 2  # transposed tiles: one is multiplied while the next is made
 
 
@@ -32,7 +33,7 @@ class Blocks:
     """A block of threads computes ``m`` output channels at ``n`` positions, tile after tile.
 
     ``loads``: "descriptors" (bulk copies of tiles, ``stages`` of them under way) or "pointers" (element by element).
-    ``persistent``: blocks that share the tiles.
+    ``persistent``: blocks that share the tiles. ``language``: a kernel in CUDA C++, whatever the others are in.
     """
 
     m: int
@@ -40,6 +41,7 @@ class Blocks:
     stages: int
     persistent: int
     loads: str
+    language: str = LANGUAGE
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Windowed:
             "n": list(dict.fromkeys(self._positions(parts) for parts in self._parts())),
             "stages": [1, 2, 3],
             "persistent": [FILL, *([2 * FILL] if count > FILL else [])],
+            "language": [LANGUAGE],
             "loads": ["pointers", "descriptors"] if self.fetched else ["pointers"],
         }
 
@@ -144,7 +147,7 @@ class Builder(products.Builder):
 
     def build(self) -> Any:
         if self.step.target != products.CONVOLUTION or self.step.kwargs:
-            raise Illegal("in CUDA C++, products are the library's")
+            raise Illegal("in CUDA C++, products of matrices are the library's")
         call = Convolution.of(self.step)
         dtypes = {self.graph.buffers[v.buffer].dtype for v in (call.x, call.w)}
         if len(call.out) != 3 or call.stride != (1,) or len(dtypes) != 1 or not dtypes <= {"bf16", "f16"}:

@@ -33,7 +33,7 @@ LANGUAGE_MODULES = {
 _CALLS = {"exec", "eval", "compile", "open", "__import__", "input", "breakpoint", "globals", "vars"}
 _WRITTEN_IN = {
     "cpp": (re.compile(r"\blang\.cpp\(|^from ke_gym\.lang import .*\bcpp\b", re.M), "lang.cpp(...)"),
-    "triton": (re.compile(r"@(triton\.)?(autotune|heuristics|jit)\b"), "@triton.jit"),
+    "triton": (re.compile(r"@(triton\.)?(autotune|heuristics|jit)\b|\blang\.cuda\("), "@triton.jit"),
     "cuda": (re.compile(r"\blang\.cuda\("), "lang.cuda(...)"),
     "hip": (re.compile(r"\blang\.hip\("), "lang.hip(...)"),
 }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ke_gym.codegen import Program, rewrites
+from ke_gym.codegen import Group, Plan, Program, rewrites
 from ke_gym.codegen.variants import nest_of
 from ke_gym.codegen.windows import SHARED, Windowed, odd
 from ke_gym.languages import nvrtc
@@ -85,3 +85,40 @@ def test_the_rest_stays_with_the_library(sizes: dict[str, int]) -> None:
 
 def test_odd_numbers_of_eights() -> None:
     assert [odd(size) for size in (1, 8, 9, 24, 200, 202)] == [8, 8, 24, 24, 200, 216]
+
+
+def test_among_triton_kernels_a_convolution_may_be_one_in_cuda() -> None:
+    made = Program.from_task(task("residual"), "cuda", "triton")
+    first, second = made.seeds()[:2]
+    assert isinstance(nest_of(made, first, 0, 0), Windowed)
+    assert "lang.cuda(" in made.emit(first) and "@triton.jit" not in made.emit(first)
+    assert "@triton.jit" in made.emit(second) and "lang.cuda(" not in made.emit(second)
+    assert rewrites.apply(made, first, "matrix_unit", 0) == second
+    assert rewrites.apply(made, second, "matrix_unit", 0) == first
+
+
+def test_modules_of_two_languages_compile() -> None:
+    if not nvrtc.tools():
+        pytest.skip("needs NVRTC or nvcc")
+    made = Program.from_task(task("residual"), "cuda", "triton")
+    seeds = made.seeds()
+    apart = next(seed for seed in seeds if "aten.convolution" in made.emit(seed))
+    mixed = replace(
+        apart,
+        plans=tuple(
+            Plan(
+                tuple(
+                    sorted((*plan.groups, Group(("convolution",), launch=(("language", "cuda"),))), key=str)
+                )
+            )
+            for plan in apart.plans
+        ),
+    )
+    assert made.legal(mixed)
+    signature = Signature.of(task("residual"), ["gpu"])
+    artifact = built(
+        made.emit(mixed), "triton", inputs=signature.inputs["gpu"], outputs=signature.outputs["gpu"],
+        state=dict(signature.state["gpu"]),
+    )  # fmt: skip
+    binaries = {launch.binary.partition("_")[0] for launch in launches(artifact)}
+    assert binaries == {"cuda", "triton"}
