@@ -45,7 +45,8 @@ class Printer:
     @property
     def maps(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
         """The tensors that travel as tiles: the parameter, the tensor, its shape and that of a tile."""
-        work, found = self.work, []
+        work = self.work
+        found: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = []
         if self.bulk and work.source is not None:
             box = (1, work.depth, work.width)
             found.append(("input_tiles", work.source.buffer, work.source.shape, box))
