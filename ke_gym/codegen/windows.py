@@ -20,7 +20,7 @@ from ke_gym.codegen.operands import Shape, variables
 from ke_gym.codegen.product_blocks import FILL
 from ke_gym.codegen.products import Store
 from ke_gym.codegen.schedule import Group
-from ke_gym.codegen.tiles import chosen
+from ke_gym.codegen.tiles import chosen, joined
 
 SHARED = 227 << 10  # bytes of shared memory that a block may have
 WIDEST = 248  # positions and halo of a tile: bulk copies take up to 256, some of them padding
@@ -99,7 +99,9 @@ class Windowed:
     @property
     def sent(self) -> bool:
         """Whether bulk copies can take the results away."""
-        halves = all(BYTES[store.buffer.dtype] == 2 for store in self.stores)
+        batch, m, n = (of(v) for v in variables(self.shape)[:3])
+        order = joined((batch * self.shape.m + m) * self.shape.n + n)
+        halves = all(BYTES[store.buffer.dtype] == 2 and store.place == order for store in self.stores)
         return len(self.stores) == 1 and halves and self.shape.n % 8 == 0
 
     @property
@@ -161,7 +163,7 @@ class Builder(products.Builder):
             of(Var(*v)) for v in (("tap", window.taps), ("c", window.channels), ("p", call.x.shape[2]))
         )
         value = self._biased(self.step.args[2], (m,))
-        stores = self._stores((batch * shape.m + m) * shape.n + n, value, self._after())
+        stores = self._stores((batch, m, n), value, self._after())
         if not stores:
             raise Illegal("nothing is stored")
         weight, given = self._element(call.w, (m, c, tap)), self._element(call.x, (batch, c, p))
