@@ -131,11 +131,12 @@ def problem_of(graph: Graph, step: Extern, precision: str) -> Problem:
             precision=precision,  # type: ignore[arg-type]
         )  # fmt: skip
     if step.target in BAGS:
-        return _bag(graph, step)
+        return bag_problem(graph, step)
     raise Illegal("no template")
 
 
-def _bag(graph: Graph, step: Extern) -> templates.BagProblem:
+def bag_problem(graph: Graph, step: Extern) -> templates.BagProblem:
+    """What a call of ATen's embedding bag computes. Raises ``Illegal`` for lists that are strided, or of other dtypes."""
     names = ("scale", "mode", "sparse", "weights", "closed", "padding")
     given: dict[str, Any] = dict(zip(names, (False, 0, False, None, False, -1)))
     given.update(zip(names, step.args[3:]))

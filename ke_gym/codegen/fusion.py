@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, contract, flash, products, tiles, windows
+from ke_gym.codegen import attend, bags, contract, flash, products, tiles, windows
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
@@ -107,11 +107,14 @@ def _builder(graph: Graph, group: Group) -> Any:
     kinds: tuple[Any, ...] = (Builder, contract.Builder, attend.Builder)
     if graph.device == "cuda":
         kinds = (tiles.Builder, products.Builder, flash.Builder)
-    count = min(len(attend.products_of(graph, group.nodes)), 2)
+    called = attend.products_of(graph, group.nodes)
+    count = min(len(called), 2)
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
         if count > 1:
             raise Illegal("in CUDA C++, attention is the library's")
         return windows.Builder
+    if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
+        return bags.Builder
     if group.one_pass and kinds[count] is not Builder:
         raise Illegal("only loop nests take statistics in one pass")
     return kinds[count]
@@ -372,7 +375,7 @@ def attended(graph: Graph, plan: Plan) -> Plan:
 
 def contracted(graph: Graph, plan: Plan) -> Plan:
     """``plan`` with every product it leaves to the library taken over, and as much fused around it as is legal."""
-    kinds = products.KINDS if graph.device == "cuda" else tuple(contract.KINDS)
+    kinds = (*products.KINDS, *bags.KINDS) if graph.device == "cuda" else tuple(contract.KINDS)
     for name, step in graph.steps.items():
         if not isinstance(step, Extern) or step.target not in kinds:
             continue

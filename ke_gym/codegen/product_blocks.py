@@ -28,8 +28,10 @@ class Blocks:
     ``loads``: "pointers", or "descriptors" where bulk copies fetch tiles of an operand (TMA). ``packed``: operands in
     which ``k`` is not contiguous are copied first, so that it is: TF32's matrix instructions read nothing else.
     ``unroll``: a convolution's taps are written out one after the other, or with ``words`` its blocks of channels.
-    ``words``: its input is read two at a time. ``ready``: a weight is first copied into what is multiplied: bf16, or
-    both TF32 parts of it ("tf32x3"). ``channels_last``: a convolution's input is copied first, its channels innermost.
+    ``words``: its input is read two at a time. ``ready``: an operand, a weight if there is one, is first copied into
+    what is multiplied: bf16, or both TF32 parts of it ("tf32x3"). ``channels_last``: a convolution's input is copied
+    first, its channels innermost. ``turned``: the transposed product, its operands exchanged: the left one may come
+    from registers, the right one from shared memory only.
     """
 
     m: int
@@ -47,6 +49,7 @@ class Blocks:
     words: bool = False
     ready: bool = False
     channels_last: bool = False
+    turned: bool = False
 
 
 def precisions(policy: str) -> list[str]:

@@ -102,10 +102,13 @@ class Product:
             if window.pairs is not None:
                 choices["words"] = [False, True]
         if self.convolves:  # in fp32 and the order of the input, the library's own are several times as fast
-            choices["channels_last"] = [True] if shape.dtype == "f32" else [False, True]
+            library = shape.dtype == "f32" and window is not None
+            choices["channels_last"] = [True] if library else [False, True]
+        if window is None and self.laid is None:
+            choices["turned"] = [False, True]
         if shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
-            if any(self.weighed):
+            if any(self.shared):
                 choices["ready"] = [False, True]
         return choices
 
@@ -131,13 +134,10 @@ class Product:
         return self.laid.shape if self.laid is not None and side == "right" else self.shape
 
     @property
-    def weighed(self) -> tuple[bool, bool]:
-        """Which operands are weights, one matrix for all products of a batch."""
+    def shared(self) -> tuple[bool, bool]:
+        """Which operands are one matrix for all products of a batch, in memory."""
         batch = variables(self.shape)[0]
-        left, right = (
-            isinstance(operand, Load) and operand.buffer in self.weights and not depends(operand, batch)
-            for operand in self.operands
-        )
+        left, right = (isinstance(o, Load) and not depends(o, batch) for o in self.operands)
         return left, right
 
     @property
@@ -149,7 +149,9 @@ class Product:
             or self.shape.dtype != "f32"
         ):
             return ()
-        return tuple(side for side, weight in zip(SIDES, self.weighed) if weight)[-1:]
+        sides = {side: operand for side, operand, one in zip(SIDES, self.operands, self.shared) if one}
+        weights = [s for s, o in sides.items() if isinstance(o, Load) and o.buffer in self.weights]
+        return tuple(weights or sides)[-1:]
 
     @property
     def parted(self) -> str:
@@ -239,6 +241,8 @@ class Builder:
             raise Illegal("the product is stored in another order")
         dtype = dtypes.pop()
         made = self._convolution(dtype) if self.step.target == CONVOLUTION else self._matrices(a, b, dtype)
+        if dict(self.group.launch).get("turned") and self.window is None and self.laid is None:
+            made = turned(*made)
         shape, operands, index, value = made
         if shape.k < 16 or shape.batch > 65535:
             raise Illegal("a product of thin operands, or too many")
@@ -305,11 +309,10 @@ class Builder:
         return Op("add", (self.acc, widened(self._element(bias, own))), "f32")
 
     def _convolution(self, dtype: str) -> Made:
-        last = dict(self.group.launch).get("channels_last", False)
-        if dtype == "f32" and not last:
-            raise Illegal("a convolution in fp32")
-        call = Convolution.of(self.step)
+        call, last = Convolution.of(self.step), dict(self.group.launch).get("channels_last", False)
         window = call.window
+        if dtype == "f32" and window.taps > 1 and not last:
+            raise Illegal("a convolution in fp32")
         if last:
             return self._channels_last(call, dtype)
         shape = Shape(call.out[0], call.out[1], call.positions, window.taps * window.channels, dtype)
@@ -406,6 +409,16 @@ Made = tuple[Shape, tuple[Expr, Expr], tuple[Index, ...], Expr]
 def _places(n: Index, sizes: tuple[int, ...]) -> list[Index]:
     """Where the position ``n`` lies in each spatial dimension."""
     return [(n // math.prod(sizes[d + 1 :])) % size for d, size in enumerate(sizes)]
+
+
+def turned(shape: Shape, operands: tuple[Expr, Expr], index: tuple[Index, ...], value: Expr) -> Made:
+    """The transposed product: rows become columns."""
+    _, m, n, _ = variables(shape)
+    after = replace(shape, m=shape.n, n=shape.m)
+    _, rows, columns, _ = variables(after)
+    change = Rewriter({m: of(columns), n: of(rows)})
+    left, right = (change.expr(operand) for operand in operands)
+    return after, (right, left), change.indices(index), change.expr(value)
 
 
 def widened(expr: Expr) -> Expr:

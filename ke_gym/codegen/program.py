@@ -13,7 +13,7 @@ from ke_gym.codegen.features import Features
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
-from ke_gym.codegen.tiles import for_gpu
+from ke_gym.codegen.split_reductions import for_gpu
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task

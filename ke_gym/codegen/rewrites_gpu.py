@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import flash, fusion, products
+from ke_gym.codegen import bags, flash, fusion, products
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.legality import legal
@@ -26,7 +26,7 @@ def with_launch(group: Group, knob: str, value: Any) -> Group:
 
 
 def by_launch(
-    *names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Windowed)
+    *names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Windowed, bags.Bag)
 ) -> Variants:
     """Variants that set one knob of one kernel, nearest values first."""
 
@@ -60,7 +60,7 @@ def fuse(program: Program, schedule: Schedule) -> Iterator[Schedule]:
                     )
                     yield _with_plan(schedule, p, _plan([*rest, Group(nodes, launch=kept)], order))
         for name, step in graph.steps.items():
-            product = isinstance(step, Extern) and step.target in products.KINDS
+            product = isinstance(step, Extern) and step.target in (*products.KINDS, *bags.KINDS)
             if product and not any(name in g.nodes for g in plan.groups):
                 yield _with_plan(schedule, p, fusion.absorb(graph, plan, name))
         yield _with_plan(schedule, p, fusion.attended(graph, plan))
@@ -169,9 +169,9 @@ def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 
 
 REWRITES: dict[str, Variants] = {
-    "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles,))),
-    "vectorize": either(by_launch("rows", kinds=(Tiles,)), by_launch("words")),
-    "layout_coalesce": either(by_launch("packed"), channels_last),
+    "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles, bags.Bag))),
+    "vectorize": either(by_launch("rows", kinds=(Tiles, bags.Bag)), by_launch("words")),
+    "layout_coalesce": either(by_launch("packed", "turned", "inner"), channels_last),
     "traversal_swizzle": by_launch("group"),
     "prefetch_pipeline": by_launch("stages", "loads"),
     "fuse": fuse,
@@ -182,6 +182,6 @@ REWRITES: dict[str, Variants] = {
     "algebra_hoist": either(prepare, by_launch("ready")),
     "work_partition": by_launch("warps"),
     "split_reduce": by_launch("split"),
-    "sync_launch": by_launch("persistent"),
+    "sync_launch": by_launch("persistent", "programs"),
     "param_tune": shuffle_knobs,
 }

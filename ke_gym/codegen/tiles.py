@@ -3,7 +3,9 @@
 The outer loops of the group, flattened, are the *rows*; every program takes a block of them. What a node runs over
 within a row, flattened, is its *column* axis: reduced, scanned, or stored. Blocks of rows of a pointwise group are
 simply blocks of elements. Values that are reduced stay with their row; pointwise nodes are recomputed where they
-are read, and a compiler finds what is the same. So nothing passes from one program, or one thread, to another.
+are read, and a compiler finds what is the same. So nothing passes from one program, or one thread, to another: what
+is summed over all rows (the gradient of a norm's weight) is kept by programs that walk over many of them, and added
+up by a second kernel.
 
 Building is the legality test, as for loop nests.
 """
@@ -11,9 +13,9 @@ Building is the legality test, as for loop nests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ke_gym.codegen.binding import Binder
 from ke_gym.codegen.errors import Illegal
@@ -32,16 +34,17 @@ from ke_gym.codegen.expr import (
     Var,
     compute_dtype,
     constant,
-    in_range,
     linear,
     of,
     walk,
 )
-from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, contiguous_stride
+from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
 from ke_gym.codegen.schedule import Group
 
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
 PROGRAMS = 1024  # about what fills a GPU several times over
+WALKING = (128, 256, 512, 1024)  # programs that walk over rows
+ACROSS = 8192  # columns up to which a program keeps a sum of each
 SHARED_COLUMNS = 1 << 16  # columns that one row's programs may store when there are few rows
 B = TypeVar("B")
 IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
@@ -51,8 +54,9 @@ IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 class Work:
     """One node: ``expr`` over the row and, if ``columns`` > 1, the column; stored at element ``place``.
 
-    ``op`` is a reduction over the columns or, with ``scan``, a scan along them. Works of one ``level`` need
-    only reductions of lower levels.
+    ``op`` is a reduction over the columns or, with ``scan``, a scan along them, from the last one if ``reverse``.
+    Works of one ``level`` need only reductions of lower levels, and scans that come before them.
+    ``across``: a sum over the rows instead, column by column.
     """
 
     node: Node
@@ -62,16 +66,24 @@ class Work:
     op: str | None
     scan: bool
     level: int
+    reverse: bool = False
+    across: bool = False
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a tile kernel is launched: ``rows`` and ``columns`` per program and pass, warps, pipeline stages."""
+    """How a tile kernel is launched: ``rows`` and ``columns`` per program and pass, warps, pipeline stages.
+
+    ``programs`` walk over all rows where something is summed over these (0: each row is done by a program of its
+    own). ``inner``: how many of a pointwise group's innermost loops are columns; the others are rows.
+    """
 
     rows: int
     columns: int
     warps: int
-    stages: int = 3
+    stages: int = 1
+    programs: int = 0
+    inner: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Tiles:
     bytes: int
     group: Group
     origins: tuple[str, ...]
+    splits: tuple[int, ...] = ()
+    """Legal values of ``Blocks.inner``."""
 
     @property
     def columns(self) -> int:
@@ -98,20 +112,30 @@ class Tiles:
         """Whether a row takes several blocks of columns."""
         return self.columns > self.blocks.columns
 
+    @property
+    def across(self) -> tuple[Work, ...]:
+        """What is summed over the rows."""
+        return tuple(work for work in self.works if work.across)
+
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
         whole = power_above(self.columns)
         columns = sorted({min(whole, c) for c in (whole, 8192, 4096, 2048, 1024, 512, 256, 64, 16)})
         if any(work.scan for work in self.works):
             columns = [c for c in columns if c > 1]
-        return {
+        choices: dict[str, list[Any]] = {
             "columns": [c for c in columns if c <= WHOLE_ROW],
             "rows": [
                 r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048) if r <= power_above(self.rows)
             ],
             "warps": [1, 2, 4, 8, 16, 32],
-            "stages": [1, 2, 3, 4] if self.passes else [3],
+            "stages": [1, 2, 3, 4] if self.passes or self.across else [1],
         }
+        if self.across:
+            choices["programs"] = list(WALKING)
+        if len(self.splits) > 1:
+            choices["inner"] = list(self.splits)
+        return choices
 
 
 def row_var(rows: int) -> Var:
@@ -124,6 +148,9 @@ def column_var(columns: int) -> Var:
 
 class Builder(Binder):
     """Builds the ``Tiles`` of a group; raises ``Illegal`` if its nodes cannot share rows."""
+
+    inner = 0
+    splits: tuple[int, ...] = ()
 
     def _inline(self, load: Load) -> Expr:
         node = self.nodes.get(load.buffer)
@@ -143,14 +170,33 @@ class Builder(Binder):
             binding = self._complete(first)
             value = Rewriter(binding).expr(self.resolved[first.name])
             loops = self._order(first.name, first, binding, value)
-            self.outer = tuple(loop.var for loop in loops)
+            self.inner = self._columns_of(value, [loop.var for loop in loops])
+            self.outer = tuple(loop.var for loop in loops[: len(loops) - self.inner])
         if self.limits:
             raise Illegal("rows of different length")
         for name in self.kept:
             self._check(name)
-            if self._privatised(self.kept[name]):
+            if self._privatised(self.kept[name]) and not self._across(self.kept[name]):
                 raise Illegal(f"{name} needs all rows")
         return self._tiles()
+
+    def _across(self, node: Node) -> bool:
+        """Whether the node is a sum over the rows, and nothing but rows."""
+        binding = self.bound[node.name]
+        reduced = {a for r in node.rvars if r.size != 1 for a, _ in binding.get(r, of(r)).terms}
+        own = {a for v in node.vars if v in binding for a, _ in binding[v].terms}
+        return column_sum(self.graph, node) and reduced == set(self.outer) and not own & reduced
+
+    def _columns_of(self, value: Expr, loops: list[Var]) -> int:
+        """How many loops of a pointwise group are columns: the innermost where rows share what takes a search."""
+        self.splits = tuple(range(min(len(loops), 3))) if self.graph.language == "triton" else (0,)
+        given = dict(self.group.launch).get("inner")
+        if given in self.splits:
+            return int(given)
+        if len(self.splits) < 2 or not 16 <= loops[-1].size <= WHOLE_ROW:
+            return 0
+        shared = (n for n in walk(value) if isinstance(n, (Search, Indirect)) and not depends(n, loops[-1]))
+        return int(any(shared))
 
     def _complete(self, node: Node) -> dict[Var, Index]:
         """The node's loops over the group's outer loops and its own."""
@@ -161,10 +207,18 @@ class Builder(Binder):
                 binding[var] = of(own) if var.size != 1 else constant(0)
         return binding
 
+    def _match(
+        self, name: str, node: Node, binding: dict[Var, Index], index: Index, wanted: Index | None
+    ) -> None:
+        # Rows may see tensors from outside at other distances; reads within the group are checked later.
+        super()._match(name, node, binding, index + -index.const, wanted and wanted + -wanted.const)
+
     def _bind_any(self, reducing: list[Node]) -> None:
         reasons = []
-        for node in reducing:
-            outer = [(k, 1) for k, v in enumerate(node.vars) if v.size != 1 and k != node.scan]
+        down = [node for node in reducing if column_sum(self.graph, node)]
+        for node in [*(n for n in reducing if n not in down), *down]:
+            loops, first = (node.rvars, len(node.vars)) if node in down else (node.vars, 0)
+            outer = [(first + k, 1) for k, v in enumerate(loops) if v.size != 1 and k != node.scan]
             try:
                 self._bind(node, tuple(outer))
                 return
@@ -193,7 +247,16 @@ class Builder(Binder):
         if not made:
             raise Illegal("nothing is stored")
         drafted = Tiles(
-            made[-1], rows, tuple(works), Blocks(1, 1, 4), reads, writes, total, self.group, origins
+            made[-1],
+            rows,
+            tuple(mirrored(works)),
+            Blocks(1, 1, 4),
+            reads,
+            writes,
+            total,
+            self.group,
+            origins,
+            self.splits,
         )
         return replace(drafted, blocks=self._blocks(drafted))
 
@@ -201,9 +264,12 @@ class Builder(Binder):
         binding = self._complete(node)
         value = Rewriter(binding).expr(self.resolved[name])
         loops = [loop.var for loop in self._order(name, node, binding, value)]
+        binding = self._follow(node, binding)
+        value = Rewriter(binding).expr(self.resolved[name])
         kept = {a for v in node.vars for a, _ in binding[v].terms if a not in self.outer}
         scan = node.scan is not None
-        if not node.pointwise and not scan and kept:
+        across = self._privatised(node)
+        if not node.pointwise and not scan and not across and kept:
             raise Illegal(f"{name} keeps columns")
         if scan and kept != {a for a, _ in binding[node.vars[node.scan or 0]].terms}:
             raise Illegal(f"{name} scans along rows")
@@ -212,15 +278,41 @@ class Builder(Binder):
         level = 0
         for load in (n for n in walk(value) if isinstance(n, Load) and n.buffer in self.nodes):
             producer = self.nodes[load.buffer]
-            if producer.scan is not None or load.buffer not in levels:
+            if load.buffer not in levels:
                 raise Illegal(f"{name} needs the finished {load.buffer}")
-            level = max(level, levels[load.buffer] + 1)
+            if producer.scan is not None and not (node.pointwise and self._at_scan(producer, load, loops)):
+                raise Illegal(f"{name} needs the finished {load.buffer}")
+            level = max(level, levels[load.buffer] + (producer.scan is None))
         expr = Rewriter(inside, self._read).expr(value)
         flat = constant(0)
         for var, stride in zip(node.vars, contiguous_stride(node.shape)):
             flat = flat + binding[var] * stride
         place = joined(Rewriter(inside).index(flat)) if name in self.visible else None
-        return Work(node, expr, columns, place, node.reduction, scan, level)
+        return Work(node, expr, columns, place, node.reduction, scan, level, across=across)
+
+    def _follow(self, node: Node, binding: dict[Var, Index]) -> dict[Var, Index]:
+        """The loops of a node that reads a scan backwards, turned so that both run over the same columns."""
+        for load in (n for n in walk(self.resolved[node.name]) if isinstance(n, Load)):
+            producer = self.nodes.get(load.buffer)
+            if not node.pointwise or producer is None or producer.scan is None:
+                continue
+            at = Rewriter(binding).index(load.index[producer.scan])
+            own, step = at.terms[0] if len(at.terms) == 1 else (None, 0)
+            if isinstance(own, Var) and step == -1 and at.const == own.size - 1:
+                turn = Rewriter({own: of(own) * -1 + at.const})
+                binding = {var: turn.index(index) for var, index in binding.items()}
+        return binding
+
+    def _at_scan(self, producer: Node, load: Load, loops: list[Var]) -> bool:
+        """Whether ``load`` reads the scanned value of the column that its reader runs over."""
+        if self.graph.language != "triton" or len(loops) != 1 or producer.scan is None:
+            return False
+        place = self.bound[producer.name]
+        home = tuple(
+            of(loops[0]) if k == producer.scan else place.get(v, constant(0))
+            for k, v in enumerate(producer.vars)
+        )
+        return load.index == home and loops[0].size == producer.vars[producer.scan].size
 
     def _read(self, load: Load) -> Expr:
         node = self.nodes.get(load.buffer)
@@ -246,7 +338,9 @@ class Builder(Binder):
             raise Illegal("blocks of more than 65536 elements")
         if blocks.rows > power_above(tiles.rows):
             raise Illegal("blocks of more rows than there are")
-        return blocks
+        if tiles.across and blocks.columns < tiles.columns:
+            raise Illegal("sums over rows take a program's whole rows")
+        return replace(blocks, inner=self.inner)
 
 
 def chosen(blocks: B, legal: Mapping[str, list[Any]], group: Group) -> B:
@@ -275,7 +369,54 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     while height > 1 and rows // height < PROGRAMS and height * block > 128:
         height //= 2
     size = height * block
+    if tiles.across:
+        return Blocks(height, block, 8 if size > 1024 else 4, 2, 256)
     return Blocks(height, block, 16 if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2)
+
+
+def column_sum(graph: Graph, node: Node) -> bool:
+    """Whether the node sums over rows along which another one sums, so that one kernel may do both."""
+    rows = math.prod(r.size for r in node.rvars)
+    if graph.language != "triton" or node.reduction != "sum" or not 16 <= node.numel <= ACROSS:
+        return False
+    return along(graph, node, node.vars) and any(
+        isinstance(n, Node) and n.reduction is not None and n.scan is None and n is not node
+        and n.numel == rows and math.prod(r.size for r in n.rvars) == node.numel and along(graph, n, n.rvars)
+        for n in graph.steps.values()
+    )  # fmt: skip
+
+
+def along(graph: Graph, node: Node, loops: Sequence[Var]) -> bool:
+    """Whether one of ``loops`` walks along memory."""
+    for load in walk(node.expr):
+        if isinstance(load, Load) and load.index and load.buffer in graph.buffers:
+            flat = constant(0)
+            for index, stride in zip(load.index, graph.buffers[load.buffer].stride):
+                flat = flat + index * stride
+            if any(a in loops for a, c in flat.terms if abs(c) == 1):
+                return True
+    return False
+
+
+def mirrored(works: list[Work]) -> list[Work]:
+    """The works with columns counted from the end where scans read their tensors backwards."""
+    turned = {}
+    for columns in {work.columns for work in works if work.scan}:
+        col = column_var(columns)
+        loads = [
+            n for w in works if w.columns == columns for n in walk(w.expr) if isinstance(n, Load) and n.index
+        ]
+        if {load.index[0].coefficient(col) for load in loads if depends(load, col)} == {-1}:
+            turned[columns] = Rewriter({col: of(col) * -1 + (columns - 1)})
+    return [
+        replace(
+            work, expr=turned[work.columns].expr(work.expr), reverse=work.scan,
+            place=None if work.place is None else joined(turned[work.columns].index(work.place)),
+        )
+        if work.columns in turned
+        else work
+        for work in works
+    ]  # fmt: skip
 
 
 def along_columns(tiles: Tiles) -> bool:
@@ -303,6 +444,28 @@ def online(tiles: Tiles, work: Work) -> Work | None:
     shifted = Op("sub", (work.expr, Load(work.node.name, (), work.expr.dtype)), work.expr.dtype)
     wanted = Op("exp", (shifted,), work.expr.dtype)
     return next((w for w in tiles.works if w.op == "sum" and w.expr is wanted), None)
+
+
+def variance(tiles: Tiles, work: Work) -> Work | None:
+    """The sum of ``(x - mean)**2`` that follows the sum of ``x`` at once, if rows take several passes."""
+    if work.op != "sum" or work.scan or work.across or work.columns <= tiles.blocks.columns:
+        return None
+    total = Load(work.node.name, (), work.expr.dtype)
+
+    def squares(expr: Expr) -> bool:
+        if not (isinstance(expr, Op) and expr.name == "mul" and expr.args[0] is expr.args[1]):
+            return False
+        apart = expr.args[0]
+        if not (isinstance(apart, Op) and apart.name == "sub" and apart.args[0] is work.expr):
+            return False
+        mean = apart.args[1]
+        if not (isinstance(mean, Op) and mean.name in ("mul", "div") and mean.args[0] is total):
+            return False
+        count = mean.args[1].value if isinstance(mean.args[1], Const) and mean.args[1].value else math.inf
+        return abs((count if mean.name == "mul" else 1 / count) * work.columns - 1) < 1e-12
+
+    found = (w for w in tiles.works if w.op == "sum" and w.columns == work.columns and squares(w.expr))
+    return next(found, None)
 
 
 def depends(node: Interned, var: Var) -> bool:
@@ -339,62 +502,6 @@ def _unflatten(flat: Index, loops: tuple[Var, ...]) -> list[tuple[Var, Index]]:
 def power_above(size: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-# -------------------------------------------------------------------------------------------- reductions
-
-
-def for_gpu(graph: Graph, language: Literal["triton", "cuda"] = "triton") -> Graph:
-    """The graph with reductions of few results over many elements taken in two steps, so that a GPU is filled."""
-    steps: dict[str, Node | Extern] = {}
-    for name, step in graph.steps.items():
-        if isinstance(step, Node) and step.reduction is not None and step.scan is None:
-            for node in _split(step, graph):
-                steps[node.name] = node
-        else:
-            steps[name] = step
-    return replace(graph, steps=steps, device="cuda", language=language)
-
-
-def _split(node: Node, graph: Graph) -> list[Node]:
-    reduced = math.prod(r.size for r in node.rvars)
-    contiguous = any(
-        load.index
-        and any(r in (a for a, c in _flat_index(graph, load).terms if abs(c) == 1) for r in node.rvars)
-        for load in walk(node.expr)
-        if isinstance(load, Load) and load.buffer in graph.buffers
-    )
-    programs = node.numel if contiguous else -(-node.numel // 64)
-    least = 4096 if contiguous else 128
-    want = min(PROGRAMS // max(programs, 1), reduced // least)
-    whole = max(node.rvars, key=lambda r: r.size)
-    outermost = next((r for r in node.rvars if r.size >= want), whole)
-    if want < 2 or programs >= 128 or outermost.size < 2:
-        return [node]
-    parts = min(want, outermost.size)
-    length = -(-outermost.size // parts)
-    parts = -(-outermost.size // length)
-    part, rest = Var(f"{outermost.name}_part", parts), Var(f"{outermost.name}_rest", length)
-    index = of(part) * length + of(rest)
-    expr = Rewriter({outermost: index}).expr(node.expr)
-    dtype = compute_dtype(node.dtype)
-    if parts * length != outermost.size:
-        inside = in_range(index, 0, outermost.size)
-        expr = Op("where", (inside, expr, identity(node.reduction or "sum", expr.dtype)), expr.dtype)
-    rvars = tuple(rest if r is outermost else r for r in node.rvars)
-    partial = Node(
-        f"{node.name}_parts", (parts, *node.shape), dtype, (part, *node.vars), expr, node.origin,
-        node.reduction, rvars,
-    )  # fmt: skip
-    read = Load(partial.name, (of(part), *(of(v) if v.size != 1 else constant(0) for v in node.vars)), dtype)
-    return [partial, replace(node, expr=read, rvars=(part,))]
-
-
-def _flat_index(graph: Graph, load: Load) -> Index:
-    total = constant(0)
-    for index, stride in zip(load.index, graph.buffers[load.buffer].stride):
-        total = total + index * stride
-    return linear(total.const, [t for t in total.terms if not isinstance(t[0], Indirect)])
 
 
 def identity(op: str, dtype: str) -> Const:

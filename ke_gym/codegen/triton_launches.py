@@ -7,7 +7,9 @@ import textwrap
 from typing import Any
 
 from ke_gym.codegen import module
-from ke_gym.codegen.emit_triton import pointers, print_tiles
+from ke_gym.codegen.bags import Bag
+from ke_gym.codegen.emit_triton import TOTAL, parts_of, pointers, print_tiles, print_totals
+from ke_gym.codegen.emit_triton_bags import print_bag
 from ke_gym.codegen.emit_triton_flash import print_beyond, print_flash
 from ke_gym.codegen.emit_triton_products import Printer, loaded, pack_blocks, sum_blocks, tiled
 from ke_gym.codegen.errors import Illegal
@@ -25,6 +27,8 @@ def printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Pr
         return _tiles(nest, suffix, used)
     if isinstance(nest, Product):
         return _product(nest, suffix, ready, used)
+    if isinstance(nest, Bag):
+        return _bag(nest, suffix)
     if isinstance(nest, Flash):
         return _flash(nest, suffix, used)
     raise Illegal("no kernel of a GPU")
@@ -33,7 +37,7 @@ def printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Pr
 class Launches:
     """Collects the kernels of one group, in the order in which they run."""
 
-    def __init__(self, work: Tiles | Product | Flash, suffix: str) -> None:
+    def __init__(self, work: Tiles | Product | Flash | Bag, suffix: str) -> None:
         self.work, self.suffix = work, suffix
         self.names = pointers(work)
         self.kernels: list[str] = []
@@ -102,11 +106,35 @@ def _tiles(tiles: Tiles, suffix: str, used: set[str]) -> Printed:
     if any("BLOCK" in line for line in body):
         sizes["BLOCK"] = blocks.columns
     options = {"num_warps": blocks.warps}
-    if tiles.passes:
-        options["num_stages"] = blocks.stages
     launches = Launches(tiles, suffix)
-    tensors = launches.tensors(*(b.name for b in tiles.reads)) | launches.results
-    launches.add("", body, (math.ceil(tiles.rows / blocks.rows),), tensors, sizes, options)
+    summed = {work.node.name for work in tiles.across}
+    stored = launches.tensors(*(b.name for b in tiles.writes if b.name not in summed))
+    tensors = launches.tensors(*(b.name for b in tiles.reads)) | stored
+    if not tiles.across:
+        launches.add("", body, (math.ceil(tiles.rows / blocks.rows),), tensors, sizes, options)
+        return launches.text
+    for work in tiles.across:
+        name = parts_of(work)
+        launches.room(name, (blocks.programs, work.columns), module._TORCH[work.expr.dtype])
+        tensors[name] = name
+    launches.add("", body, (blocks.programs,), tensors, sizes, options)
+    for columns in dict.fromkeys(work.columns for work in tiles.across):
+        names = [w.node.name for w in tiles.across if w.columns == columns]
+        tensors = {part: part for part in (parts_of(w) for w in tiles.across if w.columns == columns)}
+        tensors |= launches.tensors(*names)
+        ending = "_total" if len(tiles.across) == len(names) else f"_total{columns}"
+        grid = (math.ceil(columns / TOTAL["BLOCK"]),)
+        launches.add(ending, print_totals(tiles, columns), grid, tensors, TOTAL, {"num_warps": 4})
+    return launches.text
+
+
+def _bag(bag: Bag, suffix: str) -> Printed:
+    launches, blocks, problem = Launches(bag, suffix), bag.blocks, bag.problem
+    parts = math.ceil(problem.dim / blocks.columns)
+    grid = (problem.bags, parts) if parts > 1 else (problem.bags,)
+    tensors = launches.tensors(*dict.fromkeys(b.name for b in bag.reads)) | launches.results
+    sizes = {"ROWS": blocks.rows, "COLUMNS": blocks.columns}
+    launches.add("", print_bag(bag, launches.names), grid, tensors, sizes, {"num_warps": blocks.warps})
     return launches.text
 
 

@@ -25,9 +25,9 @@ from ke_gym.codegen.expr import (
     bounds,
     children,
     is_float,
+    of,
     walk,
 )
-from ke_gym.codegen.tiles import depends
 
 TYPES = {
     "f32": "tl.float32", "f64": "tl.float64", "bf16": "tl.bfloat16", "f16": "tl.float16", "bool": "tl.int1",
@@ -132,11 +132,33 @@ def literal(value: float | int | bool, dtype: str) -> str:
 
 @dataclass
 class Axis:
-    """A variable of the tile: its name in the text, and the mask that says which of its values count ("": all)."""
+    """A variable of the tile: its name in the text, and the mask that says which of its values count ("": all).
+
+    ``first``: the name of its first value, from which ``block`` values follow, if it begins at multiples of these.
+    """
 
     var: Var
     name: str
     mask: str = ""
+    first: str = ""
+    block: int = 1
+
+    def fixed(self, node: Interned) -> bool:
+        """Whether the tile stays within one value of a quotient."""
+        whole = type(node) is Quotient and node.index == of(self.var) and node.divisor % self.block == 0
+        return bool(self.first) and whole
+
+    def moves(self, node: Interned) -> bool:
+        """Whether a value differs along the axis."""
+        pending, seen = [node], set[Interned]()
+        while pending:
+            here = pending.pop()
+            if here is self.var:
+                return True
+            if here not in seen and not self.fixed(here):
+                pending.extend(children(here))
+            seen.add(here)
+        return False
 
 
 @dataclass
@@ -151,7 +173,7 @@ class Text:
     axes: list[Axis] = field(default_factory=list)
     outer: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    inner: set[Var] = field(default_factory=set)
+    inner: set[Interned] = field(default_factory=set)
     names: dict[tuple[Interned, str], str] = field(default_factory=dict)
     local: list[tuple[Interned, str]] = field(default_factory=list)
     uses: Mapping[Interned, int] = field(default_factory=dict)
@@ -159,8 +181,10 @@ class Text:
     widen: bool = True
     """Whether what is loaded in half precision is computed with in fp32."""
     count: int = 0
+    tests: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
+    """What guards are made of."""
 
-    def enter(self, lines: list[str], inner: set[Var]) -> None:
+    def enter(self, lines: list[str], inner: set[Interned]) -> None:
         """Print into ``lines`` from now on; values that ``inner`` moves are known there only."""
         self.leave()
         self.lines, self.inner = lines, inner
@@ -188,6 +212,9 @@ class Text:
         if isinstance(atom, Var):
             return next(axis.name for axis in self.axes if axis.var is atom)
         if isinstance(atom, (Quotient, Remainder)):
+            axis = next((axis for axis in self.axes if axis.fixed(atom)), None)
+            if axis is not None:
+                return f"({axis.first} // {atom.divisor})"
             symbol = "%" if isinstance(atom, Remainder) else "//"
             return f"({enclosed(self.index(atom.index, guard))} {symbol} {atom.divisor})"
         assert isinstance(atom, Indirect)
@@ -243,7 +270,7 @@ class Text:
 
     def mask(self, node: Interned, guard: str = "") -> str:
         """Which elements of what ``node`` moves over exist; with ``guard``, of those that are wanted."""
-        moved = [axis.mask for axis in self.axes if axis.mask and depends(node, axis.var)]
+        moved = [axis.mask for axis in self.axes if axis.mask and axis.moves(node)]
         return " & ".join([*moved, guard] if guard else moved)
 
     def _text(self, expr: Expr, guard: str) -> str:
@@ -265,6 +292,9 @@ class Text:
         """A load of what exists, and of that what ``own`` lets through; 0 else."""
         text = self.index(load.index[0], guard)
         mask = self.mask(load, own)
+        for axis in self.axes:  # a mask is no larger than what it masks
+            if not axis.moves(load) and any(axis.moves(test) for test in self.tests.get(own, ())):
+                text = f"{text} + {axis.name} * 0"
         buffer = self.pointers.get(load.buffer, load.buffer)
         place = buffer if text == "0" else f"{buffer} + {text}"
         loaded = f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})"
@@ -369,10 +399,13 @@ class Text:
         if masked is not None:
             tests = [self.value(test, guard) for test in masked[1]]
             own = " & ".join([guard, *tests] if guard else tests)
+            self.tests[own] = (*self.tests.get(guard, ()), *masked[1])
             return self._load(masked[0], own, own)
         condition = self.value(expr.args[0], guard)
         guards = [f"{guard} & {condition}" if guard else condition]
         guards.append(f"{guard} & ({condition} == 0)" if guard else f"({condition} == 0)")
+        for own in guards:
+            self.tests[own] = (*self.tests.get(guard, ()), expr.args[0])
         chosen = [
             self.value(arg, own if self._guarded(arg) else guard) for arg, own in zip(expr.args[1:], guards)
         ]

@@ -20,7 +20,7 @@ from ke_gym.codegen.capture import capture
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
-from ke_gym.codegen.tiles import for_gpu
+from ke_gym.codegen.split_reductions import for_gpu
 from ke_gym.tasks import Task
 
 SMALL = "ragged"
@@ -49,6 +49,7 @@ PRODUCTS = [
         ("conv2d", (("warps", 2),)),
         ("conv2d_even", (("words", True),)),
         ("pointwise", (("loads", "descriptors"),)),
+        ("pointwise_single", (("packed", True), ("turned", True))),
         ("depthwise", (("rows", 256),)),
         ("weighted", (("seed", -1), ("prepared", True))),
         ("weighted", (("packed", True), ("prepared", True))),

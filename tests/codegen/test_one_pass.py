@@ -19,7 +19,7 @@ from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.nest import Nest
 from ke_gym.codegen.one_pass import SUM_EXP
-from ke_gym.codegen.tiles import for_gpu
+from ke_gym.codegen.split_reductions import for_gpu
 from ke_gym.languages.base import Signature, build
 from ke_gym.targets.executor import PlanRunner
 from ke_gym.tasks.task import Task

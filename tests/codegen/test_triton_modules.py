@@ -28,7 +28,7 @@ NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
 # One of each kind, and cheap to interpret: every program of the grid is a walk through Python.
 INTERPRETED = (
     "softmax", "layer_norm", "column_mean", "argmax", "reverse_cumsum", "max_pool", "cross_entropy", "bucketize",
-    "map_id", "rotary_embedding", "matmul_bias_gelu", "attention_gqa_decode",
+    "map_id", "rotary_embedding", "matmul_bias_gelu", "attention_gqa_decode", "dense_to_jagged", "embedding_bag",
 )  # fmt: skip
 
 
@@ -81,6 +81,12 @@ IN_PASSES = {
     "cumsum": (("columns", 64), ("rows", 8)),
     "column_mean": (("rows", 16),),
     "layer_norm": (("columns", 16), ("rows", 2)),
+    "variance": (("columns", 16), ("rows", 4)),
+    "group_norm": (("columns", 256), ("stages", 3)),
+    "reverse_cumsum": (("columns", 64), ("rows", 4)),
+    "layer_norm_backward": (("rows", 4), ("stages", 2)),
+    "rms_norm_backward": (("programs", 128),),
+    "max_pool": (("inner", 2),),
 }
 
 
@@ -115,6 +121,18 @@ def test_half_precision_is_one_kernel_of_its_own(name: str) -> None:
     assert text.count("@triton.jit\ndef compute_") - copies == 1
     assert "tl.dot" in text
     assert "torch.ops" not in text
+
+
+def test_what_is_summed_over_rows_is_read_once() -> None:
+    text = program("layer_norm_backward").emit(program("layer_norm_backward").seeds()[0])
+    assert text.count("tl.load(x ") == 1
+    assert text.count("tl.load(grad ") == 1
+    assert text.count("@triton.jit") == 2
+
+
+def test_a_variance_takes_one_pass() -> None:
+    made = program("group_norm")
+    assert made.emit(with_launch(made.seeds()[0], (("columns", 256),))).count("tl.load(x ") == 2
 
 
 def test_softmax_in_passes_reads_its_input_twice() -> None:
