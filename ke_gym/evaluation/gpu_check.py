@@ -120,8 +120,8 @@ class _Check:
         for name, tensor in chosen.parameters.items():
             if not same_bits(tensor, chosen.reference.state[name]):
                 return out, f"wrote to parameter {name}, which is read-only"
-        for index, (tensor, kept) in enumerate(zip(made.tensors, prepared)):
-            if not same_bits(tensor, kept):
+        for index, (tensor, prior) in enumerate(zip(made.tensors, prepared)):
+            if not same_bits(tensor, prior):
                 return out, f"wrote to prepared tensor {index}, which is read-only"
         return out, ""
 
