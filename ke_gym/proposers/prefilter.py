@@ -102,7 +102,9 @@ def _entry(tree: ast.Module, inputs: int, state: Sequence[str]) -> Flaw | None:
     prepare = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "prepare"), None)
     if prepare is not None:  # what it returns is known once it is run
         wrong = [a.arg for a in (*prepare.args.args, *prepare.args.kwonlyargs) if a.arg not in state]
-        what = f"prepare takes {wrong[0]!r}, which is no parameter or buffer of the reference" if wrong else ""
+        what = (
+            f"prepare takes {wrong[0]!r}, which is no parameter or buffer of the reference" if wrong else ""
+        )
         return Flaw("contract", what) if wrong else None
     without_default = positional[inputs : len(positional) - len(given.defaults)]
     without_default += [a for a, default in zip(given.kwonlyargs, given.kw_defaults) if default is None]
