@@ -81,9 +81,7 @@ def module() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def result(
-    one_zygote: None, module: Chain, tmp_path_factory: pytest.TempPathFactory
-) -> ke_gym.Result:
+def result(one_zygote: None, module: Chain, tmp_path_factory: pytest.TempPathFactory) -> ke_gym.Result:
     out = tmp_path_factory.mktemp("runs")
     example = torch.randn(512, 256)
     stopped = ke_gym.optimize(module, example, budget=3, out=out, watch=StopAfter(2))
