@@ -33,12 +33,14 @@ class Window:
 class Laid:
     """A convolution's input, copied with its channels innermost: a matrix of ``pixels`` by ``channels`` per image.
 
-    ``source`` is its element, by the variables of ``shape``: image, pixel (``n``) and channel (``k``).
+    ``source`` is its element, by the variables of ``shape``: image, pixel (``n``) and channel (``k``). ``copy`` names a
+    tensor that another kernel has stored so; "" if the copy is still to be made.
     """
 
     call: Convolution
     shape: Shape
     source: Expr
+    copy: str = ""
 
     def read(self, copy: str, n: Index, k: Index) -> Expr:
         """What position ``n`` of all images sees at ``k``, of the copy of that name."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ke_gym.codegen import module, preparation
+from ke_gym.codegen import channels_last, module, preparation
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph
@@ -64,14 +64,18 @@ class _Body:
         before: list[str] = []
         listed = [g.nodes for g in plan.groups]
         allocated = set(graph.inputs)
-        for unit in order_steps(graph, plan):
+        ordered = order_steps(graph, plan)
+        made = [
+            u if isinstance(u, Extern) else cached_nest(graph, u, visible_in(graph, u.nodes, listed))
+            for u in ordered
+        ]
+        for unit, nest in zip(ordered, channels_last.handed_on(graph, made)):
             early = unit in standing
             home, device = (before, self._beside) if early else (lines, _device(graph))
             if isinstance(unit, Extern):
                 home.extend(_call(graph, unit, device))
                 makes = [b.name for b in unit.outputs]
             else:
-                nest: Any = cached_nest(graph, unit, visible_in(graph, unit.nodes, listed))
                 done = kernel(nest, suffix, ready)
                 self.kernels.append(done.text)
                 for buffer in nest.writes:

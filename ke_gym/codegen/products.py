@@ -50,11 +50,12 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class Store:
-    """``buffer[place] = expr`` for each element of a tile."""
+    """``buffer[place] = expr`` for each element of a tile; ``index``: the place in a result of the product's shape."""
 
     buffer: Buffer
     place: Index
     expr: Expr
+    index: tuple[Index, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class Product:
         sides = zip(SIDES, self.operands, self.packable)
         packed, laid = self.blocks.packed, self.laid
         if laid is not None:
-            sides = zip(SIDES, (self.operands[0], laid.source), (self.packable[0], True))
-            return {s: o for s, o, copied in sides if s == "right" or (packed and copied) or s in self.ready}
+            sides = zip(SIDES, (self.operands[0], laid.source), (packed and self.packable[0], not laid.copy))
+            return {s: operand for s, operand, copied in sides if copied or s in self.ready}
         return {s: operand for s, operand, copied in sides if (packed and copied) or s in self.ready}
 
     def copied(self, side: str) -> Shape:
@@ -168,7 +169,11 @@ class Product:
 
     def copy(self, side: str) -> str:
         """Where a packed operand lies."""
-        return f"{self.name}_{side}"
+        return (
+            self.laid.copy
+            if self.laid is not None and side == "right" and self.laid.copy
+            else f"{self.name}_{side}"
+        )
 
     @property
     def parts(self) -> str:
@@ -367,7 +372,7 @@ class Builder:
 
         stores = []
         if self.product.name in self.visible or self.step.name in self.visible:
-            stores.append(Store(self.product, flat, acc))
+            stores.append(Store(self.product, flat, acc, index))
         for name, node in self.nodes.items():
             if name in after and (not node.pointwise or node.numel != self.product.numel):
                 raise Illegal(f"{name} is no epilogue of the product")
@@ -377,12 +382,11 @@ class Builder:
                 for var in reversed(node.vars):
                     binding[var] = (flat // step) % var.size if var.size != 1 else constant(0)
                     step *= var.size
-                if (
-                    self.laid is not None and node.shape == self.product.shape
-                ):  # no remainders of large numbers
+                alike = node.shape == self.product.shape
+                if self.laid is not None and alike:  # no remainders of large numbers
                     binding = dict(zip(node.vars, index))
                 expr = Rewriter(binding, read).expr(resolved[name])
-                stores.append(Store(self.graph.buffers[name], flat, expr))
+                stores.append(Store(self.graph.buffers[name], flat, expr, index if alike else ()))
         return stores
 
     def _reads(self, stores: list[Store], operands: tuple[Expr, Expr]) -> tuple[Buffer, ...]:

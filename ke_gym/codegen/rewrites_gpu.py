@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ke_gym.codegen import bags, flash, fusion, products
+from ke_gym.codegen import channels_last as layouts
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.legality import legal
@@ -104,13 +105,15 @@ def prepare(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 
 def channels_last(program: Program, schedule: Schedule) -> Iterator[Schedule]:
     """Convolutions over a copy of their input with the channels innermost: our own, or the library's taken over."""
+    if program.language == LANGUAGE:
+        return
     yield from by_launch("channels_last")(program, schedule)
     for p, (graph, plan) in enumerate(zip(program.graphs, schedule.plans)):
+        yield _with_plan(schedule, p, layouts.everywhere(graph, plan))
         for name, step in graph.steps.items():
             library = not any(name in g.nodes for g in plan.groups)
             if library and isinstance(step, Extern) and step.target == products.CONVOLUTION:
-                taken = fusion.absorb(graph, plan, name, (("channels_last", True),))
-                yield _with_plan(schedule, p, taken)
+                yield _with_plan(schedule, p, fusion.absorb(graph, plan, name, layouts.LAUNCH))
 
 
 def _plan(listed: list[Group], order: dict[str, int]) -> Plan:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ke_gym.codegen import Program, fusion
+from ke_gym.codegen import Program, channels_last
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.lower import lower
@@ -60,6 +60,7 @@ PRODUCTS = [
         ("conv2d", (("channels_last", True), ("warps", 2))),
         ("conv2d_even", (("channels_last", True), ("unroll", True), ("prepared", True))),
         ("pointwise", (("channels_last", True), ("loads", "descriptors"))),
+        ("conv_chain", (("channels_last", True), ("prepared", True))),
         ("conv2d_single", (("channels_last", True),)),
         ("conv2d_single", (("channels_last", True), ("packed", True), ("ready", True), ("prepared", True))),
     )
@@ -84,8 +85,7 @@ def with_launch(made: Program, launch: Any) -> Schedule:
     plan = made.seeds()[dict(launch).get("seed", 0)].plans[0]
     called = [name for name, step in graph.steps.items() if isinstance(step, Extern)]
     if ("channels_last", True) in knobs:
-        for name in called:
-            plan = fusion.absorb(graph, plan, name, (("channels_last", True),))
+        plan = channels_last.everywhere(graph, plan)
     inside = [any(name in group.nodes for name in called) for group in plan.groups]
     chosen = inside if any(inside) else [k == 0 for k in range(len(inside))]
     groups = (replace(g, launch=knobs) if here else g for g, here in zip(plan.groups, chosen))
