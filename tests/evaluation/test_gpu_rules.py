@@ -28,6 +28,7 @@ from ke_gym.testing.fake_gpu import (
     FakeDriver,
     InProcess,
     floats,
+    idle,
     integer,
     kernel,
     one_launch,
@@ -74,7 +75,7 @@ def fine(x: int, out: int, n: int) -> None:
 
 @kernel
 def tardy(x: int, out: int, n: int) -> None:
-    time.sleep(0.004)
+    idle(0.004)
     compute(x, out, n)
 
 
