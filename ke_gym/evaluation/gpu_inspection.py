@@ -9,7 +9,15 @@ from dataclasses import replace
 
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.gpu_profile import counted, limiter_by_counters
-from ke_gym.evaluation.gpu_tools import CHECKS, Replayed, ToolFailed, TooSlow, counters, sanitized
+from ke_gym.evaluation.gpu_tools import (
+    CHECKS,
+    Replayed,
+    ToolFailed,
+    TooSlow,
+    counters,
+    kernel_times,
+    sanitized,
+)
 from ke_gym.languages.artifact import Artifact
 
 COUNTING_S, COUNTING_SHARE = 10.0, 0.1
@@ -54,6 +62,10 @@ class Inspector:
             evaluation = self._counted(evaluation, artifact)
         except ToolFailed as failure:
             said.append(f"no counters: {failure}")
+            try:
+                evaluation = self._clocked(evaluation, artifact)
+            except ToolFailed as other:
+                said.append(f"no kernel times either: {other}")
         return evaluation.replace(log="\n".join(filter(None, said)))
 
     def _sanitized(self, artifact: Artifact, check: str) -> tuple[str, str]:
@@ -68,6 +80,12 @@ class Inspector:
                     found,
                     f"{check} looked at {PART_BLOCKS} blocks of every launch, no more: {failure} for all",
                 )
+
+    def _clocked(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
+        """With the device time of the plan's kernels. Raises ``ToolFailed``."""
+        with self._alone():
+            found = kernel_times(self._replayed(artifact))
+        return evaluation.replace(profile=replace(evaluation.profile, counters=counted(found)))
 
     def _counted(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
         """With the device's counters, and what they say limits the kernel. Raises ``ToolFailed``."""

@@ -134,8 +134,8 @@ def feedback(evaluation: Evaluation) -> str:
                 f"own kernels: {100 * evaluation.kernel_coverage:.0f} % of the time, the rest is ATen"
             )
         lines += [resource[:160] for resource in shown.resources[:4]]
-        if shown.counters:
-            lines.append("counters: " + _counters(dict(shown.counters)))
+        if counters := _counters(dict(shown.counters)):
+            lines.append("counters: " + counters)
         if shown.missed and evaluation.limiter in ("instructions", "l2"):
             lines += [f"not vectorized, {remark[:160]}" for remark in shown.missed[:4]]
         hints = _HINTS if evaluation.target == "cpu" else _GPU_HINTS

@@ -114,6 +114,7 @@ def two_gpus(suite: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, flo
         return SimpleNamespace(
             evaluations=8, valid=1.0, seed_correct=True, reference_ms=3.0, best_ms=1.0, speedup=3.0,
             speedup_ci=(2.9, 3.1), kernel_coverage=1.0, run_dir=Path("kept"), floor_ms=0.5,
+            refused={"compile": 1, "no gain": 5},
         )  # fmt: skip
 
     def spread(function: Any, jobs: Any, shares: Any, until: float) -> Any:
@@ -142,6 +143,8 @@ def test_on_gpus_long_tasks_come_first_and_a_lost_one_is_told(
     printed = capsys.readouterr().out
     assert "conv1d: the device fell off the bus" in printed and "not finished in time: conv1d" in printed
     assert "3.00x of 2 tasks" in printed and "max-autotune" not in printed
+    kept = [json.loads(line)["refused"] for line in (tmp_path / "suite.jsonl").read_text().splitlines()]
+    assert kept == [{"compile": 1, "no gain": 5}] * 2
     made.run()  # what is there is not done again
     assert [name for name, _ in two_gpus][3:] == ["conv1d"]
 
