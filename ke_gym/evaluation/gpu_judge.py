@@ -97,6 +97,7 @@ class GpuJudge:
 
     def move_apart(self) -> dict[str, Any]:
         """Have candidates' kernels launched by the process at the other end of ``link``, if that is possible here."""
+        assert self._link is not None
         try:
             self.stage.apart = Apart(Channel(self._link), self.stage.driver, self.stage.device)
         except (Unfit, Hung) as refusal:
