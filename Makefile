@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python scripts/optimize.py softmax bias_gelu matmul_bias_gelu --budget 25
 
 test: $(READY)
-	$(BIN)/python -m pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: lint types
 

@@ -16,7 +16,16 @@ from ke_gym.evaluation.zygote import Zygote
 from tests.machine import share_peaks
 
 # Files that take longest, the longest first: no worker is to begin one of them when the others are done.
-LONGEST = ("scripts/test_optimize.py",)
+LONGEST = (
+    "scripts/test_optimize.py", "testing/test_exploits.py", "testing/test_honest.py",
+    "codegen/test_triton_modules.py", "codegen/test_program.py", "test_job.py",
+    "evaluation/test_selfcheck.py", "codegen/test_heldout.py", "scripts/test_evaluate.py",
+    "tasks/test_library.py", "codegen/test_rows.py", "codegen/test_cuda_modules.py",
+    "evaluation/test_evaluator.py", "codegen/test_gathers.py", "scripts/test_llm_scripts.py",
+    "test_package.py", "evaluation/test_zygote.py", "evaluation/test_gpu_rules.py",
+    "codegen/test_contraction_templates.py", "proposers/test_llm_lessons.py", "scripts/test_training.py",
+    "envs/test_live.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
