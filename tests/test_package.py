@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,7 +24,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracked = ("ke_gym", "envs", "policies", "pyproject.toml", "README.md", "LICENSE")
     source.mkdir()
     for name in tracked:  # a copy, so that building leaves nothing in the checkout
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source)
+        else:  # bytecode comes and goes beside other tests
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     command = [
         sys.executable,
         "-m",
