@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -303,3 +303,13 @@ def test_bad_input_is_refused_in_one_sentence(result: ke_gym.Result, tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         ke_gym.optimize("softmax", out=tmp_path / "file")
+
+
+def test_what_was_refused_is_counted_by_reason() -> None:
+    def node(outcome: str, improved: bool = False) -> SimpleNamespace:
+        verdict = SimpleNamespace(outcome=outcome, improved=improved)
+        return SimpleNamespace(correct=outcome == "correct", evaluation=verdict)
+
+    judged = [node("correct", True), node("correct"), node("compile"), node("timeout"), node("compile")]
+    counted = job.refused(SimpleNamespace(tree=judged))  # type: ignore[arg-type]
+    assert counted == {"compile": 2, "no gain": 1, "timeout": 1}

@@ -22,7 +22,7 @@ from ke_gym.languages.artifact import Artifact
 
 COUNTING_S, COUNTING_SHARE = 10.0, 0.1
 """About what ``ncu`` takes for one kernel, and its share of a search's time at the most."""
-PART_BLOCKS = 64
+PART_BLOCKS = 8
 """What is looked at of a launch that takes too long as a whole: blocks run the same code."""
 
 

@@ -13,13 +13,16 @@ A kernel that faults or hangs takes this process with it; the parent starts anot
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,6 +48,8 @@ WARM_CALLS = 3
 PATIENCE = 20.0
 FULL_CHECKS = 0.04
 PROFILE_RUNS = 5
+SHORT_S, MOST_CALLS = 28e-6, 4
+"""Calls below this take several in each round, so many at the most."""
 TUNING_ROUNDS = 5
 GRAPH_GAIN = 0.97
 """A CUDA graph must bring a plan's time down to this share: it has to be recorded anew for other tensors."""
@@ -205,6 +210,7 @@ class GpuJudge:
                 pace[name] = min(
                     stage.call(chosen, runner, PATIENCE).sample.seconds for _ in range(WARM_CALLS)
                 )
+        chosen.calls = max(1, min(MOST_CALLS, math.ceil(SHORT_S / min(pace.values()))))
         return {"pace": pace}
 
     def _contestants(self, own: int, other: int | None, baseline: bool) -> dict[str, Runner | None]:
@@ -230,7 +236,10 @@ class GpuJudge:
         margin: float,
         patience: float,
     ) -> dict[str, Any]:
-        """One race; see ``race.race``. Contestants are compared on contents of their own, in the same round."""
+        """One race; see ``race.race``. Contestants are compared on contents of their own, in the same round.
+
+        Of calls so short that what measuring them adds is no small part, each has several in a round: their mean counts.
+        """
         stage, chosen = self.stage, self.sets[shape_set]
         limits = Rules(**rules)
         full = {stage.rng.randrange(limits.min_rounds)}
@@ -238,20 +247,22 @@ class GpuJudge:
         suspects: set[str] = set()
         counts = {"rounds": 0, "throttled": 0, "disputed": 0, "doubted": 0}
 
-        def contestant(name: str, runner: Runner | None) -> Callable[[], float]:
-            def call() -> float:
-                with answering(name):
-                    done = stage.call(chosen, runner, patience)
-                samples.append(done.sample)
-                if name != "incumbent":
-                    counts["disputed" if name == "candidate" else "doubted"] += done.sample.disputed
-                if done.out is not None:
-                    due = counts["rounds"] in full or stage.rng.random() < FULL_CHECKS
-                    if not stage.plausible(chosen, done.seed, done.out, due):
-                        suspects.add(name)
-                return done.sample.seconds
+        def call(name: str, runner: Runner | None) -> Sample:
+            with answering(name):
+                done = stage.call(chosen, runner, patience)
+            if done.out is not None:
+                due = counts["rounds"] in full or stage.rng.random() < FULL_CHECKS
+                if not stage.plausible(chosen, done.seed, done.out, due):
+                    suspects.add(name)
+            return done.sample
 
-            return call
+        def turn(name: str, runner: Runner | None) -> float:
+            taken = [call(name, runner) for _ in range(chosen.calls)]
+            samples.extend(taken)
+            if name != "incumbent":
+                most = 2 * sum(sample.disputed for sample in taken) > len(taken)
+                counts["disputed" if name == "candidate" else "doubted"] += most
+            return fmean(sample.seconds for sample in taken)
 
         def usable() -> bool:
             throttled = stage.watch.throttled(samples)
@@ -261,7 +272,7 @@ class GpuJudge:
 
         named = self._contestants(own, other, baseline)
         result = race(
-            {name: contestant(name, runner) for name, runner in named.items()},
+            {name: partial(turn, name, runner) for name, runner in named.items()},
             "incumbent" if other is not None else "baseline",
             draw=samples.clear,
             inspect=lambda: set(suspects),

@@ -95,6 +95,8 @@ class ShapeSet:
     wanted: list[Block]
     held: Block
     baseline: Callable[..., tuple[Tensor, ...]] | None = None
+    calls: int = 1
+    """How many calls of everybody make one time of a race."""
     scales: list[float] = field(default_factory=list)
     """The root mean square of each output on the task's own inputs."""
 

@@ -24,6 +24,7 @@ from typing import Any
 from ke_gym.evaluation import gpu_replay
 from ke_gym.evaluation.zygote import worker_environment
 from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.plan import Launch
 from ke_gym.tasks.task import Task
 
 METRICS = {
@@ -194,8 +195,11 @@ def sanitized(replayed: Replayed, check: str, seconds: float = SANITIZE_SECONDS)
     ``check`` is one of ``CHECKS``. Raises ``ToolFailed``, and ``TooSlow`` after ``seconds``.
     """
     command = [find("compute-sanitizer"), "--tool", check, "--error-exitcode", str(_FOUND)]
-    if check == "racecheck":
+    if check == "racecheck":  # of the plan's own kernels alone: it takes minutes where memcheck takes seconds
         command += ["--racecheck-report", "analysis"]
+        steps = replayed.artifact.plans[replayed.shape_set].steps
+        for name in sorted({step.kernel for step in steps if isinstance(step, Launch)}):
+            command += ["--kernel-name", f"kernel_name={name}"]
     outside = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation: bounds are its own
     watched = replace(replayed, environment={**replayed.environment, **outside})
     done = watched.under(command, 1, seconds)

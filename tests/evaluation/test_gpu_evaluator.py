@@ -14,6 +14,7 @@ from ke_gym.deploy.kernel import Kernel
 from ke_gym.errors import UserError
 from ke_gym.evaluation import bundle
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.gpu_client import APART
 from ke_gym.evaluation.opening import open_evaluator
 from ke_gym.tasks.task import Reference, Task
 
@@ -167,3 +168,18 @@ def test_a_winner_is_looked_at_by_the_tools_that_are_there(evaluator: Evaluator)
     final = evaluator.final(Candidate(KERNEL, "triton"))
     assert final.correct, final.log
     assert dict(final.profile.counters).get("time_ns", 0) > 0 or "no counters" in final.log
+
+
+def test_kernels_that_another_process_launches_are_judged_alike(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluator: Evaluator
+) -> None:
+    monkeypatch.setenv(APART, "1")
+    with open_evaluator(task, "cuda:0", folder=tmp_path, call_timeout=2) as opened:
+        assert opened.judge.apart, opened.judge.why_not_apart  # type: ignore[attr-defined]
+        judged = opened.evaluate(Candidate(KERNEL, "triton"))
+        assert judged.correct and judged.trust == "plan", judged.log
+        wrong = opened.evaluate(Candidate(KERNEL.replace("* tl.load(scale)", ""), "triton"))
+        assert wrong.outcome == "correctness"
+        faulty = KERNEL.replace("tl.store(out + row * n + at,", "tl.store(out + (1 << 40) + at,")
+        assert opened.evaluate(Candidate(faulty, "triton")).outcome == "runtime"
+        assert opened.evaluate(Candidate(KERNEL, "triton")).correct

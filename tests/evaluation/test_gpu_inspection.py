@@ -143,7 +143,7 @@ def test_what_takes_too_long_as_a_whole_is_looked_at_in_part_and_says_so(
     monkeypatch.setattr(inspector, "_replayed", lambda _: Watched())
     monkeypatch.setattr(gpu_inspection, "sanitized", sanitized)
     final = inspector.final(JUDGED, ARTIFACT)
-    assert final.correct and "racecheck looked at 64 blocks of every launch, no more" in final.log
+    assert final.correct and "racecheck looked at 8 blocks of every launch, no more" in final.log
     findings = "compute-sanitizer (racecheck): Error: Race reported"
     assert inspector.final(JUDGED, ARTIFACT).outcome == "runtime"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ke_gym.evaluation import gpu_judge
 from ke_gym.evaluation.gpu_judge import GpuJudge
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Sample
@@ -236,6 +237,27 @@ def test_a_race_calls_everybody_on_contents_of_their_own(judge: GpuJudge) -> Non
 def test_what_is_right_only_when_checked_is_caught_while_timed(judge: GpuJudge) -> None:
     assert "reason" not in check(judge, "honest_for_a_while")
     assert run_race(judge, "honest_for_a_while")["suspects"] == ["candidate"]
+
+
+def test_short_calls_take_several_in_a_round_and_each_is_looked_at(
+    judge: GpuJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_judge, "SHORT_S", 1e9)
+    looked_at = []
+    plausible = judge.stage.plausible
+
+    def counting(*arguments: Any) -> bool:
+        looked_at.append(arguments)
+        return plausible(*arguments)
+
+    monkeypatch.setattr(judge.stage, "plausible", counting)
+    answer = run_race(judge, "right")
+    rounds = len(answer["values"])
+    assert judge.sets["default"].calls == gpu_judge.MOST_CALLS == len(looked_at) / rounds
+    assert len(answer["seconds"]["candidate"]) == len(answer["seconds"]["baseline"]) == rounds
+    monkeypatch.setattr(gpu_judge, "SHORT_S", 1e-9)
+    run_race(judge, "right")
+    assert judge.sets["default"].calls == 1
 
 
 def test_throttled_rounds_do_not_count(judge: GpuJudge, monkeypatch: pytest.MonkeyPatch) -> None:
