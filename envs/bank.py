@@ -4,92 +4,114 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from ke_gym.envs import spaces
-from ke_gym.envs.prepared import N_ACTIONS, N_STRATEGIES, PENALTIES, Prepared, prepared_of
-from ke_gym.envs.table import REFUSED, Table
-from ke_gym.envs.walk import KINDS
+from ke_gym.envs.prepared import N_ACTIONS, PENALTIES, SIGNS, Prepared, prepared_of
+from ke_gym.envs.spaces import LAYOUT
+from ke_gym.envs.table import NO_RACE, REFERENCE, REPEATED, Table
 from ke_gym.evaluation.evaluation import OUTCOMES
-from ke_gym.strategies import RESTART
+from ke_gym.search import reward
+from ke_gym.strategies import STOP
 
-NOWHERE = -9
-"""As a rival: none in any episode."""
-FACTS = (
-    "correct", "value", "gap", "rival", "improved", "cost", "penalty", "outcome", "kind", "fanout", "draft",
-    "noise_first", "noise_count",
-)  # fmt: skip
-"""What is known of a version, in the order of ``Bank.facts``; ``outcome`` as the observation shows it."""
-EDGE = ("first", "count", "total", "repeating")
-"""What is known of an action on a version, in the order of ``Bank.edges``: where its children lie, how many there are,
-how often it can be taken, and whether the end of its children counts as a duplicate."""
+ILLEGAL = N_ACTIONS
+"""The action that every illegal one is taken for."""
+WIDTH = N_ACTIONS + 1
+NO_VERSION, REFUSED_VERSION, REPEATED_VERSION, STOPPED_VERSION, ILLEGAL_VERSION = range(5)
+"""Places behind a table's versions: its reference, and what stands for a version where an action makes none."""
+_PAID = (0.0, reward.DUPLICATE_PENALTY, reward.DUPLICATE_PENALTY, 0.0, reward.DUPLICATE_PENALTY)
+REAL = ("value", "gap", "margin", "lift", "first_repeat", "repeats", "cost", "paid", "outcome")
+"""What is known of a version in floating point, the first columns of ``Bank.facts``: log-speedup; the lower end of its
+interval over that (-inf unless correct); 1 if it won its race, else -1; -inf unless strategies are recorded on it, else
+0; its repeats, by their place in ``Bank.noise`` and their number; seconds; the reward where nothing is gained; the
+outcome as the observation shows it."""
+WHOLE = ("told", "correct", "repeated", "rival", "actions", "sign", "draft")
+"""The other columns: whether it was evaluated, whether it is correct, whether it counts as a duplicate; what it raced
+against; the actions recorded on it, as bits; its sign among the latest evaluations; its number as a draft."""
+COLUMNS = {name: i for i, name in enumerate((*REAL, *WHOLE))}
 
 
 class Bank:
-    """All tables' versions, one row each. Table t's row 0 is at ``offsets[t]``; its reference is its last row.
+    """All tables' versions, one row each; table t's begin at ``offsets[t]``, its reference follows them.
 
-    Rows are wide, so that an episode finds what it needs by one look-up instead of many. Per-episode arrays are indexed
-    by a version's place in its own table: they are as wide as the largest table, and one place wider, for nothing.
+    A row of facts is wide, so that an episode finds all it needs at one place in memory: integers, and in a view of
+    the same row floating point.
     """
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = list(tables)
         prepared = [prepared_of(table) for table in self.tables]
-        sizes = [len(table) for table in self.tables]
-        self.offsets = np.cumsum([0, *(n + 1 for n in sizes)])[:-1]
-        self.references = np.array(sizes)
-        self.width = max(sizes) + 2
-        rows = sum(sizes) + len(sizes)
-        self.facts = np.zeros((rows, len(FACTS)))
-        self.facts[:, FACTS.index("rival")] = NOWHERE
-        edges = np.zeros((rows, N_ACTIONS, len(EDGE)), np.int64)
-        edges[:, :, EDGE.index("repeating")] = 1
-        self.described_first = np.zeros(rows, np.int64)
-        """Of each version, the row of ``described`` for its first draft; other drafts follow. Row 0 is the reference's."""
+        self.references = np.array([len(table) for table in self.tables])
+        sizes = self.references + len(_PAID)
+        self.offsets = np.cumsum(sizes) - sizes
+        self.width = int(sizes.max())
+        """Places of the largest table: as many has an array that keeps something of every version."""
+        self.facts = np.zeros((int(sizes.sum()), len(COLUMNS)), np.int64)
+        self.first = np.zeros((len(self.facts), WIDTH), np.int32)
+        """Where the children of an action lie in ``children``. A child is twice its place in the table, plus one if
+        the action is exhausted then."""
+        self.described = np.zeros((len(self.facts), LAYOUT["code"] + LAYOUT["profile"]), np.float32)
+        self.drafts = max(one.distances.shape[1] for one in prepared)
+        self.distances = np.zeros((len(self.facts), self.drafts), np.float32)
+        noise, noises = [np.zeros(1)], 1
         children: list[int] = []
-        noise: list[float] = [0.0]
-        described = [np.zeros((1, spaces.LAYOUT["code"] + spaces.LAYOUT["profile"]), np.float32)]
-        described_rows = 1
-        for offset, one, n in zip(self.offsets.tolist(), prepared, sizes):
-            self.described_first[offset : offset + n] = described_rows + one.drafts * np.arange(n)
-            described.append(one.described.reshape(n * one.drafts, -1))
-            described_rows += len(described[-1])
-            for node in range(n):
-                self.facts[offset + node] = _facts(one, node, len(noise))
-                noise += one.noise[node]
-            for node, (by_action, totals) in enumerate(zip(one.children, one.totals)):
-                for action, (made, total) in enumerate(zip(by_action, totals)):
-                    edges[offset + node, action, :3] = len(children), len(made), total
-                    children += made
-            for (node, action), kind in one.ends.items():
-                edges[offset + node, action, 3] = kind != REFUSED
-        self.children = np.array([*children, 0])
-        self.noise = np.array(noise)
-        self.described = np.concatenate(described)
+        for offset, one in zip(self.offsets.tolist(), prepared):
+            n = one.reference
+            self._put(slice(offset, offset + n), _facts(one, noises))
+            self._put(slice(offset + n, offset + n + len(_PAID)), _no_facts(one))
+            self.described[offset : offset + n] = one.described
+            noise.append(one.table.noise)
+            noises += len(one.table.noise)
+            self.distances[offset : offset + n, : one.distances.shape[1]] = one.distances
+            first = self.first[offset : offset + n + 1]
+            # A stop exhausts nothing, since nothing comes after it; whatever is illegal can be taken again and again.
+            first[:, STOP.id], first[:, ILLEGAL] = len(children), len(children) + 1
+            children += [2 * (n + STOPPED_VERSION), 2 * (n + ILLEGAL_VERSION) + 1]
+            for node, (row, totals) in enumerate(zip(one.children, one.totals)):
+                for action, total in enumerate(totals):
+                    if total:
+                        first[node, action] = len(children)
+                        children += [2 * child + (k == total) for k, child in enumerate(row[action], 1)]
+                        repeated = one.ends.get((node, action), REPEATED) == REPEATED
+                        children.append(2 * (n + (REPEATED_VERSION if repeated else REFUSED_VERSION)) + 1)
+        self.children = np.array(children)
+        self.noise = np.concatenate(noise)
         self.starts = np.stack([one.start for one in prepared])
-        self.recorded = edges[:, :N_STRATEGIES, EDGE.index("total")] > 0
-        self.has_drafts = np.array([one.totals[one.reference][RESTART.id] > 0 for one in prepared])
-        self.edges = edges.reshape(rows * N_ACTIONS, len(EDGE))
+        self.first = self.first.ravel()
+
+    def _put(self, rows: slice, facts: dict[str, Any]) -> None:
+        real = self.facts.view(np.float64)
+        for name, values in facts.items():
+            (real if name in REAL else self.facts)[rows, COLUMNS[name]] = values
 
 
-def _facts(one: Prepared, node: int, noise: int) -> tuple[float, ...]:
-    outcome, correct, repeats = one.outcomes[node], one.correct[node], len(one.noise[node])
-    return (
-        correct,
-        one.values[node] if correct else 0.0,
-        one.gaps[node][0],
-        one.rivals[node],
-        one.improved[node],
-        one.costs[node],
-        PENALTIES[outcome],
-        outcome / (len(OUTCOMES) - 1),
-        KINDS[outcome],
-        one.fanout[node] if correct else 0,
-        one.draft_of.get(node, 0),
-        noise if repeats and correct else 0,
-        repeats if correct else 0,
-    )
+def _facts(one: Prepared, noise: int) -> dict[str, Any]:
+    """Of a table's versions; its repeats begin at ``noise``."""
+    table, n, correct = one.table, one.reference, one.table.correct
+    repeats = np.where(correct, np.bincount(table.repeats[:, 0], minlength=n), 0)
+    first = noise + np.searchsorted(table.repeats[:, 0], np.arange(n))
+    actions = np.array(one.actions[:n], np.int64)
+    draft = np.zeros(n, np.int64)
+    draft[table.drafts] = np.arange(len(table.drafts))
+    return {
+        "value": np.where(correct, one.values, 0.0), "gap": np.where(correct, [gap for gap, _ in one.gaps], -np.inf),
+        "margin": np.where(correct & table.improved, 1.0, -1.0),
+        "lift": np.where(correct & (actions > 0), 0.0, -np.inf), "first_repeat": np.where(repeats, first, 0),
+        "repeats": repeats, "cost": one.costs, "paid": np.where(correct, 0.0, np.take(PENALTIES, table.outcomes)),
+        "outcome": table.outcomes / (len(OUTCOMES) - 1), "told": 1, "correct": correct, "actions": actions,
+        "rival": np.where(table.rivals == REFERENCE, n, table.rivals), "sign": np.take(SIGNS, table.outcomes),
+        "draft": draft,
+    }  # fmt: skip
+
+
+def _no_facts(one: Prepared) -> dict[str, Any]:
+    """Of its reference, and of what stands for a version."""
+    places = np.arange(len(_PAID))
+    return {
+        "gap": -np.inf, "margin": -1.0, "lift": -np.inf, "paid": _PAID, "repeated": places == REPEATED_VERSION,
+        "rival": NO_RACE, "actions": np.where(places == NO_VERSION, one.actions[one.reference], 0),
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=8)

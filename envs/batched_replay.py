@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,25 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from ke_gym.envs import catalog, spaces
-from ke_gym.envs.bank import bank_of
+from ke_gym.envs.bank import COLUMNS, ILLEGAL, REAL, WIDTH, bank_of
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
-from ke_gym.envs.prepared import DESCRIBED, HISTORY, N_ACTIONS, N_STRATEGIES, PER_STRATEGY, SLICES
+from ke_gym.envs.prepared import (
+    DESCRIBED,
+    DISTANCE,
+    HISTORY,
+    N_ACTIONS,
+    N_STRATEGIES,
+    PER_STRATEGY,
+    PLAIN,
+    SLICES,
+    SLOW,
+    SLOW_BEST,
+    WINDOW,
+    WINDOWS,
+)
 from ke_gym.envs.replay import EPISODES, Noise, check_noise, pick
-from ke_gym.envs.walk import COMPILED, DULL, FAST_RULES
+from ke_gym.envs.walk import FAST_RULES
 from ke_gym.errors import UserError
 from ke_gym.search import reward
 from ke_gym.search.observation import RECENT
@@ -27,25 +40,28 @@ from ke_gym.strategies import FIX, RESTART, STOP
 Indices = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Values = NDArray[np.float64]
-_LOG_10, _LOG_MILESTONE = math.log(10), math.log(reward.MILESTONE)
-_KINDS = 4
-_PARTS = tuple(SLICES.items())
-_MARGIN = 3 * (N_ACTIONS - N_STRATEGIES)
-"""Columns behind the observation, where statistics of the controls go, which nobody sees."""
-_THREE = np.arange(3)
+_LOG_MILESTONE = math.log(reward.MILESTONE)
+_MARGIN = 3 * (WIDTH - N_STRATEGIES)
+"""Columns behind the observation, for the statistics of actions that are no strategies."""
+_BITS = np.array([i.bit_count() for i in range(WINDOW + 1)], np.float32)
+# Of the history's features, as they are counted here.
+_SCALES = 1 / np.array([[1, 10, math.log(10), 1, 1, 1, 1, 1, N_STRATEGIES, 10, 1, 5]], np.float32).T
+_MASK = 32
+"""Bits of a set of actions as a mask; more than there are actions."""
 
 
 class BatchedReplayVecEnv(VecEnv):
     """``KernelOptReplayEnv`` N times as one of stable-baselines3's vector environments.
 
     Arguments are those of ``KernelOptReplayEnv``; parent rules are ``best`` and ``root``, and of several horizons
-    each environment has one, in turn. Episodes begin anew by
-    themselves; the last observation is then in ``info["terminal_observation"]``, beside ``task``, ``best_speedup``,
-    ``evaluations``, ``clock_s`` and ``TimeLimit.truncated``. Other infos are empty. Episode i is the one that the
-    single environment makes of seed + i.
+    each environment has one, in turn. Episodes begin anew by themselves; the last observation is then in
+    ``info["terminal_observation"]``, beside ``task``, ``best_speedup``, ``evaluations``, ``clock_s`` and
+    ``TimeLimit.truncated``. All other infos are one empty dictionary. Episode i is the one that the single
+    environment makes of seed + i.
 
-    A step is the same hundred array operations for all episodes, whatever each of them does: one that evaluates nothing
-    writes to places that nobody reads. State of a version in an episode lies at ``lane + version`` of flat arrays.
+    A step is the same hundred array operations for all episodes, whatever each of them does. A version has a place
+    of its own in its episode: 0 is the reference, k the version of the k-th evaluation; one that evaluates nothing
+    writes to the next one's, where nobody reads. So what an episode keeps of its versions is as short as the episode.
     """
 
     def __init__(
@@ -73,52 +89,50 @@ class BatchedReplayVecEnv(VecEnv):
         self.horizons = np.resize(np.array(listed, dtype=np.int64), n_envs)
         self.noise = noise
         super().__init__(n_envs, spaces.observation_space(), spaces.action_space())
-        n, width, longest = n_envs, self.bank.width, max(listed)
+        n, longest = n_envs, max(listed)
+        self._size = longest + 2
         self._all = np.arange(n)
         self._rngs = [np.random.default_rng() for _ in range(n)]
         self._uniforms = np.zeros((n, EPISODES, longest + 2))
         self._episode = np.full(n, EPISODES)
         self._drawn = np.zeros((n, longest))
         self._actions = np.zeros(n, np.int64)
-        # Where each episode's values begin in the flat arrays.
-        self._lane, self._nowhere = self._all * width, self._all * width + width - 1
-        self._by_step, self._by_action, self._by_kind, self._by_recent = (
-            self._all * size for size in (longest, N_ACTIONS, _KINDS, RECENT)
+        # Where each episode's values begin in flat arrays.
+        self._by_place, self._by_version, self._by_action, self._by_mask, self._by_draw = (
+            self._all * size for size in (self._size, self.bank.width, WIDTH, _MASK, longest)
         )
-        self.table, self._offset, self._reference, self._parent, self._failed = (
+        self.table, self._offset, self._steps, self._evaluations, self._duplicates, self._covered = (
+            np.zeros(n, np.int64) for _ in range(6)
+        )
+        self._best, self._open, self._parent, self._failed, self._shown = (
             np.zeros(n, np.int64) for _ in range(5)
         )
-        """``_failed``: the version that FIX would repair; -1 if there is none."""
-        self._steps, self._evaluations, self._duplicates, self._drafts, self._covered = (
-            np.zeros(n, np.int64) for _ in range(5)
-        )
-        self._best, self._best_at, self._open = (np.full(n, -1) for _ in range(3))
-        """``_open``: the fastest visited version that has a recorded strategy left; -1 if none has."""
-        self._best_value, self._best_depth, self.clock, self._last_outcome = (np.zeros(n) for _ in range(4))
-        self._best_dull, self._drafts_left = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
-        """Whether the best became that by default, as the first correct version, and won nothing either."""
-        self._recent = np.zeros(n * RECENT, np.int64)
-        """Kinds of the latest evaluations, and how many there are of each."""
-        self._kinds = np.zeros((n, _KINDS), np.int64)
-        self._worked = np.zeros(n * N_ACTIONS, np.bool_)
-        self._told = np.zeros((n, longest + 1), np.int64)
-        """The versions of an episode, in order."""
-        self._visited = np.zeros(n * width, np.bool_)
-        self._state = np.zeros((n * width, 3))
-        """Of every version visited: log-speedup as drawn, depth, first draft."""
-        self._left = np.zeros(n * width, np.int64)
-        """Strategies that can still be taken."""
-        self._used = np.zeros((n * width, N_ACTIONS), np.int16)
-        self._spent = np.zeros((n * width, N_STRATEGIES), np.bool_)
-        self._fixable = np.full(n * width, -1)
-        """The failed version that FIX would repair, for each parent; -1 where none is recorded."""
-        self._broken: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(n)]
-        self._stats = np.zeros((n * N_ACTIONS, 4))
-        """Tries, failures, sums and counts of gains."""
-        self._mask = np.zeros((n, N_ACTIONS), np.bool_)
-        self._mask[:, STOP.id] = True
+        """Places: of the best version (0: none); of the fastest that has a recorded strategy left (0: none); of the
+        parent; of the version that FIX would repair (0: none); of what the observation shows."""
+        self._recent = np.zeros(n, "<i8")
+        """The latest evaluations, as fields of bits."""
+        self._open_value, self._best_value, self.clock, self._last_outcome = (np.zeros(n) for _ in range(4))
+        self._tries, self._failures, self._gains = (np.zeros(n * WIDTH) for _ in range(3))
+        """Of each action: how often it was tried, how often it failed, the sum of its gains."""
+        self._visited = np.zeros(n * self.bank.width, np.bool_)
+        places = n * self._size
+        # Arrays of one value each: what is written row by row takes NumPy ten times as long.
+        self._value = np.zeros(places)
+        """Log-speedup as drawn."""
+        self._depth, self._draft, self._version = (np.zeros(places, np.int64) for _ in range(3))
+        """``_draft``: the first one above it; ``_version``: where the table has it."""
+        self._left = np.zeros(places, np.int64)
+        """The actions that can still be taken, as bits."""
+        self._used = np.zeros(places * WIDTH, np.int16)
+        """How far each action has come."""
+        self._broken, self._below, self._repairs = (np.zeros(places, np.int64) for _ in range(3))
+        """The latest failure worth a repair, below a parent; below a failure, the one before; and whether a failure
+        is a repair itself. 0 is none."""
+        self._mask = np.zeros((n, _MASK), np.bool_)
         self._flat = np.zeros((n, spaces.SIZE + _MARGIN), np.float32)
-        self._columns = (self._all * self._flat.shape[1] + PER_STRATEGY)[:, None] + _THREE
+        self._counted = 1 / np.minimum(np.maximum(np.arange(self._size), 1), RECENT)
+        """By the number of evaluations, one over that of the latest."""
+        self._by_column = self._all * self._flat.shape[1] + PER_STRATEGY
 
     # Episodes ---------------------------------------------------------------------------------------------
 
@@ -147,262 +161,235 @@ class BatchedReplayVecEnv(VecEnv):
         for i, option in zip(which, options):
             if option:
                 table[i] = pick(self.tables, option, 0.0)
-        # Of the last episode, only what was visited has to be forgotten.
-        longest = int(self._evaluations[which].max(initial=0))
-        nodes = np.column_stack((self._told[which, :longest], self._reference[which]))
-        touched = (nodes + self._lane[which, None]).ravel()
-        self._used[touched], self._spent[touched], self._visited[touched] = 0, False, False
-        self._fixable[touched] = -1
+        places, reference = self._by_place[which], bank.references[table]
         self.table[which], self._drawn[which] = table, uniforms[:, 2:]
-        self._offset[which], self._reference[which] = bank.offsets[table], bank.references[table]
-        self._state[self._lane[which] + bank.references[table]] = 0.0
+        self._offset[which] = bank.offsets[table]
         for counter in (
-            self._steps, self._evaluations, self._duplicates, self._drafts, self._covered, self._best_value,
-            self._best_depth, self.clock, self._last_outcome, self._best_dull, self._kinds,
+            self._steps, self._evaluations, self._duplicates, self._covered, self._best, self._open, self._shown,
+            self._recent, self.clock, self._last_outcome,
         ):  # fmt: skip
             counter[which] = 0
-        for unknown in (self._best, self._best_at, self._open):
-            unknown[which] = -1
-        self._drafts_left[which] = bank.has_drafts[table]
-        for lanes in (
-            self._recent.reshape(-1, RECENT), self._worked.reshape(-1, N_ACTIONS),
-            self._stats.reshape(-1, N_ACTIONS, 4),
+        for each in (
+            self._tries, self._failures, self._gains, self._visited, self._used, self._left, self._broken,
         ):  # fmt: skip
-            lanes[which] = 0
-        self._flat[which, : spaces.SIZE] = bank.starts[table]
-        for i in which.tolist():
-            if self._broken[i]:
-                self._broken[i] = {}
+            each.reshape(self.num_envs, -1)[which] = 0
+        self._open_value[which] = -np.inf
+        self._version[places] = reference
+        self._left[places] = bank.facts.take(bank.offsets[table] + reference, axis=0)[:, COLUMNS["actions"]]
+        self._flat[which, : spaces.SIZE] = bank.starts.take(table, axis=0)
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         self._actions = np.asarray(actions, dtype=np.int64).reshape(-1)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step all episodes."""
-        actions = self._actions
+        # As unsigned numbers, negative ones are large.
+        known = np.minimum(self._actions.view(np.uint64), _MASK - 1).view(np.int64)
+        legal = self._mask.ravel().take(self._by_mask + known)
+        actions = np.where(legal, known, ILLEGAL)
+        rewards = self._act(actions)
         self._steps += 1
-        known = np.where((actions >= 0) & (actions < N_ACTIONS), actions, 0)
-        legal = self._mask.ravel().take(self._by_action + known) & (known == actions)
-        stopped = legal & (actions == STOP.id)
-        rewards = self._act(legal & ~stopped, actions)
-        rewards[stopped] = 0.0
         self._settle()
+        stopped = actions == STOP.id
         ended = stopped | (self._steps >= self.horizons)
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        if ended.any():
-            which = np.flatnonzero(ended)
-            for i, last in zip(which.tolist(), self._flat[which]):
-                infos[i] = {
-                    "terminal_observation": {name: last[part] for name, part in _PARTS},
-                    "TimeLimit.truncated": not stopped[i],
-                    "task": self.tables[self.table[i]].task,
-                    "best_speedup": math.exp(self._best_value[i]),
-                    "evaluations": int(self._evaluations[i]),
-                    "clock_s": float(self.clock[i]),
-                }
+        # One for all that go on: learners read the infos of episodes that ended.
+        infos: list[dict[str, Any]] = [{}] * self.num_envs
+        which = ended.nonzero()[0]
+        if len(which):
+            for i, info in zip(which.tolist(), self._last_infos(which, ~stopped[which])):
+                infos[i] = info
             self._begin(which)
             self._settle()
         return self._observation(), rewards.astype(np.float32), ended, infos
 
-    def _act(self, acting: Flags, actions: Indices) -> Values:
-        """Take legal actions other than STOP in the episodes ``acting``; returns all rewards."""
-        bank = self.bank
-        actions = np.where(acting, actions, STOP.id)
-        base, repairs = actions == RESTART.id, actions == FIX.id
-        origin = np.where(base, self._reference, self._parent)
-        origin = np.where(repairs, self._failed, origin)
-        at = self._lane + origin
-        first, count, total, repeating = bank.edges.take(
-            (self._offset + origin) * N_ACTIONS + actions, axis=0
-        ).T
-        used = self._used.ravel()
-        place = at * N_ACTIONS + actions
-        taken = used.take(place).astype(np.int64)
-        child = bank.children.take(first + taken)
-        again = (taken < count) & self._visited.take(self._lane + child)
-        while again.any():
-            taken += again
-            child = bank.children.take(first + taken)
-            again = (taken < count) & self._visited.take(self._lane + child)
-        told = taken < count
-        taken = np.where(told, taken + 1, total)
-        used[place] = taken
-        exhausted = acting & (taken >= total)
-        self._drafts_left &= ~(exhausted & base)
-        spent = np.flatnonzero(exhausted & (actions < N_STRATEGIES))
-        if len(spent):
-            self._exhaust(spent, at[spent], actions[spent], origin[spent])
-        refused = acting & ~told
-        if refused.any():
-            self._duplicates += refused * repeating
-            dead = np.flatnonzero(refused & repairs)
-            self._fixable[self._lane[dead] + self._parent[dead]] = -1
-        if not told.any():
-            return np.full(self.num_envs, reward.DUPLICATE_PENALTY)
-        return self._tell(told, np.where(told, actions, STOP.id), origin, at, child, base & told)
+    def _last_infos(self, which: Indices, truncated: Flags) -> Iterator[dict[str, Any]]:
+        """What is told of episodes that ended."""
+        flat = self._flat[which]
+        shown = zip(*(flat[:, part] for part in SLICES.values()))
+        told = (self.table, np.exp(self._best_value), self._evaluations, self.clock)
+        for seen, cut, table, best, evaluations, clock in zip(
+            shown, truncated.tolist(), *(values[which].tolist() for values in told)
+        ):
+            yield {
+                "terminal_observation": dict(zip(SLICES, seen)),
+                "TimeLimit.truncated": cut,
+                "task": self.tables[table].task,
+                "best_speedup": best,
+                "evaluations": evaluations,
+                "clock_s": clock,
+            }
 
-    def _exhaust(self, who: Indices, at: Indices, actions: Indices, origin: Indices) -> None:
-        """One more strategy of ``origin`` is used up; find the next open version where it was the last."""
-        self._spent[at, actions] = True
-        left = self._left[at] - 1
-        self._left[at] = left
-        who = who[(left == 0) & (origin == self._open[who])]
-        if len(who):
-            told = self._told[who, : int(self._evaluations[who].max())]
-            places = told + self._lane[who, None]
-            late = np.arange(told.shape[1]) >= self._evaluations[who, None]
-            values = np.where((self._left[places] > 0) & ~late, self._state[places, 0], -np.inf)
-            fastest = values.argmax(axis=1)  # the first told among equals
-            every = np.arange(len(who))
-            self._open[who] = np.where(values[every, fastest] > -np.inf, told[every, fastest], -1)
+    def _act(self, actions: Indices) -> Values:
+        """Take the actions; returns the rewards."""
+        bank = self.bank
+        fixing = actions == FIX.id
+        parent = self._parent * (actions != RESTART.id)
+        origin = np.where(fixing, self._failed, parent)
+        place = self._by_place + origin
+        edge = bank.first.take((self._offset + self._version.take(place)) * WIDTH + actions)
+        taking = place * WIDTH + actions
+        at = edge + self._used.take(taking)
+        child = bank.children.take(at)
+        again = self._visited.take(self._by_version + (child >> 1))
+        while again.any():
+            at += again
+            child = bank.children.take(at)
+            again = self._visited.take(self._by_version + (child >> 1))
+        version, last = child >> 1, child & 1
+        self._used[taking] = at - edge + 1 - last
+        left = self._left.take(place) & ~(last << actions)
+        self._left[place] = left
+        closed = (left == 0) & (origin == self._open)
+        if closed.any():
+            self._reopen(closed.nonzero()[0])
+        return self._tell(actions, version, place, parent, fixing)
+
+    def _reopen(self, who: Indices) -> None:
+        """Find the fastest version that has a strategy left; the first told among equals."""
+        plain = self._left.reshape(-1, self._size).take(who, axis=0) & PLAIN
+        values = np.where(plain > 0, self._value.reshape(-1, self._size).take(who, axis=0), -np.inf)
+        self._open[who], self._open_value[who] = values.argmax(axis=1), values.max(axis=1)
 
     def _tell(
-        self, told: Flags, actions: Indices, origin: Indices, at: Indices, child: Indices, base: Flags
+        self, actions: Indices, version: Indices, above: Indices, parent: Indices, fixing: Flags
     ) -> Values:
-        """Add versions ``child``, made from ``origin`` (at place ``at``), in the episodes ``told``; returns the rewards."""
-        bank, every = self.bank, self._all
-        (
-            found, value, gap, rival, improved, cost, penalty, outcome, kind, fanout, draft, noise_first, noise_count,
-        ) = bank.facts.take(np.where(told, self._offset + child, 0), axis=0).T  # fmt: skip
-        correct = told & (found > 0)
+        """Add ``version``, or what stands for one, made by ``actions`` of the one at ``above``; returns the rewards."""
+        bank = self.bank
+        facts = bank.facts.take(self._offset + version, axis=0)
+        real = facts.view(np.float64)
+        value, gap, margin, lift, first_repeat, repeats, cost, paid, outcome = real.T[: len(REAL)]
+        told, correct, repeated, rival, left, sign, draft = facts.T[len(REAL) :]
+        failed = told - correct
         if self.noise == "sample":
-            drawn = self._drawn.ravel().take(self._by_step + self._steps - 1)
-            value = value + bank.noise.take((noise_first + np.trunc(drawn * noise_count)).astype(np.int64))
-        best, before, number = self._best, self._best_value, self._evaluations
-        above, depth, root = self._state.take(at, axis=0).T
+            drawn = self._drawn.ravel().take(self._by_draw + self._steps)
+            value = value + bank.noise.take((first_repeat + drawn * repeats).astype(np.int64))
+        before = self._best_value
+        base = actions == RESTART.id
         # A fresh draft has no parent: it is compared with the best so far.
-        against = np.where(base, before, above)
-        place = np.where(told, self._lane + child, self._nowhere)
-        made = np.empty((self.num_envs, 3))
-        made[:, 0], made[:, 1], made[:, 2] = (
-            value,
-            np.where(base, 1.0, depth + 1),
-            np.where(base, draft, root),
-        )
-        self._state[place] = made
-        self._visited[place] = told
-        self._left[place] = fanout
-        self._told[every, number] = child
-        self.clock += cost * told
-        self._drafts += base
-        open_ = self._open
-        further = told & (fanout > 0) & ((open_ < 0) | (value > self._state[self._lane + open_, 0]))
-        self._open = np.where(further, child, open_)
-        # No best and the reference are both -1.
-        wins = correct & np.where(rival == best, improved > 0, value + gap > before)
-        became = wins | (correct & (best < 0))
-        dull = correct & ~wins
-        self._best = np.where(became, child, best)
-        self._best_value = np.where(became, value, before)
-        self._best_depth = np.where(became, made[:, 1], self._best_depth)
-        self._best_at = np.where(became, number, self._best_at)
-        self._best_dull = np.where(became, dull, self._best_dull)
-        doing = self._by_action + actions
-        worked = self._worked.take(doing)
-        self._covered += correct & ~worked
-        self._worked[doing] = worked | correct
+        against = np.where(base, before, self._value.take(above))
+        number = self._evaluations + 1
+        self._evaluations += told
+        self._duplicates += repeated
+        self.clock += cost
+        made = self._by_place + number
+        self._value[made] = value
+        self._depth[made] = self._depth.take(above) + 1
+        self._draft[made] = np.where(base, draft, self._draft.take(above))
+        self._version[made] = version
+        self._left[made] = left
+        self._visited[self._by_version + version] = told
+        further = value + lift > self._open_value
+        self._open = np.where(further, number, self._open)
+        self._open_value = np.where(further, value, self._open_value)
+        # A recorded race speaks of the rival it was run against; else the interval has to do.
+        raced = rival == self._version.take(self._by_place + self._best)
+        wins = np.where(raced, margin, value + gap - before) > 0
+        became = wins | (correct > self._best)  # also the first correct one
+        self._best = np.where(became, number, self._best)
+        recent = (self._recent << told & WINDOWS) + sign + (correct > became) * SLOW
+        won = became.nonzero()[0]
+        if len(won):
+            others, replaced = recent[won] % SLOW_BEST, recent[won] // SLOW_BEST
+            recent[won] = others + replaced + (correct > wins)[won] * SLOW_BEST
+        self._recent = recent
         self._last_outcome = np.where(told, outcome, self._last_outcome)
-        slot = self._by_recent + number % RECENT
-        old = self._recent.take(slot)
-        new = np.where(told, np.where(dull, DULL, kind.astype(np.int64)), old)
-        self._recent[slot] = new
-        kinds = self._kinds.ravel()
-        kinds[self._by_kind + old] -= 1
-        kinds[self._by_kind + new] += 1
-        self._evaluations = number + told
-        self._count(doing, actions, told, correct, np.where(correct & ~base, value - against, 0.0))
-        for i in np.flatnonzero(told & (~correct | (actions == FIX.id))).tolist():
-            self._repair(i, int(origin[i]), int(actions[i]), int(child[i]), bool(correct[i]))
-        kind_paid = self.rules.reward
-        if kind_paid == "milestone":
-            gained = np.where(value <= _LOG_MILESTONE, 1.0, np.where(became, 3.0, 2.0))
-            penalty = np.full(self.num_envs, -1.0)
-        else:
-            gained = np.where(became, np.minimum(np.maximum(value - before, 0.0), reward.CLIP), 0.0)
-            if kind_paid != "best":
-                over = np.minimum(np.maximum(value - against, -0.2), reward.CLIP)
-                over = np.where(actions == FIX.id, reward.REPAIR_BONUS, over)
-                gained = over if kind_paid == "parent" else gained + reward.DENSITY * over
-        return np.where(correct, gained, np.where(told, penalty, reward.DUPLICATE_PENALTY))
+        self._count(actions, told, failed, correct * (value - against))
+        broken = (failed | (fixing & told)).nonzero()[0]
+        if len(broken):
+            parent = self._by_place[broken] + parent[broken]
+            self._break(broken, parent, number[broken], failed[broken] > 0, fixing[broken])
+        return self._paid(value, before, against, paid, told > 0, correct > 0, became, fixing)
 
-    def _count(self, doing: Indices, actions: Indices, told: Flags, correct: Flags, gain: Values) -> None:
-        """The statistics of each strategy, and what the observation says of them."""
-        stats = self._stats.take(doing, axis=0)
-        stats[:, 0] += told
-        stats[:, 1] += told & ~correct
-        stats[:, 2] += gain
-        stats[:, 3] += correct
-        self._stats[doing] = stats
-        tries, failures, gains, known = stats.T
-        seen = np.empty((self.num_envs, 3))
-        seen[:, 0] = np.minimum(tries / 5, 1.0)
-        seen[:, 1] = np.minimum(np.maximum(gains / np.maximum(known, 1), -1.0), 1.0)
-        seen[:, 2] = failures / np.maximum(tries, 1)
-        self._flat.ravel()[self._columns + 3 * actions[:, None]] = seen
+    def _paid(
+        self, value: Values, before: Values, against: Values, paid: Values, told: Flags, correct: Flags, became: Flags,
+        fixing: Flags,
+    ) -> Values:  # fmt: skip
+        """The rewards; ``paid`` is what there is for those that gain nothing."""
+        kind = self.rules.reward
+        if kind == "milestone":
+            stage = np.where(value <= _LOG_MILESTONE, 1.0, np.where(became, 3.0, 2.0))
+            return np.where(told, np.where(correct, stage, -1.0), paid)
+        gain = np.where(became, np.minimum(np.maximum(value - before, 0.0), reward.CLIP), paid)
+        if kind == "best":
+            return gain
+        over = np.minimum(np.maximum(value - against, -0.2), reward.CLIP)
+        over = np.where(fixing, reward.REPAIR_BONUS, over)
+        return np.where(correct, over if kind == "parent" else gain + reward.DENSITY * over, paid)
 
-    def _repair(self, i: int, origin: int, action: int, child: int, correct: bool) -> None:
-        """Failures are rare, so they are kept track of one by one, as ``Walk`` does."""
-        parent = origin
-        if action == FIX.id:
-            parent = int(self._parent[i])
-            _, repairs = self._broken[i][parent].pop()
-            if not correct and repairs == 0:
-                self._broken[i][parent].append((child, 1))
-        else:
-            self._broken[i].setdefault(parent, []).append((child, 0))
-        waiting = self._broken[i][parent]
-        failed = waiting[-1][0] if waiting else -1
-        if failed >= 0:
-            total = self.bank.edges[(self._offset[i] + failed) * N_ACTIONS + FIX.id, 2]
-            failed = failed if self._used[self._lane[i] + failed, FIX.id] < total else -1
-        self._fixable[self._lane[i] + parent] = failed
+    def _count(self, actions: Indices, told: Indices, failed: Indices, gain: Values) -> None:
+        """The statistics of each action, and what the observation says of them."""
+        doing = self._by_action + actions
+        tries, failures = self._tries.take(doing), self._failures.take(doing)
+        self._covered += (told > failed) & (tries == failures)
+        tries += told
+        failures += failed
+        gains = self._gains.take(doing) + gain
+        self._tries[doing], self._failures[doing], self._gains[doing] = tries, failures, gains
+        seen, column = self._flat.ravel(), self._by_column + 3 * actions
+        seen[column] = np.minimum(tries / 5, 1.0)
+        seen[column + 1] = np.minimum(np.maximum(gains / np.maximum(tries - failures, 1.0), -1.0), 1.0)
+        seen[column + 2] = failures / np.maximum(tries, 1.0)
+
+    def _break(self, who: Indices, parent: Indices, number: Indices, failed: Flags, fixing: Flags) -> None:
+        """Keep track of failures worth a repair, as ``Walk`` does: the latest of a parent, at most twice in a row."""
+        repaired = self._by_place[who] + self._failed[who]
+        rest = np.where(fixing, self._below[repaired], self._broken[parent])
+        again = failed & ~(fixing & (self._repairs[repaired] > 0))
+        self._broken[parent] = np.where(again, number, rest)
+        made = self._by_place[who] + number
+        self._below[made], self._repairs[made] = rest, fixing
 
     def _settle(self) -> None:
         """Choose all parents and write down what is seen of them, and what is legal."""
-        bank, best, reference, lane = self.bank, self._best, self._reference, self._lane
-        found = best >= 0
-        parent = np.where(found, best, reference) if self.rules.parent_rule == "best" else reference
-        stuck = (self._left.take(lane + parent) == 0) & (parent != reference) & (self._open >= 0)
-        parent = np.where(stuck, self._open, parent)
-        self._parent = parent
-        row, at = self._offset + parent, lane + parent
-        self._failed = self._fixable.take(at)
-        mask = self._mask
-        np.greater(bank.recorded.take(row, axis=0), self._spent.take(at, axis=0), out=mask[:, :N_STRATEGIES])
-        mask[:, FIX.id] = self._failed >= 0
-        mask[:, RESTART.id] = self._drafts_left
-        state = self._state.take(at, axis=0)
-        flat = self._flat
-        flat[:, DESCRIBED] = bank.described.take(
-            bank.described_first.take(row) + state[:, 2].astype(np.int64), axis=0
-        )
+        by_place, best = self._by_place, self._best
+        self._best_value = self._value.take(by_place + best)
+        parent = best if self.rules.parent_rule == "best" else np.zeros_like(best)
+        parent = np.where((self._left.take(by_place + parent) == 0) & (self._open > 0), self._open, parent)
+        place = by_place + parent
+        self._parent, self._failed = parent, self._broken.take(place)
+        left = self._left.take(place) | self._left.take(by_place) | self._left.take(by_place + self._failed)
+        bits = np.unpackbits(left.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+        self._mask = bits.view(np.bool_)
+        changed = (parent != self._shown).nonzero()[0]
+        if len(changed):
+            self._show(changed)
         evaluations = self._evaluations
-        count = np.minimum(np.maximum(evaluations, 1), RECENT)
-        since = evaluations - self._best_at - 1
-        seen = np.empty((12, self.num_envs))
+        seen = np.empty((len(_SCALES), self.num_envs), np.float32)
         seen[0] = 1.0 - self._steps / self.horizons
-        seen[1] = since / 10
-        seen[2] = self._best_value / _LOG_10
-        seen[3] = np.where(found & (parent != reference), self._best_value - state[:, 0], 0.0)
-        seen[4:7] = self._kinds.T[COMPILED:]
-        seen[6] -= self._best_dull & (since < RECENT)  # the best itself is not slow
-        seen[4:7] /= count
+        seen[1] = evaluations - best
+        seen[2] = self._best_value
+        seen[3] = np.where(parent > 0, self._best_value - self._value.take(place), 0.0)
+        slow, *failed, _ = _BITS.take(self._recent.view("<u2").reshape(-1, 4)).T * self._counted.take(
+            evaluations
+        )
+        seen[4:6] = failed
+        seen[6] = slow
         seen[7] = self._duplicates / np.maximum(evaluations + self._duplicates, 1)
-        seen[8] = self._covered / N_STRATEGIES
-        seen[9] = self._best_depth / 10
+        seen[8] = self._covered
+        seen[9] = self._depth.take(by_place + best)
         seen[10] = self._last_outcome
-        seen[11] = self._drafts / 5
-        flat[:, HISTORY] = np.minimum(np.maximum(seen, -1.0, out=seen), 1.0, out=seen).T
+        seen[11] = self._tries.take(self._by_action + RESTART.id)
+        seen *= _SCALES
+        self._flat[:, HISTORY] = np.minimum(np.maximum(seen, -1.0, out=seen), 1.0, out=seen).T
+
+    def _show(self, who: Indices) -> None:
+        """Write down code and profile of the parents."""
+        parent = self._parent[who]
+        place = self._by_place[who] + parent
+        row = self._offset[who] + self._version[place]
+        self._flat[who, DESCRIBED] = self.bank.described.take(row, axis=0)
+        self._flat[who, DISTANCE] = self.bank.distances[row, self._draft[place]]
+        self._shown[who] = parent
 
     def _observation(self) -> VecEnvObs:
-        flat = self._flat[:, : spaces.SIZE].copy()
-        return {name: flat[:, part] for name, part in _PARTS}
+        flat = self._flat.copy()
+        return {name: flat[:, part] for name, part in SLICES.items()}
 
     # What stable-baselines3 asks of the single environments ------------------------------------------------
 
     def action_masks(self) -> NDArray[np.bool_]:
         """The recorded actions of all episodes: bool, shape (n_envs, 25)."""
-        return self._mask.copy()
+        return self._mask[:, :N_ACTIONS].copy()
 
     def oracle(self) -> NDArray[np.float64]:
         """The best speedup in each episode's table. Uncharged: for regret, never for a policy."""

@@ -10,41 +10,60 @@ import numpy as np
 
 from ke_gym.candidate import Candidate
 from ke_gym.envs import spaces
-from ke_gym.envs.table import Table
+from ke_gym.envs.table import REFUSED, REPEATED, Table
 from ke_gym.evaluation.evaluation import OUTCOMES, Cost, Evaluation
 from ke_gym.search import reward
-from ke_gym.strategies import ACTIONS, FIX, STOP, STRATEGIES
+from ke_gym.search.observation import CODE, RECENT
+from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES
 
 N_STRATEGIES, N_ACTIONS = len(STRATEGIES), len(ACTIONS)
 _ENDS = np.cumsum(list(spaces.LAYOUT.values())).tolist()
 SLICES = {name: slice(end - size, end) for (name, size), end in zip(spaces.LAYOUT.items(), _ENDS)}
 """Where each part of the observation lies in the flat vector."""
 DESCRIBED = slice(SLICES["code"].start, SLICES["profile"].stop)
+DISTANCE = DESCRIBED.start + CODE.index("distance_to_root")
 HISTORY, PER_STRATEGY = SLICES["history"], SLICES["strategies"].start
 PENALTIES = tuple(
     reward.COMPILE_PENALTY if outcome in ("compile", "constraints") else reward.FAILURE_PENALTY
     for outcome in OUTCOMES
 )
 """Of each outcome; meaningless for the first, which is ``correct``."""
+PLAIN = (1 << N_STRATEGIES) - 1
+"""The bits of the strategies in a set of actions."""
+
+FIELD, WINDOW = 16, (1 << RECENT) - 1
+"""The latest ``RECENT`` evaluations are four fields of bits in one number, the latest lowest: which were slow (correct,
+but won nothing), which did not compile, which were wrong, and which is slow, but the best nevertheless."""
+WINDOWS = sum(WINDOW << FIELD * i for i in range(4))
+SLOW, SLOW_BEST = 1, 1 << 3 * FIELD
+SIGNS = tuple({"compile": 1 << FIELD, "correctness": 1 << 2 * FIELD}.get(outcome, 0) for outcome in OUTCOMES)
+"""What a failed evaluation of each outcome adds to the fields."""
 
 Measured = tuple[float, float, tuple[float, float]]
 """Log-speedup, speedup, and the speedup's interval."""
 NOTHING: Measured = (0.0, 0.0, (0.0, 0.0))
-Version = tuple[
-    int, bool, str, int, Measured, tuple[Measured, ...], float, int, bool, float, int, str, str,
-]  # fmt: skip
-"""A version as a step needs it, at one place in memory: node, whether it is correct, its outcome by name and number,
-its verdict and its repeats (the verdict alone where none is recorded), cost, rival, whether it improved on that, the
-lower end of its interval over its value, the number of strategies recorded on it, id and source."""
+Told = tuple[str, float, str, str]
+"""What is told of a step: its outcome, cost, candidate's id and source."""
+Version = tuple[int, bool, int, Measured, tuple[Measured, ...], int, bool, float, int, Told]
+"""A version as a step needs it, at one place in memory: node, whether it is correct, its outcome by number, its verdict
+and its repeats (the verdict alone where none is recorded), rival, whether it improved on that, the lower end of its
+interval over its value, the actions recorded on it, and what is told of it."""
 Edge = tuple[Any, ...]
-"""How often an action can be taken on a node, and the versions that it makes, one after the other."""
+"""How often an action can be taken on a node, the versions that it makes one after the other, and what ends them:
+``REFUSED`` or ``REPEATED`` in a tuple of its own."""
+BEGUN, STOPPED, ILLEGAL, NOT_MADE = ((outcome, 0.0, "", "") for outcome in ("", "stop", "illegal", "refused"))
+
+
+def spread(actions: int) -> int:
+    """A set of actions with a byte instead of a bit for each, so that its bytes are a mask."""
+    return int.from_bytes(bytes(actions >> i & 1 for i in range(N_ACTIONS)), "little")
 
 
 class Prepared:
     """A table's versions, edges and repeats as plain Python values. The reference is node ``n``, the last."""
 
     def __init__(self, table: Table) -> None:
-        self.table = table
+        self.table, self.name = table, table.task
         n = len(table)
         self.reference = n
         self.children: list[list[tuple[int, ...]]] = [[()] * N_ACTIONS for _ in range(n + 1)]
@@ -64,12 +83,11 @@ class Prepared:
             for node, row in enumerate(self.children)
         ]
         """How often each action can be taken on each node, a recorded refusal included."""
-        masks = (np.array(self.totals) > 0).astype(np.int8)
-        masks[:, FIX.id], masks[:, STOP.id] = 0, 1
-        self.masks = [row.tobytes() for row in masks]
-        """The actions recorded on each node (FIX is left to the walk): a byte for each, 0 or 1."""
-        self.fanout: list[int] = masks[:, :N_STRATEGIES].sum(axis=1).tolist()
         self.correct: list[bool] = table.correct.tolist()
+        self.actions = [self._recorded(node) for node in range(n + 1)]
+        """The legal actions that each node brings, as bits: strategies of correct versions, FIX of failed ones,
+        RESTART and STOP of the reference. What is legal is the union of parent, failure and reference."""
+        self.spread = [spread(actions) for actions in self.actions]
         self.outcomes: list[int] = table.outcomes.tolist()
         self.values: list[float] = table.log_speedup.tolist()
         with np.errstate(invalid="ignore"):
@@ -82,46 +100,51 @@ class Prepared:
         for node, noise in zip(table.repeats[:, 0].tolist(), table.noise.tolist()):
             self.noise[node].append(noise)
         self.draft_of = {node: i for i, node in enumerate(table.drafts.tolist())}
-        code = np.repeat(table.code[:, None], max(len(table.drafts), 1), axis=1)
-        if len(table.drafts):
-            code[:, :, -1] = np.clip(table.distances, -1.0, 1.0)
-        # One row for code and profile, since they change together.
-        self.drafts = code.shape[1]
-        self.described = np.concatenate(
-            [code, np.repeat(table.profile[:, None], code.shape[1], axis=1)], axis=2
-        )
+        self.described = np.concatenate([table.code, table.profile], axis=1)
+        """Code and profile of each version side by side, since they change together; its distances to drafts apart."""
+        self.pictures = self.described.data.cast("B")
+        self.distances = np.clip(table.distances, -1.0, 1.0)
         self.start = np.zeros(spaces.SIZE, dtype=np.float32)
         self.start[SLICES["task"]] = table.surroundings.task
         self.start[SLICES["hardware"]] = table.surroundings.hardware
         self.oracle = table.optimum
         known = [self._version(node) for node in range(n)]
+        ends = {kind: (kind,) for kind in (REFUSED, REPEATED)}
         # Tuples, one of them for all that was never recorded: the less memory a walk meets, the faster it is.
         nothing: Edge = (0,)
         self.edges: tuple[tuple[Edge, ...], ...] = tuple(
             tuple(
-                (total, *(known[child] for child in made)) if total else nothing
-                for made, total in zip(row, totals)
+                (total, *(known[child] for child in made), ends[self.ends.get((node, action), REPEATED)])
+                if total
+                else nothing
+                for action, (made, total) in enumerate(zip(row, totals))
             )
-            for row, totals in zip(self.children, self.totals)
+            for node, (row, totals) in enumerate(zip(self.children, self.totals))
         )
         """What each action makes of each node."""
 
+    def _recorded(self, node: int) -> int:
+        totals = self.totals[node]
+        if node == self.reference:
+            return (totals[RESTART.id] > 0) << RESTART.id | 1 << STOP.id
+        if not self.correct[node]:
+            return (totals[FIX.id] > 0) << FIX.id
+        return sum(1 << i for i in range(N_STRATEGIES) if totals[i])
+
     def _version(self, node: int) -> Version:
         table, value = self.table, self.values[node]
+        told = OUTCOMES[self.outcomes[node]], self.costs[node], table.candidates[node], table.sources[node]
         return (
             node,
             self.correct[node],
-            OUTCOMES[self.outcomes[node]],
             self.outcomes[node],
             self._measured(node, value),
             tuple(self._measured(node, value + noise) for noise in self.noise[node] or (0.0,)),
-            self.costs[node],
             self.rivals[node],
             self.improved[node],
             self.gaps[node][0],
-            self.fanout[node] if self.correct[node] else 0,
-            table.candidates[node],
-            table.sources[node],
+            self.spread[node],
+            told,
         )
 
     def _measured(self, node: int, value: float) -> Measured:
@@ -129,11 +152,6 @@ class Prepared:
             return NOTHING
         low, high = self.gaps[node]
         return value, math.exp(value), (math.exp(value + low), math.exp(value + high))
-
-    @cached_property
-    def pictures(self) -> memoryview:
-        """The bytes of ``described``, version after version and draft after draft."""
-        return self.described.data.cast("B")
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ke_gym.envs import catalog, render, spaces
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
-from ke_gym.envs.prepared import Version, prepared_of
+from ke_gym.envs.prepared import BEGUN, STOPPED, Told, prepared_of
 from ke_gym.envs.table import Table
 from ke_gym.envs.walk import Walk
 from ke_gym.errors import UserError
@@ -36,11 +36,10 @@ def check_noise(noise: str) -> None:
 
 def pick(tables: Sequence[Table], options: dict[str, Any] | None, uniform: float) -> int:
     """The number of the table that ``options["task"]`` names, or of one at random."""
-    options = options or {}
+    if not options:
+        return int(uniform * len(tables))
     for name in options.keys() - {"task"}:
         raise UserError(f"reset knows no option {name!r}; it takes 'task'")
-    if "task" not in options:
-        return int(uniform * len(tables))
     for i, table in enumerate(tables):
         if table.task == options["task"]:
             return i
@@ -140,28 +139,28 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
             self._uniforms = self.np_random.random((EPISODES, horizon + 2))[::-1].tolist()
         first, second, *uniforms = self._uniforms.pop()
         number = pick(self.tables, options, first)
-        drawn = uniforms if self.noise == "sample" else None
         self.walk = Walk(
-            prepared_of(self.tables[number]),
-            horizon,
-            self.rules.reward,
-            self.rules.parent_rule,
-            drawn,
-            int(second * 2**31),
-        )
-        return self.walk.observation(), self._info(self.walk, "", None, 0.0)
+            prepared_of(self.tables[number]), horizon, self.rules.reward, self.rules.parent_rule,
+            uniforms if self.noise == "sample" else None, int(second * 2**31),
+        )  # fmt: skip
+        return self.walk.observation(), self._info(self.walk, BEGUN, 0.0)
 
     def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One strategy: look up what it made, and what that was measured to be."""
         walk = self.walk or self._running()
         spent = walk.spent_dollars
-        outcome, value, version = self._extended(walk, action) if self._wide else walk.step(int(action))
-        terminated = outcome == "stop"
+        paid, told = self._extended(walk, action) if self._wide else walk.step(int(action))
+        terminated = told is STOPPED
         truncated = not terminated and walk.steps >= walk.horizon
-        info = self._info(walk, outcome, version, walk.spent_dollars - spent)
-        return walk.observation(), value, terminated, truncated, info
+        return (
+            walk.observation(),
+            paid,
+            terminated,
+            truncated,
+            self._info(walk, told, walk.spent_dollars - spent),
+        )
 
-    def _extended(self, walk: Walk, action: SupportsInt) -> tuple[str, float, Version | None]:
+    def _extended(self, walk: Walk, action: SupportsInt) -> tuple[float, Told]:
         if not 0 <= int(action) < self._wide:
             return walk.step(ILLEGAL)
         slot, plain, _ = spaces.split(int(action), extended=True)
@@ -170,15 +169,12 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
         slots = walk.slots()
         return walk.step(plain, slots[slot]) if slot < len(slots) else walk.step(ILLEGAL)
 
-    def _info(self, walk: Walk, outcome: str, version: Version | None, dollars: float) -> dict[str, Any]:
-        cost, candidate, source = 0.0, "", ""
-        speedup, interval = 0.0, (0.0, 0.0)
-        if version is not None:
-            _, _, _, _, _, _, cost, _, _, _, _, candidate, source = version
-            _, speedup, interval = walk.measured
+    def _info(self, walk: Walk, told: Told, dollars: float) -> dict[str, Any]:
+        outcome, cost, candidate, source = told
+        _, speedup, interval = walk.measured
         return {
             "action_mask": walk.extended_mask() if self._wide else walk.mask(),
-            "task": walk.prepared.table.task,
+            "task": walk.prepared.name,
             "outcome": outcome,
             "candidate": candidate,
             "source": source,

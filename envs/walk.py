@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from struct import Struct
 
 import numpy as np
@@ -17,15 +18,28 @@ from numpy.typing import NDArray
 
 from ke_gym.envs.prepared import (
     DESCRIBED,
+    DISTANCE,
+    FIELD,
     HISTORY,
+    ILLEGAL,
     N_ACTIONS,
     N_STRATEGIES,
+    NOT_MADE,
     NOTHING,
     PENALTIES,
     PER_STRATEGY,
+    PLAIN,
+    SIGNS,
     SLICES,
+    SLOW,
+    SLOW_BEST,
+    STOPPED,
+    WINDOW,
+    WINDOWS,
     Prepared,
+    Told,
     Version,
+    spread,
 )
 from ke_gym.envs.spaces import PARENT_SLOTS
 from ke_gym.envs.table import REPEATED
@@ -33,35 +47,46 @@ from ke_gym.evaluation.evaluation import OUTCOMES
 from ke_gym.search import parents, reward
 from ke_gym.search.observation import RECENT, Observation
 from ke_gym.search.tree import Node, Tree
-from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP
+from ke_gym.strategies import ACTIONS, FIX, RESTART
 
 FAST_RULES = ("best", "root")
-_FIX, _RESTART, _STOP = FIX.id, RESTART.id, STOP.id
-_TASK, _HARDWARE, _CODE, _PROFILE, _HISTORY, _STRATEGIES = SLICES.values()
+_FIX, _RESTART = FIX.id, RESTART.id
 _LOG_10, _LOG_MILESTONE, _LAST_OUTCOME = math.log(10), math.log(reward.MILESTONE), len(OUTCOMES) - 1
 _CLIP, _REPAIRED = reward.CLIP, reward.REPAIR_BONUS
-GAINED, COMPILED, WRONG, DULL = range(4)
-"""Kinds of evaluations: won or failed otherwise, did not compile, was wrong, was correct but won nothing."""
-KINDS = tuple({"compile": COMPILED, "correctness": WRONG}.get(outcome, GAINED) for outcome in OUTCOMES)
 # The observation is written as bytes: an assignment to a slice of an array would take five times as long.
 _FLOAT = np.dtype(np.float32).itemsize
 _write_history = Struct(f"{HISTORY.stop - HISTORY.start}f").pack_into
 _write_strategy = Struct("3f").pack_into
 _write_one = Struct("f").pack_into
 _HISTORY_AT, _STRATEGIES_AT, _STRATEGY = _FLOAT * HISTORY.start, _FLOAT * PER_STRATEGY, _FLOAT * 3
-_DESCRIBED_AT, _DESCRIBED_END = _FLOAT * DESCRIBED.start, _FLOAT * DESCRIBED.stop
-_PICTURE = _DESCRIBED_END - _DESCRIBED_AT
-_NO_PICTURE = bytes(_PICTURE)
+_PICTURE_AT, _PICTURE_END, _DISTANCE_AT = _FLOAT * DESCRIBED.start, _FLOAT * DESCRIBED.stop, _FLOAT * DISTANCE
+_PICTURE = _PICTURE_END - _PICTURE_AT
+_TASK, _HARDWARE, _CODE, _PROFILE, _HISTORY, _STRATEGIES = SLICES.values()
+# Sets of actions have a byte for each.
+_ONLY = tuple(spread(1 << i) for i in range(N_ACTIONS))
+_STRATEGIES_ONLY = spread(PLAIN)
+
+
+@lru_cache(maxsize=1 << 14)
+def _shares(recent: int, count: int) -> tuple[float, float, float]:
+    """Shares of the latest ``count`` evaluations: those that were slow, did not compile, were wrong."""
+    slow, compiled, wrong = ((recent >> FIELD * i & WINDOW).bit_count() / (count or 1) for i in range(3))
+    return slow, compiled, wrong
+
+
+Visit = tuple[float, int, int, int, int, int, bool]
+"""Of a visited version: the log-speedup drawn (0 if it failed), depth, first draft, origin, the action that made it, its
+number, and whether it became the best."""
 
 
 class Walk:
     """One episode of ``horizon`` steps. ``uniforms``: a random number for each (None: verdicts instead of repeats)."""
 
     __slots__ = (
-        "_best_depth", "_best_share", "_breadth", "_broken", "_buffer", "_draft_share", "_drafts",
-        "_dull_by_default", "_edges", "_flat", "_follows", "_gains", "_last_outcome", "_left", "_legal", "_masks",
-        "_numbers", "_open", "_recent", "_seed", "_shown", "_shown_legal", "_told", "_tree", "_uniforms", "_used", "_versions",
-        "_worked", "best", "best_at", "best_speedup", "best_value", "clock", "drafts_left", "duplicates",
+        "_actions", "_best_depth", "_best_share", "_breadth", "_broken", "_buffer", "_draft_share",
+        "_edges", "_flat", "_follows", "_last_outcome", "_legal", "_numbers", "_open",
+        "_recent", "_seed", "_shown", "_shown_legal", "_statistics", "_tree", "_uniforms",
+        "_used", "_versions", "best", "best_at", "best_speedup", "best_value", "clock", "duplicates",
         "evaluations", "horizon", "kind", "measured", "number", "parent", "prepared", "reference", "rule",
         "spent_dollars", "steps", "visited",
     )  # fmt: skip
@@ -79,43 +104,33 @@ class Walk:
         self._uniforms, self._seed, self._follows = uniforms, seed, rule == "best"
         self._edges = prepared.edges
         reference = self.reference = self.parent = self._shown = prepared.reference
-        self.steps = self.evaluations = self.number = self.duplicates = self._drafts = 0
+        self.steps = self.evaluations = self.number = self.duplicates = 0
         self.clock = self.spent_dollars = 0.0
         self.best = self.best_at = -1
         self.best_value, self.best_speedup = 0.0, 1.0
-        self._best_share, self._best_depth = 0.0, 0.0
-        """As the observation shows them."""
-        self._dull_by_default = False
-        """Whether the best is that as the first correct version, and won nothing either."""
         self.measured = NOTHING
         """The latest evaluation, as drawn."""
-        self._last_outcome = self._draft_share = self._breadth = 0.0
-        self.visited: dict[int, tuple[float, int, int]] = {}
-        """Of every visited version, in order: the log-speedup drawn (0 if it failed), depth, and first draft."""
-        self._used: dict[int, list[int]] = {}
-        """How often each action was taken on each node."""
-        self._left = {reference: 1}
-        """Strategies that can still be taken, of visited versions; of the reference, that a parent may be it."""
+        self._best_share = self._best_depth = self._last_outcome = self._draft_share = self._breadth = 0.0
+        """As the observation shows them."""
+        self.visited: dict[int, Visit] = {}
+        self._used: dict[int, int] = {}
+        """How far each action has come on each node."""
+        self._actions = {reference: prepared.spread[reference]}
+        """What can still be taken, of visited versions and the reference."""
         self._open = -1
-        """The fastest visited version that has some; -1 if none has."""
+        """The fastest visited version that has a strategy left; -1 if none has."""
         self._broken: dict[int, list[tuple[int, int]]] = {}
         """(failed version, repairs in a row) below each, the latest last."""
-        self._recent = [0, 0, 0, 0]
-        """How many of the latest ``RECENT`` evaluations are of each kind."""
-        self.drafts_left = self._edges[reference][_RESTART][0] > 0
-        self._worked: set[int] = set()
-        self._gains: dict[int, tuple[int, int, float, int]] = {}
-        """Of each strategy: tries, failures, the sum of its gains, and their number."""
-        self._masks: dict[int, bytearray] = {}
-        """Of each parent so far, a byte per action: 1 for strategies that can still be taken."""
+        self._recent = 0
+        """The latest evaluations, as fields of bits."""
+        self._statistics: dict[int, tuple[int, int, float]] = {}
+        """Of each action: how often it was tried, how often it failed, the sum of its gains."""
         self._legal = bytearray(N_ACTIONS)
         self._shown_legal = np.frombuffer(self._legal, np.int8)
         """The legal actions now: as an array, over the bytes that are written."""
         self._buffer = bytearray(prepared.start)
         self._flat = np.frombuffer(self._buffer, np.float32)
         """The observation: as an array, over the bytes that are written."""
-        self._told: list[tuple[int, int, int, int, bool, int]] = []
-        """(version, origin, action, number, whether it became the best, kind) of every evaluation."""
         self._numbers: dict[int, int] = {}
         self._versions: dict[int, int] = {}
         self._tree = None if rule in FAST_RULES else Tree()
@@ -145,27 +160,22 @@ class Walk:
 
     def extended_mask(self) -> NDArray[np.int8]:
         """The legal extended actions now, shape (91,): the strategies of every slot, then the controls."""
-        blocks = [self._mask_of(node)[:N_STRATEGIES] for node in self.slots()]
-        missing = bytes((PARENT_SLOTS - len(blocks)) * N_STRATEGIES)
-        return np.frombuffer(bytearray(b"".join((*blocks, missing, self._legal[N_STRATEGIES:]))), np.int8)
-
-    def _mask_of(self, node: int) -> bytearray:
-        mask = self._masks.get(node)
-        if mask is None:
-            mask = self._masks[node] = bytearray(self.prepared.masks[node])
-        return mask
+        blocks = [self._actions[node] & _STRATEGIES_ONLY for node in self.slots()]
+        blocks += [0] * (PARENT_SLOTS - len(blocks))
+        shown = b"".join(block.to_bytes(N_ACTIONS, "little")[:N_STRATEGIES] for block in blocks)
+        return np.frombuffer(bytearray(shown + self._legal[N_STRATEGIES:]), np.int8)
 
     # Steps ------------------------------------------------------------------------------------------------
 
-    def step(self, action: int, parent: int | None = None) -> tuple[str, float, Version | None]:
-        """(outcome, reward, the new version). Observation and mask are then those of the next step.
+    def step(self, action: int, parent: int | None = None) -> tuple[float, Told]:
+        """(reward, what is told of it). Observation and mask are then those of the next step.
 
         ``parent`` overrules the parent rule for a strategy: one of ``slots()``.
         """
         self.steps += 1
-        legal = self._legal if parent is None else self._mask_of(parent)
+        legal = self._legal if parent is None else self._actions[parent].to_bytes(N_ACTIONS, "little")
         if not 0 <= action < N_ACTIONS or not legal[action]:
-            return self._idle("illegal", reward.DUPLICATE_PENALTY)
+            return self._idle(reward.DUPLICATE_PENALTY, ILLEGAL)
         if action < N_STRATEGIES:
             origin = self.parent if parent is None else parent
         elif action == _RESTART:
@@ -173,73 +183,66 @@ class Walk:
         elif action == _FIX:
             origin = self._broken[self.parent][-1][0]
         else:
-            return self._idle("stop", 0.0)
-        made = self._edges[origin][action]
-        used = self._used.get(origin)
-        if used is None:
-            used = self._used[origin] = [0] * N_ACTIONS
-        visited, k, end = self.visited, used[action] + 1, len(made)
-        while k < end and made[k][0] in visited:
+            return self._idle(0.0, STOPPED)
+        made, visited, place = self._edges[origin][action], self.visited, origin * N_ACTIONS + action
+        k = self._used.get(place, 0) + 1
+        while made[k][0] in visited:
             k += 1
         self.number += 1
-        total = made[0]
-        taken = used[action] = k if k < end else total
-        if taken >= total:  # nothing more is recorded
-            if action < N_STRATEGIES:
-                self._masks[origin][action] = 0
-                self._left[origin] -= 1
-                if origin == self._open and not self._left[origin]:
-                    self._open = self._fastest()
-            elif action == _RESTART:
-                self.drafts_left = False
-        if k < end:
-            version: Version = made[k]
+        if k < made[0]:
+            self._used[place] = k
+        else:  # nothing more is recorded
+            left = self._actions[origin] = self._actions[origin] ^ _ONLY[action]
+            if origin == self._open and not left:
+                self._open = self._fastest()
+        version: Version = made[k]
+        node = version[0]
+        if node >= 0:
             value = self._tell(origin, action, version)
             self._settle()
-            return version[2], value, version
-        kind = self.prepared.ends.get((origin, action), REPEATED)
-        self.duplicates += kind == REPEATED
-        self.spent_dollars += self.prepared.dollars.get((origin, action, kind), 0.0)
+            return value, version[-1]
+        self.duplicates += node == REPEATED
+        self.spent_dollars += self.prepared.dollars.get((origin, action, node), 0.0)
         self._settle()
-        return "refused", reward.DUPLICATE_PENALTY, None
+        self.measured = NOTHING
+        return reward.DUPLICATE_PENALTY, NOT_MADE
 
-    def _idle(self, outcome: str, value: float) -> tuple[str, float, None]:
+    def _idle(self, paid: float, told: Told) -> tuple[float, Told]:
         """A step that changes nothing but the budget that is left."""
+        self.measured = NOTHING
         _write_one(self._buffer, _HISTORY_AT, 1.0 - self.steps / self.horizon)
-        return outcome, value, None
+        return paid, told
 
     def _tell(self, origin: int, action: int, version: Version) -> float:
         """Add the version; returns the reward."""
-        child, correct, _, code, measured, repeats, cost, rival, improved, low, left, _, _ = version
+        child, correct, code, measured, repeats, rival, improved, low, actions, told = version
         if self._uniforms is not None:
             measured = repeats[int(self._uniforms[self.steps - 1] * len(repeats))]
         self.measured = measured
         value, visited, before, number = measured[0], self.visited, self.best_value, self.evaluations
         self.evaluations = number + 1
-        self.clock += cost
+        self.clock += told[1]
         if self.prepared.dollars:
             self.spent_dollars += self.prepared.dollars.get((origin, action, child), 0.0)
-        base = origin == self.reference
-        if base:
+        if action == _RESTART:
             # A fresh draft has no parent: it is compared with the best so far.
             against, depth, root = before, 1, self.prepared.draft_of[child]
-            self._drafts += 1
-            self._draft_share = self._drafts / 5 if self._drafts < 5 else 1.0
         else:
-            against, depth, root = visited[origin]
+            against, depth, root, *_ = visited[origin]
             depth += 1
-        visited[child] = value, depth, root
-        self._left[child] = left
+        self._actions[child] = actions
+        tries, failures, gains = self._statistics.get(action, (0, 0, 0.0))
+        tries += 1
         became = wins = False
+        recent = self._recent << 1 & WINDOWS
         if correct:
-            if left and (self._open < 0 or value > visited[self._open][0]):
+            if actions and (self._open < 0 or value > visited[self._open][0]):
                 self._open = child
-            if action not in self._worked:
-                self._worked.add(action)
-                self._breadth = min(len(self._worked) / N_STRATEGIES, 1.0)
+            if tries - failures == 1:
+                self._breadth = min(self._breadth + 1 / N_STRATEGIES, 1.0)
+            gains += value - against
             # A recorded race speaks of the rival it was run against (-1: the reference); else the interval has to do.
             wins = improved if rival == self.best else value + low > before
-            kind = GAINED if wins else DULL
             if wins or self.best < 0:
                 became = True
                 self.best, self.best_at, self.best_value, self.best_speedup = (
@@ -250,36 +253,34 @@ class Walk:
                 )
                 self._best_share = max(min(value / _LOG_10, 1.0), -1.0)
                 self._best_depth = min(depth / 10, 1.0)
-                self._dull_by_default = not wins
-        else:
-            kind = KINDS[code]
-        self._last_outcome = code / _LAST_OUTCOME
-        recent, all_told = self._recent, self._told
-        recent[kind] += 1
-        if number >= RECENT:
-            recent[all_told[-RECENT][-1]] -= 1
-        all_told.append((child, origin, action, self.number - 1, became, kind))
-        if action < N_STRATEGIES:
-            # The strategy's statistics, and what the observation says of them.
-            tries, failures, gains, known = self._gains.get(action, (0, 0, 0.0, 0))
-            tries += 1
-            if not correct:
-                failures += 1
+                recent = recent % SLOW_BEST | recent // SLOW_BEST
+                if not wins:
+                    recent |= SLOW_BEST
             else:
-                gains, known = gains + (value - against), known + 1
-            self._gains[action] = tries, failures, gains, known
-            mean = gains / (known or 1)
+                recent |= SLOW
+        else:
+            failures += 1
+            recent |= SIGNS[code]
+        self._recent = recent
+        self._last_outcome = code / _LAST_OUTCOME
+        visited[child] = value, depth, root, origin, action, self.number - 1, became
+        self._statistics[action] = tries, failures, gains
+        share = tries / 5 if tries < 5 else 1.0
+        if action < N_STRATEGIES:
+            mean = gains / (tries - failures or 1)
             _write_strategy(
                 self._buffer,
                 _STRATEGIES_AT + _STRATEGY * action,
-                tries / 5 if tries < 5 else 1.0,
+                share,
                 (mean if mean > -1.0 else -1.0) if mean < 1.0 else 1.0,
                 failures / tries,
             )
+        elif action == _RESTART:
+            self._draft_share = share
         if not correct or action == _FIX:
             self._repair(origin, action, child, correct)
         if self._tree is not None:
-            self._grow(self._tree, all_told[-1])
+            self._grow(self._tree, child)
         if not correct:
             return -1.0 if self.kind == "milestone" else PENALTIES[code]
         if self.kind == "milestone":
@@ -308,31 +309,26 @@ class Walk:
 
     def _settle(self) -> None:
         """Choose the next parent and write down what is seen of it."""
-        reference, best = self.reference, self.best
+        reference, best, actions, broken = self.reference, self.best, self._actions, self._broken
         if self._tree is not None:
             parent = self._ruled(self._tree)
         else:
             parent = best if self._follows and best >= 0 else reference
-            if not self._left[parent] and self._open >= 0:
+            if not actions[parent] and self._open >= 0:
                 parent = self._open
         self.parent = parent
-        legal = self._legal
-        legal[:] = self._masks.get(parent) or self._mask_of(parent)
-        legal[_RESTART] = self.drafts_left
-        if self._broken:
-            legal[_FIX] = self._repairable(parent)
+        legal = actions[parent] | actions[reference]
+        if broken:
+            legal |= self._repairs(parent)
+        self._legal[:] = legal.to_bytes(N_ACTIONS, "little")
         if parent != self._shown:
             self._shown = parent
-            picture: bytes | memoryview = _NO_PICTURE
-            if parent != reference:
-                at = _PICTURE * (parent * self.prepared.drafts + self.visited[parent][2])
-                picture = self.prepared.pictures[at : at + _PICTURE]
-            self._buffer[_DESCRIBED_AT:_DESCRIBED_END] = picture
+            self._show(parent)
         gap = 0.0
         if best >= 0 and parent != best and parent != reference:
             gap = self.best_value - self.visited[parent][0]
         evaluations, duplicates, recent = self.evaluations, self.duplicates, self._recent
-        count = (evaluations if evaluations < RECENT else RECENT) or 1
+        slow, compiled, wrong = _shares(recent, evaluations if evaluations < RECENT else RECENT)
         since = evaluations - self.best_at - 1
         # Conditions instead of min and max: this runs at every step.
         _write_history(
@@ -342,9 +338,9 @@ class Walk:
             since / 10 if since < 10 else 1.0,
             self._best_share,
             (gap if gap > -1.0 else -1.0) if gap < 1.0 else 1.0,
-            recent[COMPILED] / count,
-            recent[WRONG] / count,
-            (recent[DULL] - (self._dull_by_default and since < RECENT)) / count,
+            compiled,
+            wrong,
+            slow,
             duplicates / (evaluations + duplicates) if duplicates else 0.0,
             self._breadth,
             self._best_depth,
@@ -352,14 +348,19 @@ class Walk:
             self._draft_share,
         )
 
-    def _repairable(self, node: int) -> bool:
+    def _show(self, node: int) -> None:
+        """Write down code and profile of a node; the reference has neither."""
+        if node == self.reference:
+            self._buffer[_PICTURE_AT:_PICTURE_END] = bytes(_PICTURE)
+            return
+        at, prepared = _PICTURE * node, self.prepared
+        self._buffer[_PICTURE_AT:_PICTURE_END] = prepared.pictures[at : at + _PICTURE]
+        _write_one(self._buffer, _DISTANCE_AT, prepared.distances.item(node, self.visited[node][2]))
+
+    def _repairs(self, node: int) -> int:
+        """FIX, if the latest failure below the node has a recorded repair left."""
         waiting = self._broken.get(node)
-        if not waiting:
-            return False
-        failed = waiting[-1][0]
-        used = self._used.get(failed)
-        total: int = self._edges[failed][_FIX][0]
-        return (used[_FIX] if used else 0) < total
+        return self._actions[waiting[-1][0]] if waiting else 0
 
     def _ruled(self, tree: Tree) -> int:
         """What a rule over the tree chooses, or the fastest open version where that has nothing left."""
@@ -367,15 +368,16 @@ class Walk:
         node = parents.get(self.rule)(tree, {}, rng)
         parent = self.reference if node is None else self._versions[node.number]
         if parent != self.reference:
-            spent = not self._left[parent]
+            spent = not self._actions[parent]
         else:
-            spent = self.best >= 0 and not self.drafts_left and not self._repairable(parent)
+            drafts = self._actions[parent] & _ONLY[_RESTART]
+            spent = self.best >= 0 and not drafts and not self._repairs(parent)
         return self._open if spent and self._open >= 0 else parent
 
     def _fastest(self) -> int:
         found, fastest = -1, -math.inf
-        for node, (value, _, _) in self.visited.items():
-            if self._left[node] and value > fastest:
+        for node, (value, *_) in self.visited.items():
+            if value > fastest and self._actions[node] & _STRATEGIES_ONLY:
                 found, fastest = node, value
         return found
 
@@ -386,15 +388,15 @@ class Walk:
         if self._tree is not None:
             return self._tree
         tree = Tree()
-        for told in self._told:
-            self._grow(tree, told)
+        for child in self.visited:
+            self._grow(tree, child)
         return tree
 
-    def _grow(self, tree: Tree, told: tuple[int, int, int, int, bool, int]) -> None:
-        child, origin, action, number, became, _ = told
+    def _grow(self, tree: Tree, child: int) -> None:
+        value, _, _, origin, action, number, became = self.visited[child]
         evaluation = self.prepared.evaluations[child]
         if evaluation.correct:
-            evaluation = evaluation.replace(speedup=math.exp(self.visited[child][0]))
+            evaluation = evaluation.replace(speedup=math.exp(value))
         above = None if origin == self.reference else self._numbers[origin]
         self._numbers[child], self._versions[number] = number, child
         node = Node(number, above, ACTIONS[action].name, 0, self.prepared.candidates[child], evaluation)

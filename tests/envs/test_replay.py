@@ -45,7 +45,7 @@ def test_a_replay_shows_and_pays_what_the_live_environment_does(
         assert retold["best_speedup"] == pytest.approx(told["best_speedup"])
         assert retold["speedup_ci"] == pytest.approx(told["speedup_ci"])
         assert replay.walk is not None
-        if any(ends) or any(depth >= DEPTH for _, depth, _ in replay.walk.visited.values()):
+        if any(ends) or any(depth >= DEPTH for _, depth, *_ in replay.walk.visited.values()):
             break  # beyond, nothing was recorded
     assert step > 3
     live.close()

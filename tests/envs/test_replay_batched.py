@@ -15,8 +15,14 @@ from tests.envs.recorded import tables
 N = 6
 
 
-@pytest.mark.parametrize("kind", reward.KINDS)
-@pytest.mark.parametrize(("noise", "rule"), [("sample", "best"), ("verdict", "best"), ("sample", "root")])
+@pytest.mark.parametrize(
+    ("kind", "noise", "rule"),
+    [
+        *((kind, "sample", "best") for kind in reward.KINDS),
+        ("dense", "verdict", "best"),
+        ("dense", "sample", "root"),
+    ],
+)
 def test_each_episode_is_what_the_single_environment_makes_of_it(
     kind: reward.Kind, noise: Noise, rule: str
 ) -> None:
