@@ -52,8 +52,9 @@ class Bank:
         """Where the children of an action lie in ``children``. A child is twice its place in the table, plus one if
         the action is exhausted then."""
         self.described = np.zeros((len(self.facts), LAYOUT["code"] + LAYOUT["profile"]), np.float32)
-        self.drafts = max(one.distances.shape[1] for one in prepared)
-        self.distances = np.zeros((len(self.facts), self.drafts), np.float32)
+        self.distances = np.zeros(
+            (len(self.facts), max(one.distances.shape[1] for one in prepared)), np.float32
+        )
         noise, noises = [np.zeros(1)], 1
         children: list[int] = []
         for offset, one in zip(self.offsets.tolist(), prepared):

@@ -54,11 +54,6 @@ Edge = tuple[Any, ...]
 BEGUN, STOPPED, ILLEGAL, NOT_MADE = ((outcome, 0.0, "", "") for outcome in ("", "stop", "illegal", "refused"))
 
 
-def spread(actions: int) -> int:
-    """A set of actions with a byte instead of a bit for each, so that its bytes are a mask."""
-    return int.from_bytes(bytes(actions >> i & 1 for i in range(N_ACTIONS)), "little")
-
-
 class Prepared:
     """A table's versions, edges and repeats as plain Python values. The reference is node ``n``, the last."""
 
@@ -84,10 +79,17 @@ class Prepared:
         ]
         """How often each action can be taken on each node, a recorded refusal included."""
         self.correct: list[bool] = table.correct.tolist()
-        self.actions = [self._recorded(node) for node in range(n + 1)]
+        kept = np.zeros((n + 1, N_ACTIONS), np.bool_)
+        kept[:n, :N_STRATEGIES] = table.correct[:, None]
+        kept[:n, FIX.id] = ~table.correct
+        kept[n, RESTART.id] = True
+        legal = kept & (np.array(self.totals) > 0)
+        legal[n, STOP.id] = True
+        self.actions: list[int] = (legal @ (1 << np.arange(N_ACTIONS))).tolist()
         """The legal actions that each node brings, as bits: strategies of correct versions, FIX of failed ones,
         RESTART and STOP of the reference. What is legal is the union of parent, failure and reference."""
-        self.spread = [spread(actions) for actions in self.actions]
+        self.spread = [int.from_bytes(row.tobytes(), "little") for row in legal]
+        """The same with a byte for each action, so that the bytes are a mask."""
         self.outcomes: list[int] = table.outcomes.tolist()
         self.values: list[float] = table.log_speedup.tolist()
         with np.errstate(invalid="ignore"):
@@ -122,14 +124,6 @@ class Prepared:
             for node, (row, totals) in enumerate(zip(self.children, self.totals))
         )
         """What each action makes of each node."""
-
-    def _recorded(self, node: int) -> int:
-        totals = self.totals[node]
-        if node == self.reference:
-            return (totals[RESTART.id] > 0) << RESTART.id | 1 << STOP.id
-        if not self.correct[node]:
-            return (totals[FIX.id] > 0) << FIX.id
-        return sum(1 << i for i in range(N_STRATEGIES) if totals[i])
 
     def _version(self, node: int) -> Version:
         table, value = self.table, self.values[node]

@@ -28,7 +28,6 @@ from ke_gym.envs.prepared import (
     NOTHING,
     PENALTIES,
     PER_STRATEGY,
-    PLAIN,
     SIGNS,
     SLICES,
     SLOW,
@@ -39,7 +38,6 @@ from ke_gym.envs.prepared import (
     Prepared,
     Told,
     Version,
-    spread,
 )
 from ke_gym.envs.spaces import PARENT_SLOTS
 from ke_gym.envs.table import REPEATED
@@ -63,8 +61,8 @@ _PICTURE_AT, _PICTURE_END, _DISTANCE_AT = _FLOAT * DESCRIBED.start, _FLOAT * DES
 _PICTURE = _PICTURE_END - _PICTURE_AT
 _TASK, _HARDWARE, _CODE, _PROFILE, _HISTORY, _STRATEGIES = SLICES.values()
 # Sets of actions have a byte for each.
-_ONLY = tuple(spread(1 << i) for i in range(N_ACTIONS))
-_STRATEGIES_ONLY = spread(PLAIN)
+_ONLY = tuple(1 << 8 * i for i in range(N_ACTIONS))
+_STRATEGIES_ONLY = sum(_ONLY[:N_STRATEGIES])
 
 
 @lru_cache(maxsize=1 << 14)
