@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ke_gym.envs.prepared import N_ACTIONS, PENALTIES, SIGNS, Prepared, prepared_of
 from ke_gym.envs.spaces import LAYOUT
@@ -48,15 +49,16 @@ class Bank:
         self.width = int(sizes.max())
         """Places of the largest table: as many has an array that keeps something of every version."""
         self.facts = np.zeros((int(sizes.sum()), len(COLUMNS)), np.int64)
-        self.first = np.zeros((len(self.facts), WIDTH), np.int32)
+        edges = np.zeros((len(self.facts), WIDTH), np.int32)
+        self.first = edges.ravel()
         """Where the children of an action lie in ``children``. A child is twice its place in the table, plus one if
         the action is exhausted then."""
         self.described = np.zeros((len(self.facts), LAYOUT["code"] + LAYOUT["profile"]), np.float32)
         self.distances = np.zeros(
             (len(self.facts), max(one.distances.shape[1] for one in prepared)), np.float32
         )
-        noise, noises = [np.zeros(1)], 1
-        children: list[int] = []
+        noise: list[NDArray[Any]] = [np.zeros(1)]
+        noises, children = 1, list[int]()
         for offset, one in zip(self.offsets.tolist(), prepared):
             n = one.reference
             self._put(slice(offset, offset + n), _facts(one, noises))
@@ -65,7 +67,7 @@ class Bank:
             noise.append(one.table.noise)
             noises += len(one.table.noise)
             self.distances[offset : offset + n, : one.distances.shape[1]] = one.distances
-            first = self.first[offset : offset + n + 1]
+            first = edges[offset : offset + n + 1]
             # A stop exhausts nothing, since nothing comes after it; whatever is illegal can be taken again and again.
             first[:, STOP.id], first[:, ILLEGAL] = len(children), len(children) + 1
             children += [2 * (n + STOPPED_VERSION), 2 * (n + ILLEGAL_VERSION) + 1]
@@ -79,7 +81,6 @@ class Bank:
         self.children = np.array(children)
         self.noise = np.concatenate(noise)
         self.starts = np.stack([one.start for one in prepared])
-        self.first = self.first.ravel()
 
     def _put(self, rows: slice, facts: dict[str, Any]) -> None:
         real = self.facts.view(np.float64)
