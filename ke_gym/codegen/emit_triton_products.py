@@ -160,7 +160,10 @@ class Printer:
             self.body.append("c = start + tl.arange(0, K)")
         elif self.moving is not None:
             self.body.append(f"tap = start // {self.moving.channels}")
-            self.body.append(f"c = start % {self.moving.channels} + tl.arange(0, K)")
+            c = f"start % {self.moving.channels}"
+            if self.product.laid is not None:  # or nobody knows that whole vectors can be read
+                c = f"tl.multiple_of({c}, K)"
+            self.body.append(f"c = {c} + tl.arange(0, K)")
         elif any(self.ragged["k"] or not step for step in steps.values()):
             self.body.append("k = start + tl.arange(0, K)")
         if self.ragged["k"] and steps:
@@ -209,14 +212,16 @@ class Printer:
         return lines + [f"{a}_ok = {a} < {getattr(self.product.shape, a)}" for a in "mn" if self.ragged[a]]
 
     def _parts(self) -> None:
-        """Three products of TF32 parts; one operand's were made before (``packing``)."""
+        """Three products of TF32 parts; one operand's were made before (``packing``).
+
+        Tensor cores cut off what they add up. So a block's sum of the large parts begins at zero, and is added in fp32:
+        that it is not one long chain after all, an argument says that matters to 8-bit operands only.
+        """
         other = next(side for side in _AXES if side != self.product.parted)
-        here = {self.product.parted: self.product.parted, other: f"{other}_high"}
-        low = {side: f"{side}_low" for side in _AXES}
         self.body += _parted(other)
-        for left, right, into in ((low["left"], here["right"], "rest"), (here["left"], low["right"], "rest"),
-                                  (here["left"], here["right"], "acc")):  # fmt: skip
-            self.body.append(f'{into} = tl.dot({left}, {right}, {into}, input_precision="tf32")')
+        for left, right in (("left_low", "right"), ("left", "right_low")):
+            self.body.append(f'rest = tl.dot({left}, {right}, rest, input_precision="tf32")')
+        self.body.append('acc += tl.dot(left, right, input_precision="tf32", max_num_imprecise_acc=K)')
 
     # ------------------------------------------------------------------------------------------ operands
 

@@ -74,7 +74,14 @@ def program(name: str) -> Program:
     return Program(name, (for_gpu(lower(capture(task, SMALL), task.precision)),))
 
 
-def with_launch(made: Program, launch: Any) -> Schedule:
+def with_launch(schedule: Schedule, launch: Any) -> Schedule:
+    """The schedule with these knobs of its first kernel."""
+    plan = schedule.plans[0]
+    first = replace(plan.groups[0], launch=tuple((str(k), v) for k, v in launch))
+    return Schedule((replace(plan, groups=(first, *plan.groups[1:])),))
+
+
+def scheduled(made: Program, launch: Any) -> Schedule:
     """The program's schedule with these knobs of its products, or else of its first kernel.
 
     ``prepared`` is the schedule's own, ``seed`` says which draft it is made from; ``channels_last`` takes the library's
@@ -123,7 +130,7 @@ def compare(module: ModuleType, task: Task) -> None:
 def check(name: str, launch: Any) -> None:
     """Whether the module computes what the reference does, inputs with infinities and NaN included."""
     task, made = Task.load(name), program(name)
-    schedule = with_launch(made, launch) if launch else made.seeds()[0]
+    schedule = scheduled(made, launch) if launch else made.seeds()[0]
     assert made.legal(schedule)
     with tempfile.TemporaryDirectory() as folder:
         compare(imported(made.emit(schedule), Path(folder)), task)

@@ -21,7 +21,7 @@ from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import Launch
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case, case_ids, program, with_launch
+from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case, case_ids, program, scheduled
 from tests.languages.gpu_modules import built, launches
 
 NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
@@ -132,12 +132,12 @@ def test_what_is_summed_over_rows_is_read_once() -> None:
 
 def test_a_variance_takes_one_pass() -> None:
     made = program("group_norm")
-    assert made.emit(with_launch(made, (("columns", 256),))).count("tl.load(x ") == 2
+    assert made.emit(scheduled(made, (("columns", 256),))).count("tl.load(x ") == 2
 
 
 def test_softmax_in_passes_reads_its_input_twice() -> None:
     made = program("softmax")
-    assert made.emit(with_launch(made, (("columns", 64),))).count("tl.load(x ") == 2
+    assert made.emit(scheduled(made, (("columns", 64),))).count("tl.load(x ") == 2
 
 
 COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
@@ -145,7 +145,7 @@ COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
 
 def compiled(name: str, launch: Any = ()) -> Artifact:
     made, signature = program(name), Signature.of(Task.load(name), [SMALL])
-    schedule = with_launch(made, launch) if launch else made.seeds()[0]
+    schedule = scheduled(made, launch) if launch else made.seeds()[0]
     return built(
         made.emit(schedule), inputs=signature.inputs[SMALL], outputs=signature.outputs[SMALL],
         state=dict(signature.state[SMALL]),
@@ -194,7 +194,7 @@ def test_what_is_refused() -> None:
         made.emit(made.seeds()[0], "fortran")
     with pytest.raises(CodegenError, match="was lowered for cuda; cpp is for cpu"):
         made.emit(made.seeds()[0], "cpp")
-    schedule = with_launch(made, (("rows", 3),))
+    schedule = scheduled(made, (("rows", 3),))
     assert not made.legal(schedule)
     with pytest.raises(CodegenError, match="rows=3 is no choice here"):
         made.emit(schedule)

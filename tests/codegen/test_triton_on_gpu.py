@@ -10,7 +10,7 @@ import torch
 from ke_gym.codegen import Program
 from ke_gym.languages.base import Signature
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case_ids, program, with_launch
+from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case_ids, program, scheduled
 from tests.languages.gpu_modules import built
 
 pytest.importorskip("triton")
@@ -39,7 +39,7 @@ def test_plans_compute_the_reference(name: str, launch: Any, distribution: str) 
     made: Program = program(name)
     signature = Signature.of(task, [SMALL])
     artifact = built(
-        made.emit(with_launch(made, launch) if launch else made.seeds()[0]),
+        made.emit(scheduled(made, launch) if launch else made.seeds()[0]),
         inputs=signature.inputs[SMALL],
         outputs=signature.outputs[SMALL],
         state=dict(signature.state[SMALL]),
