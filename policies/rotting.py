@@ -16,6 +16,8 @@ USES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
 """Where the steps of a curve begin, in earlier uses of the strategy."""
 USUAL = 0.02  # log-gain of a strategy about which nothing is known
 WEIGHT = 10.0  # uses that this, and a strategy's own mean, are worth
+SHARE = 0.5  # how much of a curve is what any strategy brings
+KNOWN = 20  # uses from which on a strategy takes part in that
 EXPLORED = 0.4  # share of training steps that are taken at random
 DRAFTED = 0.3  # of these, how many are drafts, which are one action of many
 
@@ -24,17 +26,19 @@ class Rotting(ScoringPolicy):
     """The strategy that is expected to add most to the best speedup next, and a bonus for those seldom used.
 
     ``gains`` and ``uses``, shape (25, 13), say what a strategy added to the best log-speedup of the training searches
-    at its first, second, ... use (shape ``USES``); their quotient, made to fall, is its curve. Within a search, each
-    curve is scaled by what the strategy has yielded so far over what it should have, as under a Gamma prior of
-    weight ``trust``. Source of the setting: Levine, Crammer and Mannor, Rotting Bandits (arXiv 1702.07274).
+    at its first, second, ... use (shape ``USES``); their quotient, made to fall, is its curve. Half of each curve is
+    that of all strategies together: on operators of another kind, what never paid may be what pays (fission on
+    look-ups and ragged tensors). So every strategy is tried before one is repeated in vain, in the learned order.
+    Within a search, each curve is scaled by what the strategy has yielded so far over what it should have, as under a
+    Gamma prior of weight ``trust``. Source of the setting: Levine, Crammer and Mannor, Rotting Bandits (arXiv
+    1702.07274).
     """
 
     name = "rotting"
-    parent_rule = "weighted"
     reward = "best"
     learned: ClassVar[tuple[str, ...]] = ("gains", "uses", "used", "yielded", "due", "c", "trust")
 
-    def __init__(self, seed: int = 0, c: float = 0.1, trust: float = 0.08) -> None:
+    def __init__(self, seed: int = 0, c: float = 0.3, trust: float = 0.08) -> None:
         super().__init__(seed)
         self.c, self.trust = c, trust
         self.gains = np.zeros((len(ACTIONS), len(USES)))
@@ -54,7 +58,9 @@ class Rotting(ScoringPolicy):
         """Expected gain of every action's next use, shape (25, 13), falling along each row."""
         usual = (self.gains.sum(1) + WEIGHT * USUAL) / (self.uses.sum(1) + WEIGHT)
         means = (self.gains + WEIGHT * usual[:, None]) / (self.uses + WEIGHT)
-        return np.asarray(np.minimum.accumulate(means, axis=1))
+        known = self.uses >= KNOWN
+        any_ = np.where(known.any(0), (means * known).sum(0) / np.maximum(known.sum(0), 1), usual.mean())
+        return np.asarray(np.minimum.accumulate((1 - SHARE) * means + SHARE * any_, axis=1))
 
     def choose(self, observation: Observation, mask: NDArray[np.bool_], deterministic: bool) -> int:
         if self.training and self.rng.random() < EXPLORED:
