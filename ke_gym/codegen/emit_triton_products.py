@@ -217,11 +217,14 @@ class Printer:
         Tensor cores cut off what they add up. So a block's sum of the large parts begins at zero, and is added in fp32:
         that it is not one long chain after all, an argument says that matters to 8-bit operands only.
         """
-        other = next(side for side in _AXES if side != self.product.parted)
+        parted = self.product.parted
+        other = next(side for side in _AXES if side != parted)
+        high = {parted: parted, other: f"{other}_high"}
         self.body += _parted(other)
-        for left, right in (("left_low", "right"), ("left", "right_low")):
+        for left, right in (("left_low", high["right"]), (high["left"], "right_low")):
             self.body.append(f'rest = tl.dot({left}, {right}, rest, input_precision="tf32")')
-        self.body.append('acc += tl.dot(left, right, input_precision="tf32", max_num_imprecise_acc=K)')
+        large = f'{high["left"]}, {high["right"]}, input_precision="tf32", max_num_imprecise_acc=K'
+        self.body.append(f"acc += tl.dot({large})")
 
     # ------------------------------------------------------------------------------------------ operands
 
