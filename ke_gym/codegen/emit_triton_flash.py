@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ke_gym.codegen.emit_triton import pointers
 from ke_gym.codegen.expr import Expr, Load
 from ke_gym.codegen.flash import Flash, variables
 from ke_gym.codegen.tiles import power_above
+from ke_gym.codegen.triton_names import pointers
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, uses_in
 
 LOG2E = "1.4426950408889634"  # exp2 is what the hardware has

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ke_gym.codegen import emit_triton_words as words
-from ke_gym.codegen.emit_triton import pointers
 from ke_gym.codegen.expr import Expr, Load, Rewriter, Var, of, walk
 from ke_gym.codegen.operands import Described, Shape, variables
 from ke_gym.codegen.products import Product
 from ke_gym.codegen.tiles import depends, power_above
+from ke_gym.codegen.triton_names import pointers
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, padded, uses_in
 
 _POINTERS = {"left": "a", "right": "b"}

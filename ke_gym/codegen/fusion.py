@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, bags, contract, flash, products, tiles, windows
+from ke_gym.codegen import attend, bags, contract, flash, products, tiling, windows
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
@@ -106,7 +106,7 @@ def _builder(graph: Graph, group: Group) -> Any:
     """What builds a group of no product, of one, or of two with a softmax between them."""
     kinds: tuple[Any, ...] = (Builder, contract.Builder, attend.Builder)
     if graph.device == "cuda":
-        kinds = (tiles.Builder, products.Builder, flash.Builder)
+        kinds = (tiling.Builder, products.Builder, flash.Builder)
     called = attend.products_of(graph, group.nodes)
     count = min(len(called), 2)
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):

@@ -17,7 +17,8 @@ from ke_gym.codegen.expr import (
     of,
 )
 from ke_gym.codegen.graph import Extern, Graph, Node
-from ke_gym.codegen.tiles import PROGRAMS, along, column_sum, identity
+from ke_gym.codegen.tiles import PROGRAMS, identity
+from ke_gym.codegen.tiling import along, column_sum
 
 
 def for_gpu(graph: Graph, language: Literal["triton", "cuda"] = "triton") -> Graph:

@@ -7,45 +7,36 @@ are read, and a compiler finds what is the same. So nothing passes from one prog
 is summed over all rows (the gradient of a norm's weight) is kept by programs that walk over many of them, and added
 up by a second kernel.
 
-Building is the legality test, as for loop nests.
+``tiling`` builds them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ke_gym.codegen.binding import Binder
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
     Const,
     Expr,
     Index,
-    Indirect,
     Interned,
     Load,
     Op,
     Remainder,
-    Rewriter,
-    Search,
     Var,
-    compute_dtype,
-    constant,
     linear,
-    of,
     walk,
 )
-from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
+from ke_gym.codegen.graph import Buffer, Graph, Node
 from ke_gym.codegen.schedule import Group
 
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
 PROGRAMS = 1024  # about what fills a GPU several times over
 WALKING = (128, 256, 512, 1024)  # programs that walk over rows
-ACROSS = 8192  # columns up to which a program keeps a sum of each
-SHARED_COLUMNS = 1 << 16  # columns that one row's programs may store when there are few rows
 B = TypeVar("B")
 IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 
@@ -146,203 +137,6 @@ def column_var(columns: int) -> Var:
     return Var("col", columns)
 
 
-class Builder(Binder):
-    """Builds the ``Tiles`` of a group; raises ``Illegal`` if its nodes cannot share rows."""
-
-    inner = 0
-    splits: tuple[int, ...] = ()
-
-    def _inline(self, load: Load) -> Expr:
-        node = self.nodes.get(load.buffer)
-        if node is None or not node.pointwise:
-            return load
-        return Rewriter(dict(zip(node.vars, load.index))).expr(self.resolved[load.buffer])
-
-    def build(self) -> Tiles:
-        if not self.kept:
-            raise Illegal("nothing to compute")
-        reducing = [n for n in self.kept.values() if not n.pointwise]
-        if reducing:
-            self._bind_any(reducing)
-        else:
-            self._bind_pointwise()
-            first = max(self.kept.values(), key=lambda n: sum(s != 1 for s in n.shape))
-            binding = self._complete(first)
-            value = Rewriter(binding).expr(self.resolved[first.name])
-            loops = self._order(first.name, first, binding, value)
-            self.inner = self._columns_of(value, [loop.var for loop in loops])
-            self.outer = tuple(loop.var for loop in loops[: len(loops) - self.inner])
-        if self.limits:
-            raise Illegal("rows of different length")
-        for name in self.kept:
-            self._check(name)
-            if self._privatised(self.kept[name]) and not self._across(self.kept[name]):
-                raise Illegal(f"{name} needs all rows")
-        return self._tiles()
-
-    def _across(self, node: Node) -> bool:
-        """Whether the node is a sum over the rows, and nothing but rows."""
-        binding = self.bound[node.name]
-        reduced = {a for r in node.rvars if r.size != 1 for a, _ in binding.get(r, of(r)).terms}
-        own = {a for v in node.vars if v in binding for a, _ in binding[v].terms}
-        return column_sum(self.graph, node) and reduced == set(self.outer) and not own & reduced
-
-    def _columns_of(self, value: Expr, loops: list[Var]) -> int:
-        """How many loops of a pointwise group are columns: the innermost where rows share what takes a search."""
-        self.splits = tuple(range(min(len(loops), 3))) if self.graph.language == "triton" else (0,)
-        given = dict(self.group.launch).get("inner")
-        if given in self.splits:
-            return int(given)
-        if len(self.splits) < 2 or not 16 <= loops[-1].size <= WHOLE_ROW:
-            return 0
-        shared = (n for n in walk(value) if isinstance(n, (Search, Indirect)) and not depends(n, loops[-1]))
-        return int(any(shared))
-
-    def _complete(self, node: Node) -> dict[Var, Index]:
-        """The node's loops over the group's outer loops and its own."""
-        binding = dict(self.bound[node.name])
-        for var in (*node.vars, *node.rvars):
-            if var not in binding:
-                own = Var(f"{node.name}.{var.name}", var.size)
-                binding[var] = of(own) if var.size != 1 else constant(0)
-        return binding
-
-    def _match(
-        self, name: str, node: Node, binding: dict[Var, Index], index: Index, wanted: Index | None
-    ) -> None:
-        # Rows may see tensors from outside at other distances; reads within the group are checked later.
-        super()._match(name, node, binding, index + -index.const, wanted and wanted + -wanted.const)
-
-    def _bind_any(self, reducing: list[Node]) -> None:
-        reasons = []
-        down = [node for node in reducing if column_sum(self.graph, node)]
-        for node in [*(n for n in reducing if n not in down), *down]:
-            loops, first = (node.rvars, len(node.vars)) if node in down else (node.vars, 0)
-            outer = [(first + k, 1) for k, v in enumerate(loops) if v.size != 1 and k != node.scan]
-            try:
-                self._bind(node, tuple(outer))
-                return
-            except Illegal as reason:
-                reasons.append(str(reason))
-        raise Illegal(reasons[0])
-
-    # ------------------------------------------------------------------------------------------- works
-
-    def _tiles(self) -> Tiles:
-        rows = math.prod(v.size for v in self.outer)
-        places: dict[Var, Index] = dict(_unflatten(of(row_var(rows)), self.outer))
-        levels: dict[str, int] = {}
-        works = []
-        for name, node in self.kept.items():
-            work = self._work(name, node, places, levels)
-            levels[name] = work.level
-            works.append(work)
-        if rows < 128 and any(w.op is None and w.columns > SHARED_COLUMNS for w in works):
-            raise Illegal("too few rows for so many columns")
-        works.sort(key=lambda w: w.level)
-        reads, writes = self._memory_of(works)
-        total = sum(b.numel * BYTES[b.dtype] for b in (*reads, *writes))
-        origins = tuple(dict.fromkeys(n.origin for n in self.nodes.values()))
-        made = [n for n in self.kept if n in self.visible]
-        if not made:
-            raise Illegal("nothing is stored")
-        drafted = Tiles(
-            made[-1],
-            rows,
-            tuple(mirrored(works)),
-            Blocks(1, 1, 4),
-            reads,
-            writes,
-            total,
-            self.group,
-            origins,
-            self.splits,
-        )
-        return replace(drafted, blocks=self._blocks(drafted))
-
-    def _work(self, name: str, node: Node, places: dict[Var, Index], levels: dict[str, int]) -> Work:
-        binding = self._complete(node)
-        value = Rewriter(binding).expr(self.resolved[name])
-        loops = [loop.var for loop in self._order(name, node, binding, value)]
-        binding = self._follow(node, binding)
-        value = Rewriter(binding).expr(self.resolved[name])
-        kept = {a for v in node.vars for a, _ in binding[v].terms if a not in self.outer}
-        scan = node.scan is not None
-        across = self._privatised(node)
-        if not node.pointwise and not scan and not across and kept:
-            raise Illegal(f"{name} keeps columns")
-        if scan and kept != {a for a, _ in binding[node.vars[node.scan or 0]].terms}:
-            raise Illegal(f"{name} scans along rows")
-        columns = math.prod(v.size for v in loops)
-        inside = {**places, **dict(_unflatten(of(column_var(columns)), tuple(loops)))}
-        level = 0
-        for load in (n for n in walk(value) if isinstance(n, Load) and n.buffer in self.nodes):
-            producer = self.nodes[load.buffer]
-            if load.buffer not in levels:
-                raise Illegal(f"{name} needs the finished {load.buffer}")
-            if producer.scan is not None and not (node.pointwise and self._at_scan(producer, load, loops)):
-                raise Illegal(f"{name} needs the finished {load.buffer}")
-            level = max(level, levels[load.buffer] + (producer.scan is None))
-        expr = Rewriter(inside, self._read).expr(value)
-        flat = constant(0)
-        for var, stride in zip(node.vars, contiguous_stride(node.shape)):
-            flat = flat + binding[var] * stride
-        place = joined(Rewriter(inside).index(flat)) if name in self.visible else None
-        return Work(node, expr, columns, place, node.reduction, scan, level, across=across)
-
-    def _follow(self, node: Node, binding: dict[Var, Index]) -> dict[Var, Index]:
-        """The loops of a node that reads a scan backwards, turned so that both run over the same columns."""
-        for load in (n for n in walk(self.resolved[node.name]) if isinstance(n, Load)):
-            producer = self.nodes.get(load.buffer)
-            if not node.pointwise or producer is None or producer.scan is None:
-                continue
-            at = Rewriter(binding).index(load.index[producer.scan])
-            own, step = at.terms[0] if len(at.terms) == 1 else (None, 0)
-            if isinstance(own, Var) and step == -1 and at.const == own.size - 1:
-                turn = Rewriter({own: of(own) * -1 + at.const})
-                binding = {var: turn.index(index) for var, index in binding.items()}
-        return binding
-
-    def _at_scan(self, producer: Node, load: Load, loops: list[Var]) -> bool:
-        """Whether ``load`` reads the scanned value of the column that its reader runs over."""
-        if self.graph.language != "triton" or len(loops) != 1 or producer.scan is None:
-            return False
-        place = self.bound[producer.name]
-        home = tuple(
-            of(loops[0]) if k == producer.scan else place.get(v, constant(0))
-            for k, v in enumerate(producer.vars)
-        )
-        return load.index == home and loops[0].size == producer.vars[producer.scan].size
-
-    def _read(self, load: Load) -> Expr:
-        node = self.nodes.get(load.buffer)
-        if node is not None:
-            return Load(load.buffer, (), compute_dtype(node.dtype))
-        return Load(load.buffer, (joined(self._flat(load.buffer, load.index)),), load.dtype)
-
-    def _memory_of(self, works: list[Work]) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
-        reads: dict[str, Buffer] = {}
-        for work in works:
-            for node in walk(work.expr):
-                if isinstance(node, (Load, Search)) and node.buffer not in self.nodes:
-                    reads[node.buffer] = self.graph.buffers[node.buffer]
-        writes = tuple(self.graph.buffers[n] for n in self.kept if n in self.visible)
-        return tuple(reads.values()), writes
-
-    # ------------------------------------------------------------------------------------------ blocks
-
-    def _blocks(self, tiles: Tiles) -> Blocks:
-        """The heuristic blocks with the group's own values; each must be one of the legal ones."""
-        blocks = chosen(heuristic(tiles, self.graph), tiles.knobs(), self.group)
-        if blocks.rows * min(blocks.columns, power_above(tiles.columns)) > 1 << 16:
-            raise Illegal("blocks of more than 65536 elements")
-        if blocks.rows > power_above(tiles.rows):
-            raise Illegal("blocks of more rows than there are")
-        if tiles.across and blocks.columns < tiles.columns:
-            raise Illegal("sums over rows take a program's whole rows")
-        return replace(blocks, inner=self.inner)
-
-
 def chosen(blocks: B, legal: Mapping[str, list[Any]], group: Group) -> B:
     """``blocks`` with the group's own values of the knobs; raises ``Illegal`` for one that is not among the legal."""
     for knob, value in group.launch:
@@ -372,51 +166,6 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     if tiles.across:
         return Blocks(height, block, 8 if size > 1024 else 4, 2, 256)
     return Blocks(height, block, 16 if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2)
-
-
-def column_sum(graph: Graph, node: Node) -> bool:
-    """Whether the node sums over rows along which another one sums, so that one kernel may do both."""
-    rows = math.prod(r.size for r in node.rvars)
-    if graph.language != "triton" or node.reduction != "sum" or not 16 <= node.numel <= ACROSS:
-        return False
-    return along(graph, node, node.vars) and any(
-        isinstance(n, Node) and n.reduction is not None and n.scan is None and n is not node
-        and n.numel == rows and math.prod(r.size for r in n.rvars) == node.numel and along(graph, n, n.rvars)
-        for n in graph.steps.values()
-    )  # fmt: skip
-
-
-def along(graph: Graph, node: Node, loops: Sequence[Var]) -> bool:
-    """Whether one of ``loops`` walks along memory."""
-    for load in walk(node.expr):
-        if isinstance(load, Load) and load.index and load.buffer in graph.buffers:
-            flat = constant(0)
-            for index, stride in zip(load.index, graph.buffers[load.buffer].stride):
-                flat = flat + index * stride
-            if any(a in loops for a, c in flat.terms if abs(c) == 1):
-                return True
-    return False
-
-
-def mirrored(works: list[Work]) -> list[Work]:
-    """The works with columns counted from the end where scans read their tensors backwards."""
-    turned = {}
-    for columns in {work.columns for work in works if work.scan}:
-        col = column_var(columns)
-        loads = [
-            n for w in works if w.columns == columns for n in walk(w.expr) if isinstance(n, Load) and n.index
-        ]
-        if {load.index[0].coefficient(col) for load in loads if depends(load, col)} == {-1}:
-            turned[columns] = Rewriter({col: of(col) * -1 + (columns - 1)})
-    return [
-        replace(
-            work, expr=turned[work.columns].expr(work.expr), reverse=work.scan,
-            place=None if work.place is None else joined(turned[work.columns].index(work.place)),
-        )
-        if work.columns in turned
-        else work
-        for work in works
-    ]  # fmt: skip
 
 
 def along_columns(tiles: Tiles) -> bool:
@@ -488,15 +237,6 @@ def joined(index: Index) -> Index:
                     break
         else:
             return index
-
-
-def _unflatten(flat: Index, loops: tuple[Var, ...]) -> list[tuple[Var, Index]]:
-    """Each loop of a row-major nest as a function of the position in it."""
-    found, step = [], 1
-    for var in reversed(loops):
-        found.append((var, (flat // step) % var.size))
-        step *= var.size
-    return found
 
 
 def power_above(size: int) -> int:

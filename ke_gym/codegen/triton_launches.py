@@ -8,7 +8,7 @@ from typing import Any
 
 from ke_gym.codegen import module
 from ke_gym.codegen.bags import Bag
-from ke_gym.codegen.emit_triton import TOTAL, parts_of, pointers, print_tiles, print_totals
+from ke_gym.codegen.emit_triton import TOTAL, parts_of, print_tiles, print_totals
 from ke_gym.codegen.emit_triton_bags import print_bag
 from ke_gym.codegen.emit_triton_flash import print_beyond, print_flash
 from ke_gym.codegen.emit_triton_products import Printer, loaded, pack_blocks, sum_blocks, tiled
@@ -19,6 +19,7 @@ from ke_gym.codegen.module_gpu import Printed
 from ke_gym.codegen.operands import Described, variables
 from ke_gym.codegen.products import Product
 from ke_gym.codegen.tiles import Tiles, depends
+from ke_gym.codegen.triton_names import pointers
 
 
 def printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:

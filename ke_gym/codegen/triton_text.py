@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from ke_gym.codegen.errors import Illegal
@@ -184,10 +184,10 @@ class Text:
     tests: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     """What guards are made of."""
 
-    def enter(self, lines: list[str], inner: set[Interned]) -> None:
+    def enter(self, lines: list[str], inner: Set[Interned]) -> None:
         """Print into ``lines`` from now on; values that ``inner`` moves are known there only."""
         self.leave()
-        self.lines, self.inner = lines, inner
+        self.lines, self.inner = lines, set(inner)
 
     def leave(self) -> None:
         for key in self.local:
