@@ -11,8 +11,8 @@ from ke_gym.codegen.tiles import (
     power_above,
     variance,
 )
-from ke_gym.codegen.triton_names import pointers
-from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, literal
+from ke_gym.codegen.triton_names import parts_of
+from ke_gym.codegen.triton_text import TYPES, Axis, bare_text, literal
 
 
 class TilesPrinter(Passes):
@@ -62,7 +62,9 @@ class TilesPrinter(Passes):
             name, col = f"{work.node.name}_acc", self._column_name(work.columns)
             value = f"tl.sum({name}, axis=0, keep_dims=True)" if self.high else name
             mask = "" if work.columns == power_above(work.columns) else f", mask={col}_ok"
-            lines.append(f"tl.store({parts_of(work)} + program * {work.columns} + {col}, {value}{mask})")
+            lines.append(
+                f"tl.store({parts_of(work.node.name)} + program * {work.columns} + {col}, {value}{mask})"
+            )
         return lines
 
     def _add(self, work: Work) -> None:
@@ -123,45 +125,6 @@ class TilesPrinter(Passes):
                 self._scanned(work, self._scan(work, value))
             else:
                 self._finish(work, self._reduce(work, value))
-
-
-TOTAL = {"PARTS": 64, "BLOCK": 32}
-"""Programs' sums that are added up at a time, and columns a program does so for."""
-
-
-def parts_of(work: Work) -> str:
-    """Where programs leave their sums."""
-    return f"{work.node.name}_parts"
-
-
-def print_totals(tiles: Tiles, columns: int) -> list[str]:
-    """The kernel that adds up, for each of ``columns``, what programs have summed over their rows."""
-    programs, works = tiles.blocks.programs, [w for w in tiles.across if w.columns == columns]
-    ok = f"col < {columns}" if columns % TOTAL["BLOCK"] else ""
-    loaded = " & ".join(
-        [*([ok] if ok else []), *([f"(first + part < {programs})"] if programs % TOTAL["PARTS"] else [])]
-    )
-    lines = [
-        "part = tl.arange(0, PARTS)[:, None]",
-        "col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]",
-    ]
-    lines += [
-        f"{w.node.name}_acc = tl.full([PARTS, BLOCK], {literal(0, w.expr.dtype)}, {TYPES[w.expr.dtype]})"
-        for w in works
-    ]
-    lines.append(f"for first in range(0, {programs}, PARTS):")
-    for work in works:
-        mask = f", mask={loaded}, other=0" if loaded else ""
-        value = f"tl.load({parts_of(work)} + (first + part) * {columns} + col{mask})"
-        lines.append(f"    {work.node.name}_acc = {work.node.name}_acc + {value}")
-    text = Text(set(), {}, axes=[Axis(column_var(columns), "col")])
-    for work in works:
-        assert work.place is not None
-        value = f"tl.sum({work.node.name}_acc, axis=0, keep_dims=True)"
-        kind = f".to({TYPES[work.node.dtype]})" if work.expr.dtype != work.node.dtype else ""
-        place = f"{pointers(tiles)[work.node.name]} + {text.index(work.place, '')}"
-        lines.append(f"tl.store({place}, {value}{kind}{f', mask={ok}' if ok else ''})")
-    return lines
 
 
 def print_tiles(tiles: Tiles, used: set[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ke_gym.codegen.emit_triton_totals import COMBINE
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     Const,
@@ -16,8 +17,6 @@ from ke_gym.codegen.tiles import (
 )
 from ke_gym.codegen.triton_names import pointers
 from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, literal, uses_in
-
-_COMBINE = {"sum": "added", "prod": "multiplied", "max": "max_nan", "min": "min_nan"}
 
 
 class Lines:
@@ -88,17 +87,17 @@ class Lines:
             return f"tl.{'max' if op == 'any' else 'min'}({bare_text(value)}, axis={axis}{tail})"
         if op in ("max", "min") and not is_float(self._kind(work)):
             return f"tl.{op}({bare_text(value)}, axis={axis}{tail})"
-        self.used.add(_COMBINE[op])
-        return f"tl.reduce({bare_text(value)}, {axis}, {_COMBINE[op]}{tail})"
+        self.used.add(COMBINE[op])
+        return f"tl.reduce({bare_text(value)}, {axis}, {COMBINE[op]}{tail})"
 
     def _scan(self, work: Work, value: str) -> str:
         op, reverse = work.op or "sum", ", reverse=True" if work.reverse else ""
         if op == "sum":
             return f"tl.cumsum({bare_text(value)}, axis={self.axis_number}{reverse})"
-        if op not in _COMBINE:
+        if op not in COMBINE:
             raise Illegal(f"a running {op}")
-        self.used.add(_COMBINE[op])
-        return f"tl.associative_scan({bare_text(value)}, {self.axis_number}, {_COMBINE[op]}{reverse})"
+        self.used.add(COMBINE[op])
+        return f"tl.associative_scan({bare_text(value)}, {self.axis_number}, {COMBINE[op]}{reverse})"
 
     def _scanned(self, work: Work, value: str) -> None:
         """Name a block's running values for what is computed from them, and store them if they are asked for."""

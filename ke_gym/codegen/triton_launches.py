@@ -8,18 +8,20 @@ from typing import Any
 
 from ke_gym.codegen import module
 from ke_gym.codegen.bags import Bag
-from ke_gym.codegen.emit_triton import TOTAL, parts_of, print_tiles, print_totals
+from ke_gym.codegen.emit_triton import print_tiles
 from ke_gym.codegen.emit_triton_bags import print_bag
 from ke_gym.codegen.emit_triton_flash import print_beyond, print_flash
 from ke_gym.codegen.emit_triton_products import Printer, loaded, pack_blocks, sum_blocks, tiled
+from ke_gym.codegen.emit_triton_totals import SIZES, Total, print_totals
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Expr, Load, walk
 from ke_gym.codegen.flash import Flash
 from ke_gym.codegen.module_gpu import Printed
 from ke_gym.codegen.operands import Described, variables
 from ke_gym.codegen.products import Product
-from ke_gym.codegen.tiles import Tiles, depends
-from ke_gym.codegen.triton_names import pointers
+from ke_gym.codegen.tiles import Tiles, column_var, depends
+from ke_gym.codegen.triton_names import parts_of, pointers
+from ke_gym.codegen.triton_text import Axis, Text
 
 
 def printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:
@@ -96,6 +98,19 @@ class Launches:
             launch = f"{name}[{module._tuple(grid)}](\n    {given}\n)"
         (self.before if before else self.lines).append(launch)
 
+    def total(self, name: str, op: str, dtype: str, stored: str, place: str = "col") -> Total:
+        return Total(self.names.get(name, name), parts_of(name), op, dtype, stored, place)
+
+    def put_together(self, totals: list[Total], count: int, columns: int, used: set[str]) -> None:
+        """The kernel that puts together what ``count`` programs have reduced, each its part."""
+        tensors = {total.parts: total.parts for total in totals}
+        tensors |= {total.result: self.results[total.result] for total in totals}
+        ending = (
+            "_total" if f"compute_{self.work.name}_total" not in "".join(self.kernels) else f"_total{columns}"
+        )
+        grid = (math.ceil(columns / SIZES["BLOCK"]),)
+        self.add(ending, print_totals(totals, count, columns, used), grid, tensors, SIZES, {"num_warps": 4})
+
     @property
     def text(self) -> Printed:
         return Printed("\n\n\n".join(self.kernels), self.lines, self.before, self.copies)
@@ -115,17 +130,21 @@ def _tiles(tiles: Tiles, suffix: str, used: set[str]) -> Printed:
         launches.add("", body, (math.ceil(tiles.rows / blocks.rows),), tensors, sizes, options)
         return launches.text
     for work in tiles.across:
-        name = parts_of(work)
+        name = parts_of(work.node.name)
         launches.room(name, (blocks.programs, work.columns), module._TORCH[work.expr.dtype])
         tensors[name] = name
     launches.add("", body, (blocks.programs,), tensors, sizes, options)
     for columns in dict.fromkeys(work.columns for work in tiles.across):
-        names = [w.node.name for w in tiles.across if w.columns == columns]
-        tensors = {part: part for part in (parts_of(w) for w in tiles.across if w.columns == columns)}
-        tensors |= launches.tensors(*names)
-        ending = "_total" if len(tiles.across) == len(names) else f"_total{columns}"
-        grid = (math.ceil(columns / TOTAL["BLOCK"]),)
-        launches.add(ending, print_totals(tiles, columns), grid, tensors, TOTAL, {"num_warps": 4})
+        text, works = (
+            Text(set(), {}, axes=[Axis(column_var(columns), "col")]),
+            [w for w in tiles.across if w.columns == columns],
+        )
+        places = [text.index(work.place, "") for work in works if work.place is not None]
+        totals = [
+            launches.total(w.node.name, "sum", w.expr.dtype, w.node.dtype, place)
+            for w, place in zip(works, places)
+        ]
+        launches.put_together(totals, blocks.programs, columns, used)
     return launches.text
 
 

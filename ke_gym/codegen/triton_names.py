@@ -36,3 +36,8 @@ def pointers(work: Tiles | Product | Flash | Bag) -> dict[str, str]:
         taken = buffer.name in LOCALS[type(work)] or _LOCAL.fullmatch(buffer.name)
         found[buffer.name] = f"{buffer.name}_ptr" if taken else buffer.name
     return found
+
+
+def parts_of(name: str) -> str:
+    """Where programs leave what each has reduced of a tensor."""
+    return f"{name}_parts"
