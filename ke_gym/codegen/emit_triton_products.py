@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ke_gym.codegen import emit_triton_words as words
+from ke_gym.codegen.emit_triton_totals import COMBINE
 from ke_gym.codegen.expr import Expr, Load, Rewriter, Var, of, walk
 from ke_gym.codegen.operands import Described, Shape, variables
-from ke_gym.codegen.products import Product
-from ke_gym.codegen.tiles import depends, power_above
-from ke_gym.codegen.triton_names import pointers
-from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, padded, uses_in
+from ke_gym.codegen.products import Product, Store
+from ke_gym.codegen.tiles import depends, identity, power_above
+from ke_gym.codegen.triton_names import parts_of, pointers
+from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, literal, padded, uses_in
 
 _POINTERS = {"left": "a", "right": "b"}
 _AXES = {"left": "mk", "right": "kn"}
@@ -341,6 +342,21 @@ class Printer:
         mask = " & ".join(f"{a}_ok{_ACROSS['result'][a]}" for a in "mn" if self.ragged[a])
         return [f"tl.store({self.parts} + {self._partial()}, acc{f', mask={mask}' if mask else ''})"]
 
+    def _row_part(self, store: Store, value: str, text: Text) -> str:
+        """What a tile gives to a value of its rows."""
+        shape, axis = self.product.shape, store.axis
+        if self.ragged[axis]:
+            neutral = literal(identity(store.op, store.expr.dtype).value, store.expr.dtype)
+            value = f"tl.where({axis}_ok, {bare_text(value)}, {neutral})"
+        self.used.add(COMBINE[store.op])
+        value = f"tl.reduce({bare_text(value)}, {'mn'.index(axis)}, {COMBINE[store.op]}, keep_dims=True)"
+        other = "m" if axis == "n" else "n"
+        place = f"tile_{axis}{'.to(tl.int64)' if self.wide else ''} * {store.buffer.numel} + {text.index(store.place, '')}"
+        if getattr(shape, other) == 1:  # a tile all the same
+            place = f"{place} + {other}"
+        mask = f", mask={other}_ok" if self.ragged[other] else ""
+        return f"tl.store({parts_of(store.buffer.name)} + {place}, {value}{mask})"
+
     def _epilogue(self) -> list[str]:
         product, shape = self.product, self.product.shape
         batch, m, n, _ = variables(shape)
@@ -355,6 +371,9 @@ class Printer:
             text.names[load, ""] = "acc"
         for store in product.stores:
             value = text.value(store.expr)
+            if store.op:
+                lines.append(self._row_part(store, value, text))
+                continue
             place, mask = text.index(store.place, ""), text.mask(store.place)
             for axis in (a for a in "mn" if getattr(shape, a) == 1):  # a tile all the same
                 place, mask = f"{place} + {axis}", f"{mask} & {axis}_ok" if mask else f"{axis}_ok"

@@ -27,7 +27,7 @@ class Total:
 
 def print_totals(totals: Sequence[Total], count: int, columns: int, used: set[str]) -> list[str]:
     """The body of the kernel, line by line; there are ``count`` parts of ``columns`` each."""
-    ok = f"col < {columns}" if columns % SIZES["BLOCK"] else ""
+    ok = f"(col < {columns})" if columns % SIZES["BLOCK"] else ""
     loaded = " & ".join(
         [*([ok] if ok else []), *([f"(first + part < {count})"] if count % SIZES["PARTS"] else [])]
     )

@@ -22,6 +22,7 @@ from ke_gym.codegen.expr import (
     Op,
     Rewriter,
     Search,
+    Var,
     cast,
     constant,
     of,
@@ -50,12 +51,18 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class Store:
-    """``buffer[place] = expr`` for each element of a tile; ``index``: the place in a result of the product's shape."""
+    """``buffer[place] = expr`` for each element of a tile; ``index``: the place in a result of the product's shape.
+
+    With ``op``, what it gives along the rows of the product, each tile a part of it; these run along ``axis`` of the
+    tile ("n", or "m" of the transposed product).
+    """
 
     buffer: Buffer
     place: Index
     expr: Expr
     index: tuple[Index, ...] = ()
+    op: str = ""
+    axis: str = "n"
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,8 @@ class Builder:
         finished = replace(drafted, blocks=blocks)
         if blocks.persistent and shape.batch * math.prod(finished.tiles) <= blocks.persistent:
             raise Illegal("no more tiles than programs")
+        if any(store.op for store in stores) and (blocks.split > 1 or blocks.words or self.laid is not None):
+            raise Illegal("rows are reduced where tiles are finished")
         if finished.share * (blocks.split - 1) >= shape.k:
             raise Illegal("parts with nothing to sum up")
         return finished
@@ -359,6 +368,8 @@ class Builder:
         def inline(load: Load) -> Expr:
             if load.buffer in resolved:
                 inner = self.nodes[load.buffer]
+                if load.buffer in after and not inner.pointwise:
+                    raise Illegal(f"{load.buffer} is needed when it is finished")
                 return Rewriter(dict(zip(inner.vars, load.index))).expr(resolved[load.buffer])
             return load
 
@@ -374,9 +385,14 @@ class Builder:
         if self.product.name in self.visible or self.step.name in self.visible:
             stores.append(Store(self.product, flat, acc, index))
         for name, node in self.nodes.items():
-            if name in after and (not node.pointwise or node.numel != self.product.numel):
-                raise Illegal(f"{name} is no epilogue of the product")
             resolved[name] = Rewriter(load=inline).expr(node.expr)
+            if name in after and not node.pointwise:
+                place, binding, axis = self._row(node, index)
+                expr = Rewriter(binding, read).expr(resolved[name])
+                stores.append(Store(self.graph.buffers[name], place, expr, (), node.reduction or "", axis))
+                continue
+            if name in after and node.numel != self.product.numel:
+                raise Illegal(f"{name} is no epilogue of the product")
             if name in after and name in self.visible:
                 binding, step = {}, 1
                 for var in reversed(node.vars):
@@ -388,6 +404,26 @@ class Builder:
                 expr = Rewriter(binding, read).expr(resolved[name])
                 stores.append(Store(self.graph.buffers[name], flat, expr, index if alike else ()))
         return stores
+
+    def _row(self, node: Node, index: tuple[Index, ...]) -> tuple[Index, dict[Var, Index], str]:
+        """Where the value of a product's row lies, the loops of the node that reduces it, and the tile's axis."""
+        shape, along = self.product.shape, index[-1].terms
+        reduced = [r for r in node.rvars if r.size != 1]
+        if node.scan is not None or node.reduction not in ("sum", "max", "min") or len(reduced) != 1:
+            raise Illegal(f"{node.name} is no epilogue of the product")
+        var = along[0][0] if len(along) == 1 and index[-1] == of(along[0][0]) else None
+        if (
+            not isinstance(var, Var)
+            or reduced[0].size != shape[-1]
+            or node.numel * shape[-1] != self.product.numel
+        ):
+            raise Illegal(f"{node.name} reduces no rows of the product")
+        place = joined(position(index[:-1], contiguous_stride(shape[:-1])))
+        binding, step = {r: index[-1] if r is reduced[0] else constant(0) for r in node.rvars}, 1
+        for own in reversed(node.vars):
+            binding[own] = (place // step) % own.size if own.size != 1 else constant(0)
+            step *= own.size
+        return place, binding, var.name
 
     def _reads(self, stores: list[Store], operands: tuple[Expr, Expr]) -> tuple[Buffer, ...]:
         names: dict[str, None] = {}

@@ -190,12 +190,12 @@ def _product(product: Product, suffix: str, ready: frozenset[str], used: set[str
         tensors = launches.read(operand) | {name: name}
         body, where = Printer(product, used).packing(side), (tiles, copies) if copies > 1 else (tiles,)
         launches.add(f"_{side}", body, where, tensors, sizes, {"num_warps": 4}, before=beside != "")
-    rows, columns = product.tiles
-    grid: tuple[int, ...] = (rows * columns, shape.batch) if shape.batch > 1 else (rows * columns,)
+    down, along = product.tiles
+    grid: tuple[int, ...] = (down * along, shape.batch) if shape.batch > 1 else (down * along,)
     if blocks.persistent:
-        grid = (min(rows * columns * shape.batch, blocks.persistent),)
+        grid = (min(down * along * shape.batch, blocks.persistent),)
     elif blocks.split > 1:
-        grid = (rows * columns, shape.batch, blocks.split)
+        grid = (down * along, shape.batch, blocks.split)
     sizes = {"M": blocks.m, "N": blocks.n, "K": blocks.k}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     tensors = {f"{side}_tiles": _descriptor(view, sizes) for side, view in tiled(product).items()}
@@ -204,7 +204,16 @@ def _product(product: Product, suffix: str, ready: frozenset[str], used: set[str
     tensors |= launches.tensors(*loaded(product))
     body = Printer(product, used).main()
     if blocks.split == 1:
-        launches.add("", body, grid, tensors | launches.results, sizes, options)
+        rows = [store for store in product.stores if store.op]
+        stored = launches.tensors(*(store.buffer.name for store in product.stores if not store.op))
+        parts = {parts_of(store.buffer.name): parts_of(store.buffer.name) for store in rows}
+        for store in rows:
+            size = (product.tiles["mn".index(store.axis)], store.buffer.numel)
+            launches.room(parts_of(store.buffer.name), size, module._TORCH[store.expr.dtype])
+        launches.add("", body, grid, tensors | stored | parts, sizes, options)
+        for store in rows:
+            total = launches.total(store.buffer.name, store.op, store.expr.dtype, store.buffer.dtype)
+            launches.put_together([total], product.tiles["mn".index(store.axis)], store.buffer.numel, used)
         return launches.text
     parts = product.parts
     launches.room(parts, (blocks.split, shape.batch, shape.m, shape.n), "torch.float32")

@@ -29,6 +29,7 @@ NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
 INTERPRETED = (
     "softmax", "layer_norm", "column_mean", "argmax", "reverse_cumsum", "max_pool", "cross_entropy", "bucketize",
     "map_id", "rotary_embedding", "matmul_bias_gelu", "attention_gqa_decode", "dense_to_jagged", "embedding_bag",
+    "matmul_row_max",
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ IN_PASSES = {
     "layer_norm_backward": (("rows", 4), ("stages", 2)),
     "rms_norm_backward": (("programs", 128),),
     "max_pool": (("inner", 2),),
+    "matmul_row_max": (("ready", True), ("turned", True)),
 }
 
 
@@ -128,6 +130,11 @@ def test_what_is_summed_over_rows_is_read_once() -> None:
     assert text.count("tl.load(x ") == 1
     assert text.count("tl.load(grad ") == 1
     assert text.count("@triton.jit") == 2
+
+
+def test_rows_of_a_product_are_reduced_where_it_is_made() -> None:
+    text = program("matmul_row_max").emit(program("matmul_row_max").seeds()[0])
+    assert "relu" not in text.split("def forward")[1]
 
 
 def test_a_variance_takes_one_pass() -> None:
