@@ -8,33 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from ke_gym.codegen import attend, bags, contract, flash, products, tiling, windows
+from ke_gym.codegen.continuity import continuous
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import InRange, Op, Search, is_float, walk
+from ke_gym.codegen.expr import InRange, Op, walk
 from ke_gym.codegen.graph import Extern, Graph, Node
 from ke_gym.codegen.nest import COSTLY, Nest
 from ke_gym.codegen.nesting import Builder
 from ke_gym.codegen.schedule import Group, Plan
 
 MAX_NODES = 64
-DISCONTINUOUS = frozenset(
-    (
-        "floor",
-        "ceil",
-        "trunc",
-        "round",
-        "sign",
-        "floordiv",
-        "remainder",
-        "fmod",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    )
-)
 
 
 def visible_in(graph: Graph, group: Sequence[str], groups: Iterable[Sequence[str]]) -> frozenset[str]:
@@ -174,23 +157,6 @@ def legal(graph: Graph, plan: Plan) -> bool:
 
 def expensive(node: Node) -> bool:
     return any(isinstance(n, Op) and n.name in COSTLY for n in walk(node.expr))
-
-
-def continuous(graph: Graph) -> bool:
-    """Whether no step turns a difference in rounding into another integer or another choice."""
-    found = graph.memo.get("continuous")
-    if found is None:
-        values = [n for s in graph.steps.values() if isinstance(s, Node) for n in walk(s.expr)]
-        found = not any(
-            isinstance(n, Search)
-            or (isinstance(n, Op) and n.name in DISCONTINUOUS)
-            or (
-                isinstance(n, Op) and n.name == "cast" and is_float(n.args[0].dtype) and not is_float(n.dtype)
-            )
-            for n in values
-        )
-        graph.memo["continuous"] = found
-    return bool(found)
 
 
 def unfused(graph: Graph) -> Plan:

@@ -14,6 +14,7 @@ FILL = 132  # programs that keep every multiprocessor busy
 SKINNY = 32
 SPLITS = (1, 2, 4, 8, 16, 32)
 SHARE = 128  # least of the summed dimension that a program of its own may get
+LARGE = 1 << 32  # multiplications from which on it is worth a launch to cut an operand into its TF32 parts
 DEEP = 1024  # and what it is worth having one for
 UNROLLED = 9  # most taps that are written out
 
@@ -100,7 +101,10 @@ def heuristic(product: Product) -> Blocks:
     # The copy is read and written once; what it saves grows with the other operand.
     copied = precision.startswith("tf32") and min(shape.m, shape.n) >= 512 and shape.k >= SHARE
     copied = copied or product.window is not None
-    if copied and any(product.packable):
+    parts = precision == "tf32x3"
+    if copied and parts and product.shared[1] and shape.batch * shape.m * shape.n * shape.k >= LARGE:
+        blocks = replace(blocks, ready=True, stages=4)
+    if copied and (product.packable[1] or (any(product.packable) and not parts)):
         blocks = replace(blocks, packed=True, words="words" in product.knobs() and few)
     views = replace(product, blocks=blocks).described
     if min(blocks.m, blocks.n) >= 64 and all(view is not None and view.batch != "apart" for view in views):

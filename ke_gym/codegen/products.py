@@ -253,7 +253,8 @@ class Builder:
             raise Illegal("the product is stored in another order")
         dtype = dtypes.pop()
         made = self._convolution(dtype) if self.step.target == CONVOLUTION else self._matrices(a, b, dtype)
-        if dict(self.group.launch).get("turned") and self.window is None and self.laid is None:
+        turn = self._turns(made) and self.window is None and self.laid is None
+        if turn:
             made = turned(*made)
         shape, operands, index, value = made
         if shape.k < 16 or shape.batch > 65535:
@@ -271,7 +272,7 @@ class Builder:
             tuple(dict.fromkeys(origins)), self.graph.precision, self.graph.weights,
             self.step.target == CONVOLUTION, self.laid,
         )  # fmt: skip
-        drafted = replace(drafted, blocks=heuristic(drafted))
+        drafted = replace(drafted, blocks=replace(heuristic(drafted), turned=turn))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         words = blocks.words and blocks.packed and blocks.split == 1 and blocks.n >= 32
         blocks = replace(blocks, words=words, unroll=blocks.unroll and blocks.split == 1)
@@ -287,6 +288,15 @@ class Builder:
         if finished.share * (blocks.split - 1) >= shape.k:
             raise Illegal("parts with nothing to sum up")
         return finished
+
+    def _turns(self, made: Made) -> bool:
+        """Whether to make the transposed product: of TF32 parts, the right operand's must lie along ``k``."""
+        given = dict(self.group.launch).get("turned")
+        if given is not None:
+            return bool(given)
+        shape, (left, right) = made[:2]
+        parts = shape.dtype == "f32" and self.graph.precision == "strict" and min(shape.m, shape.n) >= 64
+        return parts and across(right, shape) and isinstance(left, Load) and not across(left, shape)
 
     def _after(self) -> dict[str, Node]:
         """The nodes that read the product, directly or not; the others make its operands."""

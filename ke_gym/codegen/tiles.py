@@ -23,10 +23,12 @@ from ke_gym.codegen.expr import (
     Const,
     Expr,
     Index,
+    Indirect,
     Interned,
     Load,
     Op,
     Remainder,
+    Search,
     Var,
     linear,
     walk,
@@ -36,7 +38,7 @@ from ke_gym.codegen.schedule import Group
 
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
 PROGRAMS = 1024  # about what fills a GPU several times over
-WALKING = (128, 256, 512, 1024)  # programs that walk over rows
+WALKING = (132, 264, 528, 1056)  # programs that walk over rows
 B = TypeVar("B")
 IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 
@@ -156,16 +158,29 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
         wide = min(64 if columns > 32 else 256, power_above(rows))
         block = min(power_above(columns), 1024 // wide if wide < 64 else 32)
         return Blocks(wide, block, 4)
-    block = power_above(columns)
+    block, stages = power_above(columns), 1
     if block > WHOLE_ROW:
-        block = 4096
-    height = max(1, min(power_above(rows), 2048 // block))
+        if any(online(tiles, work) for work in tiles.works):
+            return Blocks(1, 2048, 8)
+        block, stages = 4096, 3 if any(variance(tiles, work) for work in tiles.works) else 1
+    height = max(1, min(power_above(rows), _elements(tiles) // block))
     while height > 1 and rows // height < PROGRAMS and height * block > 128:
         height //= 2
     size = height * block
-    if tiles.across:
-        return Blocks(height, block, 8 if size > 1024 else 4, 2, 256)
-    return Blocks(height, block, 16 if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2)
+    if tiles.across:  # a row for every multiprocessor, and the next one on its way
+        return Blocks(height, block, 16 if size > 2048 else 8 if size > 1024 else 4, 3, WALKING[0])
+    most = 8 if any(work.scan for work in tiles.works) else 16
+    return Blocks(
+        height, block, most if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2, stages
+    )
+
+
+def _elements(tiles: Tiles) -> int:
+    """About how many a program takes: fewer where each waits for an index, more where rows share a search."""
+    searched = any(isinstance(n, Search) for work in tiles.works for n in walk(work.expr))
+    gathered = any(isinstance(n, Indirect) for work in tiles.works for n in walk(work.expr))
+    stored = all(work.op is None for work in tiles.works)
+    return 4096 if searched and stored else 1024 if gathered else 2048
 
 
 def along_columns(tiles: Tiles) -> bool:

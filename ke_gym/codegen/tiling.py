@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ke_gym.codegen.binding import Binder
+from ke_gym.codegen.continuity import continuous
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
+    Const,
     Expr,
     Index,
     Indirect,
     Load,
+    Op,
     Rewriter,
     Search,
     Var,
@@ -26,6 +29,7 @@ from ke_gym.codegen.expr import (
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
+from ke_gym.codegen.peel import multiplied
 from ke_gym.codegen.tiles import (
     WHOLE_ROW,
     Blocks,
@@ -147,7 +151,7 @@ class Builder(Binder):
         drafted = Tiles(
             made[-1],
             rows,
-            tuple(mirrored(works)),
+            tuple(mirrored(distinct(works))),
             Blocks(1, 1, 4),
             reads,
             writes,
@@ -172,6 +176,7 @@ class Builder(Binder):
         if scan and kept != {a for a, _ in binding[node.vars[node.scan or 0]].terms}:
             raise Illegal(f"{name} scans along rows")
         columns = math.prod(v.size for v in loops)
+        rows = math.prod(v.size for v in self.outer)
         inside = {**places, **dict(_unflatten(of(column_var(columns)), tuple(loops)))}
         level = 0
         for load in (n for n in walk(value) if isinstance(n, Load) and n.buffer in self.nodes):
@@ -182,6 +187,10 @@ class Builder(Binder):
                 raise Illegal(f"{name} needs the finished {load.buffer}")
             level = max(level, levels[load.buffer] + (producer.scan is None))
         expr = Rewriter(inside, self._read).expr(value)
+        if self.graph.language == "triton" and continuous(self.graph):
+            expr = multiplied(
+                inverted(expr), frozenset({column_var(columns) if columns > 1 else row_var(rows)})
+            )
         flat = constant(0)
         for var, stride in zip(node.vars, contiguous_stride(node.shape)):
             flat = flat + binding[var] * stride
@@ -263,6 +272,44 @@ def along(graph: Graph, node: Node, loops: Sequence[Var]) -> bool:
             if any(a in loops for a, c in flat.terms if abs(c) == 1):
                 return True
     return False
+
+
+def distinct(works: list[Work]) -> list[Work]:
+    """The works, in order of their levels, without reductions that one of them does already."""
+    first: dict[tuple[Expr, str, int], str] = {}
+    same: dict[str, str] = {}
+    rewriter = Rewriter(
+        load=lambda load: Load(same[load.buffer], (), load.dtype) if load.buffer in same else load
+    )
+    kept = []
+    for work in works:
+        expr = rewriter.expr(work.expr)
+        if work.op is not None and not work.scan and not work.across:
+            known = first.setdefault((expr, work.op, work.columns), work.node.name)
+            if known != work.node.name and work.place is None:
+                same[work.node.name] = known
+                continue
+        kept.append(replace(work, expr=expr))
+    return kept
+
+
+def inverted(expr: Expr) -> Expr:
+    """``expr`` with divisions by numbers as products with their inverses."""
+    memo: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node not in memo:
+            memo[node] = node
+            if isinstance(node, Op):
+                args = tuple(visit(arg) for arg in node.args)
+                by = args[1] if node.name == "div" and node.dtype == "f32" else None
+                if isinstance(by, Const) and 1e-30 < abs(by.value) < 1e30:
+                    memo[node] = Op("mul", (args[0], Const(1.0 / by.value, "f32")), "f32")
+                else:
+                    memo[node] = Op(node.name, args, node.dtype)
+        return memo[node]
+
+    return visit(expr)
 
 
 def mirrored(works: list[Work]) -> list[Work]:

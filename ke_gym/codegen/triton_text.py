@@ -396,7 +396,11 @@ class Text:
 
     def _where(self, expr: Op, guard: str) -> str:
         masked = padded(expr)
-        if masked is not None:
+        # What a tensor holds may differ from one element to the next: masked so, vectors would be loaded singly.
+        scattered = (
+            masked is not None and self._harmless(masked[0]) and any(_reads(test) for test in masked[1])
+        )
+        if masked is not None and not scattered:
             tests = [self.value(test, guard) for test in masked[1]]
             own = " & ".join([guard, *tests] if guard else tests)
             self.tests[own] = (*self.tests.get(guard, ()), *masked[1])
@@ -424,6 +428,10 @@ def padded(expr: Expr) -> tuple[Load, list[Expr]] | None:
         tests.append(test)
         expr = chosen
     return (expr, tests) if isinstance(expr, Load) and expr.index and tests else None
+
+
+def _reads(expr: Expr) -> bool:
+    return any(isinstance(n, Load) and n.index for n in walk(expr))
 
 
 def uses_in(roots: Iterable[Interned]) -> dict[Interned, int]:

@@ -86,7 +86,7 @@ IN_PASSES = {
     "group_norm": (("columns", 256), ("stages", 3)),
     "reverse_cumsum": (("columns", 64), ("rows", 4)),
     "layer_norm_backward": (("rows", 4), ("stages", 2)),
-    "rms_norm_backward": (("programs", 128),),
+    "rms_norm_backward": (("programs", 264),),
     "max_pool": (("inner", 2),),
     "matmul_row_max": (("ready", True), ("turned", True)),
 }
