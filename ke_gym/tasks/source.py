@@ -64,5 +64,5 @@ def line_of(source: str, name: str) -> int:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ ", did you mean …?" with up to three near names; the empty string when nothing is near."""
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
