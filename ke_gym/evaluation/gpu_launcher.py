@@ -7,6 +7,7 @@ this process, a system-call filter keeps it to itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -51,21 +52,22 @@ class Launcher:
 
     def serve(self) -> None:
         """Answer until the judge is gone or this process is of no more use."""
-        self._channel.send({})
-        while True:
-            try:
-                header, blob = self._channel.recv(timeout=None)
-            except EOFError:
-                return
-            request = getattr(self, header.pop("do"))
-            try:
-                with foreign():
-                    answer = request(**header, **({"blob": blob} if blob else {}))
-            except Died as died:
-                answer = {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal}
-            self._channel.send(answer or {})
-            if answer and answer.get("fatal"):
-                return
+        with contextlib.suppress(EOFError):
+            self._channel.send({})
+            while self._answer():
+                pass
+
+    def _answer(self) -> bool:
+        """Answer one request; whether this process can answer another. Raises ``EOFError`` once the judge is gone."""
+        header, blob = self._channel.recv(timeout=None)
+        request = getattr(self, header.pop("do"))
+        try:
+            with foreign():
+                answer = request(**header, **({"blob": blob} if blob else {})) or {}
+        except Died as died:
+            answer = {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal}
+        self._channel.send(answer)
+        return not answer.get("fatal", False)
 
     # -- requests --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,146 @@
+"""Kernels launched by another process than the judge's, which may say what it likes: on a GPU that is none."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.gpu_apart import Apart, Unfit
+from ke_gym.evaluation.gpu_stage import Died
+from ke_gym.evaluation.gpu_timing import Hung
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.targets.cuda_driver import CudaError
+from ke_gym.testing.fake_gpu import (
+    FakeDriver,
+    FakeLauncher,
+    floats,
+    integer,
+    kernel,
+    one_launch,
+    stand_in,
+)
+
+SPEC = TensorSpec((64,), (1,), "float32")
+CPU = torch.device("cpu")
+SECONDS = 0.02
+GIVEN = torch.arange(64.0)
+"""Whoever lends memory keeps it."""
+
+
+@kernel
+def doubled_late(x: int, out: int, n: int) -> None:
+    time.sleep(SECONDS)
+    floats(out, integer(n)).copy_(2 * floats(x, integer(n)))
+
+
+class Liar(FakeLauncher):
+    """Claims that nothing took any time."""
+
+    def time(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        return {**super().time(*arguments, **named), "device_s": 1e-7, "late": 0.0, "hidden": False}
+
+
+class Babbler(FakeLauncher):
+    """Answers what nobody asked as soon as something foreign is loaded."""
+
+    def run(self, *_: Any, **__: Any) -> None:
+        self._channel.sock.send(b"no frame at all, but long enough to be one")
+
+
+class Dead(FakeLauncher):
+    """Is gone as soon as something foreign runs."""
+
+    def run(self, *_: Any, **__: Any) -> None:
+        raise EOFError("as if killed")
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Channel, socket.socket]]:
+    stand_in(monkeypatch)
+    mine, theirs = Channel.pair()
+    with mine:
+        yield mine, theirs
+
+
+def opened(link: tuple[Channel, socket.socket], launcher: type[FakeLauncher]) -> Any:
+    mine, theirs = link
+    launcher(theirs)
+    apart = Apart(mine, FakeDriver(), CPU)  # type: ignore[arg-type]
+    out = torch.zeros(64)
+    return apart, apart.runner(one_launch("doubled_late", SPEC), "default", [GIVEN], {}, [out]), out
+
+
+def test_what_is_launched_elsewhere_works_on_the_judge_s_memory(link: tuple[Channel, socket.socket]) -> None:
+    _, runner, out = opened(link, FakeLauncher)
+    runner.run()
+    assert torch.equal(out, 2 * GIVEN)
+    ones, other = torch.ones(64), torch.zeros(64)
+    runner.place([ones], {}, [other])
+    runner.run()
+    assert torch.equal(other, 2 * ones)
+    runner.close()
+
+
+def test_the_judge_s_clock_overrules_the_launcher(link: tuple[Channel, socket.socket]) -> None:
+    apart, runner, _ = opened(link, Liar)
+    sample = apart.time(runner.number, "run", 5.0, 1000)
+    assert sample.device_s == 1e-7 and sample.disputed and sample.seconds > SECONDS / 2
+
+
+@pytest.mark.parametrize("launcher", [Babbler, Dead])
+def test_a_launcher_that_breaks_the_rules_is_the_candidate_s_fault(
+    link: tuple[Channel, socket.socket], launcher: type[FakeLauncher]
+) -> None:
+    _, runner, _ = opened(link, launcher)
+    with pytest.raises(Died, match="the process that launches kernels died") as died:
+        runner.run()
+    assert died.value.fatal and died.value.outcome == "runtime"
+
+
+def test_a_launcher_that_says_nothing_hangs(link: tuple[Channel, socket.socket]) -> None:
+    class Silent(FakeLauncher):
+        def run(self, *_: Any, **__: Any) -> None:
+            time.sleep(1.0)
+
+    apart, runner, _ = opened(link, Silent)
+    apart.patience = -9.9  # and ten seconds of grace
+    with pytest.raises(Hung):
+        runner.run()
+
+
+def test_memory_that_is_not_the_same_elsewhere_is_not_lent(
+    link: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = torch.zeros(4096)
+    monkeypatch.setattr(FakeDriver, "open_shared", lambda self, handle: elsewhere.data_ptr())
+    mine, theirs = link
+    FakeLauncher(theirs)
+    with pytest.raises(Unfit, match="is not the same there"):
+        Apart(mine, FakeDriver(), CPU)  # type: ignore[arg-type]
+
+
+def test_memory_that_cannot_be_opened_is_not_lent(
+    link: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> int:
+        raise CudaError("cuIpcOpenMemHandle", 801, "CUDA_ERROR_NOT_SUPPORTED")
+
+    monkeypatch.setattr(FakeDriver, "open_shared", refused)
+    mine, theirs = link
+    FakeLauncher(theirs)
+    with pytest.raises(Unfit, match="CUDA_ERROR_NOT_SUPPORTED"):
+        Apart(mine, FakeDriver(), CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("shown", "seen"), [("", "1"), ("4,GPU-8a", "GPU-8a"), ("3", "1")])
+def test_a_process_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch, shown: str, seen: str) -> None:
+    monkeypatch.setenv(cuda.VISIBLE, shown)
+    cuda.show_only(1)
+    assert cuda.os.environ[cuda.VISIBLE] == seen
