@@ -204,16 +204,7 @@ def _product(product: Product, suffix: str, ready: frozenset[str], used: set[str
     tensors |= launches.tensors(*loaded(product))
     body = Printer(product, used).main()
     if blocks.split == 1:
-        rows = [store for store in product.stores if store.op]
-        stored = launches.tensors(*(store.buffer.name for store in product.stores if not store.op))
-        parts = {parts_of(store.buffer.name): parts_of(store.buffer.name) for store in rows}
-        for store in rows:
-            size = (product.tiles["mn".index(store.axis)], store.buffer.numel)
-            launches.room(parts_of(store.buffer.name), size, module._TORCH[store.expr.dtype])
-        launches.add("", body, grid, tensors | stored | parts, sizes, options)
-        for store in rows:
-            total = launches.total(store.buffer.name, store.op, store.expr.dtype, store.buffer.dtype)
-            launches.put_together([total], product.tiles["mn".index(store.axis)], store.buffer.numel, used)
+        _finished(launches, product, body, grid, tensors, sizes, options, used)
         return launches.text
     parts = product.parts
     launches.room(parts, (blocks.split, shape.batch, shape.m, shape.n), "torch.float32")
@@ -224,6 +215,22 @@ def _product(product: Product, suffix: str, ready: frozenset[str], used: set[str
     grid = (tiles, shape.batch) if shape.batch > 1 else (tiles,)
     launches.add("", Printer(product, used).total(), grid, tensors, {"M": m, "N": n}, {"num_warps": 4})
     return launches.text
+
+
+def _finished(
+    launches: Launches, product: Product, body: list[str], grid: tuple[int, ...], tensors: dict[str, str],
+    sizes: dict[str, int], options: dict[str, int], used: set[str],
+) -> None:  # fmt: skip
+    """The kernel whose tiles are finished; what these give to rows of the product is put together by others."""
+    stored = launches.tensors(*(store.buffer.name for store in product.stores if not store.op))
+    rows = {parts_of(store.buffer.name): store for store in product.stores if store.op}
+    count = {name: product.tiles["mn".index(store.axis)] for name, store in rows.items()}
+    for name, store in rows.items():
+        launches.room(name, (count[name], store.buffer.numel), module._TORCH[store.expr.dtype])
+    launches.add("", body, grid, tensors | stored | {name: name for name in rows}, sizes, options)
+    for name, store in rows.items():
+        total = launches.total(store.buffer.name, store.op, store.expr.dtype, store.buffer.dtype)
+        launches.put_together([total], count[name], store.buffer.numel, used)
 
 
 def _descriptor(view: Described, sizes: dict[str, int]) -> str:
