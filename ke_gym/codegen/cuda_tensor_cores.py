@@ -102,7 +102,7 @@ def multiply(n: int, dtype: str) -> str:
     bound = [f'"+f"(sums[{k}])' for k in range(count)]
     held = ",\n        ".join(", ".join(bound[k : k + 8]) for k in range(0, count, 8))
     return f"""\
-{_DEVICE} void multiply(float (&sums)[{count}], unsigned long long a, unsigned long long b, bool add) {{
+{_DEVICE} void multiply_{dtype}(float (&sums)[{count}], unsigned long long a, unsigned long long b, bool add) {{
   asm volatile(
       "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 2}, 0;\\n"
       "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {{"
@@ -117,7 +117,7 @@ def multiply(n: int, dtype: str) -> str:
 def pack(dtype: str) -> str:
     """Two floats as halves, the first in the lower bits."""
     return f"""\
-{_DEVICE} unsigned pack(float low, float high) {{
+{_DEVICE} unsigned pack_{dtype}(float low, float high) {{
   unsigned both;
   asm("cvt.rn.{dtype}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
@@ -125,13 +125,26 @@ def pack(dtype: str) -> str:
 """
 
 
+def product(dtype: str) -> str:
+    """``sums += a b``: 16 rows by 8 columns in a warp's registers, both operands in its registers too."""
+    return f"""\
+{_DEVICE} void product_{dtype}(
+    float (&sums)[4], unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f) {{
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
+      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a), "r"(b), "r"(c), "r"(d), "r"(e), "r"(f));
+}}
+"""
+
+
 def helpers(used: set[str]) -> list[str]:
-    """The text of the helpers that are used: "bulk", "tensor_cores", "multiply 200 f16", "pack f16"."""
+    """The text of the helpers that are used: "bulk", "tensor_cores", "multiply 200 f16", "product f16", "pack f16"."""
     texts = [text for name, text in (("bulk", BULK), ("tensor_cores", HELPERS)) if name in used]
     for name in sorted(used):
         kind, *rest = name.split()
         if kind == "multiply":
             texts.append(multiply(int(rest[0]), rest[1]))
-        elif kind == "pack":
-            texts.append(pack(rest[0]))
+        elif kind in ("pack", "product"):
+            texts.append((pack if kind == "pack" else product)(rest[0]))
     return texts

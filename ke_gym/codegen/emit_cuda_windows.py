@@ -112,7 +112,7 @@ class Printer:
     # ------------------------------------------------------------------------------------------ operands
 
     def _fetch(self, tile: str) -> list[str]:
-        x = f"{tile} % ALONG * POSITIONS - {self.work.call.padding[0]}"
+        x = f"{tile} % ALONG * POSITIONS - {self.work.call.padding[0] + self.work.lead}"
         return [
             "expect(there + 8 * s, COPIED);",
             f"fetch(copies + s * COPIED, input_tiles, there + 8 * s, {x}, 0, {tile} / ALONG);",
@@ -210,6 +210,7 @@ class Printer:
     def _consume(self) -> list[str]:
         work, dilation = self.work, self.work.call.dilation[0]
         shift = "tap" if dilation == 1 else f"tap * {dilation}"
+        shift += f" + {work.lead}" if work.lead else ""
         steps = work.call.window.taps * work.depth // 16
         unrolled = "#pragma unroll" if steps <= 64 else "#pragma unroll 1"
         freed = ["if (lane == 0) arrive(empty + 8 * t);"]
@@ -230,7 +231,7 @@ class Printer:
             "    for (int c = 0; c < DEPTH / 8; c += 2) {",
             "      const unsigned left = weights + ((tap * (DEPTH / 8) + c) * ROWS + warp / 4 * 64) * 16;",
             f"      const unsigned right = at + (c * SPAN + {shift}) * 16;",
-            "      multiply(sums, matrix(left, ROWS * 16), matrix(right, SPAN * 16), tap + c > 0);",
+            f"      multiply_{work.shape.dtype}(sums, matrix(left, ROWS * 16), matrix(right, SPAN * 16), tap + c > 0);",
             "    }",
             "  }",
             "  close_products();",
@@ -286,10 +287,9 @@ class Printer:
             "  }",
         ]
         if work.sent:
-            lines.append(
-                "  put(own + lane % 16 * POSITIONS * 2 + j * 16, "
-                "pack(sums[4 * j], sums[4 * j + 1]), pack(sums[4 * j + 2], sums[4 * j + 3]));"
-            )
+            pack = f"pack_{work.stores[0].buffer.dtype}"
+            upper, lower = (f"{pack}(sums[4 * j + {k}], sums[4 * j + {k + 1}])" for k in (0, 2))
+            lines.append(f"  put(own + lane % 16 * POSITIONS * 2 + j * 16, {upper}, {lower});")
         lines.append("}")
         if work.sent:
             lines += [

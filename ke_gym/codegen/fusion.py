@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, bags, contract, flash, products, tiling, windows
+from ke_gym.codegen import attend, bags, contract, flash, pairs, products, tiling, windows
 from ke_gym.codegen.continuity import continuous
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
@@ -93,9 +93,7 @@ def _builder(graph: Graph, group: Group) -> Any:
     called = attend.products_of(graph, group.nodes)
     count = min(len(called), 2)
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
-        if count > 1:
-            raise Illegal("in CUDA C++, attention is the library's")
-        return windows.Builder
+        return windows.Builder if called[0].target == products.CONVOLUTION else pairs.Builder
     if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
         return bags.Builder
     if group.one_pass and kinds[count] is not Builder:
@@ -352,13 +350,43 @@ def contracted(graph: Graph, plan: Plan) -> Plan:
 
 
 def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
-    """``plan`` with every convolution in CUDA C++ whose kernel is to be had there (see ``windows``)."""
+    """``plan`` with every convolution and small product in CUDA C++ whose kernel is to be had there (see ``windows``
+    and ``pairs``), two products that follow each other in one."""
+    order = {n: k for k, n in enumerate(graph.steps)}
+    for first, second in following(graph):
+        merged = paired(plan, first, second, order)
+        plan = merged if legal(graph, merged) else plan
     for k, group in enumerate(plan.groups):
         other = replace(group, launch=(("language", windows.LANGUAGE),))
         changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
-        if len(attend.products_of(graph, group.nodes)) == 1 and legal(graph, changed):
+        alone = len(attend.products_of(graph, group.nodes)) == 1
+        if graph.language != windows.LANGUAGE and alone and legal(graph, changed):
             plan = changed
     return plan
+
+
+def following(graph: Graph) -> list[tuple[str, str]]:
+    """Library products, and those whose left operand they make."""
+    found = []
+    for step in graph.steps.values():
+        if isinstance(step, Extern) and step.target in contract.GEMM:
+            maker = graph.producer.get(step.args[0].buffer)
+            if maker is not None and isinstance(graph.steps[maker], Extern):
+                found.append((maker, step.name))
+    return found
+
+
+def paired(plan: Plan, first: str, second: str, order: dict[str, int]) -> Plan:
+    """``plan`` with the two products, and whatever is in their kernels, in one in CUDA C++."""
+    inside = {first, second}
+    rest = []
+    for group in plan.groups:
+        if inside & set(group.nodes):
+            inside |= set(group.nodes)
+        else:
+            rest.append(group)
+    nodes = tuple(sorted(inside, key=lambda n: order[n]))
+    return _added(Plan(tuple(rest)), Group(nodes, launch=(("language", windows.LANGUAGE),)), order)
 
 
 def absorb(graph: Graph, plan: Plan, name: str, launch: tuple[tuple[str, Any], ...] = ()) -> Plan:

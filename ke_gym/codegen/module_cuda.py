@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ke_gym.codegen import cuda_tensor_cores as cores
-from ke_gym.codegen import emit_cuda_windows, module
+from ke_gym.codegen import emit_cuda_pairs, emit_cuda_windows, module
 from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
 from ke_gym.codegen.emit_cuda import print_tiles
@@ -18,6 +18,7 @@ from ke_gym.codegen.emit_cuda_lines import pointers
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.module_gpu import Printed, functions
+from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.tiles import Tiles
 from ke_gym.codegen.windows import Windowed
@@ -55,6 +56,8 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:
     """The kernel's text, and the line that launches it."""
     if isinstance(nest, Windowed):
         return _windowed(nest, suffix, used)
+    if isinstance(nest, Pairs):
+        return _pairs(nest, suffix, used)
     if not isinstance(nest, Tiles):
         raise Illegal("in CUDA C++, products are the library's")
     name, shape, names = f"compute_{nest.name}{suffix}", layout(nest), pointers(nest)
@@ -98,5 +101,22 @@ def _windowed(work: Windowed, suffix: str, used: set[str]) -> tuple[str, str]:
     launch = f"kernels.{name}[{grid}, {printer.threads}, {work.shared}](\n    {given},\n)"
     return (
         f"// {module.computes(work)}\n{_signature(name, f'{printer.threads}, 1', parameters)}\n{body}\n}}",
+        launch,
+    )
+
+
+def _pairs(work: Pairs, suffix: str, used: set[str]) -> tuple[str, str]:
+    printer, name = emit_cuda_pairs.Printer(work, used), f"compute_{work.name}{suffix}"
+    names, results = printer.names, {b.name for b in work.writes}
+    kinds = {b.name: b.dtype for b in (*work.reads, *work.writes)}
+    parameters = [
+        f"{'' if buffer in results else 'const '}{TYPES[kinds[buffer]]}* __restrict__ {names[buffer]}"
+        for buffer in kinds
+    ]
+    blocks = min(work.blocks.persistent, -(-work.shape.batch // work.blocks.warps))
+    body = textwrap.indent("\n".join(printer.body()), "  ")
+    launch = f"kernels.{name}[{blocks}, {printer.threads}]({', '.join(kinds)})"
+    return (
+        f"// {module.computes(work)}\n{_signature(name, str(printer.threads), parameters)}\n{body}\n}}",
         launch,
     )

@@ -1,6 +1,6 @@
 """Schedule -> Triton kernel module text: the kernels, and a ``forward`` that allocates and launches.
 
-Convolutions whose groups ask for it are kernels in CUDA C++ beside the others (``windows``).
+Groups that ask for it become kernels in CUDA C++ beside the others (``windows``, ``pairs``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 from ke_gym.codegen import module, module_cuda
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.module_gpu import Printed, functions
+from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.triton_launches import printed
 from ke_gym.codegen.triton_text import HELPERS
@@ -23,7 +24,7 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     used_there: set[str] = set()
 
     def kernel(nest: Any, suffix: str, ready: frozenset[str]) -> Printed:
-        if not isinstance(nest, Windowed):
+        if not isinstance(nest, (Pairs, Windowed)):
             return printed(nest, suffix, ready, used)
         text, launch = module_cuda.kernel(nest, suffix, used_there)
         others.append(text)

@@ -85,16 +85,13 @@ class Program:
         attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
         whole = [fusion.contracted(g, p) for g, p in zip(self.graphs, attended)]
         drafts = [
-            *(
-                [Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole)))]
-                if self.language == "triton"
-                else []
-            ),
             Schedule(tuple(whole)),
             Schedule(tuple(fusion.contracted(g, p) for g, p in zip(self.graphs, loops))),
             Schedule(tuple(loops)),
             Schedule(tuple(fusion.unfused(g) for g in self.graphs)),
         ]
+        if self.language == "triton":
+            drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
         return list(dict.fromkeys(drafts))
 
     def legal(self, schedule: Schedule) -> bool:

@@ -12,6 +12,7 @@ from ke_gym.codegen import channels_last as layouts
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.legality import legal
+from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
 from ke_gym.codegen.tiles import Tiles
@@ -27,7 +28,7 @@ def with_launch(group: Group, knob: str, value: Any) -> Group:
 
 
 def by_launch(
-    *names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Windowed, bags.Bag)
+    *names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Pairs, Windowed, bags.Bag)
 ) -> Variants:
     """Variants that set one knob of one kernel, nearest values first."""
 
@@ -81,13 +82,17 @@ def fission(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 
 
 def on_tensor_cores(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-    """A convolution in CUDA C++, its windows shifted in shared memory; or back in the language of the others."""
+    """A convolution or a small product in CUDA C++, or back in the language of the others; two products in one kernel."""
     for p, g, group in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
         if isinstance(kernel, products.Product):
             yield with_group(schedule, p, g, replace(group, launch=(("language", LANGUAGE),)))
-        elif isinstance(kernel, Windowed):
+        elif isinstance(kernel, (Pairs, Windowed)):
             yield with_group(schedule, p, g, replace(group, launch=()))
+    for p, (graph, plan) in enumerate(zip(program.graphs, schedule.plans)):
+        order = {n: k for k, n in enumerate(graph.steps)}
+        for one, two in fusion.following(graph):
+            yield _with_plan(schedule, p, fusion.paired(plan, one, two, order))
 
 
 def prepare(program: Program, schedule: Schedule) -> Iterator[Schedule]:

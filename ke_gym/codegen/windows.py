@@ -7,7 +7,6 @@ each tile of the input once. Weights stay in shared memory while the block walks
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,18 +77,29 @@ class Windowed:
             "loads": ["pointers", "descriptors"] if self.fetched else ["pointers"],
         }
 
-    def _parts(self) -> Iterator[int]:
-        least = -(-self.shape.n // (WIDEST - self.halo))
-        return (parts for parts in range(least, 2 * least + 1))
+    def _parts(self) -> range:
+        least = -(-self.shape.n // self._most)
+        return range(least, 2 * least + 1)
 
     def _positions(self, parts: int) -> int:
         """Positions of a tile where a sample has so many: an odd number of eights, which spreads over all banks."""
-        return odd(min(-(-self.shape.n // parts), WIDEST - self.halo - 8))
+        return min(odd(-(-self.shape.n // parts)), self._most)
+
+    @property
+    def _most(self) -> int:
+        """Positions of the largest tile."""
+        eights = (WIDEST - self.halo - 7) // 8
+        return 8 * (eights - 1 + eights % 2)
 
     @property
     def halo(self) -> int:
         """Positions that a tile's last window reaches beyond the tile."""
         return (self.call.w.shape[2] - 1) * self.call.dilation[0]
+
+    @property
+    def lead(self) -> int:
+        """Positions that a copied tile begins early: bulk copies begin at multiples of 16 bytes."""
+        return -self.call.padding[0] % 8 if self.blocks.loads == "descriptors" else 0
 
     @property
     def fetched(self) -> bool:
@@ -111,8 +121,8 @@ class Windowed:
 
     @property
     def span(self) -> int:
-        """Rows of a transposed tile: its positions and the halo."""
-        return -(-(self.blocks.n + self.halo) // 8) * 8
+        """Rows of a transposed tile: its positions, the halo, and those that it begins early."""
+        return -(-(self.blocks.n + self.halo + self.lead) // 8) * 8
 
     @property
     def width(self) -> int:
@@ -181,7 +191,7 @@ class Builder(products.Builder):
             writes[-1].name, shape, call, Blocks(64, 8, 2, FILL, "pointers"), weight, given,
             call.x if plain else None, tuple(stores), reads, writes, total, self.group, tuple(dict.fromkeys(origins)),
         )  # fmt: skip
-        if drafted.depth > 256 or drafted.halo > WIDEST - 16 or min(window.channels, shape.m) < 16:
+        if drafted.depth > 256 or drafted.halo > WIDEST - 16 - 7 or min(window.channels, shape.m) < 16:
             raise Illegal("a convolution of this size in CUDA C++")
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)

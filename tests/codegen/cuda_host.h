@@ -12,7 +12,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 typedef _Float16 __half;
@@ -34,7 +34,7 @@ struct __nv_bfloat16 {
 };
 
 struct Place { unsigned x, y, z; };
-static Place blockIdx, threadIdx;
+static Place blockIdx, threadIdx, gridDim;
 
 using std::max;
 using std::min;
@@ -111,12 +111,13 @@ template <typename... A, void (*KERNEL)(A...)>
 struct Runner<KERNEL> {
   static inline void** arguments;
   static void thread() { call(KERNEL, arguments, std::index_sequence_for<A...>()); }
-  static void run(unsigned blocks, unsigned x, unsigned y, void** given) {
+  static void run(unsigned along, unsigned across, unsigned x, unsigned y, void** given) {
     arguments = given;
     body = thread;
     width = x;
-    for (unsigned b = 0; b < blocks; ++b) {
-      blockIdx = {b, 0, 0};
+    gridDim = {along, across, 1};
+    for (unsigned b = 0; b < along * across; ++b) {
+      blockIdx = {b % along, b / along, 0};
       block(x * y);
     }
   }

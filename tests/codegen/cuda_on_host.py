@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,10 @@ IN_VECTORS = [
 ]
 
 
+_MEMORY = "extern __shared__ __align__(1024) unsigned char memory[];"
+_ON_HOST = "unsigned char* const memory = host::memory;"
+
+
 @cache
 def program(name: str) -> Program:
     """The task's program in CUDA C++, at its small odd sizes."""
@@ -50,13 +55,15 @@ class HostKernels:
 
     def __init__(self, source: str, folder: Path) -> None:
         entries = [
-            f'extern "C" void on_host_{name}(unsigned blocks, unsigned x, unsigned y, void** arguments) '
-            f"{{ host::Runner<{name}>::run(blocks, x, y, arguments); }}"
+            f'extern "C" void on_host_{name}(unsigned along, unsigned across, unsigned x, unsigned y, void** arguments) '
+            f"{{ host::Runner<{name}>::run(along, across, x, y, arguments); }}"
             for name in parse_kernels(source)
         ]
         for header in ("cuda_fp16.h", "cuda_bf16.h"):
             (folder / header).touch()
-        (folder / "kernels.cpp").write_text("\n".join(['#include "cuda_host.h"', source, *entries]))
+        (folder / "kernels.cpp").write_text(
+            "\n".join(['#include "cuda_tensor_cores_host.h"', source.replace(_MEMORY, _ON_HOST), *entries])
+        )
         command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", "kernels.so", "kernels.cpp"]
         done = subprocess.run(
             [*command, f"-I{HERE}", "-I."], cwd=folder, capture_output=True, text=True, timeout=120
@@ -68,19 +75,45 @@ class HostKernels:
         return _Kernel(getattr(self.library, f"on_host_{name}"))
 
 
+class HostTiles(ctypes.Structure):
+    """A tensor that travels as tiles (``CUtensorMap`` in the header)."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("shape", ctypes.c_longlong * 3), ("box", ctypes.c_longlong * 3))
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, box: tuple[int, ...], writes: bool = False) -> HostTiles:
+        assert tensor.is_contiguous() and tensor.element_size() == 2
+        return cls(tensor.data_ptr(), (ctypes.c_longlong * 3)(*tensor.shape), (ctypes.c_longlong * 3)(*box))
+
+
 class _Kernel:
     def __init__(self, entry: Any) -> None:
         self.entry = entry
 
-    def __getitem__(self, where: tuple[int, Any]) -> Callable[..., None]:
-        grid, block = where
-        x, y = block if isinstance(block, tuple) else (block, 1)
+    def __getitem__(self, where: tuple[Any, ...]) -> Callable[..., None]:
+        along, across = where[0] if isinstance(where[0], tuple) else (where[0], 1)
+        x, y = where[1] if isinstance(where[1], tuple) else (where[1], 1)
 
-        def launch(*tensors: torch.Tensor) -> None:
-            pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-            self.entry(grid, x, y, pointers)
+        def launch(*given: torch.Tensor | HostTiles) -> None:
+            places = (g.data_ptr() if isinstance(g, torch.Tensor) else ctypes.addressof(g) for g in given)
+            self.entry(along, across, x, y, (ctypes.c_void_p * len(given))(*places))
 
         return launch
+
+
+def ran(
+    source: str, folder: Path, inputs: tuple[Any, ...], state: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What a module returns whose kernels run on this CPU, those on tensor cores too."""
+    weights = {name.replace(".", "_"): value.detach() for name, value in state.items()}
+    with (
+        patch.object(lang, "cuda", lambda source: HostKernels(source, folder)),
+        patch.object(lang, "tensor_map", HostTiles.of),
+    ):
+        forward = imported(source, folder).forward
+        names = list(inspect.signature(forward).parameters)[len(inputs) :]
+        result: torch.Tensor = forward(*inputs, *(weights[name] for name in names))
+    return result
 
 
 def check(name: str, schedule: Schedule, folder: Path) -> None:

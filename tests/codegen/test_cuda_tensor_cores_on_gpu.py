@@ -1,4 +1,4 @@
-"""Convolutions on tensor cores in CUDA C++, run on a GPU."""
+"""CUDA C++ on tensor cores, run on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ke_gym.languages.base import Signature
 from tests.codegen.interpret import with_launch
-from tests.codegen.windows_cases import CASES, program, task
+from tests.codegen.tensor_core_cases import CONVOLUTIONS, PAIRS, program, task
 from tests.languages.gpu_modules import built
 
 pytestmark = [
@@ -20,14 +20,17 @@ pytestmark = [
 LAUNCHES = ((), (("loads", "pointers"),), (("m", 64),), (("stages", 1),))
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, launch",
+    [*((n, launch) for n in CONVOLUTIONS for launch in LAUNCHES), *((n, ()) for n in PAIRS)],
+    ids=str,
+)
 def test_plans_compute_the_reference(name: str, launch: Any) -> None:
     from ke_gym.targets.cuda_driver import Driver
     from ke_gym.targets.cuda_executor import CudaRunner
 
     given, made = task(name), program(name)
-    schedule = with_launch(made.seeds()[0], launch) if launch else made.seeds()[0]
+    schedule = with_launch(made, launch) if launch else made.seeds()[0]
     signature = Signature.of(given, ["gpu"])
     artifact = built(
         made.emit(schedule), "cuda", inputs=signature.inputs["gpu"], outputs=signature.outputs["gpu"],

@@ -1,18 +1,24 @@
-"""Convolutions on tensor cores in CUDA C++: what is taken on, and that it compiles for sm_90a without a GPU."""
+"""CUDA C++ on tensor cores: what is taken on, computed thread by thread on a CPU, and compiled for sm_90a."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from ke_gym.codegen import Group, Plan, Program, rewrites
+from ke_gym.codegen import Group, Plan, Program, cuda_tensor_cores, rewrites
+from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.variants import nest_of
 from ke_gym.codegen.windows import SHARED, Windowed, odd
 from ke_gym.languages import nvrtc
 from ke_gym.languages.base import Signature
+from tests.codegen.cuda_on_host import ran
 from tests.codegen.interpret import with_launch
-from tests.codegen.windows_cases import CASES, program, task
+from tests.codegen.tensor_core_cases import CONVOLUTIONS as CASES
+from tests.codegen.tensor_core_cases import PAIRS, program, task
 from tests.languages.gpu_modules import built, launches
 
 TRAVEL = {
@@ -26,7 +32,46 @@ TRAVEL = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *PAIRS])
+def test_modules_compute_the_reference(name: str, tmp_path: Path) -> None:
+    made, given = program(name), task(name)
+    with patch.object(cuda_tensor_cores, "helpers", lambda used: []):  # the header has its own
+        text = made.emit(made.seeds()[0])
+    reference = given.reference("gpu")
+    inputs = given.inputs("gpu", 3)
+    (wanted,) = reference(*inputs)
+    torch.testing.assert_close(ran(text, tmp_path, inputs, reference.state), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_stay_in_registers(name: str) -> None:
+    made = program(name)
+    work: object = nest_of(made, made.seeds()[0], 0, 0)
+    assert isinstance(work, Pairs)
+    assert work.same == ("OTHERS" not in PAIRS[name]) and (work.after is None) == (name == "without_matrix")
+    for launch in ((("warps", 2),), (("persistent", 132),)):
+        changed = with_launch(program(name, BATCH=6000), launch)
+        assert made.legal(changed)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"ROWS": 65}, {"DIM": 72}, {"ROWS": 64, "OTHERS": 64, "DIM": 256}], ids=str
+)
+def test_rows_that_registers_do_not_hold_stay_with_the_library(sizes: dict[str, int]) -> None:
+    made = program("interactions", **sizes)
+    assert "torch.ops.aten.bmm" in made.emit(made.seeds()[0])
+
+
+def test_among_triton_kernels_two_products_may_be_one_in_cuda() -> None:
+    made = Program.from_task(task("interactions"), "cuda", "triton")
+    first, second = made.seeds()[:2]
+    assert isinstance(nest_of(made, first, 0, 0), Pairs)
+    assert "lang.cuda(" not in made.emit(second)
+    offered = [rewrites.apply(made, second, "matrix_unit", draw) for draw in range(3)]
+    assert first in offered
+
+
+@pytest.mark.parametrize("name", [*CASES, *PAIRS])
 def test_modules_compile_without_a_gpu(name: str) -> None:
     if not nvrtc.tools():
         pytest.skip("needs NVRTC or nvcc")
@@ -38,7 +83,7 @@ def test_modules_compile_without_a_gpu(name: str) -> None:
         state=dict(signature.state["gpu"]),
     )  # fmt: skip
     (launch,) = launches(artifact)
-    assert launch.ctypes.count("CUtensorMap") == sum(TRAVEL[name])
+    assert launch.ctypes.count("CUtensorMap") == sum(TRAVEL.get(name, ()))
     (kernel,) = artifact.report["kernels"]
     assert kernel["stack"] == 0 and kernel["occupancy"] > 0
 
@@ -60,7 +105,7 @@ def test_what_fits_is_taken_on(name: str) -> None:
 
 
 def test_knobs_lead_to_other_kernels() -> None:
-    made = program("several_tiles")
+    made = program("several_tiles", BATCH=60)
     seed = made.seeds()[0]
     for launch in (
         (("m", 64),),
@@ -69,7 +114,7 @@ def test_knobs_lead_to_other_kernels() -> None:
         (("loads", "pointers"),),
         (("persistent", 264),),
     ):
-        changed = with_launch(seed, launch)
+        changed = with_launch(made, launch)
         assert made.legal(changed) and made.emit(changed) != made.emit(seed)
     for strategy in ("tile_block", "prefetch_pipeline", "sync_launch", "fission"):
         assert rewrites.apply(made, seed, strategy, 0) is not None
@@ -79,7 +124,7 @@ def test_knobs_lead_to_other_kernels() -> None:
     "sizes", [{"INPUTS": 8}, {"INPUTS": 272}, {"TAPS": 64, "PADDING": 32, "INPUTS": 96}], ids=str
 )
 def test_the_rest_stays_with_the_library(sizes: dict[str, int]) -> None:
-    made = Program.from_task(replace(task("whole"), shapes={"cpu": sizes, "gpu": sizes}), "cuda", "cuda")
+    made = program("whole", **sizes)
     assert "torch.ops.aten.convolution" in made.emit(made.seeds()[0])
 
 
