@@ -16,7 +16,7 @@ from ke_gym.codegen.windows import SHARED, Windowed, odd
 from ke_gym.languages import nvrtc
 from ke_gym.languages.base import Signature
 from tests.codegen.cuda_on_host import ran
-from tests.codegen.interpret import with_launch
+from tests.codegen.interpret import scheduled
 from tests.codegen.tensor_core_cases import CONVOLUTIONS as CASES
 from tests.codegen.tensor_core_cases import PAIRS, program, task
 from tests.languages.gpu_modules import built, launches
@@ -50,7 +50,7 @@ def test_pairs_stay_in_registers(name: str) -> None:
     assert isinstance(work, Pairs)
     assert work.same == ("OTHERS" not in PAIRS[name]) and (work.after is None) == (name == "without_matrix")
     for launch in ((("warps", 2),), (("persistent", 132),)):
-        changed = with_launch(program(name, BATCH=6000), launch)
+        changed = scheduled(program(name, BATCH=6000), launch)
         assert made.legal(changed)
 
 
@@ -114,7 +114,7 @@ def test_knobs_lead_to_other_kernels() -> None:
         (("loads", "pointers"),),
         (("persistent", 264),),
     ):
-        changed = with_launch(made, launch)
+        changed = scheduled(made, launch)
         assert made.legal(changed) and made.emit(changed) != made.emit(seed)
     for strategy in ("tile_block", "prefetch_pipeline", "sync_launch", "fission"):
         assert rewrites.apply(made, seed, strategy, 0) is not None

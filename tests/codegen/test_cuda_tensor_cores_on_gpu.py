@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ke_gym.languages.base import Signature
-from tests.codegen.interpret import with_launch
+from tests.codegen.interpret import scheduled
 from tests.codegen.tensor_core_cases import CONVOLUTIONS, PAIRS, program, task
 from tests.languages.gpu_modules import built
 
@@ -30,7 +30,7 @@ def test_plans_compute_the_reference(name: str, launch: Any) -> None:
     from ke_gym.targets.cuda_executor import CudaRunner
 
     given, made = task(name), program(name)
-    schedule = with_launch(made, launch) if launch else made.seeds()[0]
+    schedule = scheduled(made, launch) if launch else made.seeds()[0]
     signature = Signature.of(given, ["gpu"])
     artifact = built(
         made.emit(schedule), "cuda", inputs=signature.inputs["gpu"], outputs=signature.outputs["gpu"],
