@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen.fusion import cached_nest, order_steps, visible_in
+from ke_gym.codegen.fusion import cached_nest, legal, order_steps, visible_in
 from ke_gym.codegen.graph import Extern, Graph
+from ke_gym.codegen.product_blocks import SKINNY
 from ke_gym.codegen.products import Product
-from ke_gym.codegen.schedule import Group, Plan
+from ke_gym.codegen.schedule import Group, Plan, Schedule
 from ke_gym.languages.allow import draws
 
 
@@ -30,6 +33,27 @@ def standing(graph: Graph, plan: Plan) -> tuple[list[Group | Extern], frozenset[
             ready |= makes
             found.append(unit)
     return found, frozenset(ready)
+
+
+def prepared(graphs: Sequence[Graph], schedule: Schedule) -> Schedule | None:
+    """``schedule`` with weights copied into what is multiplied (TF32 parts, bf16), in a preparation.
+
+    None if there is nothing to prepare. Several shape sets have weights of their own each: nothing is prepared then.
+    """
+    if len(graphs) > 1 or graphs[0].device != "cuda":
+        return None
+    (graph,), (plan,) = graphs, schedule.plans
+    groups = list(plan.groups)
+    for product in products_of(graph, plan):
+        if (
+            product.weighed and min(product.shape.m, product.shape.n) > SKINNY
+        ):  # otherwise it waits for memory
+            at = groups.index(product.group)
+            groups[at] = replace(product.group, launch=(*product.group.launch, ("ready", True)))
+    plan = Plan(tuple(groups))
+    if not legal(graph, plan) or not preparable(graph, plan):
+        return None
+    return replace(schedule, plans=(plan,), prepared=True)
 
 
 def preparable(graph: Graph, plan: Plan) -> bool:

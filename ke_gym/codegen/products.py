@@ -149,6 +149,13 @@ class Product:
         return left, right
 
     @property
+    def weighed(self) -> bool:
+        """Whether a weight can be made ready."""
+        pairs = zip(self.operands, self.shared)
+        held = any(one and isinstance(o, Load) and o.buffer in self.weights for o, one in pairs)
+        return held and self.shape.dtype == "f32" and self.blocks.precision in ("tf32x3", "bf16")
+
+    @property
     def ready(self) -> tuple[str, ...]:
         """The side that is copied into what is multiplied: both TF32 parts of it, or bf16."""
         if (

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ke_gym.codegen import fusion, module, module_cuda, module_triton
+from ke_gym.codegen import fusion, module, module_cuda, module_triton, preparation
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.features import Features
@@ -79,7 +79,8 @@ class Program:
         """First drafts that differ in kind, the best guess first.
 
         Everything fused with own contractions and attention, convolutions in CUDA C++ where that has a kernel for
-        them; all in one language; without attention; with library contractions; each node on its own.
+        them; that with weights prepared; all in one language; without attention; with library contractions; each node on
+        its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
         attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
@@ -92,6 +93,8 @@ class Program:
         ]
         if self.language == "triton":
             drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
+        if (ready := preparation.prepared(self.graphs, drafts[0])) is not None:
+            drafts.insert(1, ready)
         return list(dict.fromkeys(drafts))
 
     def legal(self, schedule: Schedule) -> bool:
