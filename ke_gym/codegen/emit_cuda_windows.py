@@ -28,10 +28,6 @@ class Printer:
         self.kind = TYPES[windowed.shape.dtype]
 
     @property
-    def threads(self) -> int:
-        return GROUP * (self.groups + 1)
-
-    @property
     def pointers(self) -> list[str]:
         """The tensors that the kernel reads or writes element by element."""
         roots = [self.work.weight, *(store.expr for store in self.work.stores)]
@@ -147,7 +143,7 @@ class Printer:
             self.work.weight, f"m < {self.work.shape.m}" if ragged else "", "(k * ROWS + m - first) * 16"
         )
         return [
-            f"for (int item = threadIdx.x; item < TAPS * DEPTH / 8 * (ROWS - 1); item += {self.threads}) {{",
+            f"for (int item = threadIdx.x; item < TAPS * DEPTH / 8 * (ROWS - 1); item += {self.work.threads}) {{",
             "  const int k = item % (TAPS * DEPTH / 8), m = first + item / (TAPS * DEPTH / 8);",
             "  const int tap = k / (DEPTH / 8), base = k % (DEPTH / 8) * 8;",
             *_indented(inner),

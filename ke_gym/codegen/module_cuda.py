@@ -98,9 +98,9 @@ def _windowed(work: Windowed, suffix: str, used: set[str]) -> tuple[str, str]:
     grid = f"({along}, {across})" if across > 1 else str(along)
     body = textwrap.indent("\n".join(printer.body()), "  ")
     given = ",\n    ".join(arguments)
-    launch = f"kernels.{name}[{grid}, {printer.threads}, {work.shared}](\n    {given},\n)"
+    launch = f"kernels.{name}[{grid}, {work.threads}, {work.shared}](\n    {given},\n)"
     return (
-        f"// {module.computes(work)}\n{_signature(name, f'{printer.threads}, 1', parameters)}\n{body}\n}}",
+        f"// {module.computes(work)}\n{_signature(name, f'{work.threads}, 1', parameters)}\n{body}\n}}",
         launch,
     )
 

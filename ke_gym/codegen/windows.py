@@ -24,6 +24,8 @@ from ke_gym.codegen.tiles import chosen, joined
 SHARED = 227 << 10  # bytes of shared memory that a block may have
 WIDEST = 248  # positions and halo of a tile: bulk copies take up to 256, some of them padding
 LANGUAGE = "cuda"  # that has the instructions
+REGISTERS = 65536  # of a multiprocessor
+WORKING = 26  # of a thread, besides its sums
 STAGED = 2  # transposed tiles: one is multiplied while the next is made
 
 
@@ -130,6 +132,11 @@ class Windowed:
         return odd(self.span)
 
     @property
+    def threads(self) -> int:
+        """Of a block: a warpgroup for each 64 output channels, and one that brings tiles."""
+        return 128 * (self.blocks.m // 64 + 1)
+
+    @property
     def height(self) -> int:
         """Output channels of a block, as far as there are any: steps of 16."""
         return min(self.blocks.m, -(-self.shape.m // 16) * 16)
@@ -196,8 +203,8 @@ class Builder(products.Builder):
         drafted = replace(drafted, blocks=heuristic(drafted))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         finished = replace(drafted, blocks=blocks)
-        if finished.shared > SHARED:
-            raise Illegal("more than shared memory holds")
+        if finished.shared > SHARED or blocks.n // 2 + WORKING > REGISTERS // finished.threads:
+            raise Illegal("more than shared memory or registers hold")
         return finished
 
 
