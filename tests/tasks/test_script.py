@@ -60,7 +60,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("import torch\nclass Model(:\n")
     for spec, said in (
-        ("sofmax", "did you mean softmax or log_softmax?"),
+        ("sofmax", "did you mean softmax or log_softmax or"),
         (str(broken), f"{broken}:2: invalid syntax"),
     ):
         result = here("tasks", "list", spec, home=tmp_path)
