@@ -62,9 +62,9 @@ class Printer:
 
     def body(self) -> list[str]:
         work, call = self.work, self.work.call
-        weights, copied, staged = work.sections
+        weights, copied, staged, results = work.sections
         stages = work.blocks.stages if self.bulk else 0
-        barriers = weights + stages * copied + STAGED * staged
+        barriers = weights + stages * copied + STAGED * staged + results
         along = work.tiles[1]
         lines = [
             f"constexpr int TAPS = {call.window.taps}, DEPTH = {work.depth}, ROWS = {work.height + 1};",
@@ -210,7 +210,9 @@ class Printer:
         steps = work.call.window.taps * work.depth // 16
         unrolled = "#pragma unroll" if steps <= 64 else "#pragma unroll 1"
         freed = ["if (lane == 0) arrive(empty + 8 * t);"]
-        if work.sent:
+        if work.sent and work.blocks.apart:
+            freed += ["if (lane == 0) await_sent();", "__syncwarp();"]
+        elif work.sent:
             freed = [
                 f"meet<2, {GROUP * self.groups}>();  // nobody reads the tile any more: the results take its place"
             ]
@@ -232,7 +234,7 @@ class Printer:
             "  }",
             "  close_products();",
         ]
-        if work.sent:
+        if work.sent and not work.blocks.apart:
             lines += [
                 "  if (i > 0 && lane == 0) {",
                 "    await_sent();",
@@ -273,7 +275,8 @@ class Printer:
             "const int start = tile % ALONG * POSITIONS;",
         ]
         if work.sent:
-            lines.append("const unsigned own = at + warp * 16 * POSITIONS * 2;")
+            place = f"staged + {STAGED} * TILE_BYTES" if work.blocks.apart else "at"
+            lines.append(f"const unsigned own = {place} + warp * 16 * POSITIONS * 2;")
         lines += [
             "#pragma unroll",
             "for (int j = 0; j < POSITIONS / 8; ++j) {",

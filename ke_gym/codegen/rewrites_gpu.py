@@ -181,7 +181,7 @@ REWRITES: dict[str, Variants] = {
     "vectorize": either(by_launch("rows", kinds=(Tiles, bags.Bag)), by_launch("words")),
     "layout_coalesce": either(by_launch("packed", "turned", "inner"), channels_last),
     "traversal_swizzle": by_launch("group"),
-    "prefetch_pipeline": by_launch("stages", "loads"),
+    "prefetch_pipeline": by_launch("stages", "loads", "apart"),
     "fuse": fuse,
     "fission": fission,
     "unroll_ilp": either(by_launch("columns", kinds=(Tiles,)), by_launch("unroll")),

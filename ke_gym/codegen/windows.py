@@ -34,7 +34,9 @@ class Blocks:
     """A block of threads computes ``m`` output channels at ``n`` positions, tile after tile.
 
     ``loads``: "descriptors" (bulk copies of tiles, ``stages`` of them under way) or "pointers" (element by element).
-    ``persistent``: blocks that share the tiles. ``language``: a kernel in CUDA C++, whatever the others are in.
+    ``persistent``: blocks that share the tiles. ``apart``: results do not take the place of the tile that they were
+    made from, so that the warpgroups need not wait for each other. ``language``: a kernel in CUDA C++, whatever the
+    others are in.
     """
 
     m: int
@@ -42,6 +44,7 @@ class Blocks:
     stages: int
     persistent: int
     loads: str
+    apart: bool = False
     language: str = LANGUAGE
 
 
@@ -76,6 +79,7 @@ class Windowed:
             "stages": [1, 2, 3],
             "persistent": [FILL, *([2 * FILL] if count > FILL else [])],
             "language": [LANGUAGE],
+            "apart": [False, True] if self.sent else [False],
             "loads": ["pointers", "descriptors"] if self.fetched else ["pointers"],
         }
 
@@ -147,18 +151,22 @@ class Windowed:
         return -(-self.shape.m // self.blocks.m), -(-self.shape.n // self.blocks.n)
 
     @property
-    def sections(self) -> tuple[int, int, int]:
-        """Bytes of shared memory for the weights, one copied tile, and one transposed tile, later its results."""
+    def sections(self) -> tuple[int, int, int, int]:
+        """Bytes of shared memory for the weights, one copied tile, one transposed tile, and results apart from it."""
         weights = self.call.window.taps * self.depth * (self.height + 1) * 2
         copied = self.depth * self.width * 2 if self.blocks.loads == "descriptors" else 0
         results = self.height * self.blocks.n * 2 if self.sent else 0
-        return round_up(weights, 128), copied, max(self.depth * self.span * 2, results)
+        tile = self.depth * self.span * 2
+        if self.blocks.apart:
+            return round_up(weights, 128), copied, tile, results
+        return round_up(weights, 128), copied, max(tile, results), 0
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory of a block, barriers included."""
-        weights, copied, staged = self.sections
-        return weights + self.blocks.stages * copied + STAGED * staged + 8 * (self.blocks.stages + 2 * STAGED)
+        weights, copied, staged, results = self.sections
+        tiles = self.blocks.stages * copied + STAGED * staged
+        return weights + tiles + results + 8 * (self.blocks.stages + 2 * STAGED)
 
 
 class Builder(products.Builder):

@@ -113,6 +113,7 @@ def test_knobs_lead_to_other_kernels() -> None:
         (("stages", 1),),
         (("loads", "pointers"),),
         (("persistent", 264),),
+        (("apart", True), ("stages", 1)),
     ):
         changed = scheduled(made, launch)
         assert made.legal(changed) and made.emit(changed) != made.emit(seed)

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-LAUNCHES = ((), (("loads", "pointers"),), (("m", 64),), (("stages", 1),))
+LAUNCHES = ((), (("loads", "pointers"),), (("m", 64),), (("stages", 1),), (("apart", True), ("stages", 1)))
 
 
 @pytest.mark.parametrize(
