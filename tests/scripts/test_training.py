@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from ke_gym import policies
+from ke_gym import envs, policies
 from ke_gym.envs.recording import Breadth
 from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
-from tests.envs.recorded import search, tables
+from tests.envs.recorded import NARROW, search, tables
 from tests.scripts.command import ROOT, here
 
 TASK = """
@@ -107,6 +108,41 @@ def test_comparisons_of_single_tasks_pool_to_the_comparison_of_all(folder: Path,
         compare.main(compare.Args(pool=(tmp_path / "nowhere",), out=tmp_path / "d"))
     with pytest.raises(UserError, match="name the --policies"):
         compare.main(compare.Args(out=tmp_path / "d"))
+
+
+def test_live_comparisons_end_with_the_runs_that_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare, opened = script("compare"), []
+
+    def make(env_id: str, **arguments: Any) -> Any:
+        opened.append(arguments["store"])
+        return envs.make(env_id, **arguments, **NARROW)
+
+    monkeypatch.setattr(compare, "make", make)
+    arguments: dict[str, Any] = {"policies": ("ucb1",), "env": "live", "budget": 6, "seeds": 3}
+    with suppress(UserError):  # so few evaluations may tell nothing; what was measured is kept
+        compare.main(compare.Args(**arguments, tasks=("softmax",), out=tmp_path / "one"))
+    assert len(opened) == 3 == len({*opened}), "one environment for each policy, whatever the seed"
+    data = json.loads((tmp_path / "one" / "compare.json").read_text())
+    assert data["runs"] == 3 and all(len(runs) == 3 for runs in data["episodes"].values())
+
+    rounds, play = [], compare.play
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        rounds.append(options["seed"])
+        if options["seed"] == 2:
+            raise KeyboardInterrupt
+        return play(*arguments, **options)
+
+    monkeypatch.setattr(compare, "play", interrupted)
+    both = ("softmax", "rms_norm")
+    with suppress(UserError):
+        compare.main(compare.Args(**arguments, tasks=both, out=tmp_path / "two"))
+    assert "stopped after 2 of 3 runs" in capsys.readouterr().out
+    data = json.loads((tmp_path / "two" / "compare.json").read_text())
+    assert data["runs"] == 2 and data["tasks"] == [*both]
+    assert len(opened) == 3 + len(rounds), "of several tasks, each search has its own"
 
 
 @pytest.mark.usefixtures("brief_races")
