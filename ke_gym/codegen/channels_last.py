@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,17 @@ from ke_gym.codegen.schedule import Group, Plan
 from ke_gym.codegen.tiles import joined
 
 LAUNCH = (("channels_last", True),)
+
+
+def useful(graph: Graph) -> bool:
+    """Whether there is a convolution of several taps over images, or in fp32, which then is faster than the library's."""
+    for step in graph.steps.values():
+        if isinstance(step, Extern) and step.target == products.CONVOLUTION and step.args[8] == 1:
+            size = step.args[1].shape[2:]
+            single = graph.buffers[step.args[1].buffer].dtype == "f32"
+            if math.prod(size) > 1 and (single or len(size) > 1):
+                return True
+    return False
 
 
 def everywhere(graph: Graph, plan: Plan) -> Plan:

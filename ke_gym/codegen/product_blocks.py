@@ -61,6 +61,7 @@ def precisions(policy: str) -> list[str]:
 
 SMALLEST = Blocks(16, 32, 128, 4, 4)
 WORDS = Blocks(128, 128, 32, 4, 1)
+LAID = Blocks(128, 128, 64, 4, 3)
 HALF = (
     Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 4, 3), Blocks(64, 64, 64, 4, 4),
     Blocks(32, 64, 64, 4, 4), SMALLEST,
@@ -83,6 +84,8 @@ def heuristic(product: Product) -> Blocks:
     drafts = HALF if half else DRAFTS[precision]
     laid = product.laid is not None
     few = product.window is not None and product.window.taps <= 5 and not laid
+    if laid:
+        drafts = (LAID if half else Blocks(128, 128, 32, 8, 3), *drafts[1:])
     if product.window is not None and not laid:  # few taps: on words, which do not go through bulk copies
         drafts = (WORDS if few else Blocks(128, 128, 64, 4, 2), replace(WORDS, m=64), *HALF[3:])
     fitting = [b for b in drafts if b.m < 2 * max(shape.m, 9) and b.n < 2 * max(shape.n, 17)] or drafts[-1:]

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ke_gym.codegen import fusion, module, module_cuda, module_triton, preparation
+from ke_gym.codegen import channels_last, fusion, module, module_cuda, module_triton, preparation
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.features import Features
@@ -79,8 +79,8 @@ class Program:
         """First drafts that differ in kind, the best guess first.
 
         Everything fused with own contractions and attention, convolutions in CUDA C++ where that has a kernel for
-        them; that with weights prepared; all in one language; without attention; with library contractions; each node on
-        its own.
+        them; with their channels innermost; with weights prepared; all in one language; without attention; with library
+        contractions; each node on its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
         attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
@@ -95,6 +95,10 @@ class Program:
             drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
         if (ready := preparation.prepared(self.graphs, drafts[0])) is not None:
             drafts.insert(1, ready)
+        if self.language == "triton" and any(map(channels_last.useful, self.graphs)):
+            turned = Schedule(tuple(map(channels_last.everywhere, self.graphs, whole)))
+            if self.legal(turned):
+                drafts.insert(1, preparation.prepared(self.graphs, turned) or turned)
         return list(dict.fromkeys(drafts))
 
     def legal(self, schedule: Schedule) -> bool:
