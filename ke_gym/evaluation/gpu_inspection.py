@@ -15,7 +15,6 @@ from ke_gym.evaluation.gpu_tools import (
     ToolFailed,
     TooSlow,
     counters,
-    kernel_times,
     sanitized,
 )
 from ke_gym.languages.artifact import Artifact
@@ -62,10 +61,6 @@ class Inspector:
             evaluation = self._counted(evaluation, artifact)
         except ToolFailed as failure:
             said.append(f"no counters: {failure}")
-            try:
-                evaluation = self._clocked(evaluation, artifact)
-            except ToolFailed as other:
-                said.append(f"no kernel times either: {other}")
         return evaluation.replace(log="\n".join(filter(None, said)))
 
     def _sanitized(self, artifact: Artifact, check: str) -> tuple[str, str]:
@@ -80,12 +75,6 @@ class Inspector:
                     found,
                     f"{check} looked at {PART_BLOCKS} blocks of every launch, no more: {failure} for all",
                 )
-
-    def _clocked(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
-        """With the device time of the plan's kernels. Raises ``ToolFailed``."""
-        with self._alone():
-            found = kernel_times(self._replayed(artifact))
-        return evaluation.replace(profile=replace(evaluation.profile, counters=counted(found)))
 
     def _counted(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
         """With the device's counters, and what they say limits the kernel. Raises ``ToolFailed``."""

@@ -1,17 +1,15 @@
 """Runs one artifact's plan by itself, so that tools of the toolkit can watch it: ``ncu``, ``compute-sanitizer``.
 
-    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS BLOCKS [proton]
+    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS BLOCKS
 
-With ``proton`` it prints what Triton's profiler saw of the runs, after the line ``TIMES``. At most ``BLOCKS``
-blocks of every launch run, all if that is 0. ``FOLDER`` holds ``task`` and ``artifact`` (their bytes). Only the plan's own
-runs lie between the marks of the profiler's interface. The process is trusted: device code is all that is foreign in it.
+At most ``BLOCKS`` blocks of every launch run, all if that is 0. ``FOLDER`` holds ``task`` and ``artifact`` (their
+bytes). Only the plan's own runs lie between the marks of the profiler's interface. The process is trusted: device code is
+all that is foreign in it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Task
 
 TASK, ARTIFACT = "task", "artifact"
-PROTON, TIMES = "proton", "== times"
 SEED = 7
 
 
@@ -50,14 +47,7 @@ def _in_part(plan: Plan, blocks: int) -> Plan:
     return replace(plan, steps=tuple(steps))
 
 
-def replay(
-    folder: Path,
-    shape_set: str,
-    device: torch.device,
-    runs: int,
-    blocks: int,
-    watched: AbstractContextManager[None],
-) -> None:
+def replay(folder: Path, shape_set: str, device: torch.device, runs: int, blocks: int) -> None:
     """Run the plan ``runs`` times, launch by launch, on tensors with memory of their own."""
     task = Task.from_bytes((folder / TASK).read_bytes())
     artifact = Artifact.from_bytes((folder / ARTIFACT).read_bytes())
@@ -71,33 +61,20 @@ def replay(
     torch.cuda.synchronize(device)
     interface = runtime.cudart()
     interface.cudaProfilerStart()
-    with watched:
-        for _ in range(runs):
-            runner.run()
-        torch.cuda.synchronize(device)
+    for _ in range(runs):
+        runner.run()
+    torch.cuda.synchronize(device)
     interface.cudaProfilerStop()
 
 
-@contextmanager
-def profiled(folder: Path) -> Iterator[None]:
-    """Print the device time of every kernel inside, the libraries' too, as Proton writes it down (JSON)."""
-    from triton import profiler
-
-    profiler.start(str(folder / PROTON))
-    yield
-    profiler.finalize()
-    print(TIMES, (folder / f"{PROTON}.hatchet").read_text(), sep="\n", flush=True)
-
-
 def main(arguments: list[str]) -> None:
-    folder, shape_set, number, runs, blocks, *how = arguments
+    folder, shape_set, number, runs, blocks = arguments
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     device = torch.device("cuda", int(number))
     torch.cuda.set_device(device)
     torch.set_default_device(device)
-    watched = profiled(Path(folder)) if PROTON in how else nullcontext()
-    replay(Path(folder), shape_set, device, int(runs), int(blocks), watched)
+    replay(Path(folder), shape_set, device, int(runs), int(blocks))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What tools say of a kernel: ``ncu`` or Proton of where its time goes, ``compute-sanitizer`` of its accesses.
+"""What NVIDIA's own tools say of a kernel: ``ncu`` of where its time goes, ``compute-sanitizer`` of its accesses.
 
-All watch ``gpu_replay`` run the plan in a process of its own, which takes seconds: the one is for new best
+Both watch ``gpu_replay`` run the plan in a process of its own, which takes seconds: the one is for new best
 kernels, the other for finalists. Neither is needed: where a tool is missing, refused or too slow, it says nothing.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import shutil
 import signal
@@ -17,9 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ke_gym.evaluation import gpu_replay
 from ke_gym.evaluation.zygote import worker_environment
@@ -73,16 +70,14 @@ class Replayed:
     environment: dict[str, str]
     blocks: int = 0
 
-    def under(
-        self, command: Sequence[str], runs: int, seconds: float, *how: str
-    ) -> subprocess.CompletedProcess[str]:
+    def under(self, command: Sequence[str], runs: int, seconds: float) -> subprocess.CompletedProcess[str]:
         """Run the plan under a tool. Raises ``TooSlow`` if that takes longer than ``seconds``."""
         with tempfile.TemporaryDirectory(prefix="ke-replay-") as folder:
             (Path(folder) / gpu_replay.TASK).write_bytes(self.task.to_bytes())
             (Path(folder) / gpu_replay.ARTIFACT).write_bytes(self.artifact.to_bytes())
             process = subprocess.Popen(
                 [*command, sys.executable, "-P", "-m", "ke_gym.evaluation.gpu_replay",
-                 folder, self.shape_set, str(self.device), str(runs), str(self.blocks), *how],
+                 folder, self.shape_set, str(self.device), str(runs), str(self.blocks)],
                 env={**worker_environment(1), **self.environment, "TMPDIR": folder, "HOME": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -97,10 +92,8 @@ class Replayed:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-                raise TooSlow(
-                    f"{Path(command[0]).name if command else how[0]} took more than {seconds:g} s"
-                ) from None
-        return subprocess.CompletedProcess(list(command), process.returncode, said)
+                raise TooSlow(f"{Path(command[0]).name} took more than {seconds:g} s") from None
+        return subprocess.CompletedProcess(command, process.returncode, said)
 
 
 def find(name: str) -> str:
@@ -155,38 +148,6 @@ def _pooled(launches: list[dict[str, float]], name: str) -> float:
         return sum(c[name] for c in counted)
     weights = [c.get("time_ns", 1.0) or 1.0 for c in counted]
     return sum(w * c[name] for w, c in zip(weights, counted)) / sum(weights)
-
-
-def kernel_times(replayed: Replayed, seconds: float = PROFILE_SECONDS) -> dict[str, dict[str, float]]:
-    """``time_ns`` of every kernel of the plan, the libraries' too, by Triton's Proton; raises ``ToolFailed``.
-
-    Proton needs no permission to read counters, and reads none.
-    """
-    if find_spec("triton") is None or find_spec("triton.profiler") is None:
-        raise ToolFailed("Proton (triton.profiler) is not installed")
-    said = replayed.under((), 1, seconds, gpu_replay.PROTON).stdout
-    before, _, written = said.partition(f"{gpu_replay.TIMES}\n")
-    try:
-        found = times(json.JSONDecoder().raw_decode(written)[0])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ToolFailed(f"Proton gave no times: {_problem(before)}") from error
-    if not found:
-        raise ToolFailed("Proton saw no kernel")
-    return found
-
-
-def times(tree: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """``time_ns`` by kernel in what Proton writes: a tree of frames, whose leaves are kernels."""
-    kernels: dict[str, dict[str, float]] = {}
-    waiting = [node for node in tree if "frame" in node]
-    while waiting:
-        node = waiting.pop()
-        waiting += node.get("children", ())
-        taken = node.get("metrics", {}).get("time (ns)")
-        if taken and not node.get("children"):
-            known = kernels.setdefault(str(node["frame"]["name"]), {"time_ns": 0.0})
-            known["time_ns"] += float(taken)
-    return kernels
 
 
 def sanitized(replayed: Replayed, check: str, seconds: float = SANITIZE_SECONDS) -> str:

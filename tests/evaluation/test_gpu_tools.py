@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from ke_gym.evaluation import gpu_replay, gpu_tools
+from ke_gym.evaluation import gpu_tools
 from ke_gym.evaluation.gpu_tools import (
     METRICS,
     Replayed,
     ToolFailed,
     counters,
     finding,
-    kernel_times,
     parse,
     sanitized,
-    times,
 )
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.tasks.task import Task
@@ -176,55 +171,3 @@ def test_a_sanitizer_that_fails_by_itself_finds_nothing(
     )
     with pytest.raises(ToolFailed, match="did not finish"):
         sanitized(replayed, "memcheck")
-
-
-HATCHET = [
-    {
-        "frame": {"name": "ROOT", "type": "function"},
-        "metrics": {"count": 0, "time (ns)": 0},
-        "children": [
-            {
-                "frame": {"name": "rows", "type": "function"},
-                "metrics": {"count": 2, "time (ns)": 1200, "device_id": "0"},
-                "children": [],
-            },
-            {
-                "frame": {"name": "scope", "type": "function"},
-                "metrics": {"time (ns)": 300},
-                "children": [
-                    {
-                        "frame": {"name": "gemm", "type": "function"},
-                        "metrics": {"time (ns)": 300},
-                        "children": [],
-                    }
-                ],
-            },
-        ],
-    },
-    {"CUDA": {"0": {"arch": "90"}}},
-]
-
-
-def test_kernels_have_the_times_that_proton_saw() -> None:
-    assert times(HATCHET) == {"rows": {"time_ns": 1200.0}, "gemm": {"time_ns": 300.0}}
-
-
-def test_proton_s_words_come_from_the_replay(replayed: Replayed, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    said = f"some warning\n{gpu_replay.TIMES}\n{json.dumps(HATCHET)}\nmore"
-
-    def under(self: Replayed, command: Any, runs: int, seconds: float, *how: str) -> Any:
-        assert not command and how == (gpu_replay.PROTON,)
-        return SimpleNamespace(stdout=said)
-
-    monkeypatch.setattr(Replayed, "under", under)
-    assert kernel_times(replayed)["rows"] == {"time_ns": 1200.0}
-    said = "RuntimeError: no CUPTI here"
-    with pytest.raises(ToolFailed, match="Proton gave no times: RuntimeError: no CUPTI here"):
-        kernel_times(replayed)
-
-
-def test_without_triton_proton_is_missing(replayed: Replayed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_tools, "find_spec", lambda name: None)
-    with pytest.raises(ToolFailed, match="Proton"):
-        kernel_times(replayed)
