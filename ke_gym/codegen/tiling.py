@@ -151,7 +151,7 @@ class Builder(Binder):
         drafted = Tiles(
             made[-1],
             rows,
-            tuple(mirrored(distinct(works))),
+            tuple(mirrored(distinct(works)) if self.graph.language == "triton" else distinct(works)),
             Blocks(1, 1, 4),
             reads,
             writes,
