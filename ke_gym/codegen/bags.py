@@ -76,7 +76,7 @@ class Builder:
         given = [*self.step.args[:3], *(self.step.args[6:7] if problem.weighted else ())]
         reads = tuple(self.graph.buffers[view.buffer] for view in given)
         columns = min(power_above(problem.dim), WIDE)
-        blocks = Blocks(max(2048 // columns, 4), columns, 4)
+        blocks = Blocks(max(1024 // columns, 4), columns, 4)
         # The rows that are named, not the table, are read.
         total = problem.total * problem.dim * 4 + sum(b.numel * BYTES[b.dtype] for b in (*reads[1:], out))
         drafted = Bag(out.name, problem, tuple(given), blocks, reads, (out,), total, self.group)

@@ -106,7 +106,9 @@ def heuristic(product: Product) -> Blocks:
     copied = copied or product.window is not None
     parts = precision == "tf32x3"
     if copied and parts and product.shared[1] and shape.batch * shape.m * shape.n * shape.k >= LARGE:
-        blocks = replace(blocks, ready=True, stages=4)
+        if shape.k >= DEEP and min(shape.m, shape.n) >= 128:
+            blocks = replace(blocks, m=128, n=128, warps=8)
+        blocks = replace(blocks, ready=True, stages=3)
     if copied and (product.packable[1] or (any(product.packable) and not parts)):
         blocks = replace(blocks, packed=True, words="words" in product.knobs() and few)
     views = replace(product, blocks=blocks).described

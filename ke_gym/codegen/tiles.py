@@ -169,18 +169,22 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     size = height * block
     if tiles.across:  # a row for every multiprocessor, and the next one on its way
         return Blocks(height, block, 16 if size > 2048 else 8 if size > 1024 else 4, 3, WALKING[0])
-    most = 8 if any(work.scan for work in tiles.works) else 16
-    return Blocks(
-        height, block, most if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2, stages
-    )
+    warps = 32 if size > 16384 else 16 if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2
+    if any(work.scan for work in tiles.works):
+        warps = min(warps, 8)
+    return Blocks(height, block, 2 if _searched(tiles) else warps, stages)
 
 
 def _elements(tiles: Tiles) -> int:
-    """About how many a program takes: fewer where each waits for an index, more where rows share a search."""
-    searched = any(isinstance(n, Search) for work in tiles.works for n in walk(work.expr))
+    """About how many a program takes: fewer where each waits for an index that is no search's."""
     gathered = any(isinstance(n, Indirect) for work in tiles.works for n in walk(work.expr))
-    stored = all(work.op is None for work in tiles.works)
-    return 4096 if searched and stored else 1024 if gathered else 2048
+    return 1024 if gathered and not _searched(tiles) else 2048
+
+
+def _searched(tiles: Tiles) -> bool:
+    """Whether rows are stored that share a search: fewer warps make it less often."""
+    found = any(isinstance(n, Search) for work in tiles.works for n in walk(work.expr))
+    return found and all(work.op is None for work in tiles.works)
 
 
 def along_columns(tiles: Tiles) -> bool:
