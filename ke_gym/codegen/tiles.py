@@ -169,7 +169,8 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     size = height * block
     if tiles.across:  # a row for every multiprocessor, and the next one on its way
         return Blocks(height, block, 16 if size > 2048 else 8 if size > 1024 else 4, 3, WALKING[0])
-    warps = 32 if size > 16384 else 16 if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2
+    most = 32 if size > 16384 and graph.language == "triton" else 16
+    warps = most if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2
     if any(work.scan for work in tiles.works):
         warps = min(warps, 8)
     return Blocks(height, block, 2 if _searched(tiles) else warps, stages)
