@@ -98,6 +98,26 @@ def test_the_first_draft_is_built_upon_however_slow_it_is(tmp_path: Path) -> Non
     assert slower in correct and table.log_speedup[slower] < table.log_speedup[fastest]
 
 
+def test_what_a_search_would_hold_for_its_best_is_built_upon(tmp_path: Path) -> None:
+    """Below every version that was extended its fastest child, if that is faster: the way up from each of them."""
+    with Store(tmp_path / "a.db") as store:
+        search(store, "softmax", Breadth(drafts=6, depth=4, width=1, draws=2))
+        (one,) = compiling.searches(store)
+    table = compiling.build([one])
+    made: dict[int, list[int]] = {}
+    for parent, _, _, child in table.edges.tolist():
+        if parent >= 0 and child >= 0 and table.correct[child]:
+            made.setdefault(parent, []).append(child)
+    extended = {int(parent) for parent in table.edges[:, 0] if parent >= 0}
+    steps = 0
+    for parent, children in made.items():
+        best = max(children, key=lambda node: float(table.log_speedup[node]))
+        if table.log_speedup[best] > table.log_speedup[parent] and table.depths[best] < 4:
+            assert best in extended
+            steps += 1
+    assert steps > 3
+
+
 def test_edges_between_recorded_versions_are_found_again() -> None:
     """A search makes nothing twice, so it records one of the ways that lead to a version."""
     whole = tables()[0]
