@@ -144,6 +144,7 @@ def test_what_a_table_knows_is_not_measured_again(tmp_path: Path, monkeypatch: p
         (one,) = compiling.searches(store)
     known = compiling.build([one])
     racer = Racer(Task.load("rms_norm"))
+    racer.close()
     known = dataclasses.replace(known, machine=racer.facts.fingerprint)
     setting = Setting(known.task_id, known.target, known.machine, known.baseline, known.threads)
     with Store(tmp_path / "b.db") as store:
