@@ -8,7 +8,8 @@ clock that has the last word stay here. What the launcher says of times is check
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ from ke_gym.evaluation.gpu_launcher import GO, OVER, READY
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Hung, Sample, settled, spin_s
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import TensorSpec
+from ke_gym.languages.plan import Plan, TensorSpec
 from ke_gym.targets._memory import MemoryPlan
 from ke_gym.targets.cuda_driver import CudaError, Driver
 
 START_SECONDS = 60.0
 GRACE_SECONDS = 10.0
 NULL_CALLS = 9
+QUEUE_S, STEP_QUEUE_S = 100e-6, 40e-6
+"""What enqueuing a call may take at the most, and each of its steps: what is beyond is not taken off the time."""
+RESOURCES = ("registers", "local", "shared", "threads", "dynamic", "blocks")
+_OUTCOMES = ("constraints", "runtime", "timeout")
 
 
 class Unfit(Exception):
@@ -84,25 +89,39 @@ class Apart:
         )
         return ApartRunner(self, artifact, shape_set, answer, arena, memory)
 
-    def time(self, number: int, what: str, patience: float, mhz: int) -> Sample:
-        """One timed call of ``what`` a runner does; its time is what the launcher claims unless the clock here says more."""
+    def time(
+        self,
+        runner: ApartRunner | None,
+        what: str,
+        patience: float,
+        mhz: int,
+        over: Callable[[], object] = int,
+    ) -> Sample:
+        """One timed call of ``what`` a runner does; its time is what the launcher claims unless the clock here says more.
+
+        ``over`` is called as soon as that clock stands, before the launcher is listened to any further.
+        """
         torch.cuda.synchronize(self._device)
-        self._send("time", number=number, what=what, patience=patience, queue_s=self._queue_s)
+        number, most_s = (0, QUEUE_S) if runner is None else (runner.number, runner.queue_s)
+        queue_s = min(self._queue_s, most_s)
+        self._send("time", number=number, what=what, patience=patience, queue_s=queue_s)
         self._await(READY, GRACE_SECONDS)
         begin = time.perf_counter()
         self._channel.sock.send(GO)
         self._await(OVER, patience + GRACE_SECONDS)
         wall = time.perf_counter() - begin
+        over()
         said = self._receive(GRACE_SECONDS)
-        host_s = max(0.0, wall - spin_s(self._queue_s) - self._null_s)
-        self._queue_s = max(0.0, float(said["queue_s"]))
-        device_s = max(1e-9, float(said["device_s"]))
-        seconds = settled(device_s + max(0.0, float(said["late"])), host_s)
-        return Sample(seconds, device_s, host_s, bool(said["hidden"]), mhz)
+        host_s = max(0.0, wall - spin_s(queue_s) - self._null_s)
+        with sense():
+            self._queue_s = max(0.0, float(said["queue_s"]))
+            device_s = min(wall, max(1e-9, float(said["device_s"])))
+            late, hidden = min(wall, max(0.0, float(said["late"]))), bool(said["hidden"])
+        return Sample(settled(device_s + late, host_s), device_s, host_s, hidden, mhz)
 
     def _time_nothing(self) -> None:
         """What the way to the launcher and back adds to a call. Nothing foreign is loaded yet."""
-        samples = [self.time(0, "", GRACE_SECONDS, 0) for _ in range(NULL_CALLS)]
+        samples = [self.time(None, "", GRACE_SECONDS, 0) for _ in range(NULL_CALLS)]
         self._null_s = sorted(sample.host_s or 0.0 for sample in samples)[NULL_CALLS // 2]
 
     # -- plumbing --------------------------------------------------------------------------------------------
@@ -141,7 +160,10 @@ class Apart:
         except (EOFError, ProtocolError) as error:
             raise Died("runtime", "the process that launches kernels died") from error
         if "died" in answer:
-            raise Died(str(answer["died"]), str(answer["log"]), bool(answer["fatal"]))
+            with sense():
+                log, fatal = str(answer["log"]), bool(answer["fatal"])
+                outcome = _OUTCOMES[_OUTCOMES.index(answer["died"])]
+            raise Died(outcome, log, fatal)
         return answer
 
     def _await(self, wanted: bytes, timeout: float) -> None:
@@ -151,7 +173,20 @@ class Apart:
             raise Hung(timeout) from error
         if byte != wanted:
             self._receive(GRACE_SECONDS)  # raises what went wrong
-            raise Died("runtime", "the process that launches kernels answered nonsense")
+            raise _nonsense()
+
+
+@contextmanager
+def sense() -> Iterator[None]:
+    """What the launcher said is read inside. Raises ``Died`` where it is not what was asked for."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise _nonsense() from error
+
+
+def _nonsense() -> Died:
+    return Died("runtime", "the process that launches kernels answered nonsense")
 
 
 class ApartRunner:
@@ -166,9 +201,12 @@ class ApartRunner:
         arena: Tensor | None,
         memory: MemoryPlan | None,
     ) -> None:
-        self._apart, self.number = apart, int(answer["number"])
+        self._apart = apart
+        with sense():
+            self.number, self.capturable = int(answer["number"]), bool(answer["capturable"])
         self.plan = artifact.plans[shape_set]
-        self.capturable = bool(answer["capturable"])
+        self.queue_s = QUEUE_S + STEP_QUEUE_S * max(_steps(self.plan), _steps(self.plan.preparation))
+        """Seconds that enqueuing a call may take."""
         self._arena, self._memory = arena, memory
         self.step_names: list[str] = []
 
@@ -197,14 +235,21 @@ class ApartRunner:
         self._apart.ask("fill_scratch", number=self.number, byte=byte)
 
     def step_times(self) -> list[tuple[str, float]]:
-        found = self._apart.ask("step_times", number=self.number)["steps"]
-        steps = [(str(name), float(seconds)) for name, seconds in found]
+        answer = self._apart.ask("step_times", number=self.number)
+        with sense():
+            steps = [(str(name), float(seconds)) for name, seconds in answer["steps"]]
         self.step_names = [name for name, _ in steps]
         return steps
 
     def resources(self) -> dict[str, dict[str, int]]:
-        found: dict[str, dict[str, int]] = self._apart.ask("resources", number=self.number)["resources"]
-        return found
+        answer = self._apart.ask("resources", number=self.number)
+        with sense():
+            found = answer["resources"].items()
+            return {name: {what: int(taken[what]) for what in RESOURCES} for name, taken in found}
 
     def close(self) -> None:
         self._apart.ask("unload", number=self.number)
+
+
+def _steps(plan: Plan | None) -> int:
+    return 0 if plan is None else len(plan.steps)

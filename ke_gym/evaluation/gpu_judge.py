@@ -250,9 +250,9 @@ class GpuJudge:
         def call(name: str, runner: Runner | None) -> Sample:
             with answering(name):
                 done = stage.call(chosen, runner, patience)
-            if done.out is not None:
+            if done.outputs is not None:
                 due = counts["rounds"] in full or stage.rng.random() < FULL_CHECKS
-                if not stage.plausible(chosen, done.seed, done.out, due):
+                if not stage.plausible(chosen, done.seed, done.outputs, due):
                     suspects.add(name)
             return done.sample
 

@@ -24,7 +24,7 @@ from ke_gym.evaluation.gpu_timing import Stopwatch
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cuda
-from ke_gym.targets._memory import MemoryPlan, PlanError, view
+from ke_gym.targets._memory import MemoryPlan, view
 from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, at_address
 from ke_gym.targets.cuda_executor import CudaRunner
 
@@ -115,7 +115,7 @@ class Launcher:
                 memory=placed,
                 prepared=None if prepared is None else [self._tensor(loaded, each) for each in prepared],
             )
-        except PlanError:
+        except BaseException:  # this process may go on: not what others lent may stay open
             self._close(loaded)
             raise
         self._next += 1

@@ -111,7 +111,7 @@ class Called:
     """A timed call: its time, the candidate's outputs (None: the baseline's), the seed of what it was given."""
 
     sample: Sample
-    out: Block | None
+    outputs: list[Tensor] | None
     seed: int
 
 
@@ -226,7 +226,7 @@ class Stage:
                 self.prepare(chosen, runner, patience)
             seed = self.rng.getrandbits(60)
             block = self.fill(chosen, seed)
-            out = None
+            outputs = None
             if runner is None:
                 sample = self._timed_baseline(chosen, block, patience)
             else:
@@ -234,17 +234,33 @@ class Stage:
                 out.bytes.fill_(0xFF)
                 with foreign():
                     runner.place(block.tensors, chosen.parameters, out.tensors)
-                    sample = self.timed(runner, patience)
+                    sample, outputs = self._timed_outputs(runner, out.tensors, patience)
             if sample.hidden and not sample.disputed:
                 break
-        return Called(sample, out, seed)
+        return Called(sample, outputs, seed)
 
-    def timed(self, runner: Runner, patience: float, what: Literal["run", "prepare"] = "run") -> Sample:
-        """Time one run of a candidate, or of its preparation, on what it has."""
+    def timed(
+        self,
+        runner: Runner,
+        patience: float,
+        what: Literal["run", "prepare"] = "run",
+        over: Callable[[], object] = int,
+    ) -> Sample:
+        """Time one run of a candidate, or of its preparation, on what it has; ``over`` is called right after it."""
         if isinstance(runner, CudaRunner):
-            return self.watch.time(getattr(runner, what), patience)
+            return self.watch.time(getattr(runner, what), patience, over=over)
         assert self.apart is not None
-        return self.apart.time(runner.number, what, patience, self.watch.mhz())
+        return self.apart.time(runner, what, patience, self.watch.mhz(), over)
+
+    def _timed_outputs(
+        self, runner: Runner, outputs: list[Tensor], patience: float
+    ) -> tuple[Sample, list[Tensor]]:
+        """A timed run and its outputs; of one launched apart as they were when it said that it had ended."""
+        if isinstance(runner, CudaRunner):
+            return self.timed(runner, patience), outputs
+        kept: list[Tensor] = []
+        sample = self.timed(runner, patience, over=lambda: kept.extend(each.clone() for each in outputs))
+        return sample, kept
 
     def _timed_baseline(self, chosen: ShapeSet, block: Block, patience: float) -> Sample:
         left, baseline = iter(block.tensors), chosen.baseline or chosen.reference
@@ -267,7 +283,7 @@ class Stage:
                 runner.place(block.tensors, chosen.parameters, out.tensors)
             self.finish(runner.run, patience)
             due = last or self.rng.random() < SOAK_CHECKS / calls
-            if due and not self.plausible(chosen, seed, out, full=False):
+            if due and not self.plausible(chosen, seed, out.tensors, full=False):
                 return False
             if last:
                 break
@@ -302,7 +318,7 @@ class Stage:
                 worst = verdict
         return worst
 
-    def plausible(self, chosen: ShapeSet, seed: int, out: Block, full: bool) -> bool:
+    def plausible(self, chosen: ShapeSet, seed: int, outputs: list[Tensor], full: bool) -> bool:
         """Whether what a timed call computed is right.
 
         By random blocks against the reference; by the oracle if those look wrong or ``full`` asks for it.
@@ -310,9 +326,9 @@ class Stage:
         arguments = self.draw(chosen.name, seed)
         if not full:
             expected = chosen.reference(*arguments)
-            if all(self._agree(got, want) for got, want in zip(out.tensors, expected, strict=True)):
+            if all(self._agree(got, want) for got, want in zip(outputs, expected, strict=True)):
                 return True
-        verdict = self.verdict(chosen, arguments, out.tensors)
+        verdict = self.verdict(chosen, arguments, outputs)
         return verdict is None or verdict.ok
 
     def _agree(self, output: Tensor, expected: Tensor) -> bool:

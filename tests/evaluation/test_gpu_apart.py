@@ -47,6 +47,24 @@ class Liar(FakeLauncher):
         return {**super().time(*arguments, **named), "device_s": 1e-7, "late": 0.0, "hidden": False}
 
 
+class Sluggish(FakeLauncher):
+    """Claims that enqueuing takes longer than the calls do, so that all of them lies behind the spin."""
+
+    def time(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        return {**super().time(*arguments, **named), "device_s": 1e-7, "late": 0.0, "queue_s": 1.0}
+
+
+class Hasty(FakeLauncher):
+    """Says that it is done before it has begun."""
+
+    def time(self, number: int, *arguments: Any, **named: Any) -> dict[str, Any]:
+        if number:
+            self._begin()
+            self._over()
+            self._begin = self._over = lambda: None  # type: ignore[method-assign]
+        return {**super().time(number, *arguments, **named), "device_s": 1e-7, "late": 0.0}
+
+
 class Babbler(FakeLauncher):
     """Answers what nobody asked as soon as something foreign is loaded."""
 
@@ -90,8 +108,59 @@ def test_what_is_launched_elsewhere_works_on_the_judge_s_memory(link: tuple[Chan
 
 def test_the_judge_s_clock_overrules_the_launcher(link: tuple[Channel, socket.socket]) -> None:
     apart, runner, _ = opened(link, Liar)
-    sample = apart.time(runner.number, "run", 5.0, 1000)
+    sample = apart.time(runner, "run", 5.0, 1000)
     assert sample.device_s == 1e-7 and sample.disputed and sample.seconds > SECONDS / 2
+
+
+def test_no_more_is_taken_off_for_enqueuing_than_it_may_take(link: tuple[Channel, socket.socket]) -> None:
+    apart, runner, out = opened(link, Sluggish)
+    apart.time(runner, "run", 5.0, 1000)  # what it claims here would be taken off the next
+    sample = apart.time(runner, "run", 5.0, 1000)
+    assert torch.equal(out, 2 * GIVEN)
+    assert sample.disputed and sample.seconds > SECONDS / 2
+
+
+def test_what_comes_after_a_call_is_said_to_be_over_is_too_late(link: tuple[Channel, socket.socket]) -> None:
+    apart, runner, out = opened(link, Hasty)
+    kept: list[torch.Tensor] = []
+    apart.time(runner, "run", 5.0, 1000, lambda: kept.append(out.clone()))
+    assert torch.equal(out, 2 * GIVEN) and not kept[0].any()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"died": "correct", "log": "", "fatal": False},
+        {"device_s": "no number", "late": 0.0, "hidden": True, "queue_s": 0.0},
+        {"device_s": [], "late": 0.0, "hidden": True, "queue_s": 0.0},
+        {},
+    ],
+)
+def test_an_answer_that_is_none_is_the_candidate_s_fault(
+    link: tuple[Channel, socket.socket], answer: dict[str, Any]
+) -> None:
+    class Confused(FakeLauncher):
+        def time(self, number: int, *arguments: Any, **named: Any) -> dict[str, Any]:
+            right = super().time(number, *arguments, **named)
+            return answer if number else right
+
+    apart, runner, _ = opened(link, Confused)
+    with pytest.raises(Died, match="answered nonsense") as died:
+        apart.time(runner, "run", 5.0, 1000)
+    assert died.value.fatal and died.value.outcome == "runtime"
+
+
+@pytest.mark.parametrize("resources", [5, {"k": 5}, {"k": {"registers": 8}}])
+def test_resources_that_are_none_are_the_candidate_s_fault(
+    link: tuple[Channel, socket.socket], resources: Any
+) -> None:
+    class Confused(FakeLauncher):
+        def resources(self, number: int) -> dict[str, Any]:
+            return {"resources": resources}
+
+    _, runner, _ = opened(link, Confused)
+    with pytest.raises(Died, match="answered nonsense"):
+        runner.resources()
 
 
 @pytest.mark.parametrize("launcher", [Babbler, Dead])
