@@ -79,7 +79,8 @@ class Arm:
         signature: bytes = b"",
         prepares: bool = False,
     ) -> None:
-        self._prepares = prepares
+        self.prepares = prepares
+        """Whether the plan has a preparation."""
         self.output_layout = Layout.plan(outputs)
         self.output_buffer = SharedBuffer(self.output_layout.bytes)
         self._arena_plan = memory
@@ -131,7 +132,7 @@ class Arm:
 
         Due whenever the weights have changed, and before inputs are drawn. Raises ``ArmDied``.
         """
-        if not self._prepares:
+        if not self.prepares:
             return 0.0
         return self._timed(_PREPARE if self._pattern is None else _PREPARE_CHECK, timeout)
 

@@ -82,7 +82,7 @@ def check_case(
     if judge.load(shape_set, seed, distribution, state_seed) < 0.5:
         return Errors(0.0, 0.0, 0.0)
     entry.arm.check_mode(poison)
-    entry.arm.prepare(patience)
+    _prepare(judge, entry, shape_set, case, patience)
     entry.arm.call(patience)
     damage = entry.arm.damage()
     if damage:
@@ -99,7 +99,7 @@ def check_touched(
     """Two calls whose inputs and parameters differ in one element each: what is remembered shows."""
     judge.load(shape_set, *case)
     entry.arm.check_mode(0)
-    entry.arm.prepare(patience)
+    _prepare(judge, entry, shape_set, case, patience)
     entry.arm.call(patience)
     judge.touch(shape_set, seed)
     entry.arm.prepare(patience)
@@ -107,3 +107,11 @@ def check_touched(
     verdict = judge.check(shape_set, entry.number)
     if not verdict["ok"]:
         raise Rejected("correctness", refusal(verdict, "", False), errors_of(verdict))
+
+
+def _prepare(judge: JudgeClient, entry: Entry, shape_set: str, case: Case, patience: float) -> None:
+    """Prepare for the parameters of a loaded case, while other inputs lie where its own will."""
+    if entry.arm.prepares:
+        judge.draw(shape_set, case[0] + 1)
+        entry.arm.prepare(patience)
+        judge.load(shape_set, *case)

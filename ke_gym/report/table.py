@@ -36,4 +36,12 @@ def summary(results: Sequence[Result]) -> Table:
             f"{result.seconds:.0f}",
             style=None if result.faster else "dim",
         )
+    table.caption = "\n".join(_preparations(results)) or None
+    table.caption_justify = "left"
     return table
+
+
+def _preparations(results: Sequence[Result]) -> list[str]:
+    """What is done once for given weights, and therefore not in the times."""
+    timed = [(r.task.name, r.evaluation.preparation_ms) for r in results if r.evaluation is not None]
+    return [f"{name}: weights are prepared once, {ms:.3f} ms" for name, ms in timed if ms is not None]
