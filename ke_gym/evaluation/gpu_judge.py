@@ -140,14 +140,12 @@ class GpuJudge:
             best = float("inf")
             for number in range(count):
                 try:
-                    with foreign():
-                        runner = self.stage.runner(_picked(one, {**picks, step: number}), chosen)
-                    seconds = self._typical(chosen, runner, patience)
+                    with self._tried(_picked(one, {**picks, step: number}), chosen) as runner:
+                        seconds = self._typical(chosen, runner, patience)
                 except Died as died:
                     if died.fatal:
                         raise
                     continue  # more than this device has: another one will do
-                runner.close()
                 if seconds < best:
                     best, picks[step] = seconds, number
         if picks:
@@ -164,19 +162,31 @@ class GpuJudge:
             return plan.graph
         artifact = _with_plan(one, replace(plan, graph=True))
         try:
-            with foreign():
-                runner = self.stage.runner(artifact, chosen)
-            together, apart = (self._typical(chosen, each, patience) for each in (runner, one.runner))
+            with self._tried(artifact, chosen) as runner:
+                together, apart = (self._typical(chosen, each, patience) for each in (runner, one.runner))
         except Died as died:
             if died.fatal:
                 raise
             return False  # what this driver does not record goes launch by launch
         if together > GRAPH_GAIN * apart:
-            runner.close()
             return False
         one.runner.close()
-        one.artifact, one.runner = artifact, runner
+        with foreign():
+            one.artifact, one.runner = artifact, self.stage.runner(artifact, chosen)
         return True
+
+    @contextmanager
+    def _tried(self, artifact: Artifact, chosen: ShapeSet) -> Iterator[Runner]:
+        """An artifact's kernels, loaded for this alone. Raises ``Died``; after a fault there is nothing to unload."""
+        with foreign():
+            runner = self.stage.runner(artifact, chosen)
+        try:
+            yield runner
+        except Died as died:
+            if not died.fatal:
+                runner.close()
+            raise
+        runner.close()
 
     def _typical(self, chosen: ShapeSet, runner: Runner | None, patience: float) -> float:
         """Seconds of the second quickest of a few calls."""
@@ -333,8 +343,8 @@ class GpuJudge:
         if not any(isinstance(step, Call) for step in rest):
             return 1.0
         library = replace(arm.artifact, plans={chosen.name: replace(plan, steps=rest, graph=False)})
-        without = self.stage.runner(library, chosen)
-        whole, part = (self._typical(chosen, runner, patience) for runner in (arm.runner, without))
+        with self._tried(library, chosen) as without:
+            whole, part = (self._typical(chosen, runner, patience) for runner in (arm.runner, without))
         return max(0.0, 1.0 - part / whole)
 
     def mutants(self, shape_set: str, cases: list[gpu_check.Case]) -> dict[str, Any]:

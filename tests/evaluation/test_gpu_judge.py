@@ -17,7 +17,8 @@ from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import Launch, TensorSpec
+from ke_gym.languages.plan import Call, Launch, Ref, TensorSpec
+from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
     FakeClocks,
@@ -302,6 +303,40 @@ def test_a_plan_goes_as_a_graph_where_that_is_clearly_faster(
     assert judge.arms[arm].runner.plan.graph == taken
     assert "reason" not in judge.check(arm, CASES, 99, True, 5.0)
     assert judge.soak(arm, 5.0) == {"ok": True}
+
+
+def test_what_is_tried_is_unloaded_again(judge: GpuJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"__init__": 0, "close": 0}
+
+    def watched(name: str) -> None:
+        method = getattr(CudaRunner, name)
+
+        def call(*arguments: Any, **named: Any) -> None:
+            method(*arguments, **named)
+            counts[name] += 1
+
+        monkeypatch.setattr(CudaRunner, name, call)
+
+    for name in counts:
+        watched(name)
+    launch = one_launch("right", SPEC).plans["default"].steps[1]
+    assert isinstance(launch, Launch)
+    made = one_launch("right", SPEC, alternatives=(replace(launch, kernel="slow"), launch))
+    plan = made.plans["default"]
+    copied = (*plan.steps, Call("aten.clone.default", (Ref(1),), {}, (2,)))
+    made = replace(made, plans={"default": replace(plan, steps=copied, returns=(2,))})
+    arm = judge.load("default", made.to_bytes())["arm"]
+    typical, tried = judge._typical, iter(range(3))
+
+    def refused_once(*arguments: Any) -> float:
+        if next(tried, None) == 1:
+            raise Died("constraints", "more than this device has", fatal=False)
+        return typical(*arguments)
+
+    monkeypatch.setattr(judge, "_typical", refused_once)
+    assert judge.tune(arm, 5.0)["picks"][1] in (0, 2)
+    judge.profile(arm, 5.0)
+    assert counts["__init__"] - counts["close"] == 1 and counts["close"] >= 4, counts
 
 
 def test_a_profile_tells_steps_resources_and_coverage(judge: GpuJudge) -> None:
