@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Geometry, Launch, Plan
+from ke_gym.targets._memory import plan_memory
 from ke_gym.targets.cuda_driver import Driver, runtime
-from ke_gym.targets.cuda_executor import CudaRunner
+from ke_gym.targets.cuda_executor import ALIGNMENT, CudaRunner
 from ke_gym.tasks.task import Task
 
 TASK, ARTIFACT = "task", "artifact"
@@ -37,14 +38,16 @@ def clipped(geometry: Geometry, blocks: int) -> Geometry:
     return replace(geometry, grid=(grid[0], grid[1], grid[2]))
 
 
-def _in_part(plan: Plan, blocks: int) -> Plan:
+def in_part(plan: Plan, blocks: int) -> Plan:
+    """The plan, and its preparation, with every launch ``clipped``."""
+    made = in_part(plan.preparation, blocks) if plan.preparation is not None else None
     steps = [
         replace(step, geometry=clipped(step.geometry, blocks))
         if isinstance(step, Launch) and step.geometry is not None
         else step
         for step in plan.steps
     ]
-    return replace(plan, steps=tuple(steps))
+    return replace(plan, steps=tuple(steps), preparation=made)
 
 
 def replay(folder: Path, shape_set: str, device: torch.device, runs: int, blocks: int) -> None:
@@ -52,11 +55,18 @@ def replay(folder: Path, shape_set: str, device: torch.device, runs: int, blocks
     task = Task.from_bytes((folder / TASK).read_bytes())
     artifact = Artifact.from_bytes((folder / ARTIFACT).read_bytes())
     plan = replace(artifact.plans[shape_set], graph=False)
-    plan = _in_part(plan, blocks) if blocks else plan
+    plan = in_part(plan, blocks) if blocks else plan
     artifact = replace(artifact, plans={shape_set: plan})
     inputs = [a for a in task.inputs(shape_set, SEED, device=str(device)) if isinstance(a, Tensor)]
     state = task.reference(shape_set, seed=0, device=str(device)).state
-    runner = CudaRunner(artifact, shape_set, inputs, state, driver=Driver(), device=device)
+    memory = plan_memory(plan, alignment=ALIGNMENT)
+    # Blocks that do not run leave zeros, which later launches may look things up by.
+    arena = torch.zeros(memory.size, dtype=torch.uint8, device=device)
+    runner = CudaRunner(
+        artifact, shape_set, inputs, state, driver=Driver(), device=device, arena=arena, memory=memory
+    )
+    for made in runner.prepared:
+        made.zero_()
     runner.prepare()
     torch.cuda.synchronize(device)
     interface = runtime.cudart()

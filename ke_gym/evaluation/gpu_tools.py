@@ -158,7 +158,8 @@ def sanitized(replayed: Replayed, check: str, seconds: float = SANITIZE_SECONDS)
     command = [find("compute-sanitizer"), "--tool", check, "--error-exitcode", str(_FOUND)]
     if check == "racecheck":  # of the plan's own kernels alone: it takes minutes where memcheck takes seconds
         command += ["--racecheck-report", "analysis"]
-        steps = replayed.artifact.plans[replayed.shape_set].steps
+        plan = replayed.artifact.plans[replayed.shape_set]
+        steps = (*plan.steps, *(plan.preparation.steps if plan.preparation is not None else ()))
         for name in sorted({step.kernel for step in steps if isinstance(step, Launch)}):
             command += ["--kernel-name", f"kernel_name={name}"]
     outside = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation: bounds are its own

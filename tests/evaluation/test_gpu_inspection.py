@@ -12,10 +12,10 @@ from ke_gym.evaluation import gpu_inspection
 from ke_gym.evaluation.evaluation import Evaluation, Profile
 from ke_gym.evaluation.gpu_inspection import Inspector
 from ke_gym.evaluation.gpu_profile import counted, limiter_by_counters
-from ke_gym.evaluation.gpu_replay import clipped
+from ke_gym.evaluation.gpu_replay import clipped, in_part
 from ke_gym.evaluation.gpu_tools import ToolFailed, TooSlow
 from ke_gym.evaluation.profile import feedback
-from ke_gym.languages.plan import Geometry, TensorSpec
+from ke_gym.languages.plan import Geometry, Launch, TensorSpec
 from ke_gym.testing.fake_gpu import one_launch
 
 ARTIFACT = one_launch("k", TensorSpec((4,), (1,), "float32"))
@@ -149,3 +149,16 @@ def test_a_part_of_a_launch_is_whole_clusters(grid: Any, cluster: Any, part: Any
     whole = Geometry(grid, (32, 1, 1), cluster=cluster)
     assert clipped(whole, 64).grid == part
     assert clipped(replace(whole, cooperative=True), 64).grid == grid
+
+
+def test_a_part_of_a_plan_is_a_part_of_its_preparation_too() -> None:
+    plan = ARTIFACT.plans["default"]
+    launch = plan.steps[1]
+    assert isinstance(launch, Launch)
+    large = replace(plan, steps=(plan.steps[0], replace(launch, geometry=Geometry((99, 1, 1), (32, 1, 1)))))
+    part = in_part(replace(large, preparation=large), 8)
+    assert part.preparation is not None
+    for one in (part, part.preparation):
+        assert [step.geometry.grid for step in one.steps if isinstance(step, Launch) and step.geometry] == [
+            (8, 1, 1)
+        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,19 @@ def test_a_sanitizer_that_fails_by_itself_finds_nothing(
     )
     with pytest.raises(ToolFailed, match="did not finish"):
         sanitized(replayed, "memcheck")
+
+
+def test_races_are_looked_for_in_a_plan_s_kernels_and_its_preparation_s(
+    replayed: Replayed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, made = (one_launch(name, TensorSpec((4,), (1,), "float32")).plans["default"] for name in "kp")
+    artifact = replace(replayed.artifact, plans={"default": replace(plan, preparation=made)})
+    seen = tmp_path / "seen"
+    tool(
+        tmp_path,
+        "compute-sanitizer",
+        f"import sys; open({str(seen)!r}, 'w').write(str(sys.argv))",
+        monkeypatch,
+    )
+    assert sanitized(replace(replayed, artifact=artifact), "racecheck") == ""
+    assert "kernel_name=k'" in seen.read_text() and "kernel_name=p'" in seen.read_text()
