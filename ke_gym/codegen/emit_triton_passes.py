@@ -73,7 +73,8 @@ class Passes(Lines):
         acc, apart = f"{work.node.name}_acc", f"{squares.node.name}_acc"
         kind, shape = TYPES[work.expr.dtype], self._shape(columns)
         self.lines += [f"{name} = tl.zeros({shape}, {kind})" for name in (acc, apart, "before")]
-        body = self._open(axis)
+        # The block that leaves lanes out comes last: until then, all lanes have seen as many values.
+        body = self._open(axis, False if columns % block else None)
         value = self._block(work, axis)
         if not value.isidentifier():
             body.append(f"value = {bare_text(value)}")

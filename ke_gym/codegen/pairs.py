@@ -131,6 +131,8 @@ class Builder(products.Builder):
         batch, m, c = (of(Var(*v)) for v in (("batch", shape.batch), ("m", shape.m), ("c", drafted.columns)))
         index = (batch * shape.m + m, c) if len(self.product.shape) == 2 else (batch, m, c)
         stores = tuple(self._stores(index, self.acc, later))
+        if any(store.op for store in stores):
+            raise Illegal("rows are reduced")
         if not stores or self.product.stride != contiguous_stride(self.product.shape):
             raise Illegal("results in another order, or none")
         matrix = self._element(after, (of(variables(shape)[2]), c)) if after is not None else None

@@ -212,12 +212,12 @@ def online(tiles: Tiles, work: Work) -> Work | None:
         return None
     shifted = Op("sub", (work.expr, Load(work.node.name, (), work.expr.dtype)), work.expr.dtype)
     wanted = Op("exp", (shifted,), work.expr.dtype)
-    return next((w for w in tiles.works if w.op == "sum" and w.expr is wanted), None)
+    return next((w for w in tiles.works if _row_sum(w) and w.expr is wanted), None)
 
 
 def variance(tiles: Tiles, work: Work) -> Work | None:
     """The sum of ``(x - mean)**2`` that follows the sum of ``x`` at once, if rows take several passes."""
-    if work.op != "sum" or work.scan or work.across or work.columns <= tiles.blocks.columns:
+    if not _row_sum(work) or work.columns <= tiles.blocks.columns:
         return None
     total = Load(work.node.name, (), work.expr.dtype)
 
@@ -233,8 +233,13 @@ def variance(tiles: Tiles, work: Work) -> Work | None:
         count = mean.args[1].value if isinstance(mean.args[1], Const) and mean.args[1].value else math.inf
         return abs((count if mean.name == "mul" else 1 / count) * work.columns - 1) < 1e-12
 
-    found = (w for w in tiles.works if w.op == "sum" and w.columns == work.columns and squares(w.expr))
+    found = (w for w in tiles.works if _row_sum(w) and w.columns == work.columns and squares(w.expr))
     return next(found, None)
+
+
+def _row_sum(work: Work) -> bool:
+    """Whether the work is one sum a row."""
+    return work.op == "sum" and not work.scan and not work.across
 
 
 def depends(node: Interned, var: Var) -> bool:

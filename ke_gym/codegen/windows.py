@@ -163,10 +163,15 @@ class Windowed:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block, barriers included."""
+        """Bytes of shared memory of a block, barriers included, and all that the products read of.
+
+        These take 64 rows of weights where there are fewer: what they make of the others is dropped.
+        """
         weights, copied, staged, results = self.sections
         tiles = self.blocks.stages * copied + STAGED * staged
-        return weights + tiles + results + 8 * (self.blocks.stages + 2 * STAGED)
+        steps = self.call.window.taps * self.depth // 8
+        read = ((steps - 1) * (self.height + 1) + self.blocks.m) * 16
+        return max(weights + tiles + results + 8 * (self.blocks.stages + 2 * STAGED), read)
 
 
 class Builder(products.Builder):
@@ -189,8 +194,8 @@ class Builder(products.Builder):
         )
         value = self._biased(self.step.args[2], (m,))
         stores = self._stores((batch, m, n), value, self._after())
-        if not stores:
-            raise Illegal("nothing is stored")
+        if not stores or any(store.op for store in stores):
+            raise Illegal("nothing is stored, or rows are reduced")
         weight, given = self._element(call.w, (m, c, tap)), self._element(call.x, (batch, c, p))
         reads = self._reads(stores, (weight, given))
         writes = tuple(store.buffer for store in stores)

@@ -26,6 +26,7 @@ from ke_gym.tasks import Task
 SMALL = "ragged"
 FOLDER = Path(__file__).parent
 HALF = [str(path) for path in sorted((FOLDER / "half").glob("*.py"))]
+PASSES = [str(path) for path in sorted((FOLDER / "passes").glob("*.py"))]
 # Products that are split, walked over by few programs, fetched by bulk copies or put in order first; convolutions.
 PRODUCTS = [
     (str(FOLDER / "products" / f"{name}.py"), launch)

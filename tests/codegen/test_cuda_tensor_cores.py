@@ -129,6 +129,23 @@ def test_the_rest_stays_with_the_library(sizes: dict[str, int]) -> None:
     assert "torch.ops.aten.convolution" in made.emit(made.seeds()[0])
 
 
+@pytest.mark.parametrize("name", ["whole", "without_matrix"])
+def test_sums_along_rows_are_a_kernel_of_their_own(name: str) -> None:
+    made = program(name, SUMMED=True)
+    first, *rest = made.seeds()[0].plans[0].groups
+    assert isinstance(nest_of(made, made.seeds()[0], 0, 0), (Pairs, Windowed))
+    assert len(first.nodes) == 1 and len(rest) == 1
+    together = Plan((replace(first, nodes=(*first.nodes, *rest[0].nodes)),))
+    assert not made.legal(replace(made.seeds()[0], plans=(together,)))
+
+
+def test_products_read_no_further_than_shared_memory() -> None:
+    made = program("whole", INPUTS=16, OUTPUTS=16, LENGTH=8, TAPS=1, PADDING=0)
+    work: object = nest_of(made, made.seeds()[0], 0, 0)
+    assert isinstance(work, Windowed)
+    assert work.shared >= ((work.depth // 8 - 1) * (work.height + 1) + work.blocks.m) * 16
+
+
 def test_odd_numbers_of_eights() -> None:
     assert [odd(size) for size in (1, 8, 9, 24, 200, 202)] == [8, 8, 24, 24, 200, 216]
 

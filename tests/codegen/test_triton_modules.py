@@ -21,7 +21,7 @@ from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import Launch
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case, case_ids, program, scheduled
+from tests.codegen.interpret import HALF, PASSES, PRODUCTS, SMALL, case, case_ids, program, scheduled
 from tests.languages.gpu_modules import built, launches
 
 NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
@@ -89,6 +89,7 @@ IN_PASSES = {
     "rms_norm_backward": (("programs", 264),),
     "max_pool": (("inner", 2),),
     "matmul_row_max": (("ready", True), ("turned", True)),
+    **dict.fromkeys(PASSES, (("columns", 64), ("rows", 2))),
 }
 
 
