@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ke_gym.codegen.expr import Op, Search, is_float, walk
-from ke_gym.codegen.graph import Graph, Node
+from ke_gym.codegen.graph import Extern, Graph, Node
 
 DISCONTINUOUS = frozenset(
     (
@@ -38,5 +38,13 @@ def continuous(graph: Graph) -> bool:
             )
             for n in values
         )
+        found = found and not any(_chooses(graph, s) for s in graph.steps.values() if isinstance(s, Extern))
         graph.memo["continuous"] = found
     return bool(found)
+
+
+def _chooses(graph: Graph, step: Extern) -> bool:
+    """Whether the library makes integers of floats (the places of the largest, say) that are needed."""
+    needed = {*graph.outputs, *(name for user in graph.users[step.name] for name in graph.steps[user].reads)}
+    floats = any(is_float(graph.buffers[name].dtype) for name in step.reads)
+    return floats and any(b.name in needed and not is_float(b.dtype) for b in step.outputs)

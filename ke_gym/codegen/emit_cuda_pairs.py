@@ -25,9 +25,11 @@ class Printer:
 
     @property
     def threads(self) -> int:
+        """Of a block."""
         return 32 * self.work.blocks.warps
 
     def body(self) -> list[str]:
+        """The kernel's statements, line by line."""
         work, shape = self.work, self.work.shape
         lines = [
             f"constexpr int STEPS = {shape.k // STEP}, ROWS = {eights(shape.m)}, COLUMNS = {eights(shape.n)};",

@@ -61,6 +61,7 @@ class Printer:
         return needed
 
     def body(self) -> list[str]:
+        """The kernel's statements, line by line."""
         work, call = self.work, self.work.call
         weights, copied, staged, results = work.sections
         stages = work.blocks.stages if self.bulk else 0

@@ -48,6 +48,7 @@ class Lines:
 
     @property
     def axis_number(self) -> int:
+        """Which axis of a block the columns are."""
         return 1 if self.high else 0
 
     def _shape(self, columns: int) -> str:

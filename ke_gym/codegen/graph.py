@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from ke_gym.codegen.expr import Expr, Index, Load, Var, loads
+from ke_gym.codegen.expr import Expr, Index, Load, Var
 
 Precision = Literal["strict", "tf32", "bf16"]
 
@@ -196,10 +196,6 @@ def buffers_read(*roots: Expr | Index) -> list[str]:
     from ke_gym.codegen.expr import Search, walk
 
     return [n.buffer for n in walk(*roots) if isinstance(n, (Load, Search))]
-
-
-def loads_of(node: Node) -> list[Load]:
-    return loads(node.expr)
 
 
 @dataclass(frozen=True)

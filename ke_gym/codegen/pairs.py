@@ -171,4 +171,5 @@ class Builder(products.Builder):
 
 
 def eights(size: int) -> int:
+    """How many tiles of eight rows or columns hold ``size``."""
     return -(-size // 8)

@@ -157,7 +157,10 @@ class Product:
 
     @property
     def ready(self) -> tuple[str, ...]:
-        """The side that is copied into what is multiplied: both TF32 parts of it, or bf16."""
+        """The side that is copied into what is multiplied: both TF32 parts of it, or bf16.
+
+        A convolution's input with its channels innermost is a copy of another kind, and a matrix per image.
+        """
         if (
             not self.blocks.ready
             or self.blocks.precision not in ("tf32x3", "bf16")
@@ -165,6 +168,8 @@ class Product:
         ):
             return ()
         sides = {side: operand for side, operand, one in zip(SIDES, self.operands, self.shared) if one}
+        if self.laid is not None:
+            sides.pop("right", None)
         weights = [s for s, o in sides.items() if isinstance(o, Load) and o.buffer in self.weights]
         return tuple(weights or sides)[-1:]
 

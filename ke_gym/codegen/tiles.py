@@ -132,10 +132,12 @@ class Tiles:
 
 
 def row_var(rows: int) -> Var:
+    """The variable that runs over a kernel's rows."""
     return Var("row", rows)
 
 
 def column_var(columns: int) -> Var:
+    """The variable that runs over a column axis of this length."""
     return Var("col", columns)
 
 
@@ -243,6 +245,7 @@ def _row_sum(work: Work) -> bool:
 
 
 def depends(node: Interned, var: Var) -> bool:
+    """Whether ``var`` is anywhere in the expression or index."""
     return any(n is var for n in walk(node))
 
 

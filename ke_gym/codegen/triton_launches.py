@@ -59,6 +59,7 @@ class Launches:
 
     @property
     def results(self) -> dict[str, str]:
+        """The tensors that the group writes."""
         return self.tensors(*(b.name for b in self.work.writes))
 
     def room(self, name: str, size: tuple[int, ...], dtype: str, beside: str = "") -> None:
@@ -99,6 +100,7 @@ class Launches:
         (self.before if before else self.lines).append(launch)
 
     def total(self, name: str, op: str, dtype: str, stored: str, place: str = "col") -> Total:
+        """How the parts of the result of that name are put together."""
         return Total(self.names.get(name, name), parts_of(name), op, dtype, stored, place)
 
     def put_together(self, totals: list[Total], count: int, columns: int, used: set[str]) -> None:
@@ -113,6 +115,7 @@ class Launches:
 
     @property
     def text(self) -> Printed:
+        """All that was collected."""
         return Printed("\n\n\n".join(self.kernels), self.lines, self.before, self.copies)
 
 

@@ -242,4 +242,5 @@ def odd(size: int) -> int:
 
 
 def round_up(size: int, step: int) -> int:
+    """The least multiple of ``step`` that is not smaller."""
     return -(-size // step) * step

@@ -62,6 +62,7 @@ PRODUCTS = [
         ("conv2d_even", (("channels_last", True), ("unroll", True), ("prepared", True))),
         ("pointwise", (("channels_last", True), ("loads", "descriptors"))),
         ("conv_chain", (("channels_last", True), ("prepared", True))),
+        ("pointwise_given", (("channels_last", True), ("precision", "tf32x3"), ("ready", True))),
         ("conv2d_single", (("channels_last", True),)),
         ("conv2d_single", (("channels_last", True), ("packed", True), ("ready", True), ("prepared", True))),
     )
