@@ -10,7 +10,7 @@ from ke_gym.codegen import channels_last, fusion, module, module_cuda, module_tr
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.features import Features
-from ke_gym.codegen.graph import Graph
+from ke_gym.codegen.graph import Graph, Node
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.split_reductions import for_gpu
@@ -52,6 +52,9 @@ class Program:
                 captured = capture(task, shape_set)
                 features = features or Features.of(captured)
                 graph = lower(captured, task.precision)
+                nodes = [step for step in graph.steps.values() if isinstance(step, Node)]
+                if any(var.size == 0 for node in nodes for var in (*node.vars, *node.rvars)):
+                    raise Illegal("tensors without elements")
                 if target == "cuda":
                     graph = for_gpu(graph, language)
                 graphs.append(graph)

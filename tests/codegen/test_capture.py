@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pytest
 
-from ke_gym.codegen import Program
+from ke_gym.codegen import CodegenError, Program
 from ke_gym.codegen.capture import capture
 from ke_gym.tasks import Task
 
@@ -62,3 +63,21 @@ def get_inputs():
     )
     captured = capture(Task.from_file(path), "default")
     assert captured.names[1] is None
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_tensors_without_elements_are_refused(target: str, tmp_path: Path) -> None:
+    path = tmp_path / "empty.py"
+    path.write_text(
+        """
+import torch
+import torch.nn as nn
+class Model(nn.Module):
+    def forward(self, x):
+        return torch.relu(x).sum(-1)
+def get_inputs():
+    return [torch.randn(0, 8)]
+"""
+    )
+    with pytest.raises(CodegenError, match="without elements"):
+        Program.from_task(Task.from_file(path), target)
