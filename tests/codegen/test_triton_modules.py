@@ -100,7 +100,7 @@ def interpreted() -> dict[str, str]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "tests.codegen.interpret"],
-        input=json.dumps(wanted), capture_output=True, text=True, env=environment, timeout=300,
+        input=json.dumps(wanted), capture_output=True, text=True, env=environment, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
