@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from ke_gym.codegen.cuda_text import TYPES, Text, cast
-from ke_gym.codegen.expr import Load, walk
+from ke_gym.codegen import emit_cuda_products
+from ke_gym.codegen.emit_cuda_products import Along, indented
 from ke_gym.codegen.graph import View
 from ke_gym.codegen.pairs import STEP, Pairs, eights
-from ke_gym.codegen.triton_text import bare_text
 
 
-class Printer:
+class Printer(emit_cuda_products.Printer[Pairs]):
     """Prints the kernel of one ``Pairs``."""
 
     def __init__(self, pairs: Pairs, used: set[str]) -> None:
-        self.work, self.used = pairs, used
-        self.names = {b.name: f"{b.name}_ptr" for b in (*pairs.reads, *pairs.writes)}
-        sizes = [b.extent for b in (*pairs.reads, *pairs.writes)]
-        self.int = "long long" if max(sizes) >= 1 << 31 else "int"
-        self.kind = TYPES[pairs.shape.dtype]
+        super().__init__(pairs, used)
         self.wide = pairs.ordered and pairs.columns % STEP == 0 and pairs.after is not None
         used |= {f"product {pairs.shape.dtype}", f"pack {pairs.shape.dtype}"}
         if self.wide:
@@ -39,10 +34,10 @@ class Printer:
             f"const int first = blockIdx.x * {work.blocks.warps} + threadIdx.x / 32;",
             f"for (int sample = first; sample < BATCH; sample += gridDim.x * {work.blocks.warps}) {{",
             f"  const {self.int} batch = sample;",
-            *_indented(self._rows("left", work.left, "ROWS", shape.m)),
+            *indented(self._rows("left", work.left, "ROWS", shape.m)),
         ]
         if not work.same:
-            lines += _indented(self._rows("right", work.right, "COLUMNS", shape.n))
+            lines += indented(self._rows("right", work.right, "COLUMNS", shape.n))
         right = "left" if work.same else "right"
         odd = eights(shape.m) % 2 == 1
         lower = "i + 1 < ROWS ? left[i + 1][s] : uint4{}" if odd else "left[i + 1][s]"
@@ -59,8 +54,8 @@ class Printer:
             f"        product_{shape.dtype}(sums[j], upper.z, lower.z, upper.w, lower.w, {right}[j][s].z, {right}[j][s].w);",
             "      }",
             "    }",
-            *_indented(self._again(), 2),
-            *_indented(self._results(), 2),
+            *indented(self._again(), 2),
+            *indented(self._results(), 2),
             "  }",
             "}",
         ]
@@ -95,7 +90,7 @@ class Printer:
             return []
         guards = [f"n < {work.shape.n}"] if work.shape.n % 16 else []
         guards += [f"c < {work.columns}"] if work.columns % 8 else []
-        value = f"float({self._text().expr(work.matrix)})"
+        value = f"float({self.text().expr(work.matrix)})"
         if guards:
             value = f"{' && '.join(guards)} ? {value} : 0.0f"
         return [
@@ -148,34 +143,13 @@ class Printer:
         work, shape = self.work, self.work.shape
         row, column = "i * 8 + quad + e / 2 * 8", self._column("r", "(part * 2 + e % 2)")
         ragged_m, ragged_c = shape.m % 16 != 0, work.columns % 8 != 0
-        inner = [
-            f"const int m = {f'min({row}, {shape.m - 1})' if ragged_m else row};",
-            f"const int c = {f'min({column}, {work.columns - 1})' if ragged_c else column};",
-            "const float sum = values[r][e];",
-        ]
-        text = self._text()
-        for load in (x for s in work.stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
-            text.names[load] = "sum"
-        inner += text.bind([store.expr for store in work.stores])
-        if self.wide:
-            inner.append(f"values[r][e] = {bare_text(text.expr(work.stores[0].expr))};")
-        else:
-            masks = [
-                t
-                for t, ragged in ((f"{row} < {shape.m}", ragged_m), (f"{column} < {work.columns}", ragged_c))
-                if ragged
-            ]
-            guard = f"if ({' && '.join(masks)}) " if masks else ""
-            for store in work.stores:
-                kind, value = store.buffer.dtype, text.expr(store.expr)
-                value = cast(kind, value) if store.expr.dtype != kind else bare_text(value)
-                inner.append(f"{guard}{text.element(store.buffer.name, store.place)} = {value};")
+        along = (Along("m", row, shape.m, ragged_m), Along("c", column, work.columns, ragged_c))
         lines = [
             "#pragma unroll",
             "for (int r = 0; r < RESULTS; ++r) {",
             "  #pragma unroll",
             "  for (int e = 0; e < 4; ++e) {",
-            *_indented(inner, 2),
+            *indented(self.element("values[r][e]", along, self.wide), 2),
             "  }",
             "}",
         ]
@@ -195,11 +169,3 @@ class Printer:
             f"        uint4{{{words}}};",
             "}",
         ]
-
-    def _text(self) -> Text:
-        sizes = {b.name: b.extent for b in (*self.work.reads, *self.work.writes)}
-        return Text(self.used, sizes, self.names)
-
-
-def _indented(lines: list[str], depth: int = 1) -> list[str]:
-    return ["  " * depth + line for line in lines]

@@ -7,25 +7,21 @@ bytes, positions one after the other, so that a window may begin at any position
 
 from __future__ import annotations
 
-from ke_gym.codegen.cuda_text import TYPES, Text, cast
+from ke_gym.codegen import emit_cuda_products
+from ke_gym.codegen.emit_cuda_products import Along, indented
 from ke_gym.codegen.expr import Expr, Load, walk
-from ke_gym.codegen.triton_text import bare_text
 from ke_gym.codegen.windows import STAGED, Windowed
 
 GROUP = 128  # threads of a warpgroup
 
 
-class Printer:
+class Printer(emit_cuda_products.Printer[Windowed]):
     """Prints the kernel of one convolution."""
 
     def __init__(self, windowed: Windowed, used: set[str]) -> None:
-        self.work, self.used = windowed, used
+        super().__init__(windowed, used)
         self.bulk = windowed.blocks.loads == "descriptors"
-        self.names = {b.name: f"{b.name}_ptr" for b in (*windowed.reads, *windowed.writes)}
-        sizes = [b.extent for b in (*windowed.reads, *windowed.writes)]
-        self.int = "long long" if max(sizes) >= 1 << 31 else "int"
         self.groups = windowed.blocks.m // 64
-        self.kind = TYPES[windowed.shape.dtype]
 
     @property
     def pointers(self) -> list[str]:
@@ -86,7 +82,7 @@ class Printer:
             ]
         lines += [
             f"if (threadIdx.x == {GROUP * self.groups}) {{",
-            "  for (int t = 0; t < 2; ++t) {",
+            f"  for (int t = 0; t < {STAGED}; ++t) {{",
             f"    begin(full + 8 * t, {GROUP});",
             f"    begin(empty + 8 * t, {4 * self.groups});",
             "  }",
@@ -98,13 +94,13 @@ class Printer:
                 "  for (int s = 0; s < STAGES; ++s) {",
                 "    const int tile = blockIdx.x + s * gridDim.x;",
                 "    if (tile < TILES) {",
-                *_indented(self._fetch("tile"), 3),
+                *indented(self._fetch("tile"), 3),
                 "    }",
                 "  }",
             ]
         lines += ["}", *self._weights(), "publish();", "__syncthreads();"]
-        lines += [f"if (threadIdx.x >= {GROUP * self.groups}) {{", *_indented(self._produce())]
-        return [*lines, "} else {", *_indented(self._consume()), "}"]
+        lines += [f"if (threadIdx.x >= {GROUP * self.groups}) {{", *indented(self._produce())]
+        return [*lines, "} else {", *indented(self._consume()), "}"]
 
     # ------------------------------------------------------------------------------------------ operands
 
@@ -117,7 +113,7 @@ class Printer:
 
     def _eight(self, expr: Expr, guard: str, to: str) -> list[str]:
         """Eight channels from ``base`` on, as one store."""
-        text = self._text()
+        text = self.text()
         channels = self.work.call.window.channels
         guards = [
             g for g in (guard, f"c < {channels}" if channels % 8 or channels < self.work.depth else "") if g
@@ -147,7 +143,7 @@ class Printer:
             f"for (int item = threadIdx.x; item < TAPS * DEPTH / 8 * (ROWS - 1); item += {self.work.threads}) {{",
             "  const int k = item % (TAPS * DEPTH / 8), m = first + item / (TAPS * DEPTH / 8);",
             "  const int tap = k / (DEPTH / 8), base = k % (DEPTH / 8) * 8;",
-            *_indented(inner),
+            *indented(inner),
             "}",
         ]
 
@@ -181,7 +177,7 @@ class Printer:
                 f"  meet<1, {GROUP}>();",
                 "  const int later = tile + STAGES * gridDim.x;",
                 "  if (thread == 0 && later < TILES) {",
-                *_indented(self._fetch("later"), 2),
+                *indented(self._fetch("later"), 2),
                 "  }",
             ]
         else:
@@ -195,7 +191,7 @@ class Printer:
                 f"  for (int item = thread; item < DEPTH / 8 * SPAN; item += {GROUP}) {{",
                 "    const int base = item / SPAN * 8;",
                 f"    const int p = tile % ALONG * POSITIONS - {self.work.call.padding[0]} + item % SPAN;",
-                *_indented(inner, 2),
+                *indented(inner, 2),
                 "  }",
                 "  publish();",
                 "  arrive(full + 8 * t);",
@@ -242,7 +238,7 @@ class Printer:
                 "    arrive(empty + 8 * (t ^ 1));",
                 "  }",
             ]
-        lines += ["  await_products(sums);", *_indented(freed), *_indented(self._epilogue()), "}"]
+        lines += ["  await_products(sums);", *indented(freed), *indented(self._epilogue()), "}"]
         return [*lines, "if (lane == 0) await_sent();"] if work.sent else lines
 
     def _epilogue(self) -> list[str]:
@@ -250,27 +246,7 @@ class Printer:
         ragged_m, ragged_n = shape.m % work.blocks.m != 0, shape.n % work.blocks.n != 0
         m = "first + warp * 16 + lane / 4 + e / 2 * 8"
         n = "start + j * 8 + lane % 4 * 2 + e % 2"
-        inner = [
-            f"const int m = {f'min({m}, {shape.m - 1})' if ragged_m else m};",
-            f"const int n = {f'min({n}, {shape.n - 1})' if ragged_n else n};",
-            "const float sum = sums[4 * j + e];",
-        ]
-        text = self._text()
-        for load in (x for s in work.stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
-            text.names[load] = "sum"
-        inner += text.bind([store.expr for store in work.stores])
-        if work.sent:
-            value = text.expr(work.stores[0].expr)
-            inner.append(f"sums[4 * j + e] = {bare_text(value)};")
-        else:
-            masks = [
-                t for t, ragged in ((f"{m} < {shape.m}", ragged_m), (f"{n} < {shape.n}", ragged_n)) if ragged
-            ]
-            guard = f"if ({' && '.join(masks)}) " if masks else ""
-            for store in work.stores:
-                kind, value = store.buffer.dtype, text.expr(store.expr)
-                value = cast(kind, value) if store.expr.dtype != kind else bare_text(value)
-                inner.append(f"{guard}{text.element(store.buffer.name, store.place)} = {value};")
+        along = (Along("m", m, shape.m, ragged_m), Along("n", n, shape.n, ragged_n))
         lines = [
             f"const {self.int} batch = tile / ALONG;",
             "const int start = tile % ALONG * POSITIONS;",
@@ -283,7 +259,7 @@ class Printer:
             "for (int j = 0; j < POSITIONS / 8; ++j) {",
             "  #pragma unroll",
             "  for (int e = 0; e < 4; ++e) {",
-            *_indented(inner, 2),
+            *indented(self.element("sums[4 * j + e]", along, work.sent), 2),
             "  }",
         ]
         if work.sent:
@@ -298,13 +274,5 @@ class Printer:
                 "if (lane == 0) send(output_tiles, own, start, first + warp * 16, batch);",
             ]
         if ragged_m:
-            lines = [f"if (first + warp * 16 < {shape.m}) {{", *_indented(lines), "}"]
+            lines = [f"if (first + warp * 16 < {shape.m}) {{", *indented(lines), "}"]
         return lines
-
-    def _text(self) -> Text:
-        sizes = {b.name: b.extent for b in (*self.work.reads, *self.work.writes)}
-        return Text(self.used, sizes, self.names)
-
-
-def _indented(lines: list[str], depth: int = 1) -> list[str]:
-    return ["  " * depth + line for line in lines]
