@@ -88,7 +88,8 @@ class KernelOptEnv(gymnasium.Env[Observation, Any], EzPickle):
     ## Information
     ``action_mask`` (int8), ``task``, ``outcome`` (of the evaluation, or ``illegal``, ``refused``, ``stop``,
     ``lost``, or why a model's answer was no candidate: ``truncated``, ``prose``, …), ``candidate`` (id),
-    ``source``, ``speedup`` and ``speedup_ci`` over the baseline (0 where nothing was measured),
+    ``source``, ``speedup`` and ``speedup_ci`` over the baseline (0 where nothing was measured; the interval is
+    (0, 0) also where a slow candidate left its race before there was one),
     ``best_speedup``, ``cost_s``, ``dollars``, ``evaluations``, ``reason``.
 
     ## Arguments

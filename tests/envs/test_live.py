@@ -302,7 +302,8 @@ def test_a_real_search_measures_real_kernels(tmp_path: Path, monkeypatch: pytest
     observation, _, _, _, info = env.step(RESTART.id)
     assert info["outcome"] == "correct" and info["speedup"] > 0 and info["cost_s"] > 0
     low, high = info["speedup_ci"]
-    assert low <= info["speedup"] <= high
+    # A candidate that looks slow, as any may beside other work, leaves its race before there is an interval.
+    assert low <= info["speedup"] <= high or (low, high) == (0.0, 0.0)
     assert observation["code"].any() and observation["profile"][-1] == 1
     # The judge dies: the next evaluation is lost, the one after it is made by a new evaluator.
     evaluators[0].judge.worker.kill()
