@@ -250,6 +250,9 @@ def main(args: Args) -> int:
     console = Console(stderr=args.json)
     if not console.is_terminal:
         console.width = 120
+    if args.exchange is not None:
+        there = f"scripts/evaluate.py --serve {args.exchange}"
+        console.print(f"judged by whoever runs {there}", highlight=False, soft_wrap=True)
     results: list[Result] = []
     refused, interrupted = 0, False
     try:

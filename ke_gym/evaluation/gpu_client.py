@@ -30,7 +30,8 @@ WARM_SECONDS = 900.0
 """torch.compile may have to try a library's worth of kernels before its first race."""
 NO_DEVICE = (
     "no NVIDIA GPU can be used here ({why}); compile here with scripts/evaluate.py --bundle FILE --compile-only "
-    "and race the file on a machine that has one with --run-bundle FILE"
+    "and race the file on a machine that has one with --run-bundle FILE, or search here with "
+    "scripts/optimize.py --exchange DIR and judge there with scripts/evaluate.py --serve DIR"
 )
 
 

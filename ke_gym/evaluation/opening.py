@@ -34,8 +34,8 @@ def open_evaluator(
     if exchange is not None:
         from ke_gym.evaluation.exchange import ExchangeEvaluator
 
-        if not target.startswith("cuda"):
-            raise UserError(f"--exchange is for the target cuda, not {target}")
+        if target != "cuda":
+            raise UserError(f"--exchange is for the target cuda, not {target}; who serves it chooses the GPU")
         return ExchangeEvaluator(task, exchange, baseline, folder, **options)
     if target == "cpu":
         return Evaluator(task, target, baseline, threads, folder, **options)

@@ -18,6 +18,7 @@ from ke_gym.evaluation import exchange
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.exchange import ExchangeEvaluator
 from ke_gym.evaluation.gpu_client import GpuShape
+from ke_gym.evaluation.opening import open_evaluator
 from ke_gym.evaluation.work import Work
 from ke_gym.job import optimize, read_run
 from ke_gym.languages.artifact import Artifact
@@ -149,3 +150,9 @@ def test_a_search_is_in_the_language_it_was_asked_for(
         nodes = store.nodes(settings.session)
     assert settings.language == "cuda" and len(nodes) == 2 and result.speedup == 2.0
     assert all(node.candidate.language == "cuda" for node in nodes)
+
+
+def test_the_gpu_of_an_exchange_is_the_servers_choice(tmp_path: Path) -> None:
+    for target in ("cpu", "cuda:1", "cuda:sm_90"):
+        with pytest.raises(UserError, match=f"not {target}; who serves it"):
+            open_evaluator(Task.load("softmax"), target, exchange=tmp_path)
