@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 
 from ke_gym.candidate import Candidate
 from ke_gym.envs import spaces
-from ke_gym.envs.table import REFUSED, REPEATED, Table
+from ke_gym.envs.table import NO_RACE, REPEATED, Table
 from ke_gym.evaluation.evaluation import OUTCOMES, Cost, Evaluation
 from ke_gym.search import reward
 from ke_gym.search.observation import CODE, RECENT
@@ -39,19 +39,24 @@ SLOW, SLOW_BEST = 1, 1 << 3 * FIELD
 SIGNS = tuple({"compile": 1 << FIELD, "correctness": 1 << 2 * FIELD}.get(outcome, 0) for outcome in OUTCOMES)
 """What a failed evaluation of each outcome adds to the fields."""
 
-Measured = tuple[float, float, tuple[float, float]]
-"""Log-speedup, speedup, and the speedup's interval."""
-NOTHING: Measured = (0.0, 0.0, (0.0, 0.0))
-Told = tuple[str, float, str, str]
-"""What is told of a step: its outcome, cost, candidate's id and source."""
-Version = tuple[int, bool, int, Measured, tuple[Measured, ...], int, bool, float, int, Told]
-"""A version as a step needs it, at one place in memory: node, whether it is correct, its outcome by number, its verdict
-and its repeats (the verdict alone where none is recorded), rival, whether it improved on that, the lower end of its
-interval over its value, the actions recorded on it, and what is told of it."""
-Edge = tuple[Any, ...]
-"""How often an action can be taken on a node, the versions that it makes one after the other, and what ends them:
-``REFUSED`` or ``REPEATED`` in a tuple of its own."""
-BEGUN, STOPPED, ILLEGAL, NOT_MADE = ((outcome, 0.0, "", "") for outcome in ("", "stop", "illegal", "refused"))
+Version = tuple[
+    int, bool, int, int, bool, float, int, float, float, tuple[float, float], str, float, str, str
+]  # fmt: skip
+"""All that a step needs of a version, side by side, since what lies apart in memory takes longer to fetch than to use: its
+node, whether it is correct, its outcome by number, its rival, whether it improved on that, the lower end of its interval
+over its value, the actions recorded on it; log-speedup, speedup and the speedup's interval, as drawn; and what is told of
+it: outcome, cost, candidate's id and source."""
+Edge = tuple[int, ...]
+"""How often an action can be taken on a node, the nodes that it makes one after the other, and what ends them: ``REFUSED``
+or ``REPEATED``."""
+
+
+def _untold(outcome: str) -> Version:
+    return -1, False, 0, NO_RACE, False, 0.0, 0, 0.0, 0.0, (0.0, 0.0), outcome, 0.0, "", ""
+
+
+BEGUN, STOPPED, ILLEGAL, NOT_MADE = map(_untold, ("", "stop", "illegal", "refused"))
+"""What is told of a step that evaluates nothing."""
 
 
 class Prepared:
@@ -61,6 +66,7 @@ class Prepared:
         self.table, self.name = table, table.task
         n = len(table)
         self.reference = n
+        known = list(range(n))  # one object for each number: fewer to fetch
         self.children: list[list[tuple[int, ...]]] = [[()] * N_ACTIONS for _ in range(n + 1)]
         self.dollars: dict[tuple[int, int, int], float] = {}
         self.ends: dict[tuple[int, int], int] = {}
@@ -70,7 +76,7 @@ class Prepared:
             if child < 0:
                 self.ends[origin, action] = child
             else:
-                self.children[origin][action] += (child,)
+                self.children[origin][action] += (known[child],)
             if dollars:
                 self.dollars[origin, action, child] = dollars
         self.totals = [
@@ -88,14 +94,15 @@ class Prepared:
         self.actions: list[int] = (legal @ (1 << np.arange(N_ACTIONS))).tolist()
         """The legal actions that each node brings, as bits: strategies of correct versions, FIX of failed ones,
         RESTART and STOP of the reference. What is legal is the union of parent, failure and reference."""
-        self.spread = [int.from_bytes(row.tobytes(), "little") for row in legal]
+        sets: dict[int, int] = {}
+        self.spread = [sets.setdefault(*[int.from_bytes(row.tobytes(), "little")] * 2) for row in legal]
         """The same with a byte for each action, so that the bytes are a mask."""
         self.outcomes: list[int] = table.outcomes.tolist()
         self.values: list[float] = table.log_speedup.tolist()
         with np.errstate(invalid="ignore"):
             gaps = table.log_interval - table.log_speedup[:, None]
         self.gaps: list[list[float]] = np.where(table.correct[:, None], gaps, 0.0).tolist()
-        self.rivals: list[int] = table.rivals.tolist()
+        self.rivals: list[int] = [known[rival] if rival >= 0 else rival for rival in table.rivals.tolist()]
         self.improved: list[bool] = table.improved.tolist()
         self.costs: list[float] = table.costs.sum(axis=1, dtype=np.float64).tolist()
         self.noise: list[list[float]] = [[] for _ in range(n)]
@@ -104,48 +111,47 @@ class Prepared:
         self.draft_of = {node: i for i, node in enumerate(table.drafts.tolist())}
         self.described = np.concatenate([table.code, table.profile], axis=1)
         """Code and profile of each version side by side, since they change together; its distances to drafts apart."""
-        self.pictures = self.described.data.cast("B")
+        self.pictures = self.described.tobytes()
         self.distances = np.clip(table.distances, -1.0, 1.0)
         self.start = np.zeros(spaces.SIZE, dtype=np.float32)
         self.start[SLICES["task"]] = table.surroundings.task
         self.start[SLICES["hardware"]] = table.surroundings.hardware
         self.oracle = table.optimum
-        known = [self._version(node) for node in range(n)]
-        ends = {kind: (kind,) for kind in (REFUSED, REPEATED)}
-        # Tuples, one of them for all that was never recorded: the less memory a walk meets, the faster it is.
         nothing: Edge = (0,)
         self.edges: tuple[tuple[Edge, ...], ...] = tuple(
             tuple(
-                (total, *(known[child] for child in made), ends[self.ends.get((node, action), REPEATED)])
-                if total
-                else nothing
+                (total, *made, self.ends.get((node, action), REPEATED)) if total else nothing
                 for action, (made, total) in enumerate(zip(row, totals))
             )
             for node, (row, totals) in enumerate(zip(self.children, self.totals))
         )
         """What each action makes of each node."""
 
-    def _version(self, node: int) -> Version:
-        table, value = self.table, self.values[node]
-        told = OUTCOMES[self.outcomes[node]], self.costs[node], table.candidates[node], table.sources[node]
-        return (
-            node,
-            self.correct[node],
-            self.outcomes[node],
-            self._measured(node, value),
-            tuple(self._measured(node, value + noise) for noise in self.noise[node] or (0.0,)),
-            self.rivals[node],
-            self.improved[node],
-            self.gaps[node][0],
-            self.spread[node],
-            told,
-        )
+    @cached_property
+    def drawn(self) -> tuple[tuple[Version, ...], ...]:
+        """Every version as each of its recorded repeats shows it; its verdict where none is recorded."""
+        return tuple(tuple(self._versions(node, noise or (0.0,))) for node, noise in enumerate(self.noise))
 
-    def _measured(self, node: int, value: float) -> Measured:
-        if not self.correct[node]:
-            return NOTHING
-        low, high = self.gaps[node]
-        return value, math.exp(value), (math.exp(value + low), math.exp(value + high))
+    @cached_property
+    def judged(self) -> tuple[tuple[Version, ...], ...]:
+        """Every version by its verdict alone."""
+        return tuple(tuple(self._versions(node, (0.0,))) for node in range(self.reference))
+
+    def _versions(self, node: int, noises: Sequence[float]) -> Iterator[Version]:
+        table, value, (low, high) = self.table, self.values[node], self.gaps[node]
+        correct, code, rival, improved = (
+            self.correct[node], self.outcomes[node], self.rivals[node], self.improved[node]
+        )  # fmt: skip
+        actions, cost = self.spread[node], self.costs[node]
+        for noise in noises:
+            seen: tuple[float, float, tuple[float, float]] = 0.0, 0.0, (0.0, 0.0)
+            if correct:
+                drawn = value + noise
+                seen = drawn, math.exp(drawn), (math.exp(drawn + low), math.exp(drawn + high))
+            yield (
+                node, correct, code, rival, improved, low, actions, *seen,
+                OUTCOMES[code], cost, table.candidates[node], table.sources[node],
+            )  # fmt: skip
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ke_gym.envs import catalog, render, spaces
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
-from ke_gym.envs.prepared import BEGUN, STOPPED, Told, prepared_of
+from ke_gym.envs.prepared import STOPPED, prepared_of
 from ke_gym.envs.table import Table
 from ke_gym.envs.walk import Walk
 from ke_gym.errors import UserError
@@ -143,35 +143,28 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
             prepared_of(self.tables[number]), horizon, self.rules.reward, self.rules.parent_rule,
             uniforms if self.noise == "sample" else None, int(second * 2**31),
         )  # fmt: skip
-        return self.walk.observation(), self._info(self.walk, BEGUN, 0.0)
+        return self.walk.observation(), self._info(self.walk, 0.0)
 
     def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One strategy: look up what it made, and what that was measured to be."""
         walk = self.walk or self._running()
         spent = walk.spent_dollars
-        paid, told = self._extended(walk, action) if self._wide else walk.step(int(action))
-        terminated = told is STOPPED
+        paid = self._extended(walk, int(action)) if self._wide else walk.step(int(action))
+        terminated = walk.told is STOPPED
         truncated = not terminated and walk.steps >= walk.horizon
-        return (
-            walk.observation(),
-            paid,
-            terminated,
-            truncated,
-            self._info(walk, told, walk.spent_dollars - spent),
-        )
+        return walk.observation(), paid, terminated, truncated, self._info(walk, walk.spent_dollars - spent)
 
-    def _extended(self, walk: Walk, action: SupportsInt) -> tuple[float, Told]:
-        if not 0 <= int(action) < self._wide:
+    def _extended(self, walk: Walk, action: int) -> float:
+        if not 0 <= action < self._wide:
             return walk.step(ILLEGAL)
-        slot, plain, _ = spaces.split(int(action), extended=True)
+        slot, plain, _ = spaces.split(action, extended=True)
         if not slot:
             return walk.step(plain)
         slots = walk.slots()
         return walk.step(plain, slots[slot]) if slot < len(slots) else walk.step(ILLEGAL)
 
-    def _info(self, walk: Walk, told: Told, dollars: float) -> dict[str, Any]:
-        outcome, cost, candidate, source = told
-        _, speedup, interval = walk.measured
+    def _info(self, walk: Walk, dollars: float) -> dict[str, Any]:
+        _, _, _, _, _, _, _, _, speedup, interval, outcome, cost, candidate, source = walk.told
         return {
             "action_mask": walk.extended_mask() if self._wide else walk.mask(),
             "task": walk.prepared.name,

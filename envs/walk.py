@@ -11,12 +11,14 @@ import heapq
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ke_gym.envs.prepared import (
+    BEGUN,
     DESCRIBED,
     DISTANCE,
     FIELD,
@@ -25,7 +27,6 @@ from ke_gym.envs.prepared import (
     N_ACTIONS,
     N_STRATEGIES,
     NOT_MADE,
-    NOTHING,
     PENALTIES,
     PER_STRATEGY,
     SIGNS,
@@ -36,7 +37,6 @@ from ke_gym.envs.prepared import (
     WINDOW,
     WINDOWS,
     Prepared,
-    Told,
     Version,
 )
 from ke_gym.envs.spaces import PARENT_SLOTS
@@ -57,9 +57,9 @@ _write_history = Struct(f"{HISTORY.stop - HISTORY.start}f").pack_into
 _write_strategy = Struct("3f").pack_into
 _write_one = Struct("f").pack_into
 _HISTORY_AT, _STRATEGIES_AT, _STRATEGY = _FLOAT * HISTORY.start, _FLOAT * PER_STRATEGY, _FLOAT * 3
-_PICTURE_AT, _PICTURE_END, _DISTANCE_AT = _FLOAT * DESCRIBED.start, _FLOAT * DESCRIBED.stop, _FLOAT * DISTANCE
-_PICTURE = _PICTURE_END - _PICTURE_AT
-_TASK, _HARDWARE, _CODE, _PROFILE, _HISTORY, _STRATEGIES = SLICES.values()
+_PICTURE_AT, _PICTURE, _DISTANCE_AT = _FLOAT * DESCRIBED.start, _FLOAT * (DESCRIBED.stop - DESCRIBED.start), _FLOAT * DISTANCE
+_write_picture = Struct(f"{_PICTURE}s").pack_into
+_parts = itemgetter(*SLICES.values())
 # Sets of actions have a byte for each.
 _ONLY = tuple(1 << 8 * i for i in range(N_ACTIONS))
 _STRATEGIES_ONLY = sum(_ONLY[:N_STRATEGIES])
@@ -83,10 +83,10 @@ class Walk:
     __slots__ = (
         "_actions", "_best_depth", "_best_share", "_breadth", "_broken", "_buffer", "_draft_share",
         "_edges", "_flat", "_follows", "_last_outcome", "_legal", "_numbers", "_open",
-        "_recent", "_seed", "_shown", "_shown_legal", "_statistics", "_tree", "_uniforms",
+        "_places", "_recent", "_seed", "_shown", "_shown_legal", "_statistics", "_tree", "_uniforms",
         "_used", "_versions", "best", "best_at", "best_speedup", "best_value", "clock", "duplicates",
-        "evaluations", "horizon", "kind", "measured", "number", "parent", "prepared", "reference", "rule",
-        "spent_dollars", "steps", "visited",
+        "evaluations", "horizon", "kind", "number", "parent", "prepared", "reference", "rule",
+        "spent_dollars", "steps", "told", "visited",
     )  # fmt: skip
 
     def __init__(
@@ -99,15 +99,17 @@ class Walk:
         seed: int = 0,
     ) -> None:
         self.prepared, self.horizon, self.kind, self.rule = prepared, horizon, kind, rule
-        self._uniforms, self._seed, self._follows = uniforms, seed, rule == "best"
+        self._uniforms = uniforms or (0.0,) * horizon
+        self._seed, self._follows = seed, rule == "best"
         self._edges = prepared.edges
+        self._versions = prepared.judged if uniforms is None else prepared.drawn
         reference = self.reference = self.parent = self._shown = prepared.reference
         self.steps = self.evaluations = self.number = self.duplicates = 0
         self.clock = self.spent_dollars = 0.0
         self.best = self.best_at = -1
         self.best_value, self.best_speedup = 0.0, 1.0
-        self.measured = NOTHING
-        """The latest evaluation, as drawn."""
+        self.told = BEGUN
+        """Of the latest step."""
         self._best_share = self._best_depth = self._last_outcome = self._draft_share = self._breadth = 0.0
         """As the observation shows them."""
         self.visited: dict[int, Visit] = {}
@@ -130,7 +132,7 @@ class Walk:
         self._flat = np.frombuffer(self._buffer, np.float32)
         """The observation: as an array, over the bytes that are written."""
         self._numbers: dict[int, int] = {}
-        self._versions: dict[int, int] = {}
+        self._places: dict[int, int] = {}
         self._tree = None if rule in FAST_RULES else Tree()
         self._settle()
 
@@ -138,10 +140,10 @@ class Walk:
 
     def observation(self) -> Observation:
         """The observation in arrays of its own."""
-        flat = self._flat.copy()
+        task, hardware, code, profile, history, strategies = _parts(self._flat.copy())
         return {
-            "task": flat[_TASK], "hardware": flat[_HARDWARE], "code": flat[_CODE], "profile": flat[_PROFILE],
-            "history": flat[_HISTORY], "strategies": flat[_STRATEGIES],
+            "task": task, "hardware": hardware, "code": code, "profile": profile,
+            "history": history, "strategies": strategies,
         }  # fmt: skip
 
     def mask(self) -> NDArray[np.int8]:
@@ -165,8 +167,8 @@ class Walk:
 
     # Steps ------------------------------------------------------------------------------------------------
 
-    def step(self, action: int, parent: int | None = None) -> tuple[float, Told]:
-        """(reward, what is told of it). Observation and mask are then those of the next step.
+    def step(self, action: int, parent: int | None = None) -> float:
+        """The reward; ``told`` says what was done. Observation and mask are then those of the next step.
 
         ``parent`` overrules the parent rule for a strategy: one of ``slots()``.
         """
@@ -184,7 +186,7 @@ class Walk:
             return self._idle(0.0, STOPPED)
         made, visited, place = self._edges[origin][action], self.visited, origin * N_ACTIONS + action
         k = self._used.get(place, 0) + 1
-        while made[k][0] in visited:
+        while made[k] in visited:
             k += 1
         self.number += 1
         if k < made[0]:
@@ -193,33 +195,30 @@ class Walk:
             left = self._actions[origin] = self._actions[origin] ^ _ONLY[action]
             if origin == self._open and not left:
                 self._open = self._fastest()
-        version: Version = made[k]
-        node = version[0]
-        if node >= 0:
-            value = self._tell(origin, action, version)
-            self._settle()
-            return value, version[-1]
-        self.duplicates += node == REPEATED
-        self.spent_dollars += self.prepared.dollars.get((origin, action, node), 0.0)
+        child = made[k]
+        if child >= 0:
+            repeats = self._versions[child]
+            self.told = repeats[int(self._uniforms[self.steps - 1] * len(repeats))]
+            paid = self._tell(origin, action, self.told)
+        else:
+            self.duplicates += child == REPEATED
+            self.spent_dollars += self.prepared.dollars.get((origin, action, child), 0.0)
+            self.told, paid = NOT_MADE, reward.DUPLICATE_PENALTY
         self._settle()
-        self.measured = NOTHING
-        return reward.DUPLICATE_PENALTY, NOT_MADE
+        return paid
 
-    def _idle(self, paid: float, told: Told) -> tuple[float, Told]:
+    def _idle(self, paid: float, told: Version) -> float:
         """A step that changes nothing but the budget that is left."""
-        self.measured = NOTHING
+        self.told = told
         _write_one(self._buffer, _HISTORY_AT, 1.0 - self.steps / self.horizon)
-        return paid, told
+        return paid
 
     def _tell(self, origin: int, action: int, version: Version) -> float:
         """Add the version; returns the reward."""
-        child, correct, code, measured, repeats, rival, improved, low, actions, told = version
-        if self._uniforms is not None:
-            measured = repeats[int(self._uniforms[self.steps - 1] * len(repeats))]
-        self.measured = measured
-        value, visited, before, number = measured[0], self.visited, self.best_value, self.evaluations
+        child, correct, code, rival, improved, low, actions, value, speedup, _, _, cost, _, _ = version
+        visited, before, number = self.visited, self.best_value, self.evaluations
         self.evaluations = number + 1
-        self.clock += told[1]
+        self.clock += cost
         if self.prepared.dollars:
             self.spent_dollars += self.prepared.dollars.get((origin, action, child), 0.0)
         if action == _RESTART:
@@ -247,7 +246,7 @@ class Walk:
                     child,
                     number,
                     value,
-                    measured[1],
+                    speedup,
                 )
                 self._best_share = max(min(value / _LOG_10, 1.0), -1.0)
                 self._best_depth = min(depth / 10, 1.0)
@@ -349,10 +348,10 @@ class Walk:
     def _show(self, node: int) -> None:
         """Write down code and profile of a node; the reference has neither."""
         if node == self.reference:
-            self._buffer[_PICTURE_AT:_PICTURE_END] = bytes(_PICTURE)
+            _write_picture(self._buffer, _PICTURE_AT, bytes(_PICTURE))
             return
         at, prepared = _PICTURE * node, self.prepared
-        self._buffer[_PICTURE_AT:_PICTURE_END] = prepared.pictures[at : at + _PICTURE]
+        _write_picture(self._buffer, _PICTURE_AT, prepared.pictures[at : at + _PICTURE])
         _write_one(self._buffer, _DISTANCE_AT, prepared.distances.item(node, self.visited[node][2]))
 
     def _repairs(self, node: int) -> int:
@@ -364,7 +363,7 @@ class Walk:
         """What a rule over the tree chooses, or the fastest open version where that has nothing left."""
         rng = np.random.default_rng((self._seed, self.number))
         node = parents.get(self.rule)(tree, {}, rng)
-        parent = self.reference if node is None else self._versions[node.number]
+        parent = self.reference if node is None else self._places[node.number]
         if parent != self.reference:
             spent = not self._actions[parent]
         else:
@@ -396,7 +395,7 @@ class Walk:
         if evaluation.correct:
             evaluation = evaluation.replace(speedup=math.exp(value))
         above = None if origin == self.reference else self._numbers[origin]
-        self._numbers[child], self._versions[number] = number, child
+        self._numbers[child], self._places[number] = number, child
         node = Node(number, above, ACTIONS[action].name, 0, self.prepared.candidates[child], evaluation)
         # What became the best was decided above, where drawn repeats count.
         if tree.add(node, None):
