@@ -36,7 +36,7 @@ def load(specs: TableSpec | Sequence[TableSpec] = "all") -> list[Table]:
     listed = [specs] if isinstance(specs, (str, Path, Table)) else list(specs)
     found: dict[str, Table] = {}
     for spec in listed:
-        made = [spec] if isinstance(spec, Table) else [_read(path) for path in files((spec,))]
+        made = [spec] if isinstance(spec, Table) else [_table(path) for path in files((spec,))]
         found |= {table.hash: table for table in made}
     if not found:
         raise UserError("a replay needs at least one table")
@@ -62,9 +62,8 @@ def _files(spec: str | Path) -> list[Path]:
         return list(shipped.values())
     if str(spec) in shipped:
         return [shipped[str(spec)]]
-    chosen = [
-        file for file in shipped.values() if str(spec) in (split_of(_read(file).family), _read(file).family)
-    ]
+    families = {file: _family(file) for file in shipped.values()}
+    chosen = [file for file, family in families.items() if str(spec) in (split_of(family), family)]
     if chosen:
         return chosen
     near = difflib.get_close_matches(str(spec), [*shipped, *SPLITS], n=3, cutoff=0.4)
@@ -72,11 +71,25 @@ def _files(spec: str | Path) -> list[Path]:
     raise UserError(f"there is no replay table {str(spec)!r}; {hint}")
 
 
-def _read(path: Path) -> Table:
+def _table(path: Path) -> Table:
+    return _loaded(path, *_state(path))
+
+
+def _family(path: Path) -> str:
+    return _known(path, *_state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Changes whenever the file does."""
     stat = path.stat()
-    return _cached(path, stat.st_mtime_ns, stat.st_size)
+    return stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=256)
-def _cached(path: Path, changed: int, size: int) -> Table:
+def _loaded(path: Path, changed: int, size: int) -> Table:
     return Table.load(path)
+
+
+@lru_cache(maxsize=256)
+def _known(path: Path, changed: int, size: int) -> str:
+    return Table.family_of(path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 from ke_gym.candidate import Candidate
 from ke_gym.envs import spaces
-from ke_gym.envs.table import NO_RACE, REPEATED, Table
+from ke_gym.envs.table import REPEATED, Table
 from ke_gym.evaluation.evaluation import OUTCOMES, Cost, Evaluation
 from ke_gym.search import reward
 from ke_gym.search.observation import CODE, RECENT
@@ -39,24 +40,27 @@ SLOW, SLOW_BEST = 1, 1 << 3 * FIELD
 SIGNS = tuple({"compile": 1 << FIELD, "correctness": 1 << 2 * FIELD}.get(outcome, 0) for outcome in OUTCOMES)
 """What a failed evaluation of each outcome adds to the fields."""
 
-Version = tuple[
-    int, bool, int, int, bool, float, int, float, float, tuple[float, float], str, float, str, str
-]  # fmt: skip
-"""All that a step needs of a version, side by side, since what lies apart in memory takes longer to fetch than to use: its
-node, whether it is correct, its outcome by number, its rival, whether it improved on that, the lower end of its interval
-over its value, the actions recorded on it; log-speedup, speedup and the speedup's interval, as drawn; and what is told of
-it: outcome, cost, candidate's id and source."""
+Told = dict[str, Any]
+"""What ``info`` says of a step, as far as it does not depend on the episode: to copy and complete."""
+Version = tuple[int, bool, int, int, bool, float, int, float, float, Told]
+"""What a step needs of a version, at one place in memory: node, whether it is correct, its outcome by number, its rival,
+whether it improved on that, the lower end of its interval over its value, the actions recorded on it, its cost, its
+log-speedup as drawn, and what is told of it."""
 Edge = tuple[int, ...]
 """How often an action can be taken on a node, the nodes that it makes one after the other, and what ends them: ``REFUSED``
 or ``REPEATED``."""
 
 
-def _untold(outcome: str) -> Version:
-    return -1, False, 0, NO_RACE, False, 0.0, 0, 0.0, 0.0, (0.0, 0.0), outcome, 0.0, "", ""
-
-
-BEGUN, STOPPED, ILLEGAL, NOT_MADE = map(_untold, ("", "stop", "illegal", "refused"))
-"""What is told of a step that evaluates nothing."""
+def told(
+    task: str, outcome: str, candidate: str = "", source: str = "", speedup: float = 0.0,
+    interval: tuple[float, float] = (0.0, 0.0), cost: float = 0.0,
+) -> Told:  # fmt: skip
+    """All keys of ``info``, those of the episode not yet filled in."""
+    return {
+        "action_mask": None, "task": task, "outcome": outcome, "candidate": candidate, "source": source,
+        "speedup": speedup, "speedup_ci": interval, "best_speedup": 1.0, "cost_s": cost, "clock_s": 0.0, "dollars": 0.0,
+        "evaluations": 0, "reason": "",
+    }  # fmt: skip
 
 
 class Prepared:
@@ -66,6 +70,10 @@ class Prepared:
         self.table, self.name = table, table.task
         n = len(table)
         self.reference = n
+        self.begun, self.stopped, self.illegal, self.not_made = (
+            told(table.task, outcome) for outcome in ("", "stop", "illegal", "refused")
+        )
+        """Told of steps that evaluate nothing."""
         known = list(range(n))  # one object for each number: fewer to fetch
         self.children: list[list[tuple[int, ...]]] = [[()] * N_ACTIONS for _ in range(n + 1)]
         self.dollars: dict[tuple[int, int, int], float] = {}
@@ -138,19 +146,17 @@ class Prepared:
         return tuple(tuple(self._versions(node, (0.0,))) for node in range(self.reference))
 
     def _versions(self, node: int, noises: Sequence[float]) -> Iterator[Version]:
-        table, value, (low, high) = self.table, self.values[node], self.gaps[node]
-        correct, code, rival, improved = (
-            self.correct[node], self.outcomes[node], self.rivals[node], self.improved[node]
-        )  # fmt: skip
-        actions, cost = self.spread[node], self.costs[node]
+        table, value, (low, high), cost = self.table, self.values[node], self.gaps[node], self.costs[node]
+        correct, code = self.correct[node], self.outcomes[node]
+        known = table.task, OUTCOMES[code], table.candidates[node], table.sources[node]
         for noise in noises:
-            seen: tuple[float, float, tuple[float, float]] = 0.0, 0.0, (0.0, 0.0)
+            drawn, speedup, interval = 0.0, 0.0, (0.0, 0.0)
             if correct:
                 drawn = value + noise
-                seen = drawn, math.exp(drawn), (math.exp(drawn + low), math.exp(drawn + high))
+                speedup, interval = math.exp(drawn), (math.exp(drawn + low), math.exp(drawn + high))
             yield (
-                node, correct, code, rival, improved, low, actions, *seen,
-                OUTCOMES[code], cost, table.candidates[node], table.sources[node],
+                node, correct, code, self.rivals[node], self.improved[node], low, self.spread[node], cost, drawn,
+                told(*known, speedup, interval, cost),
             )  # fmt: skip
 
     @cached_property

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ke_gym.envs import catalog, render, spaces
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
-from ke_gym.envs.prepared import STOPPED, prepared_of
+from ke_gym.envs.prepared import prepared_of
 from ke_gym.envs.table import Table
 from ke_gym.envs.walk import Walk
 from ke_gym.errors import UserError
@@ -143,16 +143,23 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
             prepared_of(self.tables[number]), horizon, self.rules.reward, self.rules.parent_rule,
             uniforms if self.noise == "sample" else None, int(second * 2**31),
         )  # fmt: skip
-        return self.walk.observation(), self._info(self.walk, 0.0)
+        info = self.walk.info()
+        if self._wide:
+            info["action_mask"] = self.walk.extended_mask()
+        return self.walk.observation(), info
 
     def step(self, action: SupportsInt) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One strategy: look up what it made, and what that was measured to be."""
         walk = self.walk or self._running()
         spent = walk.spent_dollars
         paid = self._extended(walk, int(action)) if self._wide else walk.step(int(action))
-        terminated = walk.told is STOPPED
-        truncated = not terminated and walk.steps >= walk.horizon
-        return walk.observation(), paid, terminated, truncated, self._info(walk, walk.spent_dollars - spent)
+        info = walk.info()
+        if self._wide:
+            info["action_mask"] = walk.extended_mask()
+        if walk.spent_dollars > spent:
+            info["dollars"] = walk.spent_dollars - spent
+        stopped = walk.stopped
+        return walk.observation(), paid, stopped, not stopped and walk.steps >= walk.horizon, info
 
     def _extended(self, walk: Walk, action: int) -> float:
         if not 0 <= action < self._wide:
@@ -162,24 +169,6 @@ class KernelOptReplayEnv(gymnasium.Env[Observation, Any], EzPickle):
             return walk.step(plain)
         slots = walk.slots()
         return walk.step(plain, slots[slot]) if slot < len(slots) else walk.step(ILLEGAL)
-
-    def _info(self, walk: Walk, dollars: float) -> dict[str, Any]:
-        _, _, _, _, _, _, _, _, speedup, interval, outcome, cost, candidate, source = walk.told
-        return {
-            "action_mask": walk.extended_mask() if self._wide else walk.mask(),
-            "task": walk.prepared.name,
-            "outcome": outcome,
-            "candidate": candidate,
-            "source": source,
-            "speedup": speedup,
-            "speedup_ci": interval,
-            "best_speedup": walk.best_speedup,
-            "cost_s": cost,
-            "clock_s": walk.clock,
-            "dollars": dollars,
-            "evaluations": walk.evaluations,
-            "reason": "",
-        }
 
     def action_masks(self) -> NDArray[np.bool_]:
         """The recorded actions now: bool, shape (25,), or (91,) if extended."""

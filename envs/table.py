@@ -190,16 +190,19 @@ class Table:
     @classmethod
     def load(cls, path: str | Path) -> Table:
         """The table at ``path``, verified; ``UserError`` for one that is damaged or of another version."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                content = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise UserError(f"there is no table {path}") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise UserError(f"the table {path} cannot be read ({error}); record it again") from error
+        content = _read(path)
         try:
             return cls._from_content(content, str(path))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, lzma.LZMAError) as error:
+            raise UserError(f"the table {path} is damaged ({error}); record it again") from error
+
+    @staticmethod
+    def family_of(path: str | Path) -> str:
+        """The operator family of the table at ``path``, of which only the head is read; ``UserError`` as for ``load``."""
+        content = _read(path, ("head",))
+        try:
+            return str(json.loads(content["head"].tobytes())["family"])
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"the table {path} is damaged ({error}); record it again") from error
 
     @classmethod
@@ -268,6 +271,17 @@ _ARRAYS: dict[str, Any] = {
     "times": np.int64,
 }  # fmt: skip
 assert {*_TEXTS, *_ARRAYS} <= {field.name for field in fields(Table)}
+
+
+def _read(path: str | Path, names: tuple[str, ...] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of these names (None: all) in the file of a table."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names or file.files}
+    except FileNotFoundError:
+        raise UserError(f"there is no table {path}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise UserError(f"the table {path} cannot be read ({error}); record it again") from error
 
 
 def _check_versions(head: Mapping[str, Any], path: str) -> None:

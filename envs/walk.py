@@ -18,25 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ke_gym.envs.prepared import (
-    BEGUN,
     DESCRIBED,
     DISTANCE,
     FIELD,
     HISTORY,
-    ILLEGAL,
     N_ACTIONS,
     N_STRATEGIES,
-    NOT_MADE,
     PENALTIES,
     PER_STRATEGY,
     SIGNS,
     SLICES,
     SLOW,
     SLOW_BEST,
-    STOPPED,
     WINDOW,
     WINDOWS,
     Prepared,
+    Told,
     Version,
 )
 from ke_gym.envs.spaces import PARENT_SLOTS
@@ -57,7 +54,8 @@ _write_history = Struct(f"{HISTORY.stop - HISTORY.start}f").pack_into
 _write_strategy = Struct("3f").pack_into
 _write_one = Struct("f").pack_into
 _HISTORY_AT, _STRATEGIES_AT, _STRATEGY = _FLOAT * HISTORY.start, _FLOAT * PER_STRATEGY, _FLOAT * 3
-_PICTURE_AT, _PICTURE, _DISTANCE_AT = _FLOAT * DESCRIBED.start, _FLOAT * (DESCRIBED.stop - DESCRIBED.start), _FLOAT * DISTANCE
+_PICTURE_AT, _DISTANCE_AT = _FLOAT * DESCRIBED.start, _FLOAT * DISTANCE
+_PICTURE = _FLOAT * (DESCRIBED.stop - DESCRIBED.start)
 _write_picture = Struct(f"{_PICTURE}s").pack_into
 _parts = itemgetter(*SLICES.values())
 # Sets of actions have a byte for each.
@@ -86,7 +84,7 @@ class Walk:
         "_places", "_recent", "_seed", "_shown", "_shown_legal", "_statistics", "_tree", "_uniforms",
         "_used", "_versions", "best", "best_at", "best_speedup", "best_value", "clock", "duplicates",
         "evaluations", "horizon", "kind", "number", "parent", "prepared", "reference", "rule",
-        "spent_dollars", "steps", "told", "visited",
+        "spent_dollars", "steps", "stopped", "told", "visited",
     )  # fmt: skip
 
     def __init__(
@@ -108,8 +106,8 @@ class Walk:
         self.clock = self.spent_dollars = 0.0
         self.best = self.best_at = -1
         self.best_value, self.best_speedup = 0.0, 1.0
-        self.told = BEGUN
-        """Of the latest step."""
+        self.told, self.stopped = prepared.begun, False
+        """What ``info`` says of the latest step whatever the episode; whether that was STOP."""
         self._best_share = self._best_depth = self._last_outcome = self._draft_share = self._breadth = 0.0
         """As the observation shows them."""
         self.visited: dict[int, Visit] = {}
@@ -150,6 +148,15 @@ class Walk:
         """The legal actions now, shape (25,), in an array of its own."""
         return self._shown_legal.copy()
 
+    def info(self) -> Told:
+        """What is told of the latest step."""
+        info = self.told.copy()
+        info["action_mask"] = self._shown_legal.copy()
+        info["best_speedup"] = self.best_speedup
+        info["clock_s"] = self.clock
+        info["evaluations"] = self.evaluations
+        return info
+
     def slots(self) -> list[int]:
         """The parents that an extended action chooses from: the rule's own, then the fastest others."""
         others = [node for node in self.visited if node != self.parent and self.prepared.correct[node]]
@@ -175,7 +182,7 @@ class Walk:
         self.steps += 1
         legal = self._legal if parent is None else self._actions[parent].to_bytes(N_ACTIONS, "little")
         if not 0 <= action < N_ACTIONS or not legal[action]:
-            return self._idle(reward.DUPLICATE_PENALTY, ILLEGAL)
+            return self._idle(reward.DUPLICATE_PENALTY, self.prepared.illegal)
         if action < N_STRATEGIES:
             origin = self.parent if parent is None else parent
         elif action == _RESTART:
@@ -183,7 +190,8 @@ class Walk:
         elif action == _FIX:
             origin = self._broken[self.parent][-1][0]
         else:
-            return self._idle(0.0, STOPPED)
+            self.stopped = True
+            return self._idle(0.0, self.prepared.stopped)
         made, visited, place = self._edges[origin][action], self.visited, origin * N_ACTIONS + action
         k = self._used.get(place, 0) + 1
         while made[k] in visited:
@@ -198,16 +206,15 @@ class Walk:
         child = made[k]
         if child >= 0:
             repeats = self._versions[child]
-            self.told = repeats[int(self._uniforms[self.steps - 1] * len(repeats))]
-            paid = self._tell(origin, action, self.told)
+            paid = self._tell(origin, action, repeats[int(self._uniforms[self.steps - 1] * len(repeats))])
         else:
             self.duplicates += child == REPEATED
             self.spent_dollars += self.prepared.dollars.get((origin, action, child), 0.0)
-            self.told, paid = NOT_MADE, reward.DUPLICATE_PENALTY
+            self.told, paid = self.prepared.not_made, reward.DUPLICATE_PENALTY
         self._settle()
         return paid
 
-    def _idle(self, paid: float, told: Version) -> float:
+    def _idle(self, paid: float, told: Told) -> float:
         """A step that changes nothing but the budget that is left."""
         self.told = told
         _write_one(self._buffer, _HISTORY_AT, 1.0 - self.steps / self.horizon)
@@ -215,7 +222,7 @@ class Walk:
 
     def _tell(self, origin: int, action: int, version: Version) -> float:
         """Add the version; returns the reward."""
-        child, correct, code, rival, improved, low, actions, value, speedup, _, _, cost, _, _ = version
+        child, correct, code, rival, improved, low, actions, cost, value, self.told = version
         visited, before, number = self.visited, self.best_value, self.evaluations
         self.evaluations = number + 1
         self.clock += cost
@@ -246,7 +253,7 @@ class Walk:
                     child,
                     number,
                     value,
-                    speedup,
+                    self.told["speedup"],
                 )
                 self._best_share = max(min(value / _LOG_10, 1.0), -1.0)
                 self._best_depth = min(depth / 10, 1.0)

@@ -259,6 +259,17 @@ def test_tables_are_found_by_name_split_family_file_and_folder(tmp_path: Path) -
     assert sum(map(len, splits.values())) == len(shipped)
 
 
+def test_an_unknown_name_and_a_split_are_told_without_reading_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Table, "load", lambda path: pytest.fail(f"{path} was read"))
+    with pytest.raises(UserError, match="did you mean softmax"):
+        catalog.files(["sofmax"])
+    named = [file for split in catalog.SPLITS for file in catalog.files([split])]
+    assert sorted(named) == sorted(catalog.files(["all"]))
+    assert [file.stem for file in catalog.files(["attention"])] == [
+        "attention_causal", "attention_gqa_decode", "attention_vanilla"
+    ]  # fmt: skip
+
+
 def test_what_ships_is_sound_and_small() -> None:
     files = catalog.files(["all"])
     assert sum(file.stat().st_size for file in files) < 8 << 20
