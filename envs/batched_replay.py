@@ -19,7 +19,6 @@ from ke_gym.envs.prepared import (
     DESCRIBED,
     DISTANCE,
     HISTORY,
-    N_ACTIONS,
     N_STRATEGIES,
     PER_STRATEGY,
     PLAIN,
@@ -30,6 +29,7 @@ from ke_gym.envs.prepared import (
     WINDOWS,
 )
 from ke_gym.envs.replay import EPISODES, Noise, check_noise, pick
+from ke_gym.envs.slots import Slots
 from ke_gym.envs.walk import FAST_RULES
 from ke_gym.errors import UserError
 from ke_gym.search import reward
@@ -46,8 +46,6 @@ _MARGIN = 3 * (WIDTH - N_STRATEGIES)
 _BITS = np.array([i.bit_count() for i in range(WINDOW + 1)], np.float32)
 # Of the history's features, as they are counted here.
 _SCALES = 1 / np.array([[1, 10, math.log(10), 1, 1, 1, 1, 1, N_STRATEGIES, 10, 1, 5]], np.float32).T
-_MASK = 32
-"""Bits of a set of actions as a mask; more than there are actions."""
 
 
 class BatchedReplayVecEnv(VecEnv):
@@ -72,6 +70,7 @@ class BatchedReplayVecEnv(VecEnv):
         horizon: int | Sequence[int] = 20,
         reward: Kind = "best",
         parent_rule: str = "best",
+        extended: bool = False,
         noise: Noise = "sample",
     ) -> None:
         if parent_rule not in FAST_RULES:
@@ -85,12 +84,13 @@ class BatchedReplayVecEnv(VecEnv):
         listed = (horizon,) if isinstance(horizon, int) else tuple(horizon)
         if not listed:
             raise UserError("a replay needs a horizon")
-        self.rules = Rules(min(listed), reward, parent_rule)  # checks all three
+        self.rules = Rules(min(listed), reward, parent_rule, extended)  # checks the first three
         self.horizons = np.resize(np.array(listed, dtype=np.int64), n_envs)
         self.noise = noise
-        super().__init__(n_envs, spaces.observation_space(), spaces.action_space())
+        super().__init__(n_envs, spaces.observation_space(), spaces.action_space(extended))
         n, longest = n_envs, max(listed)
         self._size = longest + 2
+        self._slots = Slots(n, self._size) if extended else None
         self._all = np.arange(n)
         self._rngs = [np.random.default_rng() for _ in range(n)]
         self._uniforms = np.zeros((n, EPISODES, longest + 2))
@@ -98,8 +98,8 @@ class BatchedReplayVecEnv(VecEnv):
         self._drawn = np.zeros((n, longest))
         self._actions = np.zeros(n, np.int64)
         # Where each episode's values begin in flat arrays.
-        self._by_place, self._by_version, self._by_action, self._by_mask, self._by_draw = (
-            self._all * size for size in (self._size, self.bank.width, WIDTH, _MASK, longest)
+        self._by_place, self._by_version, self._by_action, self._by_draw = (
+            self._all * size for size in (self._size, self.bank.width, WIDTH, longest)
         )
         self.table, self._offset, self._steps, self._evaluations, self._duplicates, self._covered = (
             np.zeros(n, np.int64) for _ in range(6)
@@ -128,7 +128,8 @@ class BatchedReplayVecEnv(VecEnv):
         self._broken, self._below, self._repairs = (np.zeros(places, np.int64) for _ in range(3))
         """The latest failure worth a repair, below a parent; below a failure, the one before; and whether a failure
         is a repair itself. 0 is none."""
-        self._mask = np.zeros((n, _MASK), np.bool_)
+        self._mask = np.zeros((n, 0), np.bool_)
+        """The legal actions, and behind them columns for what is no action."""
         self._flat = np.zeros((n, spaces.SIZE + _MARGIN), np.float32)
         self._counted = 1 / np.minimum(np.maximum(np.arange(self._size), 1), RECENT)
         """By the number of evaluations, one over that of the latest."""
@@ -174,6 +175,8 @@ class BatchedReplayVecEnv(VecEnv):
         ):  # fmt: skip
             each.reshape(self.num_envs, -1)[which] = 0
         self._open_value[which] = -np.inf
+        if self._slots is not None:
+            self._slots.begin(which)
         self._version[places] = reference
         self._left[places] = bank.facts.take(bank.offsets[table] + reference, axis=0)[:, COLUMNS["actions"]]
         self._flat[which, : spaces.SIZE] = bank.starts.take(table, axis=0)
@@ -184,10 +187,12 @@ class BatchedReplayVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step all episodes."""
         # As unsigned numbers, negative ones are large.
-        known = np.minimum(self._actions.view(np.uint64), _MASK - 1).view(np.int64)
-        legal = self._mask.ravel().take(self._by_mask + known)
-        actions = np.where(legal, known, ILLEGAL)
-        rewards = self._act(actions)
+        width = self._mask.shape[1]
+        known = np.minimum(self._actions.view(np.uint64), width - 1).view(np.int64)
+        legal = self._mask.ravel().take(self._all * width + known)
+        plain, parent = self._slots.split(known) if self._slots is not None else (known, self._parent)
+        actions = np.where(legal, plain, ILLEGAL)
+        rewards = self._act(actions, parent)
         self._steps += 1
         self._settle()
         stopped = actions == STOP.id
@@ -219,11 +224,11 @@ class BatchedReplayVecEnv(VecEnv):
                 "clock_s": clock,
             }
 
-    def _act(self, actions: Indices) -> Values:
-        """Take the actions; returns the rewards."""
+    def _act(self, actions: Indices, parent: Indices) -> Values:
+        """Take the actions, strategies on these parents; returns the rewards."""
         bank = self.bank
         fixing = actions == FIX.id
-        parent = self._parent * (actions != RESTART.id)
+        parent = parent * (actions != RESTART.id)
         origin = np.where(fixing, self._failed, parent)
         place = self._by_place + origin
         edge = bank.first.take((self._offset + self._version.take(place)) * WIDTH + actions)
@@ -273,6 +278,8 @@ class BatchedReplayVecEnv(VecEnv):
         self.clock += cost
         made = self._by_place + number
         self._value[made] = value
+        if self._slots is not None:
+            self._slots.add(made, value, correct > 0)
         self._depth[made] = self._depth.take(above) + 1
         self._draft[made] = np.where(base, draft, self._draft.take(above))
         self._version[made] = version
@@ -350,6 +357,8 @@ class BatchedReplayVecEnv(VecEnv):
         left = self._left.take(place) | self._left.take(by_place) | self._left.take(by_place + self._failed)
         bits = np.unpackbits(left.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
         self._mask = bits.view(np.bool_)
+        if self._slots is not None:
+            self._mask = self._slots.settle(parent, self._left, self._mask[:, N_STRATEGIES:])
         changed = (parent != self._shown).nonzero()[0]
         if len(changed):
             self._show(changed)
@@ -388,8 +397,8 @@ class BatchedReplayVecEnv(VecEnv):
     # What stable-baselines3 asks of the single environments ------------------------------------------------
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """The recorded actions of all episodes: bool, shape (n_envs, 25)."""
-        return self._mask[:, :N_ACTIONS].copy()
+        """The recorded actions of all episodes: bool, shape (n_envs, 25), or (n_envs, 91) if extended."""
+        return self._mask[:, : int(self.action_space.n)].copy()  # type: ignore[attr-defined]
 
     def oracle(self) -> NDArray[np.float64]:
         """The best speedup in each episode's table. Uncharged: for regret, never for a policy."""

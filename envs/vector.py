@@ -12,7 +12,6 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from ke_gym.envs import spaces
 from ke_gym.envs.prepared import SLICES
 from ke_gym.envs.wrappers import action_masks
-from ke_gym.strategies import STOP
 
 IDENTITY = slice(SLICES["task"].start, SLICES["hardware"].stop)
 """Where the flat observation says which task this is, and on which machine."""
@@ -77,7 +76,7 @@ class TrainingVecEnv(VecEnvWrapper):
     def action_masks(self) -> NDArray[np.bool_]:
         """The legal actions, STOP only where it is alone: bool, shape (n_envs, number of actions)."""
         masks = action_masks(self.venv)
-        masks[:, STOP.id] = ~masks[:, : STOP.id].any(axis=1)
+        masks[:, -1] = ~masks[:, :-1].any(axis=1)
         return masks
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:

@@ -9,37 +9,43 @@ from ke_gym.envs.replay import KernelOptReplayEnv, Noise
 from ke_gym.envs.wrappers import action_masks
 from ke_gym.errors import UserError
 from ke_gym.search import reward
-from ke_gym.strategies import RESTART, STOP
+from ke_gym.strategies import RESTART, STOP, STRATEGIES
 from tests.envs.recorded import tables
 
 N = 6
 
 
 @pytest.mark.parametrize(
-    ("kind", "noise", "rule"),
+    ("kind", "noise", "rule", "extended"),
     [
-        *((kind, "sample", "best") for kind in reward.KINDS),
-        ("dense", "verdict", "best"),
-        ("dense", "sample", "root"),
+        *((kind, "sample", "best", False) for kind in reward.KINDS),
+        ("dense", "verdict", "best", False),
+        ("dense", "sample", "root", False),
+        ("dense", "sample", "best", True),
+        ("parent", "verdict", "root", True),
     ],
 )
 def test_each_episode_is_what_the_single_environment_makes_of_it(
-    kind: reward.Kind, noise: Noise, rule: str
+    kind: reward.Kind, noise: Noise, rule: str, extended: bool
 ) -> None:
-    arguments = {"horizon": 24, "reward": kind, "noise": noise, "parent_rule": rule}
+    arguments = {
+        "horizon": 24, "reward": kind, "noise": noise, "parent_rule": rule, "extended": extended
+    }  # fmt: skip
     batch = BatchedReplayVecEnv(N, tables(), **arguments)
     batch.seed(11)
     seen = batch.reset()
     singles = [KernelOptReplayEnv(tables(), **arguments) for _ in range(N)]
     alone = [env.reset(seed=11 + i)[0] for i, env in enumerate(singles)]
     rng = np.random.default_rng(0)
-    outcomes = set()
+    stop = int(batch.action_space.n) - 1  # type: ignore[attr-defined]
+    outcomes, others = set(), 0
     for _ in range(150):
         masks = action_masks(batch)
         actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in masks])
         # Now and then something illegal, and hardly ever STOP, so that episodes go deep.
-        actions = np.where(rng.random(N) < 0.03, rng.integers(-1, 26, N), actions)
-        actions = np.where((actions == STOP.id) & masks[:, 0], 0, actions)
+        actions = np.where(rng.random(N) < 0.03, rng.integers(-1, stop + 2, N), actions)
+        actions = np.where((actions == stop) & masks[:, 0], 0, actions)
+        others += np.count_nonzero((actions >= STRATEGIES[-1].id + 1) & (actions < stop - 2))
         seen, rewards, dones, infos = batch.step(actions)
         for i, env in enumerate(singles):
             alone[i], paid, terminated, truncated, info = env.step(actions[i])
@@ -59,6 +65,7 @@ def test_each_episode_is_what_the_single_environment_makes_of_it(
         assert all(np.array_equal(mask, env.action_masks()) for mask, env in zip(masks, singles))
     assert {"correct", "illegal", "stop"} <= outcomes
     assert rule == "root" or {"refused", "compile", "correctness"} <= outcomes
+    assert (others > 100) == extended
 
 
 def test_a_further_draft_is_paid_for_what_it_gains_over_the_best() -> None:
