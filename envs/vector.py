@@ -42,14 +42,23 @@ class TrainingVecEnv(VecEnvWrapper):
     """What networks are trained on: a ``FlatVecObservation`` in which only choices count.
 
     - The first draft pays nothing: there is no alternative to it, and it gains more than all later steps together.
+    - Nothing is paid back (unless ``penalties``): a failure costs its step, as it does in a search. Gains are of a few
+      percent, and a network that is fined 0.1 for a failure learns to try nothing that may fail.
     - STOP is legal only where nothing else is, as policies here use it: worth 0, it would otherwise be a way out.
     - In a share ``hide`` of the episodes task and machine (``hidden``) are not shown, so that a network cannot know a
       table by heart instead of looking at its kernels and gains.
     """
 
-    def __init__(self, venv: VecEnv, seed: int = 0, hide: float = 0.5, hidden: slice = IDENTITY) -> None:
+    def __init__(
+        self,
+        venv: VecEnv,
+        seed: int = 0,
+        hide: float = 0.5,
+        hidden: slice = IDENTITY,
+        penalties: bool = False,
+    ) -> None:
         super().__init__(venv)
-        self.hide, self.hidden = hide, hidden
+        self.hide, self.hidden, self.penalties = hide, hidden, penalties
         self._rng = np.random.default_rng(seed)
         self._fresh = np.ones(venv.num_envs, np.bool_)
         self._hidden = np.zeros(venv.num_envs, np.bool_)
@@ -63,7 +72,7 @@ class TrainingVecEnv(VecEnvWrapper):
         observations, rewards, dones, infos = self.venv.step_wait()
         for i in np.flatnonzero(dones & self._hidden):
             infos[i]["terminal_observation"][self.hidden] = 0.0
-        paid = np.where(self._fresh, np.float32(0.0), rewards)
+        paid = np.where(self._fresh, np.float32(0.0), rewards if self.penalties else np.maximum(rewards, 0.0))
         self._fresh = dones.copy()
         self._hidden[dones] = self._rng.random(int(dones.sum())) < self.hide
         return self._shown(observations), paid, dones, infos

@@ -33,7 +33,7 @@ class NetworkPolicy(Policy):
     (``kindred``). Without it the network is untrained, and nearly uniform.
     """
 
-    reward = "dense"
+    reward = "best"
     kindred: ClassVar[tuple[str, ...]]
     activation: str = "tanh"
     learned = ("layers", "activation", "soft_mask")

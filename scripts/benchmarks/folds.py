@@ -45,6 +45,8 @@ class Training:
     """None: the policy's own."""
     blind: bool = False
     """Show a network nothing: it learns which strategies to prefer, whatever the kernel."""
+    penalties: bool = False
+    """Let a network pay for failures."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,22 @@ class BlindTrainer(Trainer):
         return made
 
 
+class FiningTrainer(Trainer):
+    """Trains a masked network that pays for failures."""
+
+    def envs(self) -> Any:
+        made: Any = super().envs()
+        made.penalties = True
+        return made
+
+
 def _trained(training: Training, fold: Fold, effort: Effort, folder: Path) -> Path:
     """The file of the fold's policy: the last one, since validation would cost another family."""
     steps = effort.network_steps if training.policy in NETWORKS else effort.bandit_steps
     reward = training.reward or policies.find(training.policy).reward
     plan = Plan(training.policy, "replay", fold.others, (), steps, HORIZONS, reward, 0, 256, steps)  # type: ignore[arg-type]
-    trainer = (BlindTrainer if training.blind else Trainer)(plan, folder)
+    kind = BlindTrainer if training.blind else FiningTrainer if training.penalties else Trainer
+    trainer = kind(plan, folder)
     trainer.run()
     return trainer.best
 

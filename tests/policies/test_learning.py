@@ -209,6 +209,7 @@ def test_networks_train_where_only_choices_count(name: str) -> None:
         actions = legal if name == "maskable_ppo" else rng.integers(0, 25, 8)
         seen, rewards, dones, infos = envs.step(actions)
         assert not rewards[fresh].any(), "the first draft pays nothing"
+        assert (rewards >= 0).all(), "a failure costs its step and nothing else"
         fresh = dones.copy()
         for i in np.flatnonzero(dones):
             assert infos[i]["TimeLimit.truncated"] is False
