@@ -87,7 +87,9 @@ class BatchedReplayVecEnv(VecEnv):
         self.rules = Rules(min(listed), reward, parent_rule, extended)  # checks the first three
         self.horizons = np.resize(np.array(listed, dtype=np.int64), n_envs)
         self.noise = noise
-        super().__init__(n_envs, spaces.observation_space(), spaces.action_space(extended))
+        choices = spaces.action_space(extended)
+        super().__init__(n_envs, spaces.observation_space(), choices)
+        self._choices = int(choices.n)
         n, longest = n_envs, max(listed)
         self._size = longest + 2
         self._slots = Slots(n, self._size) if extended else None
@@ -398,7 +400,7 @@ class BatchedReplayVecEnv(VecEnv):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """The recorded actions of all episodes: bool, shape (n_envs, 25), or (n_envs, 91) if extended."""
-        return self._mask[:, : int(self.action_space.n)].copy()  # type: ignore[attr-defined]
+        return self._mask[:, : self._choices].copy()
 
     def oracle(self) -> NDArray[np.float64]:
         """The best speedup in each episode's table. Uncharged: for regret, never for a policy."""
