@@ -1,19 +1,30 @@
-"""What all tests share: nothing of theirs goes into the user's own caches and records."""
+"""What all tests share.
+
+Nothing of theirs goes into the user's own caches and records, and nothing of them hangs on how busy the machine is:
+limits in seconds are far away, random numbers are the same in every run, and where times are not the subject
+(`steady_clock`) none are measured.
+"""
 
 from __future__ import annotations
 
-import os
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
-from ke_gym.evaluation import evaluator, race
+from ke_gym.evaluation import arms, builder, evaluator, gpu_evaluator, gpu_stage, judge_client, race, zygote
+from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.zygote import Zygote
-from tests.machine import share_peaks
+from tests.machine import PEAKS
 
 # Files that take longest, the longest first: no worker is to begin one of them when the others are done.
 LONGEST = (
@@ -26,6 +37,13 @@ LONGEST = (
     "codegen/test_contraction_templates.py", "proposers/test_llm_lessons.py", "scripts/test_training.py",
     "envs/test_live.py",
 )  # fmt: skip
+
+
+# The same examples in every run, however long they take.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,20 +60,54 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the machine's peaks, the same for all of pytest-xdist's workers."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "measured"
-    folder.mkdir(exist_ok=True)
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """Limits in seconds are there to end what hangs. What waits for one in a test sets one of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in {
+            arms: ("OPEN_TIMEOUT", "END_SECONDS"),
+            builder: ("END_SECONDS",),
+            evaluator: ("CALL_SECONDS",),
+            zygote: ("START_TIMEOUT", "SPAWN_TIMEOUT"),
+        }.items():
+            for name in names:
+                patch.setattr(module, name, 300.0)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _peaks(measured: Path) -> Iterator[None]:
+def _peaks() -> Iterator[None]:
+    """The machine's peaks are given: measured while others work, they would be too low to believe a fast kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        share_peaks(patch, measured)
+        patch.setattr(Evaluator, "_measure_peaks", lambda self, threads: replace(PEAKS, threads=threads))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _same_draws() -> Iterator[None]:
+    """What evaluators and judges draw in secret is the same in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluator, judge_client, gpu_evaluator, gpu_stage):
+            patch.setattr(module, "secrets", SimpleNamespace(randbits=lambda bits: 20_011 % (1 << bits)))
+        yield
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_module() -> None:
+    """Random numbers of a module's fixtures do not hang on what ran before them ..."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded(_seeded_module: None) -> None:
+    """... nor those of a test."""
+    _seed()
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +115,24 @@ def brief_races() -> Iterator[None]:
     """Races of a dozen rounds, and two processes confirm what is won: for tests of what comes before and after."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RACE", "CONFIRM", "SOAK", "AA"):
-            rules = replace(getattr(evaluator, name), min_rounds=10, max_rounds=12, max_seconds=0.5)
+            rules = replace(getattr(evaluator, name), min_rounds=10, max_rounds=12, max_seconds=600.0)
             patch.setattr(evaluator, name, rules)
         patch.setattr(evaluator, "planned", lambda *_: 5)
         patch.setattr(evaluator, "confirm", partial(race.confirm, processes=2, most=2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def steady_clock(brief_races: None) -> Iterator[None]:
+    """By the clock every call of a candidate takes 1 ms and of the baseline 2 ms: for tests of what is made of times.
+
+    What is built, called and checked is real, races are brief, and each is won in the same way however busy the
+    machine is.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "elapsed", lambda *_: 1e-3)
+        patch.setattr(judge_client, "elapsed", lambda *_: 2e-3)
+        patch.setattr(JudgeClient, "_null_latency", lambda self: 0.0)
         yield
 
 

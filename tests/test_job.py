@@ -28,7 +28,7 @@ from ke_gym.search.tree import Node
 from ke_gym.tasks import Task
 from ke_gym.tasks.loader import built_in
 
-pytestmark = pytest.mark.usefixtures("one_zygote")
+pytestmark = pytest.mark.usefixtures("steady_clock", "one_zygote")
 
 
 class Chain(nn.Module):
@@ -81,7 +81,9 @@ def module() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def result(one_zygote: None, module: Chain, tmp_path_factory: pytest.TempPathFactory) -> ke_gym.Result:
+def result(
+    steady_clock: None, one_zygote: None, module: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> ke_gym.Result:
     out = tmp_path_factory.mktemp("runs")
     example = torch.randn(512, 256)
     stopped = ke_gym.optimize(module, example, budget=3, out=out, watch=StopAfter(2))
@@ -99,7 +101,6 @@ def test_three_lines_from_python(result: ke_gym.Result, module: Chain) -> None:
     assert sum(result.kernel.fallbacks.values()) >= 1
 
 
-@pytest.mark.usefixtures("brief_races")
 def test_what_a_search_taught_is_kept_beside_the_store(module: Chain, own_home: Path, tmp_path: Path) -> None:
     example = torch.randn(512, 256)
     made = ke_gym.optimize(module, example, budget=3, policy="round_robin", out=tmp_path)
@@ -190,7 +191,6 @@ def test_a_module_of_ones_own_is_checked_before_the_search(result: ke_gym.Result
     assert "wrong versions of it are rejected" in result.report().read_text()
 
 
-@pytest.mark.usefixtures("brief_races")
 def test_a_task_that_lets_lesser_faults_through_is_searched_under_a_warning(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

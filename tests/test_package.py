@@ -77,7 +77,7 @@ def test_an_installed_wheel_evaluates_from_outside_the_checkout(wheel: Path, tmp
     def run(*words: str) -> str:
         environ = {**clean, "KE_GYM_HOME": str(tmp_path / "home")}
         done = subprocess.run(
-            [python, *words], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
+            [python, *words], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

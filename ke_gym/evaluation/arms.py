@@ -27,6 +27,7 @@ from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets.executor import MemoryPlan, PlanRunner, plan_memory
 
 OPEN_TIMEOUT = 20.0
+END_SECONDS = 5.0  # how long a process that is done for may take to say why, and to end
 ANSWER_LIMIT = 1 << 20
 STOPPING_NS = 50_000
 WORKSPACE_BYTES = 4 * GIB
@@ -233,14 +234,14 @@ class Arm:
         if answer == _FAILED:
             with contextlib.suppress(EOFError, TimeoutError, ProtocolError):
                 self.worker.thaw()
-                header, _ = self.worker.channel.recv(5.0, limit=0)
+                header, _ = self.worker.channel.recv(END_SECONDS, limit=0)
                 self.worker.kill()
                 return ArmDied("runtime", str(header.get("error", ""))[:4000])
         elif answer:
             self.worker.kill()
             return ArmDied("runtime", "the process answered out of turn")
         try:
-            how = self.worker.wait(5.0)
+            how = self.worker.wait(END_SECONDS)
         except TimeoutError:
             self.worker.kill()
             return ArmDied("runtime", "the process closed its connection and went on")

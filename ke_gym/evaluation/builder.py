@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import signal
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,6 +96,8 @@ class Builder:
                     how = worker.wait(END_SECONDS)
                 except TimeoutError:
                     raise BuildError("compile", "the build closed its connection and went on") from None
+                if how.signal == signal.SIGXCPU:  # seen before the time was up by the clock
+                    raise BuildError("timeout", f"building took longer than {timeout:g} s") from None
                 log = worker.log(2000).strip()
                 text_ = f"the build died with {how}" + (f"\n{log}" if log else "")
                 raise BuildError("compile", text_) from None

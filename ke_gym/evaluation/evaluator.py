@@ -50,6 +50,8 @@ from ke_gym.targets import cpu
 from ke_gym.tasks.task import Task
 
 AA_EVERY = 10
+CALL_SECONDS = 10.0
+"""One call may take so long at least, however little its task has to do: a machine may stand still for seconds."""
 COVERAGE_ROUNDS = 12
 
 
@@ -331,7 +333,7 @@ class Evaluator:
         if self.call_timeout is not None:
             return self.call_timeout
         floor = self.judge.shapes[name].work.bytes / 1e8 + self.judge.shapes[name].work.flops / 1e9
-        return max(5.0, 20 * floor)
+        return max(CALL_SECONDS, 20 * floor)
 
     # -- racing ----------------------------------------------------------------------------------------------
 

@@ -30,6 +30,10 @@ from ke_gym.evaluation.sandbox import Sandbox
 LOG_BYTES = 64 << 10
 START_TIMEOUT = 120.0
 SPAWN_TIMEOUT = 30.0
+STOP_SECONDS, END_SECONDS = (
+    10.0,
+    30.0,
+)  # how long a process may take to stand still, and to be gone once it is killed
 SPIN = "1000"  # loops that an idle OpenMP thread waits before it sleeps, some 15 us
 
 
@@ -73,7 +77,7 @@ class Worker:
         """Stop every thread of the worker; returns once it has stopped (or died)."""
         self._signal(signal.SIGSTOP)
         self._frozen = True
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + STOP_SECONDS
         while self._stat >= 0 and time.monotonic() < deadline:
             try:
                 state = os.pread(self._stat, 512, 0).rpartition(b")")[2][1:2]
@@ -120,7 +124,7 @@ class Worker:
             return
         self.kill()
         with contextlib.suppress(TimeoutError, ProtocolError):
-            self.wait(5.0)
+            self.wait(END_SECONDS)
         for fd in (self._pidfd, self._log_fd, self._stat):
             if fd >= 0:
                 os.close(fd)

@@ -7,14 +7,13 @@ import ctypes
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ke_gym.evaluation import gpu_judge, gpu_launcher, gpu_stage
+from ke_gym.evaluation import gpu_apart, gpu_judge, gpu_launcher, gpu_stage, gpu_timing, race
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import GpuClient
 from ke_gym.languages.artifact import Artifact
@@ -146,18 +145,19 @@ class FakeDriver:
 class FakeEvent:
     """It has happened when it is asked for the second time.
 
-    This process's own time on the processor, and what kernels ``idle``, stand in for device time: on a busy machine
-    the wall clock would say more of the others.
+    Time stands still, for the device and for who measures it, but for a millisecond to every event, for spins, and for
+    what kernels ``idle``: so every race ends in the same way, however busy the machine is.
     """
 
-    idled = 0.0
+    now = 0.0
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.when = 0.0
         self._asked = False
 
     def record(self) -> None:
-        self.when = time.process_time() + FakeEvent.idled
+        idle(1e-3)
+        self.when = FakeEvent.now
 
     def query(self) -> bool:
         asked, self._asked = self._asked, True
@@ -236,7 +236,7 @@ def floats(where: int, count: int) -> torch.Tensor:
 
 def idle(seconds: float) -> None:
     """What a kernel calls to take longer, by the device's clock."""
-    FakeEvent.idled += seconds
+    FakeEvent.now += seconds
 
 
 def integer(where: int) -> int:
@@ -265,11 +265,11 @@ def one_launch(name: str, spec: TensorSpec, **options: Any) -> Artifact:
 
 
 def stand_in(patch: MonkeyPatch) -> None:
-    """Let the judge of a GPU find this one: its driver, clocks, facts, and what it calls in ``torch.cuda``."""
+    """Let the judge of a GPU find this one: its driver, clocks, facts, time, and what it calls in ``torch.cuda``."""
     for name, fake in {
         "Event": FakeEvent,
         "synchronize": lambda *_: None,
-        "_sleep": lambda _: None,
+        "_sleep": lambda cycles: idle(cycles / 1e9),
         "empty_cache": lambda: None,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda *_: 0,
@@ -277,6 +277,10 @@ def stand_in(patch: MonkeyPatch) -> None:
         "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
     }.items():
         patch.setattr(torch.cuda, name, fake)
+    clock = SimpleNamespace(perf_counter=lambda: FakeEvent.now, sleep=idle)
+    for module in (gpu_apart, gpu_stage, gpu_timing, race):
+        patch.setattr(module, "time", clock)
+    patch.setattr(gpu_stage, "SOAK_CALLS", 100)
     patch.setattr(gpu_judge, "Driver", FakeDriver)
     patch.setattr(gpu_stage, "Clocks", FakeClocks)
     patch.setattr(gpu_launcher, "Clocks", FakeClocks)

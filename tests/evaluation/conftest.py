@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def evaluator(folder: Path) -> Iterator[Evaluator]:
     with Evaluator(
-        Task.load("softmax"), folder=folder, shape_sets=["ragged"], build_timeout=30, call_timeout=10
+        Task.load("softmax"), folder=folder, shape_sets=["ragged"], build_timeout=600, call_timeout=300
     ) as opened:
         yield opened
 

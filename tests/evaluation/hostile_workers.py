@@ -22,7 +22,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def echo(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
-    header, blob = channel.recv(10)
+    header, blob = channel.recv(300)
     channel.send({**header, "args": args, "pid": os.getpid()}, blob)
 
 

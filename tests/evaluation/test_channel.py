@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ke_gym.evaluation.channel import Channel, ProtocolError
 
+PATIENCE = 300.0
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -30,8 +31,8 @@ def test_frames_arrive_as_they_were_sent(header: dict[str, object], blob: bytes)
     with a, b:
         a.send(header, blob)
         a.send({"next": 1})
-        assert b.recv(5) == (header, blob)
-        assert b.recv(5) == ({"next": 1}, b"")
+        assert b.recv(PATIENCE) == (header, blob)
+        assert b.recv(PATIENCE) == ({"next": 1}, b"")
 
 
 def test_blobs_larger_than_the_socket_buffer_arrive() -> None:
@@ -40,7 +41,7 @@ def test_blobs_larger_than_the_socket_buffer_arrive() -> None:
     with a, b:
         sender = threading.Thread(target=a.send, args=({}, blob))
         sender.start()
-        assert b.recv(10) == ({}, blob)
+        assert b.recv(PATIENCE) == ({}, blob)
         sender.join()
 
 
@@ -52,7 +53,7 @@ def test_garbage_is_refused(data: bytes) -> None:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises((ProtocolError, EOFError)):
-            ours.recv(5)
+            ours.recv(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_malformed_frames_are_protocol_errors(frame: bytes) -> None:
         writer = threading.Thread(target=theirs.sendall, args=(frame,))
         writer.start()
         with pytest.raises(ProtocolError):
-            ours.recv(5, limit=1 << 20)
+            ours.recv(PATIENCE, limit=1 << 20)
         writer.join()
 
 
@@ -82,7 +83,7 @@ def test_a_blob_over_the_agreed_limit_is_refused_before_it_is_read() -> None:
     with a, b:
         a.send({}, bytes(1000))
         with pytest.raises(ProtocolError, match="over the limit"):
-            b.recv(5, limit=999)
+            b.recv(PATIENCE, limit=999)
 
 
 def test_silence_times_out_and_a_closed_peer_is_the_end() -> None:
@@ -93,9 +94,9 @@ def test_silence_times_out_and_a_closed_peer_is_the_end() -> None:
                 b.recv(0.01)
             with pytest.raises(TimeoutError):
                 b.recv_byte(0.01)
-        assert b.recv_byte(1) == b""
+        assert b.recv_byte(PATIENCE) == b""
         with pytest.raises(EOFError):
-            b.recv(1)
+            b.recv(PATIENCE)
         with pytest.raises(EOFError):
             b.send({}, bytes(1 << 20))
 
@@ -111,12 +112,12 @@ def test_descriptors_pass_only_where_they_are_accepted() -> None:
     read, write = os.pipe()
     with a, b:
         a.send({"n": 1}, fds=[write])
-        assert b.recv(5, accept_fds=True)[0] == {"n": 1}
+        assert b.recv(PATIENCE, accept_fds=True)[0] == {"n": 1}
         (passed,) = b.take_fds()
         os.write(passed, b"through")
         assert os.read(read, 7) == b"through"
         a.send({"n": 2}, fds=[write])
-        assert b.recv(5)[0] == {"n": 2}
+        assert b.recv(PATIENCE)[0] == {"n": 2}
         assert b.take_fds() == []
     for fd in (read, write, passed):
         os.close(fd)

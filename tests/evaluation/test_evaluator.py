@@ -2,14 +2,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation import evaluator as evaluator_module
+from ke_gym.evaluation.arms import Arm, open_arm
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.profile import FEEDBACK_LINES, feedback
+from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages.artifact import Artifact
 from ke_gym.targets.cpu import Peaks
 from ke_gym.tasks.task import Task
 
@@ -107,7 +112,14 @@ def later(what: str) -> Candidate:
 def test_an_incumbent_that_fails_is_left_out(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
-    monkeypatch.setattr(evaluator, "call_timeout", 2.0)
+    def hasty(zygote: Zygote, artifact: Artifact, *rest: Any) -> Arm:
+        """Little patience with who will hang."""
+        arm = open_arm(zygote, artifact, *rest)
+        if what == "sleep(99)" and what in artifact.source:
+            monkeypatch.setattr(arm, "call", lambda timeout, call=arm.call: call(2.0))
+        return arm
+
+    monkeypatch.setattr(evaluator_module, "open_arm", hasty)
     evaluation = evaluator.evaluate(LIBRARY, incumbent=later(what))
     assert evaluation.outcome == "correct", evaluation.log
     said = evaluation.log.splitlines()[0]
@@ -153,7 +165,7 @@ def test_several_threads_share_one_evaluator(evaluator: Evaluator) -> None:
 
 
 def test_a_general_module_is_tried_on_hidden_shapes(folder: Path) -> None:
-    with Evaluator(Task.load("row_sum"), folder=folder, call_timeout=10) as opened:
+    with Evaluator(Task.load("row_sum"), folder=folder, call_timeout=300) as opened:
         narrow = """
 import torch
 from ke_gym import lang
@@ -185,7 +197,7 @@ def forward(x):
 
 def test_backward_tasks_are_judged_on_every_gradient(folder: Path) -> None:
     with Evaluator(
-        Task.load("layer_norm_backward"), folder=folder, shape_sets=["ragged"], call_timeout=10
+        Task.load("layer_norm_backward"), folder=folder, shape_sets=["ragged"], call_timeout=300
     ) as opened:
         shapes = opened.judge.shapes["ragged"]
         names = ", ".join(shapes.state)

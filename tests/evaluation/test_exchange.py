@@ -55,7 +55,7 @@ class Device:
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         assert candidate.id in self.adopted and (incumbent is None or incumbent.id in self.adopted)
         if candidate.language == "triton" and "together" in candidate.source:
-            self.both.wait(20)
+            self.both.wait(300)
         gain = None if incumbent is None else 1.5
         return Evaluation(
             self.task.name, "cuda", candidate.language, candidate.id, "correct", time_ms=1.0, reference_ms=2.0,
@@ -77,7 +77,7 @@ def shared(tmp_path: Path) -> Iterator[Path]:
     server.start()
     yield folder
     (folder / exchange.STOP).touch()
-    server.join(10)
+    server.join(300)
     assert not server.is_alive()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +21,7 @@ from ke_gym.testing.fake_gpu import (
     FakeDriver,
     FakeLauncher,
     floats,
+    idle,
     integer,
     kernel,
     one_launch,
@@ -32,11 +33,18 @@ CPU = torch.device("cpu")
 SECONDS = 0.02
 GIVEN = torch.arange(64.0)
 """Whoever lends memory keeps it."""
+SEEN, OVER = threading.Event(), threading.Event()
 
 
 @kernel
 def doubled_late(x: int, out: int, n: int) -> None:
-    time.sleep(SECONDS)
+    idle(SECONDS)
+    floats(out, integer(n)).copy_(2 * floats(x, integer(n)))
+
+
+@kernel
+def doubled_when_seen(x: int, out: int, n: int) -> None:
+    assert SEEN.wait(300)
     floats(out, integer(n)).copy_(2 * floats(x, integer(n)))
 
 
@@ -87,12 +95,14 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Channel, socket.sock
         yield mine, theirs
 
 
-def opened(link: tuple[Channel, socket.socket], launcher: type[FakeLauncher]) -> Any:
+def opened(
+    link: tuple[Channel, socket.socket], launcher: type[FakeLauncher], name: str = "doubled_late"
+) -> Any:
     mine, theirs = link
     launcher(theirs)
     apart = Apart(mine, FakeDriver(), CPU)  # type: ignore[arg-type]
     out = torch.zeros(64)
-    return apart, apart.runner(one_launch("doubled_late", SPEC), "default", [GIVEN], {}, [out]), out
+    return apart, apart.runner(one_launch(name, SPEC), "default", [GIVEN], {}, [out]), out
 
 
 def test_what_is_launched_elsewhere_works_on_the_judge_s_memory(link: tuple[Channel, socket.socket]) -> None:
@@ -121,9 +131,15 @@ def test_no_more_is_taken_off_for_enqueuing_than_it_may_take(link: tuple[Channel
 
 
 def test_what_comes_after_a_call_is_said_to_be_over_is_too_late(link: tuple[Channel, socket.socket]) -> None:
-    apart, runner, out = opened(link, Hasty)
+    apart, runner, out = opened(link, Hasty, "doubled_when_seen")
     kept: list[torch.Tensor] = []
-    apart.time(runner, "run", 5.0, 1000, lambda: kept.append(out.clone()))
+
+    def over() -> None:
+        kept.append(out.clone())
+        SEEN.set()
+
+    SEEN.clear()
+    apart.time(runner, "run", 5.0, 1000, over)
     assert torch.equal(out, 2 * GIVEN) and not kept[0].any()
 
 
@@ -176,12 +192,14 @@ def test_a_launcher_that_breaks_the_rules_is_the_candidate_s_fault(
 def test_a_launcher_that_says_nothing_hangs(link: tuple[Channel, socket.socket]) -> None:
     class Silent(FakeLauncher):
         def run(self, *_: Any, **__: Any) -> None:
-            time.sleep(1.0)
+            OVER.wait(300)
 
+    OVER.clear()
     apart, runner, _ = opened(link, Silent)
     apart.patience = -9.9  # and ten seconds of grace
     with pytest.raises(Hung):
         runner.run()
+    OVER.set()
 
 
 def test_memory_that_is_not_the_same_elsewhere_is_not_lent(

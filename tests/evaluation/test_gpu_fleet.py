@@ -60,7 +60,7 @@ class Recorder:
             self._busy.add(device)
             self.judged.append((device, base.candidate))
         if self.barrier is not None:
-            self.barrier.wait(20)
+            self.barrier.wait(300)
         with self._lock:
             self._busy.remove(device)
 
@@ -166,7 +166,7 @@ def test_what_was_found_fastest_on_one_device_is_known_on_the_other(fleet: GpuFl
 
 def _members(fleet: GpuFleet) -> list[GpuEvaluator]:
     with fleet._turn:
-        fleet._turn.wait_for(lambda: not fleet._opening, timeout=20)
+        fleet._turn.wait_for(lambda: not fleet._opening, timeout=300)
     return fleet._members
 
 

@@ -24,6 +24,7 @@ from ke_gym.testing.fake_gpu import (
     FakeClocks,
     FakeLauncher,
     floats,
+    idle,
     integer,
     kernel,
     one_launch,
@@ -280,8 +281,8 @@ def test_alternatives_are_raced_and_the_faster_one_is_picked(judge: GpuJudge) ->
 
 @kernel
 def slow(x: int, out: int, n: int) -> None:
-    for _ in range(50):
-        _right(x, out, n)
+    idle(0.05)
+    _right(x, out, n)
 
 
 def two_launches() -> Artifact:

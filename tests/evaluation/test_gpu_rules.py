@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from collections.abc import Iterator
@@ -312,12 +313,22 @@ def test_who_waits_for_a_device_is_next(tmp_path: Path) -> None:
         with other:
             order.append("other")
 
+    def in_line() -> bool:
+        """Whether somebody holds the lock of who is next."""
+        with (tmp_path / "gpu-GPU-0.next").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
     waiting = threading.Event()
     thread = threading.Thread(target=wait)
     with mine:
         thread.start()
         waiting.wait()
-        time.sleep(0.2)  # it stands in line
+        while not in_line():
+            time.sleep(0.01)
     with mine:
         order.append("mine")
     thread.join()

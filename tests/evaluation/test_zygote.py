@@ -15,6 +15,7 @@ from ke_gym.evaluation.sandbox import Sandbox
 from ke_gym.evaluation.shared import SharedBuffer
 from ke_gym.evaluation.zygote import Exit, SpawnError, Zygote
 
+PATIENCE = 300.0
 KINDS = ("trusted", "compile", "run")
 
 
@@ -22,7 +23,7 @@ def entry(name: str) -> str:
     return f"hostile_workers:{name}"
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -42,40 +43,40 @@ def gone(pid: int) -> bool:
 def test_a_worker_runs_its_entry_with_arguments(zygote: Zygote, kind: str) -> None:
     with zygote.spawn(entry("echo"), {"a": [1, "two"]}, sandbox=Sandbox(kind)) as worker:
         worker.channel.send({"b": 2}, b"blob")
-        header, blob = worker.channel.recv(10)
+        header, blob = worker.channel.recv(PATIENCE)
         assert header["args"] == {"a": [1, "two"]} and header["b"] == 2 and blob == b"blob"
-        assert worker.wait(10) == Exit(code=0)
+        assert worker.wait(PATIENCE) == Exit(code=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ends_are_reported_as_they_were(zygote: Zygote, kind: str) -> None:
     with zygote.spawn(entry("leave"), {"code": 7}, sandbox=Sandbox(kind)) as worker:
-        assert worker.wait(10) == Exit(code=7)
+        assert worker.wait(PATIENCE) == Exit(code=7)
     with zygote.spawn(entry("crash"), sandbox=Sandbox(kind)) as worker:
-        assert worker.wait(10) == Exit(signal=signal.SIGSEGV)
+        assert worker.wait(PATIENCE) == Exit(signal=signal.SIGSEGV)
         assert "SIGSEGV" in str(worker.wait())
     with zygote.spawn(entry("abort"), sandbox=Sandbox(kind)) as worker:
-        assert worker.wait(10) == Exit(signal=signal.SIGABRT)
+        assert worker.wait(PATIENCE) == Exit(signal=signal.SIGABRT)
     with zygote.spawn(entry("fail"), sandbox=Sandbox(kind)) as worker:
-        assert worker.wait(10) == Exit(code=1)
+        assert worker.wait(PATIENCE) == Exit(code=1)
         assert "RuntimeError: this worker fails on purpose" in worker.log()
 
 
 def test_waiting_times_out_and_killing_ends_it(zygote: Zygote) -> None:
     with zygote.spawn(entry("idle"), sandbox=Sandbox("run")) as worker:
-        worker.channel.recv(10)
+        worker.channel.recv(PATIENCE)
         with pytest.raises(TimeoutError):
             worker.wait(0.01)
         worker.kill()
-        assert worker.wait(10) == Exit(signal=signal.SIGKILL)
+        assert worker.wait(PATIENCE) == Exit(signal=signal.SIGKILL)
         with pytest.raises(EOFError):
-            worker.channel.recv(1)
+            worker.channel.recv(PATIENCE)
 
 
 def test_the_log_is_capped_and_harmless(zygote: Zygote) -> None:
     with zygote.spawn(entry("chatter"), sandbox=Sandbox("run")) as worker:
-        assert worker.channel.recv(10)[0] == {"done": True}
-        worker.wait(10)
+        assert worker.channel.recv(PATIENCE)[0] == {"done": True}
+        worker.wait(PATIENCE)
         assert 0 < len(worker.log()) <= 4001
         assert "\x1b" not in worker.log(1 << 20) and len(worker.log(1 << 20)) <= 64 << 10
 
@@ -86,7 +87,7 @@ def test_a_frozen_worker_does_nothing_until_it_is_thawed(zygote: Zygote) -> None
 
         counter = buffer.bytes.view(torch.int64)
         with zygote.spawn(entry("spin"), fds=[buffer.fd], sandbox=Sandbox("run")) as worker:
-            worker.channel.recv(10)
+            worker.channel.recv(PATIENCE)
             assert eventually(lambda: int(counter) > 0)
             worker.freeze()
             seen = int(counter)
@@ -96,7 +97,7 @@ def test_a_frozen_worker_does_nothing_until_it_is_thawed(zygote: Zygote) -> None
             assert eventually(lambda: int(counter) > seen)
             worker.freeze()
             worker.kill()
-            assert worker.wait(10) == Exit(signal=signal.SIGKILL)
+            assert worker.wait(PATIENCE) == Exit(signal=signal.SIGKILL)
 
 
 def test_a_missing_entry_is_said_and_the_zygote_lives_on(zygote: Zygote) -> None:
@@ -105,7 +106,7 @@ def test_a_missing_entry_is_said_and_the_zygote_lives_on(zygote: Zygote) -> None
     with pytest.raises(SpawnError, match="no_such_function"):
         zygote.spawn(entry("no_such_function"))
     with zygote.spawn(entry("leave"), {"code": 0}) as worker:
-        assert worker.wait(10) == Exit(code=0)
+        assert worker.wait(PATIENCE) == Exit(code=0)
 
 
 def test_spawning_leaks_nothing(zygote: Zygote) -> None:
@@ -136,8 +137,8 @@ def test_several_threads_may_spawn_at_once(zygote: Zygote) -> None:
         for _ in range(5):
             with zygote.spawn(entry("echo"), {}) as worker:
                 worker.channel.send({})
-                pids.append(worker.channel.recv(20)[0]["pid"])
-                assert worker.pid == pids[-1] or worker.wait(10) == Exit(code=0)
+                pids.append(worker.channel.recv(PATIENCE)[0]["pid"])
+                assert worker.pid == pids[-1] or worker.wait(PATIENCE) == Exit(code=0)
 
     threads = [threading.Thread(target=spawn) for _ in range(4)]
     for thread in threads:
@@ -154,10 +155,10 @@ def test_a_dead_zygote_is_replaced_and_takes_its_workers_along() -> None:
         arm = zygote.spawn("ke_gym.evaluation.builder:serve", {}, sandbox=Sandbox("run"))
         first = zygote.pid
         os.kill(first, signal.SIGKILL)
-        assert arm.wait(10) == Exit(signal=signal.SIGKILL)
+        assert arm.wait(PATIENCE) == Exit(signal=signal.SIGKILL)
         assert eventually(lambda: gone(arm.pid))
         with zygote.spawn("ke_gym.evaluation._zygote_main:_no_work") as worker:
-            assert worker.wait(20) == Exit(code=0)
+            assert worker.wait(PATIENCE) == Exit(code=0)
         assert zygote.pid != first
         arm.close()
     assert gone(zygote.pid)

@@ -41,7 +41,7 @@ def fixed(text: str, status: int = 200) -> Answer:
 def choose(answer: Answer, monkeypatch: pytest.MonkeyPatch, mask: np.ndarray = ALL) -> tuple[int, Any, Any]:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with Endpoint(answer) as endpoint:
-        policy = LLMChooser(url=endpoint.url, model="m", timeout=10, retries=0)
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=300, retries=0)
         policy.update(Transition(ZERO, 8, 0.25, ZERO, False, ALL, {"outcome": "correct"}))
         return int(policy.predict(ZERO, action_masks=mask)[0]), policy, endpoint
 
@@ -128,7 +128,7 @@ def table(tmp_path: Path) -> str:
 
 def test_choices_are_paid_from_the_searchs_dollars_and_only_once(tmp_path: Path, table: str) -> None:
     with Endpoint() as endpoint, Store(tmp_path / "store.db") as store:
-        policy = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=300)
         session, stopped = search(store, policy, 0.06, table)
         assert stopped == "dollars" and 0.01 < session.spent.dollars <= 0.06 and len(session.tree) > 2
         assert session.spent.dollars == pytest.approx(policy.dollars)
@@ -139,7 +139,7 @@ def test_choices_are_paid_from_the_searchs_dollars_and_only_once(tmp_path: Path,
         assert row.model == "m" and row.dollars == pytest.approx(policy.dollars)
         # What is recorded is not asked again.
         before = len(endpoint.requests)
-        again = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        again = LLMChooser(url=endpoint.url, model="m", timeout=300)
         more, stopped = search(store, again, 0.08, table)
         assert stopped == "dollars" and more.spent.dollars <= 0.08 and len(more.tree) > len(session.tree)
         assert more.usage.calls == len(endpoint.requests) > before
@@ -154,7 +154,7 @@ def test_ctrl_c_while_the_model_chooses_is_booked_at_its_worst(tmp_path: Path, t
         return first_strategy(request)
 
     with Endpoint(interrupted) as endpoint, Store(tmp_path / "store.db") as store:
-        policy = LLMChooser(url=endpoint.url, model="m", timeout=10)
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=300)
         session, stopped = search(store, policy, 1.0, table)
         worst = Price(1e-6, 10e-6).worst(endpoint.requests[2])
         assert stopped == "interrupted" and session.usage.calls == 3
@@ -180,7 +180,7 @@ def test_passing_faults_are_retried_and_choices_are_paid_for(monkeypatch: pytest
     statuses = iter([500, 200])
     monkeypatch.setattr(prices, "find", lambda *_: Price(0.0, 1.0))
     with Endpoint(lambda request: (next(statuses), '{"strategy": "fuse"}')) as endpoint:
-        policy = LLMChooser(url=endpoint.url, model="m", timeout=10, retries=1)
+        policy = LLMChooser(url=endpoint.url, model="m", timeout=300, retries=1)
         action, _ = policy.predict(ZERO, action_masks=ALL)
     assert action == get("fuse").id and not policy.fallbacks and len(endpoint.requests) == 2
     assert copy.deepcopy(policy).dollars == policy.dollars

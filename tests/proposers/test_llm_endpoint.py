@@ -22,7 +22,7 @@ from ke_gym.strategies import RESTART
 from ke_gym.testing.rewriter_endpoint import FAULTS, MODEL, RewriterEndpoint
 from tests.proposers.llm import KEY, brief
 
-QUICK = LLM(models=(MODEL,), timeout=5.0, retries=3)
+QUICK = LLM(models=(MODEL,), timeout=300.0, retries=3)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_settings_that_a_model_refuses_are_left_out_from_then_on(opened: list[En
 
 
 def test_a_stalled_call_times_out(opened: list[Endpoint]) -> None:
-    with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
+    with RewriterEndpoint(faults={"stall": 1.0}, stall=600) as server:
         failure = connect(opened, server, timeout=0.2, retries=3).complete("0", request()).result
         assert server.calls == 1  # it may be paid for already: another would be paid for again
     assert isinstance(failure, Failure) and failure.kind == "timeout"
@@ -214,8 +214,8 @@ def test_bad_settings_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_closing_cancels_what_is_in_flight(opened: list[Endpoint]) -> None:
-    with RewriterEndpoint(faults={"stall": 1.0}, stall=60) as server:
-        endpoint = connect(opened, server, timeout=60)
+    with RewriterEndpoint(faults={"stall": 1.0}, stall=600) as server:
+        endpoint = connect(opened, server, timeout=600)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             accounts = [Account(Purse()) for _ in range(4)]
             waiting = [(a, pool.submit(endpoint.complete, "0", request(), PRICE, a)) for a in accounts]
@@ -223,7 +223,7 @@ def test_closing_cancels_what_is_in_flight(opened: list[Endpoint]) -> None:
                 time.sleep(0.01)
             threading.Thread(target=endpoint.close).start()
             for account, future in waiting:
-                got = future.result(timeout=20)
+                got = future.result(timeout=300)
                 assert isinstance(got.result, Failure) and got.result.kind == "cancelled"
                 # They may be charged: the most that this can be is booked, and said to be so.
                 worst = pytest.approx(PRICE.worst(request()))

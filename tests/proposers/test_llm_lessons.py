@@ -74,7 +74,7 @@ class Fixed(RewriterEndpoint):
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LLM:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     (tmp_path / "prices.json").write_text(f'{{"{MODEL}": [2.0, 8.0]}}')
-    return LLM((MODEL,), timeout=10, retries=1, prices=str(tmp_path / "prices.json"))
+    return LLM((MODEL,), timeout=300, retries=1, prices=str(tmp_path / "prices.json"))
 
 
 def ask(
@@ -218,7 +218,7 @@ def get_init_inputs():
 """
 
 
-@pytest.mark.usefixtures("brief_races")
+@pytest.mark.usefixtures("steady_clock")
 def test_a_job_books_choices_proposals_and_lessons_alike(
     settings: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ def in_process(
     """Run a script to its end in a process of its own."""
     line, env = command(name, *arguments, home=home)
     return subprocess.run(
-        line, env=env | environment, cwd=cwd or home, capture_output=True, text=True, timeout=300
+        line, env=env | environment, cwd=cwd or home, capture_output=True, text=True, timeout=900
     )
 
 

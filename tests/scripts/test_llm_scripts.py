@@ -28,12 +28,12 @@ def optimize(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
     line = [sys.executable, str(ROOT / "scripts" / "optimize.py"), *arguments, "--out", str(folder / "runs")]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
     env = kept | {"KE_GYM_HOME": str(folder), "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(line, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, env=env, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture
-def task(tmp_path: Path, measured: Path) -> Path:
-    give_peaks(measured, tmp_path)
+def task(tmp_path: Path) -> Path:
+    give_peaks(tmp_path)
     path = tmp_path / "chain.py"
     path.write_text(TASK)
     return path
@@ -151,7 +151,7 @@ def test_the_rewriter_is_served() -> None:
     assert any(re.match(r"OPENAI_BASE_URL=http://127\.0\.0\.1:\d+/v1", text) for text in child.stdout)
     assert child.poll() is None
     child.terminate()
-    child.communicate(timeout=30)
+    child.communicate(timeout=300)
     server = script("serve_rewriter")
     for fault, reason in (("fire", "KIND=SHARE"), ("fire=0.1", "unknown"), ("429=2", "between 0 and 1")):
         with pytest.raises(UserError, match=reason):

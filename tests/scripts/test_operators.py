@@ -41,7 +41,7 @@ def test_an_operator_becomes_device_code_where_there_is_no_gpu(operators: Any, t
     assert packed.artifact is not None and packed.artifact.arch == "sm_90a"
 
 
-@pytest.mark.usefixtures("brief_races")
+@pytest.mark.usefixtures("steady_clock")
 def test_from_task_to_table_on_the_cpu(
     operators: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,7 +145,7 @@ def test_live_comparisons_end_with_the_runs_that_are_complete(
     assert len(opened) == 3 + len(rounds), "of several tasks, each search has its own"
 
 
-@pytest.mark.usefixtures("brief_races")
+@pytest.mark.usefixtures("steady_clock")
 def test_live_searches_are_recorded_and_can_be_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ class Twins:
         return SimpleNamespace(binary_id="same")
 
     def evaluate(self, candidate: Candidate, rival: Candidate | None = None) -> Evaluation:
-        assert self._both.wait(60)
+        assert self._both.wait(300)
         self.evaluated.append(candidate.id)
         if self.broken:
             raise RuntimeError("the machine is gone")
@@ -145,4 +145,4 @@ def test_a_lost_evaluator_is_lost_to_both_twins(tmp_path: Path) -> None:
         futures = [pool.submit(evaluate, candidate, None) for candidate in candidates]
         for future in futures:
             with pytest.raises(RuntimeError, match="gone"):
-                future.result(timeout=60)
+                future.result(timeout=300)

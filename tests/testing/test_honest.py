@@ -8,7 +8,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.testing import honest
 from ke_gym.testing.exploits import evaluators
 
-pytestmark = pytest.mark.usefixtures("brief_races", "one_zygote")
+pytestmark = pytest.mark.usefixtures("steady_clock", "one_zygote")
 
 
 @pytest.mark.parametrize("name", ["softmax", "instance_norm", "bucketize", "embedding_bag", "matmul_row_max"])
@@ -20,7 +20,7 @@ def test_no_honest_kernel_is_rejected(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def get(
-    brief_races: None, one_zygote: None, tmp_path_factory: pytest.TempPathFactory
+    steady_clock: None, one_zygote: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Evaluator]]:
     folder = tmp_path_factory.mktemp("home")
     with evaluators(lambda task: Evaluator(task, threads=1, folder=folder)) as open_for:
