@@ -8,7 +8,7 @@ limits in seconds are far away, random numbers are the same in every run, and wh
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -20,7 +20,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from ke_gym.evaluation import arms, builder, evaluator, gpu_evaluator, gpu_stage, judge_client, race, zygote
+from ke_gym.evaluation import (
+    arms,
+    builder,
+    bundle,
+    evaluator,
+    exchange,
+    gpu_evaluator,
+    gpu_stage,
+    judge_client,
+    race,
+    zygote,
+)  # fmt: skip
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.zygote import Zygote
@@ -28,14 +39,15 @@ from tests.machine import PEAKS
 
 # Files that take longest, the longest first: no worker is to begin one of them when the others are done.
 LONGEST = (
-    "scripts/test_optimize.py", "testing/test_exploits.py", "testing/test_honest.py",
-    "codegen/test_triton_modules.py", "codegen/test_program.py", "test_job.py",
-    "evaluation/test_selfcheck.py", "codegen/test_heldout.py", "scripts/test_evaluate.py",
-    "tasks/test_library.py", "codegen/test_rows.py", "codegen/test_cuda_modules.py",
-    "evaluation/test_evaluator.py", "codegen/test_gathers.py", "scripts/test_llm_scripts.py",
-    "test_package.py", "evaluation/test_zygote.py", "evaluation/test_gpu_rules.py",
-    "codegen/test_contraction_templates.py", "proposers/test_llm_lessons.py", "scripts/test_training.py",
-    "envs/test_live.py",
+    "testing/test_exploits.py", "scripts/test_optimize.py", "codegen/test_triton_modules.py",
+    "testing/test_honest.py", "codegen/test_heldout.py", "codegen/test_program.py",
+    "codegen/test_rows.py", "tasks/test_library.py", "codegen/test_gathers.py",
+    "evaluation/test_selfcheck.py", "test_job.py", "scripts/test_llm_scripts.py", "scripts/test_evaluate.py",
+    "test_package.py", "codegen/test_rewrites.py", "codegen/test_ops.py", "evaluation/test_evaluator.py",
+    "evaluation/test_zygote.py", "codegen/test_cuda_modules.py", "codegen/test_contraction_templates.py",
+    "codegen/test_contraction.py", "codegen/test_one_pass.py", "proposers/test_llm_lessons.py",
+    "proposers/test_llm_search.py", "proposers/test_warm.py", "scripts/test_training.py", "envs/test_live.py",
+    "evaluation/test_gpu_rules.py",
 )  # fmt: skip
 
 
@@ -98,6 +110,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+_seed()  # for what modules draw when they are imported
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _seeded_module() -> None:
     """Random numbers of a module's fixtures do not hang on what ran before them ..."""
@@ -136,9 +151,24 @@ def steady_clock(brief_races: None) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def zygotes() -> Iterator[Callable[[int], Zygote]]:
+    """The process that all of this session fork from, for each number of threads: it takes seconds to start."""
+    with ExitStack() as stack:
+        yield cache(lambda threads: stack.enter_context(Zygote(threads)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_zygote(zygotes: Callable[[int], Zygote]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluator, exchange, bundle):
+            patch.setattr(module, "Zygote", lambda threads: nullcontext(zygotes(threads)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def one_zygote() -> Iterator[None]:
-    """Evaluators of this module fork from one process (for each number of threads), which takes seconds to start."""
+def own_zygote() -> Iterator[None]:
+    """Evaluators of this module fork from a process that has seen this module's environment."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         started = cache(lambda threads: stack.enter_context(Zygote(threads)))
         patch.setattr(evaluator, "Zygote", lambda threads: nullcontext(started(threads)))

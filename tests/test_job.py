@@ -28,7 +28,7 @@ from ke_gym.search.tree import Node
 from ke_gym.tasks import Task
 from ke_gym.tasks.loader import built_in
 
-pytestmark = pytest.mark.usefixtures("steady_clock", "one_zygote")
+pytestmark = pytest.mark.usefixtures("steady_clock")
 
 
 class Chain(nn.Module):
@@ -81,9 +81,7 @@ def module() -> Chain:
 
 
 @pytest.fixture(scope="module")
-def result(
-    steady_clock: None, one_zygote: None, module: Chain, tmp_path_factory: pytest.TempPathFactory
-) -> ke_gym.Result:
+def result(steady_clock: None, module: Chain, tmp_path_factory: pytest.TempPathFactory) -> ke_gym.Result:
     out = tmp_path_factory.mktemp("runs")
     example = torch.randn(512, 256)
     stopped = ke_gym.optimize(module, example, budget=3, out=out, watch=StopAfter(2))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import give_peaks
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -83,6 +85,7 @@ def test_an_installed_wheel_evaluates_from_outside_the_checkout(wheel: Path, tmp
         return done.stdout
 
     assert str(packages) in run("-c", "import ke_gym, ke_gym.envs, ke_gym.policies; print(ke_gym.__file__)")
+    give_peaks(tmp_path / "home")
     script = str(ROOT / "scripts" / "evaluate.py")  # a script's own folder is all it adds to the path
     verdict = json.loads(run(script, "--task", "softmax", "--kernel", "softmax.py", "--json"))
     assert verdict["outcome"] == "correct" and verdict["speedup"] > 0

@@ -48,9 +48,7 @@ def judged(task: Task, source: str) -> Evaluation:
 
 
 @pytest.fixture(scope="module")
-def verdicts(
-    request: pytest.FixtureRequest, one_zygote: None
-) -> Iterator[dict[Path, tuple[str, Future[Evaluation]]]]:
+def verdicts(request: pytest.FixtureRequest) -> Iterator[dict[Path, tuple[str, Future[Evaluation]]]]:
     """First candidates of the chosen problems and their evaluations, two at a time, forked from one process."""
     names = {item.name for item in request.session.items}
     chosen = [path for path in PROBLEMS if any(name.endswith(f"[{path.stem}]") for name in names)]

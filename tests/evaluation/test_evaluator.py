@@ -22,7 +22,7 @@ LIBRARY = Candidate("def forward(x):\n    return x.softmax(-1)\n")
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "softmax.py").read_text()
 
 
-pytestmark = pytest.mark.usefixtures("brief_races", "one_zygote")
+pytestmark = pytest.mark.usefixtures("brief_races")
 
 
 def variant(old: str, new: str) -> Candidate:

@@ -65,6 +65,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.fixture(scope="module")
 def evaluator(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluator]:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
     try:
         opened = open_evaluator(task, "cuda", folder=tmp_path_factory.mktemp("home"), call_timeout=2)
     except UserError as error:

@@ -47,9 +47,11 @@ def test_a_run_worker_may_use_threads(zygote: Zygote) -> None:
     assert attempt(zygote, "thread") == ("ok", 1)
 
 
-def test_every_thread_of_a_team_has_a_core_of_its_own() -> None:
+def test_every_thread_of_a_team_has_a_core_of_its_own(zygote: Zygote) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
-    with Zygote(len(cores)) as own, own.spawn("hostile_workers:idle", {}) as worker:
+    if len(cores) < zygote.threads:
+        pytest.skip("needs two cores")
+    with zygote.spawn("hostile_workers:idle", {}) as worker:
         threads = os.listdir(f"/proc/{worker.pid}/task")
         places = [os.sched_getaffinity(int(thread)) for thread in threads]
     assert all(len(place) == 1 for place in places)
@@ -122,6 +124,8 @@ def test_a_locked_worker_is_nobody_and_holds_nothing(zygote: Zygote, kind: str) 
 def test_the_environment_holds_no_secret(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     with Zygote() as own:
+        environment = Path(f"/proc/{own.pid}/environ").read_bytes()
+        assert b"hunter2" not in environment and b"HOME=/nonexistent" in environment
         for kind in LOCKED:
             box = Sandbox(kind)  # type: ignore[arg-type]
             with own.spawn("ke_gym.evaluation.builder:serve", {}, sandbox=box) as worker:

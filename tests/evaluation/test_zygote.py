@@ -186,10 +186,3 @@ time.sleep(1000)
     parent.wait()
     parent.stdout.close()
     assert eventually(lambda: all(gone(pid) for pid in pids))
-
-
-def test_nothing_of_the_environment_comes_along(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    with Zygote() as own, own.spawn("ke_gym.evaluation._zygote_main:_no_work"):
-        environment = Path(f"/proc/{own.pid}/environ").read_bytes()
-    assert b"hunter2" not in environment and b"HOME=/nonexistent" in environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import copy
 import logging
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,15 +147,20 @@ def test_choices_are_paid_from_the_searchs_dollars_and_only_once(tmp_path: Path,
 
 
 def test_ctrl_c_while_the_model_chooses_is_booked_at_its_worst(tmp_path: Path, table: str) -> None:
+    over = threading.Event()
+
     def interrupted(request: dict[str, Any]) -> tuple[int, str]:
         if len(endpoint.requests) == 3:
             _thread.interrupt_main()
-            time.sleep(0.5)
+            over.wait(300)  # it never answers in time
         return first_strategy(request)
 
     with Endpoint(interrupted) as endpoint, Store(tmp_path / "store.db") as store:
         policy = LLMChooser(url=endpoint.url, model="m", timeout=300)
-        session, stopped = search(store, policy, 1.0, table)
+        try:
+            session, stopped = search(store, policy, 1.0, table)
+        finally:
+            over.set()
         worst = Price(1e-6, 10e-6).worst(endpoint.requests[2])
         assert stopped == "interrupted" and session.usage.calls == 3
         assert session.usage.unconfirmed == pytest.approx(worst)

@@ -103,8 +103,9 @@ def test_settings_that_a_model_refuses_are_left_out_from_then_on(opened: list[En
 
 def test_a_stalled_call_times_out(opened: list[Endpoint]) -> None:
     with RewriterEndpoint(faults={"stall": 1.0}, stall=600) as server:
-        failure = connect(opened, server, timeout=0.2, retries=3).complete("0", request()).result
-        assert server.calls == 1  # it may be paid for already: another would be paid for again
+        failure = connect(opened, server, timeout=1.0, retries=3).complete("0", request()).result
+        # It may be paid for already: another would be paid for again. (On a busy machine none may have been sent yet.)
+        assert server.calls <= 1
     assert isinstance(failure, Failure) and failure.kind == "timeout"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,9 +55,11 @@ def test_one_job_that_fails_costs_the_others_nothing(lanes: Any) -> None:
     assert ended["last"][0][0] == "last"
 
 
-def test_what_is_late_is_ended_and_nothing_begins_any_more(lanes: Any) -> None:
-    until = time.monotonic() + 4
-    (only,) = lanes.spread(job, iter(["sleep", "never"]), lanes.shares(["0"]), until)
+def test_what_is_late_is_ended_and_nothing_begins_any_more(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    (only,) = lanes.spread(job, iter(["sleep", "never"]), lanes.shares(["0"]), until=4)
     assert only[0] == "sleep" and isinstance(only[2], lanes.Late)
 
 

@@ -15,7 +15,9 @@ import pytest
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation import evaluator as evaluator_module
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.zygote import Zygote
 from ke_gym.tasks import Task
 from ke_gym.testing.rewriter_endpoint import MODEL, RewriterEndpoint
 from tests.machine import give_peaks
@@ -68,6 +70,7 @@ def test_a_search_with_a_model_from_the_command_line(tmp_path: Path, task: Path)
 
 def test_no_sandbox_sees_the_key(tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(evaluator_module, "Zygote", Zygote)  # one that starts with the key around
     look = Candidate(
         "import os\nraise RuntimeError(repr(dict(os.environ)) + open('/proc/self/environ').read())"
     )

@@ -13,7 +13,7 @@ class Model(nn.Module):
 
 
 def get_inputs():
-    return [torch.randn(3, ROWS, 300), torch.randn(3, 124, 300)]
+    return [torch.randn(3, ROWS, 108), torch.randn(3, 124, 108)]
 
 
 def get_init_inputs():
