@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -137,6 +137,15 @@ def brief_races() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _clock(candidate_s: float, baseline_s: float) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "elapsed", lambda *_: candidate_s)
+        patch.setattr(judge_client, "elapsed", lambda *_: baseline_s)
+        patch.setattr(JudgeClient, "_null_latency", lambda self: 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def steady_clock(brief_races: None) -> Iterator[None]:
     """By the clock every call of a candidate takes 1 ms and of the baseline 2 ms: for tests of what is made of times.
@@ -144,10 +153,14 @@ def steady_clock(brief_races: None) -> Iterator[None]:
     What is built, called and checked is real, races are brief, and each is won in the same way however busy the
     machine is.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "elapsed", lambda *_: 1e-3)
-        patch.setattr(judge_client, "elapsed", lambda *_: 2e-3)
-        patch.setattr(JudgeClient, "_null_latency", lambda self: 0.0)
+    with _clock(1e-3, 2e-3):
+        yield
+
+
+@pytest.fixture(scope="module")
+def even_clock(brief_races: None) -> Iterator[None]:
+    """Or the same for everybody, so that no race is won and nothing is confirmed: for tests of verdicts."""
+    with _clock(2e-3, 2e-3):
         yield
 
 

@@ -19,6 +19,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.checking import draw_cases
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.targets import cpu
 from ke_gym.tasks import Task
 
 PROBLEMS = sorted((Path(__file__).parent / "heldout").glob("*.py"))
@@ -28,7 +29,7 @@ class Check(Evaluator):
     """An evaluator that decides after the checks, whose secret cases are the same every time."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task, threads=2)
+        super().__init__(task, threads=min(2, cpu.facts().cores))
         rng = random.Random(1)
         self.cases, self._touch_seed = draw_cases(rng), rng.getrandbits(60)
 

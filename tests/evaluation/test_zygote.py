@@ -123,9 +123,9 @@ def test_spawning_leaks_nothing(zygote: Zygote) -> None:
     spawn(6)
     before = held()
     spawn(90)
-    after = held()
-    assert after[:2] == before[:2]
-    assert after[2] - before[2] < 128  # pages: half a megabyte
+    assert held()[0] == before[0]
+    assert eventually(lambda: held()[1] <= before[1])  # it closes its own when it has time for it
+    assert held()[2] - before[2] < 128  # pages: half a megabyte
     children = Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children")
     assert eventually(lambda: not children.read_text())
 

@@ -69,7 +69,7 @@ def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return here("evaluate", *arguments, home=folder)
 
 
-@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.usefixtures("even_clock")
 def test_a_verdict_is_printed_and_not_paid_for_twice(folder: Path) -> None:
     first = in_process("evaluate", "--task", "chain.py", "--kernel", "kernel.py", "--json", home=folder)
     assert first.returncode == 0, first.stderr
@@ -90,7 +90,7 @@ def test_a_verdict_is_printed_and_not_paid_for_twice(folder: Path) -> None:
     assert kept == anew, "what was measured last is what is remembered"
 
 
-@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.usefixtures("even_clock")
 def test_a_speedup_over_torch_compile_says_so(folder: Path) -> None:
     done = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--baseline", "compile", "--json")
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,7 @@ def test_a_speedup_over_torch_compile_says_so(folder: Path) -> None:
     assert verdict["reference_ms"] > 0 and verdict["speedup"] > 0
 
 
-@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.usefixtures("even_clock")
 def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
     (folder / "kernel.py").write_text(KERNEL.replace("x[i] + 1", "x[i] + 2"))
     done = evaluate(folder, "--task", "chain.py", "--kernel", "kernel.py", "--json")

@@ -8,7 +8,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.testing import honest
 from ke_gym.testing.exploits import evaluators
 
-pytestmark = pytest.mark.usefixtures("steady_clock")
+pytestmark = pytest.mark.usefixtures("even_clock")
 
 
 @pytest.mark.parametrize("name", ["softmax", "instance_norm", "bucketize", "embedding_bag", "matmul_row_max"])
@@ -19,7 +19,7 @@ def test_no_honest_kernel_is_rejected(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def get(steady_clock: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Evaluator]]:
+def get(even_clock: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Evaluator]]:
     folder = tmp_path_factory.mktemp("home")
     with evaluators(lambda task: Evaluator(task, threads=1, folder=folder)) as open_for:
         yield open_for  # type: ignore[misc]
