@@ -31,7 +31,7 @@ from ke_gym.evaluation import (
     judge_client,
     race,
     zygote,
-)  # fmt: skip
+)
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.zygote import Zygote
