@@ -92,22 +92,42 @@ struct alignas(64) CUtensorMap {{
 {_DEVICE} void await_sent() {{ asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }}
 """
 
+SWIZZLED = f"""\
+// A matrix in rows of 128 bytes, swizzled; eight of them begin at a multiple of 1024 bytes, the next eight follow. Where
+// what is summed over is not contiguous, a row has 64 elements along the other dimension: the next 64 are `across` bytes on.
+{_DEVICE} unsigned long long swizzled(unsigned at, unsigned across = 16) {{
+  return (unsigned long long)(at >> 4) | (unsigned long long)(across >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}}
 
-def multiply(n: int, dtype: str) -> str:
-    """``sums (+)= a b``: 64 rows by ``n`` columns in a warpgroup's registers, both operands in shared memory."""
+// All but the last COUNT groups of products are finished: what they read may be overwritten.
+template <int COUNT>
+{_DEVICE} void leave_products() {{ asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(COUNT) : "memory"); }}
+"""
+
+
+def multiply(n: int, dtype: str, turned: tuple[str, ...] = ()) -> str:
+    """``sums (+)= a b``: 64 rows by ``n`` columns in a warpgroup's registers, both operands in shared memory.
+
+    ``dtype``: "f16", "bf16" or "tf32". Of the operands ("left", "right") that are ``turned``, what is summed over is not
+    contiguous; the function's name ends with them.
+    """
     count = n // 2
+    depth, sides = (
+        (8, "") if dtype == "tf32" else (16, f", {int('left' in turned)}, {int('right' in turned)}")
+    )
+    name = "_".join(["multiply", dtype, *turned])
     results = [f"%{k}" for k in range(count)]
     rows = ["    " + ", ".join(results[k : k + 16]) for k in range(0, count, 16)]
     listed = ',"\n      "'.join(row.strip() for row in rows)
     bound = [f'"+f"(sums[{k}])' for k in range(count)]
     held = ",\n        ".join(", ".join(bound[k : k + 8]) for k in range(0, count, 8))
     return f"""\
-{_DEVICE} void multiply_{dtype}(float (&sums)[{count}], unsigned long long a, unsigned long long b, bool add) {{
+{_DEVICE} void {name}(float (&sums)[{count}], unsigned long long a, unsigned long long b, bool add) {{
   asm volatile(
       "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{count + 2}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {{"
+      "wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{dtype}.{dtype} {{"
       "{listed}"
-      "}}, %{count}, %{count + 1}, add, 1, 1, 0, 0;\\n}}"
+      "}}, %{count}, %{count + 1}, add, 1, 1{sides};\\n}}"
       : {held}
       : "l"(a), "l"(b), "r"((int)add));
 }}
@@ -139,12 +159,14 @@ def product(dtype: str) -> str:
 
 
 def helpers(used: set[str]) -> list[str]:
-    """The text of the helpers that are used: "bulk", "tensor_cores", "multiply 200 f16", "product f16", "pack f16"."""
-    texts = [text for name, text in (("bulk", BULK), ("tensor_cores", HELPERS)) if name in used]
+    """The text of the helpers that are used: "bulk", "tensor_cores", "swizzled", "multiply 200 f16",
+    "multiply 64 f16 right", "product f16", "pack f16"."""
+    blocks = (("bulk", BULK), ("tensor_cores", HELPERS), ("swizzled", SWIZZLED))
+    texts = [text for name, text in blocks if name in used]
     for name in sorted(used):
         kind, *rest = name.split()
         if kind == "multiply":
-            texts.append(multiply(int(rest[0]), rest[1]))
+            texts.append(multiply(int(rest[0]), rest[1], tuple(rest[2:])))
         elif kind in ("pack", "product"):
             texts.append((pack if kind == "pack" else product)(rest[0]))
     return texts

@@ -7,11 +7,12 @@ from typing import Generic, TypeVar
 
 from ke_gym.codegen.cuda_text import TYPES, Text, cast
 from ke_gym.codegen.expr import Load, walk
+from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.triton_text import bare_text
 from ke_gym.codegen.windows import Windowed
 
-WorkT = TypeVar("WorkT", bound=Pairs | Windowed)
+WorkT = TypeVar("WorkT", bound=Matmul | Pairs | Windowed)
 
 
 @dataclass(frozen=True)

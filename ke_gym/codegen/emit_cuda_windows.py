@@ -35,16 +35,16 @@ class Printer(emit_cuda_products.Printer[Windowed]):
         )
 
     @property
-    def maps(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-        """The tensors that travel as tiles: the parameter, the tensor, its shape and that of a tile."""
+    def maps(self) -> list[tuple[str, str, tuple[int, ...], int]]:
+        """See ``module_cuda._cores``."""
         work = self.work
-        found: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = []
+        found: list[tuple[str, str, tuple[int, ...], int]] = []
         if self.bulk and work.source is not None:
-            box = (1, work.depth, work.width)
-            found.append(("input_tiles", work.source.buffer, work.source.shape, box))
+            tensor = f"{work.source.buffer}.view({work.source.shape})"
+            found.append(("input_tiles", tensor, (1, work.depth, work.width), 0))
         if work.sent:
-            shape = (work.shape.batch, work.shape.m, work.shape.n)
-            found.append(("output_tiles", work.writes[0].name, shape, (1, 16, work.blocks.n)))
+            tensor = f"{work.writes[0].name}.view({(work.shape.batch, work.shape.m, work.shape.n)})"
+            found.append(("output_tiles", tensor, (1, 16, work.blocks.n), 0))
         return found
 
     def helpers(self) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, bags, contract, flash, pairs, products, tiling, windows
+from ke_gym.codegen import attend, bags, contract, flash, matmuls, pairs, products, tiling, windows
 from ke_gym.codegen.continuity import continuous
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
@@ -93,7 +93,9 @@ def _builder(graph: Graph, group: Group) -> Any:
     called = attend.products_of(graph, group.nodes)
     count = min(len(called), 2)
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
-        return windows.Builder if called[0].target == products.CONVOLUTION else pairs.Builder
+        if called[0].target == products.CONVOLUTION:
+            return windows.Builder
+        return matmuls.Builder if count == 1 else pairs.Builder
     if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
         return bags.Builder
     if group.one_pass and kinds[count] is not Builder:
@@ -361,7 +363,11 @@ def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
         changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
         alone = len(attend.products_of(graph, group.nodes)) == 1
         if graph.language != windows.LANGUAGE and alone and legal(graph, changed):
-            plan = changed
+            nest: Any = cached_nest(
+                graph, other, visible_in(graph, other.nodes, [g.nodes for g in changed.groups])
+            )
+            if isinstance(nest, (pairs.Pairs, windows.Windowed)):
+                plan = changed
     return plan
 
 
@@ -395,10 +401,12 @@ def absorb(graph: Graph, plan: Plan, name: str, launch: tuple[tuple[str, Any], .
     alone = _added(plan, Group((name,), launch=launch), order)
     if not legal(graph, alone):
         return plan
-    plan = alone
-    return joined(
-        graph, plan, name, [*graph.users[name], *(r for r in graph.steps[name].reads if r in graph.steps)]
-    )
+    near = list(graph.users[name])
+    if (
+        graph.language != windows.LANGUAGE
+    ):  # there, threads bring what is computed: worth it where it is cheap
+        near += [r for r in graph.steps[name].reads if r in graph.steps]
+    return joined(graph, alone, name, near)
 
 
 def joined(graph: Graph, plan: Plan, name: str, near: Sequence[str]) -> Plan:

@@ -112,13 +112,16 @@ class Extern:
         return tuple(found)
 
 
+HOPPER = "sm_90a"  # that has warpgroup products
+
+
 @dataclass
 class Graph:
     """One shape set of a reference: named inputs, steps in topological order, outputs by name.
 
     ``weights`` are the inputs that stay the same from call to call. ``precision`` is the task's policy for products:
     "strict", "tf32" or "bf16". ``device`` and ``language``: what kernels are for and, where nothing else is asked for,
-    printed in.
+    printed in; ``arch``: the GPU's architecture.
     """
 
     inputs: dict[str, Buffer]
@@ -135,6 +138,7 @@ class Graph:
     precision: Precision = "strict"
     device: Literal["cpu", "cuda"] = "cpu"
     language: Literal["cpp", "triton", "cuda"] = "cpp"
+    arch: str = HOPPER
 
     def __post_init__(self) -> None:
         self.memo: dict[Any, Any] = {}

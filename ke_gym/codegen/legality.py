@@ -92,7 +92,8 @@ def _text(graph: Graph, group: Group, visible: frozenset[str]) -> str:
         nest = fusion.cached_nest(graph, group, visible)
         used: set[str] = set()
         if graph.device == "cuda":
-            found = "\n".join(module_cuda.kernel(nest, "", used))
+            printed = module_cuda.kernel(nest, "", used)
+            found = "\n".join([printed.text, *printed.lines])
         elif isinstance(nest, Contraction):
             found = emit_cpp_products.print_contraction(nest, used)
         else:

@@ -1,6 +1,7 @@
 """Schedule -> CUDA C++ kernel module text: one source with the kernels, and a ``forward`` that launches them.
 
-Matrix products and attention stay calls of the library, and so do convolutions that are none of ``windows``.
+Attention stays a call of the library, and so do products that are none of ``matmuls`` or ``pairs``, and convolutions that
+are none of ``windows``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from functools import partial
 from typing import Any
 
 from ke_gym.codegen import cuda_tensor_cores as cores
-from ke_gym.codegen import emit_cuda_pairs, emit_cuda_windows, module
+from ke_gym.codegen import emit_cuda_matmuls, emit_cuda_pairs, emit_cuda_windows, module
 from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
 from ke_gym.codegen.emit_cuda import print_tiles
 from ke_gym.codegen.emit_cuda_lines import pointers
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
+from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.module_gpu import Printed, functions
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.schedule import Schedule
@@ -48,18 +50,19 @@ def library(kernels: list[str], used: set[str]) -> str:
 
 
 def _printed(nest: Any, suffix: str, ready: frozenset[str], used: set[str]) -> Printed:
-    text, launch = kernel(nest, suffix, used)
-    return Printed(text, [launch])
+    return kernel(nest, suffix, used)
 
 
-def kernel(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:
-    """The kernel's text, and the line that launches it."""
+def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
+    """The nest's kernels, and the lines that launch them."""
     if isinstance(nest, Windowed):
         return _windowed(nest, suffix, used)
+    if isinstance(nest, Matmul):
+        return _matmul(nest, suffix, used)
     if isinstance(nest, Pairs):
         return _pairs(nest, suffix, used)
     if not isinstance(nest, Tiles):
-        raise Illegal("in CUDA C++, products are the library's")
+        raise Illegal("in CUDA C++, attention is the library's")
     name, shape, names = f"compute_{nest.name}{suffix}", layout(nest), pointers(nest)
     written = {b.name for b in nest.writes}
     reads = {b.name: b for b in nest.reads if b.name not in written}
@@ -70,7 +73,7 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> tuple[str, str]:
     arguments = ", ".join([*reads, *(b.name for b in nest.writes)])
     block = module._tuple(shape.block) if len(shape.block) > 1 else str(shape.block[0])
     launch = f"kernels.{name}[{shape.grid(nest)}, {block}]({arguments})"
-    return f"// {module.computes(nest)}\n{signature}\n{body}\n}}", launch
+    return Printed(f"// {module.computes(nest)}\n{signature}\n{body}\n}}", [launch])
 
 
 def _signature(name: str, bounds: str, parameters: list[str]) -> str:
@@ -79,33 +82,75 @@ def _signature(name: str, bounds: str, parameters: list[str]) -> str:
     return signature if len(signature) <= 110 else head + "\n    " + ",\n    ".join(parameters) + ") {"
 
 
-def _windowed(work: Windowed, suffix: str, used: set[str]) -> tuple[str, str]:
-    printer, name = emit_cuda_windows.Printer(work, used), f"compute_{work.name}{suffix}"
+def _windowed(work: Windowed, suffix: str, used: set[str]) -> Printed:
+    printer = emit_cuda_windows.Printer(work, used)
     used |= printer.helpers()
-    kinds = {b.name: b.dtype for b in (*work.reads, *work.writes)}
-    written = {b.name for b in work.writes}
+    along, across = min(work.blocks.persistent, work.tiles[1] * work.shape.batch), work.tiles[0]
+    grid = f"({along}, {across})" if across > 1 else str(along)
+    return _cores(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
+
+
+def _cores(
+    printer: Any,
+    name: str,
+    grid: object,
+    maps: list[tuple[str, str, tuple[int, ...], int]],
+    listed: list[str],
+) -> Printed:
+    """A kernel on Hopper's tensor cores; it has a block of a multiprocessor's shared memory.
+
+    ``maps`` are the tensors that travel as tiles: the parameter, the tensor as it is described, the size of a tile, and
+    over how many bytes it is swizzled. ``listed`` are those that it reads or writes element by element.
+    """
+    work = printer.work
+    kinds, written = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
     parameters, arguments = [], []
-    for tiles, tensor, shape, box in printer.maps:
+    for tiles, tensor, box, swizzle in maps:
+        swizzled = f", swizzle={swizzle}" if swizzle else ""
         writes = ", writes=True" if tiles == "output_tiles" else ""
         parameters.append(f"const __grid_constant__ CUtensorMap {tiles}")
-        view = f"{tensor}.view({module._tuple(shape)})"
-        arguments.append(f"lang.tensor_map({view}, {module._tuple(box)}{writes})")
-    for buffer in printer.pointers:
+        arguments.append(f"lang.tensor_map({tensor}, {module._tuple(box)}{swizzled}{writes})")
+    for buffer in listed:
         constant = "" if buffer in written else "const "
         parameters.append(f"{constant}{TYPES[kinds[buffer]]}* __restrict__ {printer.names[buffer]}")
         arguments.append(buffer)
-    along, across = min(work.blocks.persistent, work.tiles[1] * work.shape.batch), work.tiles[0]
-    grid = f"({along}, {across})" if across > 1 else str(along)
     body = textwrap.indent("\n".join(printer.body()), "  ")
     given = ",\n    ".join(arguments)
     launch = f"kernels.{name}[{grid}, {work.threads}, {work.shared}](\n    {given},\n)"
-    return (
-        f"// {module.computes(work)}\n{_signature(name, f'{work.threads}, 1', parameters)}\n{body}\n}}",
-        launch,
+    signature = _signature(name, f"{work.threads}, 1", parameters)
+    return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])
+
+
+def _matmul(work: Matmul, suffix: str, used: set[str]) -> Printed:
+    name, blocks = f"compute_{work.name}", work.blocks
+    grid = min(work.count, blocks.persistent or work.count)
+    if blocks.split == 1:
+        printer = emit_cuda_matmuls.Printer(work, used)
+        used |= printer.helpers()
+        return _cores(printer, name + suffix, grid, printer.maps, printer.pointers)
+    part = emit_cuda_matmuls.partial(work)
+    first = emit_cuda_matmuls.Printer(part, used)
+    used |= first.helpers()
+    made = _cores(first, f"{name}_parts{suffix}", grid, first.maps, first.pointers)
+    (parts,), total = part.writes, emit_cuda_matmuls.Total(work, used)
+    kinds, results = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
+    parameters = [f"const float* __restrict__ {parts.name}"]
+    parameters += [
+        f"{'' if buffer in results else 'const '}{TYPES[kinds[buffer]]}* __restrict__ {total.names[buffer]}"
+        for buffer in total.pointers
+    ]
+    body = textwrap.indent("\n".join(total.body()), "  ")
+    signature = _signature(name + suffix, str(emit_cuda_matmuls.SUMMING), parameters)
+    text = f"// {module.computes(work)}\n{signature}\n{body}\n}}"
+    room = (
+        f"{parts.name} = torch.empty({parts.shape}, dtype=torch.float32, device={work.writes[0].name}.device)"
     )
+    arguments = ", ".join([parts.name, *total.pointers])
+    launch = f"kernels.{name}{suffix}[{total.blocks}, {emit_cuda_matmuls.SUMMING}]({arguments})"
+    return Printed(f"{made.text}\n\n{text}", [room, *made.lines, launch])
 
 
-def _pairs(work: Pairs, suffix: str, used: set[str]) -> tuple[str, str]:
+def _pairs(work: Pairs, suffix: str, used: set[str]) -> Printed:
     printer, name = emit_cuda_pairs.Printer(work, used), f"compute_{work.name}{suffix}"
     names, results = printer.names, {b.name for b in work.writes}
     kinds = {b.name: b.dtype for b in (*work.reads, *work.writes)}
@@ -116,7 +161,5 @@ def _pairs(work: Pairs, suffix: str, used: set[str]) -> tuple[str, str]:
     blocks = min(work.blocks.persistent, -(-work.shape.batch // work.blocks.warps))
     body = textwrap.indent("\n".join(printer.body()), "  ")
     launch = f"kernels.{name}[{blocks}, {printer.threads}]({', '.join(kinds)})"
-    return (
-        f"// {module.computes(work)}\n{_signature(name, str(printer.threads), parameters)}\n{body}\n}}",
-        launch,
-    )
+    signature = _signature(name, str(printer.threads), parameters)
+    return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])

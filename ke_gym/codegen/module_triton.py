@@ -1,14 +1,16 @@
 """Schedule -> Triton kernel module text: the kernels, and a ``forward`` that allocates and launches.
 
-Groups that ask for it become kernels in CUDA C++ beside the others (``windows``, ``pairs``).
+Groups that ask for it become kernels in CUDA C++ beside the others (``windows``, ``pairs``, ``matmuls``).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ke_gym.codegen import module, module_cuda
 from ke_gym.codegen.graph import Graph
+from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.module_gpu import Printed, functions
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.schedule import Schedule
@@ -24,11 +26,11 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     used_there: set[str] = set()
 
     def kernel(nest: Any, suffix: str, ready: frozenset[str]) -> Printed:
-        if not isinstance(nest, (Pairs, Windowed)):
+        if not isinstance(nest, (Matmul, Pairs, Windowed)):
             return printed(nest, suffix, ready, used)
-        text, launch = module_cuda.kernel(nest, suffix, used_there)
-        others.append(text)
-        return Printed("", [launch])
+        made = module_cuda.kernel(nest, suffix, used_there)
+        others.append(made.text)
+        return replace(made, text="")
 
     texts, called = functions(graphs, schedule, kernel)
     kernels = [text for text in texts if text]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ke_gym.codegen import channels_last, fusion, module, module_cuda, module_triton, preparation
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.features import Features
-from ke_gym.codegen.graph import Graph, Node
+from ke_gym.codegen.graph import HOPPER, Graph, Node
 from ke_gym.codegen.lower import lower
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.split_reductions import for_gpu
@@ -63,8 +63,9 @@ class Program:
         return cls(task.name, tuple(graphs), features)
 
     @classmethod
-    def for_language(cls, task: Task, language: str) -> Program:
-        """``from_task`` for what ``language`` runs on. Raises ``CodegenError`` for one without emitter.
+    def for_language(cls, task: Task, language: str, arch: str = HOPPER) -> Program:
+        """``from_task`` for what ``language`` runs on, on a GPU of ``arch``. Raises ``CodegenError`` for one without
+        emitter.
 
         The last one is kept: whoever has time may ask for it ahead of those who need it.
         """
@@ -76,7 +77,13 @@ class Program:
                 made = cls.from_task(task, LANGUAGES[language][0], "cuda" if language == "cuda" else "triton")
                 _LAST.clear()
                 _LAST[key] = made
-            return _LAST[key]
+            return _LAST[key].on(arch)
+
+    def on(self, arch: str) -> Program:
+        """The program for a GPU of ``arch``: what only others have instructions for is not legal."""
+        if all(graph.arch == arch for graph in self.graphs):
+            return self
+        return replace(self, graphs=tuple(replace(graph, arch=arch) for graph in self.graphs))
 
     def seeds(self) -> list[Schedule]:
         """First drafts that differ in kind, the best guess first.

@@ -12,6 +12,7 @@ from ke_gym.codegen import channels_last as layouts
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.legality import legal
+from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
@@ -28,7 +29,8 @@ def with_launch(group: Group, knob: str, value: Any) -> Group:
 
 
 def by_launch(
-    *names: str, kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Pairs, Windowed, bags.Bag)
+    *names: str,
+    kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Pairs, Windowed, Matmul, bags.Bag),
 ) -> Variants:
     """Variants that set one knob of one kernel, nearest values first."""
 
@@ -87,7 +89,7 @@ def on_tensor_cores(program: Program, schedule: Schedule) -> Iterator[Schedule]:
         kernel: Any = nest_of(program, schedule, p, g)
         if isinstance(kernel, products.Product):
             yield with_group(schedule, p, g, replace(group, launch=(("language", LANGUAGE),)))
-        elif isinstance(kernel, (Pairs, Windowed)):
+        elif isinstance(kernel, (Pairs, Windowed, Matmul)):
             yield with_group(schedule, p, g, replace(group, launch=()))
     for p, (graph, plan) in enumerate(zip(program.graphs, schedule.plans)):
         order = {n: k for k, n in enumerate(graph.steps)}
@@ -136,7 +138,7 @@ def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
     for p, g, _ in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
         for name, values in kernel.knobs().items():
-            if len(values) > 1 and (name != "stages" or pipelined or isinstance(kernel, Windowed)):
+            if len(values) > 1 and (name != "stages" or pipelined or isinstance(kernel, (Windowed, Matmul))):
                 found[f"{p}.{g}.{name}"] = list(values)
     return found
 

@@ -14,7 +14,7 @@ from ke_gym.codegen import products
 from ke_gym.codegen.convolutions import Convolution
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import BYTES, Expr, Var, of
-from ke_gym.codegen.graph import Buffer, View, contiguous_stride
+from ke_gym.codegen.graph import HOPPER, Buffer, Graph, View, contiguous_stride
 from ke_gym.codegen.operands import Shape, variables
 from ke_gym.codegen.product_blocks import FILL
 from ke_gym.codegen.products import Store
@@ -180,6 +180,7 @@ class Builder(products.Builder):
     def build(self) -> Any:
         if self.step.target != products.CONVOLUTION or self.step.kwargs:
             raise Illegal("in CUDA C++, products of matrices are the library's")
+        needs_hopper(self.graph)
         call = Convolution.of(self.step)
         dtypes = {self.graph.buffers[v.buffer].dtype for v in (call.x, call.w)}
         if len(call.out) != 3 or call.stride != (1,) or len(dtypes) != 1 or not dtypes <= {"bf16", "f16"}:
@@ -219,6 +220,12 @@ class Builder(products.Builder):
         if finished.shared > SHARED or blocks.n // 2 + WORKING > REGISTERS // finished.threads:
             raise Illegal("more than shared memory or registers hold")
         return finished
+
+
+def needs_hopper(graph: Graph) -> None:
+    """Raises ``Illegal`` if the GPU that ``graph`` is for has no warpgroup products."""
+    if graph.arch != HOPPER:
+        raise Illegal(f"warpgroup products are instructions of {HOPPER}, not of {graph.arch}")
 
 
 def heuristic(windowed: Windowed) -> Blocks:

@@ -81,8 +81,12 @@ def _make(
     transcripts: Path | None,
 ) -> Proposer:
     if name == "rewriter":
+        from ke_gym.evaluation.gpu_setting import arch_of
         from ke_gym.proposers.rewriter import Rewriter
+        from ke_gym.targets import cuda
 
+        if evaluator is not None and isinstance(evaluator.facts, cuda.Facts):
+            return Rewriter(task, language, arch_of(evaluator.facts))
         return Rewriter(task, language)
     if name == "openai":
         from ke_gym.proposers.brief import Brief

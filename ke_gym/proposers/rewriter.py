@@ -24,6 +24,7 @@ from ke_gym.codegen import CodegenError, Group, Program, Schedule, rewrites, rew
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.features import Features
+from ke_gym.codegen.graph import HOPPER
 from ke_gym.proposers import text, tuning
 from ke_gym.proposers.base import Context, Proposal, Proposer, Refusal, Trial
 from ke_gym.proposers.schedules import attach, recover, without
@@ -35,7 +36,7 @@ _WALK = 5  # most rewrites between a seed and a random draft
 
 
 class Rewriter(Proposer):
-    """Candidates for one task from its captured graph.
+    """Candidates for one task from its captured graph, on a GPU of ``arch`` where kernels are for one.
 
     Raises ``CodegenError`` (a ``UserError``) for a reference that ``torch.export`` refuses.
     """
@@ -43,9 +44,9 @@ class Rewriter(Proposer):
     name = "rewriter"
     draws = 8
 
-    def __init__(self, task: Task, language: str = "cpp") -> None:
+    def __init__(self, task: Task, language: str = "cpp", arch: str = HOPPER) -> None:
         self.language = language
-        self.program = Program.for_language(task, language)
+        self.program = Program.for_language(task, language, arch)
         self.seeds = self.program.seeds()
         self.fast_math = task.tolerance is not None or task.precision != "strict"
         self._masks: OrderedDict[str, NDArray[np.bool_]] = OrderedDict()

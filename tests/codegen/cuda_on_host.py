@@ -78,12 +78,22 @@ class HostKernels:
 class HostTiles(ctypes.Structure):
     """A tensor that travels as tiles (``CUtensorMap`` in the header)."""
 
-    _fields_ = (("data", ctypes.c_void_p), ("shape", ctypes.c_longlong * 3), ("box", ctypes.c_longlong * 3))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_longlong * 3) for name in ("shape", "stride", "box")),
+        ("size", ctypes.c_longlong),
+        ("swizzle", ctypes.c_longlong),
+    )
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, box: tuple[int, ...], writes: bool = False) -> HostTiles:
-        assert tensor.is_contiguous() and tensor.element_size() == 2
-        return cls(tensor.data_ptr(), (ctypes.c_longlong * 3)(*tensor.shape), (ctypes.c_longlong * 3)(*box))
+    def of(
+        cls, tensor: torch.Tensor, box: tuple[int, ...], swizzle: int = 0, writes: bool = False
+    ) -> HostTiles:
+        size = tensor.element_size()
+        assert tensor.dim() == 3 and tensor.stride(2) == 1 and swizzle in (0, 128)
+        assert not any(stride * size % 16 for stride in tensor.stride()[:2]) and max(box) <= 256
+        listed = ((ctypes.c_longlong * 3)(*sizes) for sizes in (tensor.shape, tensor.stride(), box))
+        return cls(tensor.data_ptr(), *listed, size, swizzle)
 
 
 class _Kernel:

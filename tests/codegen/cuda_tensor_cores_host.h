@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include <deque>
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -54,7 +56,10 @@ std::vector<T> shared_by_warp(const T& value) {
 }
 
 template <typename T>
-float half_at(unsigned at) { return float(*reinterpret_cast<const T*>(memory + at)); }
+const T& at(unsigned place) { return *reinterpret_cast<const T*>(memory + place); }
+
+// Where in shared memory a byte of a swizzled tile lies: 16 bytes change places with others of their 128.
+static unsigned swizzled(unsigned at) { return at ^ (at >> 7 & 7) << 4; }
 
 template <typename T>
 float half_of(unsigned word, int which) {
@@ -71,20 +76,53 @@ unsigned pack(float low, float high) {
   return word;
 }
 
-// 64 rows of `a` by all of `b`; rows of 16 bytes follow each other, the next eight columns lie `across` bytes on.
-template <typename T, int COUNT>
-void multiply(float (&sums)[COUNT], unsigned long long a, unsigned long long b, bool add) {
-  const auto at = [](unsigned long long m, int row, int k) {
-    const unsigned begin = (m & 0x3fff) << 4, across = (m >> 16 & 0x3fff) << 4, down = (m >> 32 & 0x3fff) << 4;
-    return begin + row / 8 * down + row % 8 * 16 + k / 8 * across + k % 8 * 2;
-  };
-  const int thread = running % 128, lane = thread % 32;
-  for (int s = 0; s < COUNT; ++s) {
-    const int row = thread / 32 * 16 + lane / 4 + s / 2 % 2 * 8, column = s / 4 * 8 + lane % 4 * 2 + s % 2;
-    float sum = add ? sums[s] : 0.0f;
-    for (int k = 0; k < 16; ++k) sum += half_at<T>(at(a, row, k)) * half_at<T>(at(b, column, k));
-    sums[s] = sum;
+// Where the element of a matrix lies; its dimensions are `row` and `k`, what is summed over.
+static unsigned place(unsigned long long m, int row, int k, int size, bool turned) {
+  const unsigned begin = (m & 0x3fff) << 4, across = (m >> 16 & 0x3fff) << 4, down = (m >> 32 & 0x3fff) << 4;
+  if (m >> 62 == 0) return begin + row / 8 * down + row % 8 * 16 + k / 8 * across + k % 8 * 2;
+  if (m >> 62 != 1) abort();
+  const unsigned at = turned ? begin + row / 64 * across + k / 8 * down + k % 8 * 128 + row % 64 * size
+                             : begin + row / 8 * down + row % 8 * 128 + k * size;
+  return swizzled(at);
+}
+
+struct Tf32 {
+  unsigned bits;
+  operator float() const {
+    const unsigned word = bits & ~0x1fffu;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
   }
+};
+
+// What a thread has asked for, done as late as may be: groups of products, and results on their way.
+struct Later {
+  std::deque<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open, sent;
+};
+static std::vector<Later> later(1024);
+
+static void finish_products(size_t but) {
+  auto& groups = later[running].groups;
+  for (; groups.size() > but; groups.pop_front())
+    for (const auto& product : groups.front()) product();
+}
+
+// 64 rows of `a` by all of `b`.
+template <typename T, int COUNT>
+void multiply(float (&sums)[COUNT], unsigned long long a, unsigned long long b, bool add, bool left = false, bool right = false) {
+  float* const to = sums;
+  later[running].open.push_back([=] {
+    const int thread = running % 128, lane = thread % 32;
+    for (int s = 0; s < COUNT; ++s) {
+      const int row = thread / 32 * 16 + lane / 4 + s / 2 % 2 * 8, column = s / 4 * 8 + lane % 4 * 2 + s % 2;
+      float sum = add ? to[s] : 0.0f;
+      for (int k = 0; k < 32 / int(sizeof(T)); ++k)
+        sum += float(at<T>(place(a, row, k, sizeof(T), left))) * float(at<T>(place(b, column, k, sizeof(T), right)));
+      to[s] = sum;
+    }
+  });
 }
 
 template <typename T>
@@ -122,13 +160,25 @@ void meet() { host::gather(NUMBER, THREADS); }
 
 static void publish() {}
 static void open_products() {}
-static void close_products() {}
+
+static void close_products() {
+  auto& mine = host::later[host::running];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
 
 template <int COUNT>
-void await_products(float (&)[COUNT]) {}
+void leave_products() { host::finish_products(COUNT); }
+
+template <int COUNT>
+void await_products(float (&)[COUNT]) { host::finish_products(0); }
 
 static unsigned long long matrix(unsigned at, unsigned across) {
   return (unsigned long long)(at >> 4) | (unsigned long long)(across >> 4) << 16 | 8ull << 32;
+}
+
+static unsigned long long swizzled(unsigned at, unsigned across = 16) {
+  return (unsigned long long)(at >> 4) | (unsigned long long)(across >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 
 static void take(unsigned (&four)[4], unsigned from) {
@@ -154,18 +204,24 @@ static void put(unsigned to, unsigned upper, unsigned lower) {
   put_matrices(to, words);
 }
 
-// A tensor of halves of three dimensions, as the test hands it over.
+// A tensor of three dimensions, as the test hands it over: sizes and strides in elements of `size` bytes.
 struct CUtensorMap {
-  unsigned short* data;
-  long long shape[3], box[3];
+  char* data;
+  long long shape[3], stride[3], box[3], size, swizzle;
   CUtensorMap(void* given) { memcpy(this, given, sizeof *this); }
+
+  int bytes() const { return int(box[0] * box[1] * box[2] * size); }
 
   template <typename Move>
   void each(unsigned at, int x, int y, int z, Move move) const {
+    // Bulk copies begin at multiples of 16 bytes, and what is swizzled has rows of 128 bytes at multiples of 1024.
+    if (at % 128 || swizzle && (box[2] * size != 128 || at % 1024)) abort();
     for (long long k = 0; k < box[0] * box[1] * box[2]; ++k) {
       const long long i = z + k / (box[1] * box[2]), j = y + k / box[2] % box[1], l = x + k % box[2];
       const bool inside = i >= 0 && i < shape[0] && j >= 0 && j < shape[1] && l >= 0 && l < shape[2];
-      move(reinterpret_cast<unsigned short*>(host::memory + at)[k], inside ? data + (i * shape[1] + j) * shape[2] + l : nullptr);
+      const unsigned here = at + unsigned(k * size);
+      move(host::memory + (swizzle ? host::swizzled(here) : here),
+           inside ? data + (i * stride[0] + j * stride[1] + l) * size : nullptr);
     }
   }
 };
@@ -176,31 +232,43 @@ static void expect(unsigned barrier, int bytes) {
 }
 
 static void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, int x, int y, int z) {
-  if (x % 8 || to % 128) abort();  // bulk copies begin at multiples of 16 bytes
-  from.each(to, x, y, z, [](unsigned short& here, const unsigned short* there) { here = there ? *there : 0; });
-  host::barriers[barrier].bytes -= int(2 * from.box[0] * from.box[1] * from.box[2]);
+  if (x * from.size % 16) abort();
+  from.each(to, x, y, z, [&](unsigned char* here, const char* there) {
+    there ? memcpy(here, there, from.size) : memset(here, 0, from.size);
+  });
+  host::barriers[barrier].bytes -= from.bytes();
   host::settle(host::barriers[barrier]);
 }
 
 static void send(const CUtensorMap& to, unsigned from, int x, int y, int z) {
-  if (x % 8 || from % 128) abort();
-  to.each(from, x, y, z, [](unsigned short& here, unsigned short* there) { if (there) *there = here; });
+  if (x * to.size % 16) abort();
+  host::later[host::running].sent.push_back([=] {
+    to.each(from, x, y, z, [&](const unsigned char* here, char* there) { if (there) memcpy(there, here, to.size); });
+  });
 }
 
-static void await_sent() {}
+static void await_sent() {
+  auto& mine = host::later[host::running].sent;
+  for (const auto& copy : mine) copy();
+  mine.clear();
+}
 
 static unsigned pack_f16(float low, float high) { return host::pack<__half>(low, high); }
 static unsigned pack_bf16(float low, float high) { return host::pack<__nv_bfloat16>(low, high); }
 
-template <int COUNT>
-void multiply_f16(float (&sums)[COUNT], unsigned long long a, unsigned long long b, bool add) {
-  host::multiply<__half>(sums, a, b, add);
-}
-
-template <int COUNT>
-void multiply_bf16(float (&sums)[COUNT], unsigned long long a, unsigned long long b, bool add) {
-  host::multiply<__nv_bfloat16>(sums, a, b, add);
-}
+#define KE_MULTIPLY(DTYPE, T, ENDING, LEFT, RIGHT)                                                        \
+  template <int COUNT>                                                                                    \
+  void multiply_##DTYPE##ENDING(float (&sums)[COUNT], unsigned long long a, unsigned long long b, bool add) { \
+    host::multiply<T>(sums, a, b, add, LEFT, RIGHT);                                                      \
+  }
+#define KE_MULTIPLY_TURNED(DTYPE, T)            \
+  KE_MULTIPLY(DTYPE, T, , false, false)         \
+  KE_MULTIPLY(DTYPE, T, _left, true, false)     \
+  KE_MULTIPLY(DTYPE, T, _right, false, true)    \
+  KE_MULTIPLY(DTYPE, T, _left_right, true, true)
+KE_MULTIPLY_TURNED(f16, __half)
+KE_MULTIPLY_TURNED(bf16, __nv_bfloat16)
+KE_MULTIPLY(tf32, host::Tf32, , false, false)
 
 static void product_f16(float (&sums)[4], unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f) {
   host::product<__half>(sums, a, b, c, d, e, f);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,49 @@ PAIRS: dict[str, dict[str, Any]] = {
     "without_matrix": {"ROWS": 33, "RANK": 0, "DIM": 32},
 }
 
+# With the knobs of a launch each.
+MATMULS: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
+    "plain": ({"ROWS": 72}, ()),
+    "large": ({"AFTER": "linear"}, (("m", 128), ("n", 128), ("stages", 3), ("warps", 8))),
+    "across": (
+        {
+            "LEFT": True,
+            "RIGHT": False,
+            "DEPTH": 136,
+            "BATCH": 2,
+            "DTYPE": torch.bfloat16,
+            "AFTER": "residual",
+        },
+        (("k", 128), ("m", 128), ("n", 128), ("stages", 2), ("warps", 4)),
+    ),
+    "walking": (
+        {"ROWS": 1096, "COLUMNS": 1000, "DEPTH": 40, "LEFT": True},
+        (("m", 64), ("n", 128), ("persistent", 132), ("stages", 2), ("warps", 4)),
+    ),
+    "tall": ({"ROWS": 300, "RIGHT": False}, (("m", 256), ("n", 64), ("stages", 2), ("warps", 8))),
+    "turned": ({"ROWS": 24, "BATCH": 3, "AFTER": "two"}, (("turned", True),)),
+    "split": ({"ROWS": 72, "COLUMNS": 40, "DEPTH": 1000, "BATCH": 2, "AFTER": "two"}, (("split", 4),)),
+    "single": (
+        {"DTYPE": torch.float32, "ROWS": 72, "DEPTH": 100, "RIGHT": False, "AFTER": "residual"},
+        (("k", 64), ("m", 64), ("n", 64), ("stages", 2), ("warps", 4)),
+    ),
+}
 
-def task(name: str) -> Task:
-    """By the name of its sizes."""
-    file, sizes = ("conv", CONVOLUTIONS[name]) if name in CONVOLUTIONS else ("pairs", PAIRS[name])
+
+def task(name: str, **sizes: Any) -> Task:
+    """By the name of its sizes, with some other than its own."""
+    files = {
+        "conv": CONVOLUTIONS,
+        "pairs": PAIRS,
+        "matmul": {name: sizes for name, (sizes, _) in MATMULS.items()},
+    }
+    file, own = next((file, cases[name]) for file, cases in files.items() if name in cases)
     made = Task.from_file(Path(__file__).parent / "tensor_cores" / f"{file}.py")
-    return replace(made, name=name, shapes={"cpu": sizes, "gpu": sizes})
+    precision = "tf32" if name == "single" else made.precision
+    return replace(made, name=name, precision=precision, shapes={"cpu": own | sizes, "gpu": own | sizes})
 
 
-def program(name: str, **sizes: int) -> Program:
+@cache
+def program(name: str, **sizes: Any) -> Program:
     """In CUDA C++, with some sizes other than its own."""
-    made = task(name)
-    both = made.shapes["gpu"] | sizes
-    return Program.from_task(replace(made, shapes={"cpu": both, "gpu": both}), "cuda", "cuda")
+    return Program.from_task(task(name, **sizes), "cuda", "cuda")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from ke_gym.codegen import Group, Plan, Program, cuda_tensor_cores, rewrites
+from ke_gym.codegen.legality import nests_of
+from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.variants import nest_of
 from ke_gym.codegen.windows import SHARED, Windowed, odd
@@ -57,9 +60,30 @@ def test_pairs_stay_in_registers(name: str) -> None:
 @pytest.mark.parametrize(
     "sizes", [{"ROWS": 65}, {"DIM": 72}, {"ROWS": 64, "OTHERS": 64, "DIM": 256}], ids=str
 )
-def test_rows_that_registers_do_not_hold_stay_with_the_library(sizes: dict[str, int]) -> None:
+def test_rows_that_registers_do_not_hold_are_tiles_or_stay_with_the_library(sizes: dict[str, int]) -> None:
     made = program("interactions", **sizes)
-    assert "torch.ops.aten.bmm" in made.emit(made.seeds()[0])
+    assert isinstance(nest_of(made, made.seeds()[0], 0, 0), Matmul)
+    for arch in ("sm_80", "sm_90", "sm_100a"):
+        other = made.on(arch)
+        assert "torch.ops.aten.bmm" in other.emit(other.seeds()[0])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100a"])
+@pytest.mark.parametrize("language", ["cuda", "triton"])
+def test_other_architectures_have_no_warpgroup_products(
+    arch: str, language: Literal["cuda", "triton"]
+) -> None:
+    for name, kind in (("residual", Windowed), ("interactions", Pairs)):
+        made = Program.from_task(task(name), "cuda", language)
+        assert made.on("sm_90a") is made
+        other = made.on(arch)
+        kernels = nests_of(other.graphs[0], other.seeds()[0].plans[0])
+        assert any(isinstance(kernel, Pairs) for kernel in kernels) == (kind is Pairs)
+        assert not any(isinstance(kernel, (Windowed, Matmul)) for kernel in kernels)
+        for first in made.seeds():
+            assert other.legal(first) != any(
+                isinstance(k, (Windowed, Matmul)) for k in nests_of(made.graphs[0], first.plans[0])
+            )
 
 
 def test_among_triton_kernels_two_products_may_be_one_in_cuda() -> None:
