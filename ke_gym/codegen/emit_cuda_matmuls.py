@@ -6,6 +6,7 @@ Of each stage in shared memory a barrier says that its tiles have come (``full``
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ke_gym.codegen import emit_cuda_products
@@ -45,7 +46,7 @@ class Printer(emit_cuda_products.Printer[Matmul]):
     def maps(self) -> list[tuple[str, str, tuple[int, ...], int]]:
         """See ``module_cuda._cores``."""
         work, row = self.work, ROW // self.work.size
-        found = []
+        found: list[tuple[str, str, tuple[int, ...], int]] = []
         for side, tile in self.fetched.items():
             rows = {"m": work.blocks.m, "n": work.blocks.n, "k": work.blocks.k}[tile.axes[0]]
             found.append((f"{side}_tiles", _described(tile), (1, rows, row), ROW))
@@ -76,7 +77,7 @@ class Printer(emit_cuda_products.Printer[Matmul]):
         barriers = blocks.stages * (left + right) + results
         return [
             f"constexpr int STAGES = {blocks.stages}, LEFT = {left}, RIGHT = {right}, STAGE = LEFT + RIGHT;",
-            f"constexpr int ROWS = {work.grid[0]}, COLUMNS = {work.grid[1]}, TILES = {work.count};",
+            f"constexpr int COLUMNS = {work.grid[1]};",
             "extern __shared__ __align__(1024) unsigned char memory[];",
             f"const unsigned stages = in_shared(memory), full = stages + {barriers}, empty = full + 8 * STAGES;",
             "const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;",
@@ -99,30 +100,30 @@ class Printer(emit_cuda_products.Printer[Matmul]):
 
     def _walked(self, inner: list[str]) -> list[str]:
         """``inner`` for each of the block's tiles."""
-        work, rows = self.work, self.work.grid[0]
+        work, rows, tiles = self.work, self.work.grid[0], math.prod(self.work.grid)
         lines = []
         tile = "number"
         if work.shape.batch > 1 or work.blocks.split > 1:
             tile = "tile"
-            lines.append("const int tile = number % (ROWS * COLUMNS);")
+            lines.append(f"const int tile = number % {tiles};")
         if work.blocks.split > 1:
-            lines.append(f"const int part = number / (ROWS * COLUMNS){self._batches('/')};")
+            lines.append(f"const int part = number / {tiles}{self._batches('/')};")
             last = f"min({work.share}, {work.steps} - part * {work.share})"
             lines.append(f"const int steps = {work.share if not work.steps % work.share else last};")
         else:
             lines.append(f"constexpr int steps = {work.steps};")
         if work.shape.batch > 1:
-            number = f"number / (ROWS * COLUMNS){self._batches('%') if work.blocks.split > 1 else ''}"
+            number = f"number / {tiles}{self._batches('%') if work.blocks.split > 1 else ''}"
             lines.append(f"const {self.int} batch = {number};")
         group = min(work.blocks.group, rows)
         lines += [
             f"const int above = {tile} / ({group} * COLUMNS) * {group};",
-            f"const int rows = min({group}, ROWS - above), inside = {tile} % ({group} * COLUMNS);" if rows % group
+            f"const int rows = min({group}, {rows} - above), inside = {tile} % ({group} * COLUMNS);" if rows % group
             else f"const int rows = {group}, inside = {tile} % ({group} * COLUMNS);",
             f"const int top = (above + inside % rows) * {work.blocks.m}, start = inside / rows * {work.blocks.n};",
         ]  # fmt: skip
         if work.blocks.persistent:
-            head = "for (int number = blockIdx.x; number < TILES; number += gridDim.x) {"
+            head = f"for (int number = blockIdx.x; number < {work.count}; number += gridDim.x) {{"
             return [head, *indented([*lines, *inner]), "}"]
         return ["const int number = blockIdx.x;", *lines, *inner]
 
@@ -152,7 +153,8 @@ class Printer(emit_cuda_products.Printer[Matmul]):
 
     def _brought(self) -> list[str]:
         """All threads compute the operand that is not fetched, 16 bytes along ``k`` at a time."""
-        work, blocks, (side,) = self.work, self.work.blocks, set(SIDES) - set(self.fetched)
+        work, blocks = self.work, self.work.blocks
+        side = "left" if "right" in self.fetched else "right"
         operand, outer = work.operands[SIDES.index(side)], "m" if side == "left" else "n"
         rows, few = getattr(blocks, outer), 16 // work.size
         chunks, k = blocks.k // few, variables(work.shape)[3]
@@ -176,7 +178,9 @@ class Printer(emit_cuda_products.Printer[Matmul]):
             f"  alignas(16) {self.kind} few[{few}];",
             "  #pragma unroll",
             f"  for (int j = 0; j < {few}; ++j) {{",
-            *indented([*(dimension.line for dimension in dimensions), *bound, f"few[j] = {value};"], 2),
+            *indented(
+                [*(dimension.line(self.int) for dimension in dimensions), *bound, f"few[j] = {value};"], 2
+            ),
             "  }",
             f"  const int to = {to} + (chunk % 8 ^ row % 8) * 16;",
             "  *reinterpret_cast<uint4*>(memory + to) = *reinterpret_cast<const uint4*>(few);",
@@ -221,13 +225,9 @@ class Printer(emit_cuda_products.Printer[Matmul]):
     def _consume(self) -> list[str]:
         work, blocks = self.work, self.work.blocks
         multiply = "_".join(["multiply", self._kind, *work.turned])
-        first = (
-            f"(warp / 4 * {work.heights} + h)"
-            if work.heights > 1
-            else "(warp / 4)"
-            if self.groups > 1
-            else ""
-        )
+        first = "(warp / 4)" if self.groups > 1 else ""
+        if work.heights > 1:
+            first = f"(warp / 4 * {work.heights} + h)"
         product = f"{multiply}(sums[h], {self._matrix('left', first, 'c')}, {self._matrix('right', '', 'c')}, step + c > 0);"
         inner = [
             f"float sums[{work.heights}][{blocks.n // 2}];",
@@ -306,7 +306,7 @@ class Printer(emit_cuda_products.Printer[Matmul]):
         return [
             "#pragma unroll",
             "for (int e = 0; e < 4; e += 2) {",
-            *(f"  const int {dimension.name} = {dimension.at};" for dimension in along),
+            *(f"  const {self.int} {dimension.name} = {dimension.at};" for dimension in along),
             f"  {guard}store({name}, {place} / 2, Vector<{kind}, 2>{{{{{values}}}}});",
             "}",
         ]

@@ -27,9 +27,9 @@ class Along:
     size: int
     ragged: bool
 
-    @property
-    def line(self) -> str:
-        return f"const int {self.name} = {f'min({self.at}, {self.size - 1})' if self.ragged else self.at};"
+    def line(self, kind: str) -> str:
+        """Its declaration as a ``kind`` of integer, kept within ``size``."""
+        return f"const {kind} {self.name} = {f'min({self.at}, {self.size - 1})' if self.ragged else self.at};"
 
 
 class Printer(Generic[WorkT]):
@@ -48,7 +48,7 @@ class Printer(Generic[WorkT]):
 
     def element(self, total: str, along: tuple[Along, ...], kept: bool) -> list[str]:
         """What becomes of the sum ``total``: the stores, or, if it is ``kept``, the first store's value in its place."""
-        lines = [*(dimension.line for dimension in along), f"const float sum = {total};"]
+        lines = [*(dimension.line(self.int) for dimension in along), f"const float sum = {total};"]
         text, stores = self.text(), self.work.stores
         for load in (x for s in stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
             text.names[load] = "sum"

@@ -154,6 +154,12 @@ class Matmul:
         return self.blocks.stages * (left + right + 16) + results
 
     @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor has room for at once."""
+        registers = (self.heights * self.blocks.n // 2 + WORKING) * self.threads
+        return min(SHARED // self.shared, REGISTERS // registers)
+
+    @property
     def order(self) -> Index:
         """Where an element of the product is if they follow each other."""
         batch, m, n = (of(v) if v.size != 1 else constant(0) for v in variables(self.shape)[:3])
@@ -234,8 +240,7 @@ def tiled(operands: tuple[Expr, Expr], shape: Shape) -> tuple[Described | None, 
 def checked(matmul: Matmul) -> Matmul:
     """``matmul``; raises ``Illegal`` if its blocks do not go together."""
     blocks = matmul.blocks
-    sums = matmul.heights * blocks.n // 2
-    if not 0 < sums <= SUMS or (sums + WORKING) * matmul.threads > REGISTERS or matmul.shared > SHARED:
+    if not 0 < matmul.heights * blocks.n // 2 <= SUMS or matmul.resident < 1:
         raise Illegal("tiles that do not suit the warps, or more than registers or shared memory hold")
     if blocks.split > 1 and blocks.persistent:
         raise Illegal("blocks that share tiles do not walk over them")

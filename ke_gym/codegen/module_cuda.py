@@ -117,7 +117,7 @@ def _cores(
     body = textwrap.indent("\n".join(printer.body()), "  ")
     given = ",\n    ".join(arguments)
     launch = f"kernels.{name}[{grid}, {work.threads}, {work.shared}](\n    {given},\n)"
-    signature = _signature(name, f"{work.threads}, 1", parameters)
+    signature = _signature(name, f"{work.threads}, {getattr(work, 'resident', 1)}", parameters)
     return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])
 
 

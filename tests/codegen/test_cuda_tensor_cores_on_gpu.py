@@ -9,7 +9,7 @@ import torch
 
 from ke_gym.languages.base import Signature
 from tests.codegen.interpret import scheduled
-from tests.codegen.tensor_core_cases import CONVOLUTIONS, PAIRS, program, task
+from tests.codegen.tensor_core_cases import CONVOLUTIONS, MATMULS, PAIRS, program, task
 from tests.languages.gpu_modules import built
 
 pytestmark = [
@@ -24,6 +24,7 @@ CASES = [
     *((name, launch) for name in CONVOLUTIONS for launch in LAUNCHES),
     *((name, (("apart", True), ("stages", 1))) for name in ("whole", "odd_input")),
     *((name, ()) for name in PAIRS),
+    *((name, launch) for name, (_, launch) in MATMULS.items()),
 ]
 
 
