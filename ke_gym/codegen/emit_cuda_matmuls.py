@@ -194,7 +194,7 @@ class Printer(emit_cuda_products.Printer[Matmul]):
         work, row = self.work, ROW // self.work.size
         where = {"m": "top", "n": "start", "k": "depth"}
         sizes = {"m": work.blocks.m, "n": max(work.blocks.n, row), "k": work.blocks.k}
-        outer, inner = tile.axes
+        outer, inner = tile.axes[0], tile.axes[1]
         rows = getattr(work.blocks, outer)
         to = "stages + s * STAGE" + (" + LEFT" if side == "right" else "")
         batch = "int(batch)" if tile.shape[0] > 1 else "0"
