@@ -111,10 +111,13 @@ def tensor_map(
     swizzle: int = 0,
     nan_fill: bool = False,
     writes: bool = False,
+    shape: tuple[int, ...] = (),
+    stride: tuple[int, ...] = (),
 ) -> _recording.Tile:
     """The TMA descriptor of a tensor, for a parameter ``const __grid_constant__ CUtensorMap map``.
 
     ``box`` elements per dimension are copied at once, swizzled over 0, 32, 64 or 128 bytes. Elements outside
-    read as zeros, with ``nan_fill`` as NaN. ``writes``: the kernel stores through it.
+    read as zeros, with ``nan_fill`` as NaN. ``writes``: the kernel stores through it. ``shape`` and ``stride`` (in
+    elements; (): one after the other) describe the tensor's memory in another way than its own.
     """
-    return _cuda.tensor_map(tensor, box, swizzle, nan_fill, writes)
+    return _cuda.tensor_map(tensor, box, swizzle, nan_fill, writes, shape, stride)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ke_gym.codegen import emit_cuda_products
 from ke_gym.codegen.cuda_text import TYPES, cast
-from ke_gym.codegen.emit_cuda_products import Along, indented
+from ke_gym.codegen.emit_cuda_products import Along, Travelling, indented
 from ke_gym.codegen.expr import Load, Var, of, walk
 from ke_gym.codegen.graph import Buffer, contiguous_stride
 from ke_gym.codegen.matmuls import ROW, SIDES, Matmul
@@ -43,16 +43,19 @@ class Printer(emit_cuda_products.Printer[Matmul]):
         )
 
     @property
-    def maps(self) -> list[tuple[str, str, tuple[int, ...], int]]:
-        """See ``module_cuda._cores``."""
+    def maps(self) -> list[Travelling]:
+        """The operands that are fetched, and the result if it is sent."""
         work, row = self.work, ROW // self.work.size
-        found: list[tuple[str, str, tuple[int, ...], int]] = []
+        found: list[Travelling] = []
         for side, tile in self.fetched.items():
             rows = {"m": work.blocks.m, "n": work.blocks.n, "k": work.blocks.k}[tile.axes[0]]
-            found.append((f"{side}_tiles", _described(tile), (1, rows, row), ROW))
+            begin = f".as_strided({tile.shape}, {tile.stride}, {tile.offset})" if tile.offset else ""
+            found.append(
+                Travelling(f"{side}_tiles", tile.buffer + begin, (1, rows, row), ROW, tile.shape, tile.stride)
+            )
         if work.sent:
             shape = (work.shape.batch, work.shape.m, work.shape.n)
-            found.append(("output_tiles", f"{work.writes[0].name}.view({shape})", (1, 16, 64), ROW))
+            found.append(Travelling("output_tiles", work.writes[0].name, (1, 16, 64), ROW, shape))
         return found
 
     def helpers(self) -> set[str]:
@@ -336,10 +339,6 @@ class Printer(emit_cuda_products.Printer[Matmul]):
             f"    send(output_tiles, own + j * {16 * ROW}, start + j * 64, row, {batch});",
             "}",
         ]
-
-
-def _described(tile: Described) -> str:
-    return f"{tile.buffer}.as_strided({tile.shape}, {tile.stride})"
 
 
 def partial(matmul: Matmul) -> Matmul:

@@ -7,12 +7,11 @@ from typing import Generic, TypeVar
 
 from ke_gym.codegen.cuda_text import TYPES, Text, cast
 from ke_gym.codegen.expr import Load, walk
-from ke_gym.codegen.matmuls import Matmul
-from ke_gym.codegen.pairs import Pairs
+from ke_gym.codegen.graph import contiguous_stride
+from ke_gym.codegen.tensor_cores import Kernel
 from ke_gym.codegen.triton_text import bare_text
-from ke_gym.codegen.windows import Windowed
 
-WorkT = TypeVar("WorkT", bound=Matmul | Pairs | Windowed)
+WorkT = TypeVar("WorkT", bound=Kernel)
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,30 @@ class Along:
     def line(self, kind: str) -> str:
         """Its declaration as a ``kind`` of integer, kept within ``size``."""
         return f"const {kind} {self.name} = {f'min({self.at}, {self.size - 1})' if self.ragged else self.at};"
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """A tensor that travels as tiles: the kernel's parameter, the ``tensor`` in the module's words, a tile's size.
+
+    ``swizzle``: over how many bytes. ``shape`` and ``stride``: as what the tensor is described, if not as itself.
+    """
+
+    name: str
+    tensor: str
+    box: tuple[int, ...]
+    swizzle: int = 0
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The argument."""
+        more = f", swizzle={self.swizzle}" if self.swizzle else ""
+        more += ", writes=True" if self.name == "output_tiles" else ""
+        more += f", shape={self.shape}" if self.shape else ""
+        plain = self.stride in ((), contiguous_stride(self.shape))
+        return f"lang.tensor_map({self.tensor}, {self.box}{more}{'' if plain else f', stride={self.stride}'})"
 
 
 class Printer(Generic[WorkT]):

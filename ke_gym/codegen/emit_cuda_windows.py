@@ -8,7 +8,7 @@ bytes, positions one after the other, so that a window may begin at any position
 from __future__ import annotations
 
 from ke_gym.codegen import emit_cuda_products
-from ke_gym.codegen.emit_cuda_products import Along, indented
+from ke_gym.codegen.emit_cuda_products import Along, Travelling, indented
 from ke_gym.codegen.expr import Expr, Load, walk
 from ke_gym.codegen.windows import STAGED, Windowed
 
@@ -35,16 +35,16 @@ class Printer(emit_cuda_products.Printer[Windowed]):
         )
 
     @property
-    def maps(self) -> list[tuple[str, str, tuple[int, ...], int]]:
-        """See ``module_cuda._cores``."""
+    def maps(self) -> list[Travelling]:
+        """The input if it is fetched, and the result if it is sent."""
         work = self.work
-        found: list[tuple[str, str, tuple[int, ...], int]] = []
+        found: list[Travelling] = []
         if self.bulk and work.source is not None:
             tensor = f"{work.source.buffer}.view({work.source.shape})"
-            found.append(("input_tiles", tensor, (1, work.depth, work.width), 0))
+            found.append(Travelling("input_tiles", tensor, (1, work.depth, work.width)))
         if work.sent:
             tensor = f"{work.writes[0].name}.view({(work.shape.batch, work.shape.m, work.shape.n)})"
-            found.append(("output_tiles", tensor, (1, 16, work.blocks.n), 0))
+            found.append(Travelling("output_tiles", tensor, (1, 16, work.blocks.n)))
         return found
 
     def helpers(self) -> set[str]:

@@ -14,11 +14,11 @@ from typing import Any
 from ke_gym.codegen import pairs, products
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import BYTES, Expr, Index, Load, constant, of
-from ke_gym.codegen.graph import Buffer, contiguous_stride
+from ke_gym.codegen.graph import contiguous_stride
 from ke_gym.codegen.operands import Described, Shape, described, variables
 from ke_gym.codegen.product_blocks import DEEP, FILL, SHARE, SPLITS
-from ke_gym.codegen.products import Store, turned
-from ke_gym.codegen.schedule import Group
+from ke_gym.codegen.products import turned
+from ke_gym.codegen.tensor_cores import Kernel, around
 from ke_gym.codegen.tiles import chosen, depends, joined
 from ke_gym.codegen.windows import LANGUAGE, REGISTERS, SHARED, needs_hopper
 
@@ -58,23 +58,15 @@ DRAFTS = (
 
 
 @dataclass(frozen=True)
-class Matmul:
+class Matmul(Kernel):
     """What one kernel does: the ``operands`` (batch, m, k) and (batch, k, n), fetched as ``tiles`` of three dimensions.
 
     Of an operand that is computed, or must be transposed for TF32, there is no tile: threads bring it, element by element.
     """
 
-    name: str
-    shape: Shape
     blocks: Blocks
     operands: tuple[Expr, Expr]
     tiles: tuple[Described | None, Described | None]
-    stores: tuple[Store, ...]
-    reads: tuple[Buffer, ...]
-    writes: tuple[Buffer, ...]
-    bytes: int
-    group: Group
-    origins: tuple[str, ...]
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
@@ -205,13 +197,9 @@ class Builder(products.Builder):
         stores = tuple(self._stores(index, value, self._after()))
         if not stores or any(store.op for store in stores):
             raise Illegal("nothing is stored, or rows are reduced")
-        reads = self._reads(list(stores), operands)
-        writes = tuple(store.buffer for store in stores)
-        origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
         drafted = Matmul(
-            writes[-1].name, shape, replace(DRAFTS[-1], k=ROW // BYTES[shape.dtype]), operands, tiled(operands, shape),
-            stores, reads, writes, sum(x.numel * BYTES[x.dtype] for x in (*reads, *writes)), self.group,
-            tuple(dict.fromkeys(origins)),
+            **around(self, [self.step], shape, stores, operands), operands=operands, tiles=tiled(operands, shape),
+            blocks=replace(DRAFTS[-1], k=ROW // BYTES[shape.dtype]),
         )  # fmt: skip
         drafted = replace(drafted, blocks=replace(heuristic(drafted), turned=turn))
         return checked(replace(drafted, blocks=chosen(drafted.blocks, drafted.knobs(), self.group)))
@@ -221,9 +209,12 @@ def tiled(operands: tuple[Expr, Expr], shape: Shape) -> tuple[Described | None, 
     """The operands as tensors of three dimensions, (batch, outer, inner), that bulk copies take tiles of."""
     found: list[Described | None] = []
     for operand, axes in zip(operands, ("mk", "kn")):
-        view = described(operand, axes, shape, 1)
-        if view is None and isinstance(operand, Load):
-            raise Illegal("an operand whose rows do not begin at multiples of 16 bytes")
+        view, begin = None, 0
+        if isinstance(operand, Load):
+            begin = operand.index[0].const
+            view = described(Load(operand.buffer, (operand.index[0] - begin,), operand.dtype), axes, shape, 1)
+            if view is None or begin * BYTES[shape.dtype] % 16:
+                raise Illegal("an operand whose rows do not begin at multiples of 16 bytes")
         if view is None or (shape.dtype == "f32" and view.axes[-1] != "k"):
             found.append(None)
             continue
@@ -231,7 +222,7 @@ def tiled(operands: tuple[Expr, Expr], shape: Shape) -> tuple[Described | None, 
             batches = shape.batch if view.batch else 1
             rows, step = view.shape[0] // batches, view.stride[0]
             view = replace(view, shape=(batches, rows, view.shape[1]), stride=(rows * step, step, 1))
-        found.append(view)
+        found.append(replace(view, offset=begin))
     if found == [None, None]:
         raise Illegal("no operand is fetched")
     return found[0], found[1]

@@ -16,6 +16,7 @@ from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
 from ke_gym.codegen.emit_cuda import print_tiles
 from ke_gym.codegen.emit_cuda_lines import pointers
+from ke_gym.codegen.emit_cuda_products import Travelling
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.matmuls import Matmul
@@ -90,26 +91,13 @@ def _windowed(work: Windowed, suffix: str, used: set[str]) -> Printed:
     return _cores(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
 
 
-def _cores(
-    printer: Any,
-    name: str,
-    grid: object,
-    maps: list[tuple[str, str, tuple[int, ...], int]],
-    listed: list[str],
-) -> Printed:
-    """A kernel on Hopper's tensor cores; it has a block of a multiprocessor's shared memory.
-
-    ``maps`` are the tensors that travel as tiles: the parameter, the tensor as it is described, the size of a tile, and
-    over how many bytes it is swizzled. ``listed`` are those that it reads or writes element by element.
-    """
+def _cores(printer: Any, name: str, grid: object, maps: list[Travelling], listed: list[str]) -> Printed:
+    """A kernel on Hopper's tensor cores; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
+    writes element by element."""
     work = printer.work
     kinds, written = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
-    parameters, arguments = [], []
-    for tiles, tensor, box, swizzle in maps:
-        swizzled = f", swizzle={swizzle}" if swizzle else ""
-        writes = ", writes=True" if tiles == "output_tiles" else ""
-        parameters.append(f"const __grid_constant__ CUtensorMap {tiles}")
-        arguments.append(f"lang.tensor_map({tensor}, {module._tuple(box)}{swizzled}{writes})")
+    parameters = [f"const __grid_constant__ CUtensorMap {tiles.name}" for tiles in maps]
+    arguments = [tiles.text for tiles in maps]
     for buffer in listed:
         constant = "" if buffer in written else "const "
         parameters.append(f"{constant}{TYPES[kinds[buffer]]}* __restrict__ {printer.names[buffer]}")

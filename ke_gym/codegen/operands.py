@@ -32,7 +32,8 @@ class Described:
     """An operand as a tensor descriptor: a view of ``buffer``, its outer and inner dimension named in ``axes``.
 
     ``batch``: how the products of a batch are told apart: "" (they share the operand), "stacked" (one below the
-    other, in one view of two dimensions) or "apart" (a third dimension, the outermost).
+    other, in one view of two dimensions) or "apart" (a third dimension, the outermost). ``offset``: where in the buffer
+    the view begins.
     """
 
     buffer: str
@@ -40,6 +41,7 @@ class Described:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     batch: str = ""
+    offset: int = 0
 
 
 def described(operand: Expr, axes: str, shape: Shape, depth: int) -> Described | None:

@@ -14,11 +14,11 @@ from ke_gym.codegen import products
 from ke_gym.codegen.attend import products_of
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import BYTES, Expr, Var, of
-from ke_gym.codegen.graph import Buffer, Extern, Graph, Node, View, contiguous_stride
+from ke_gym.codegen.graph import Extern, Graph, Node, View, contiguous_stride
 from ke_gym.codegen.operands import Shape, variables
 from ke_gym.codegen.product_blocks import FILL
-from ke_gym.codegen.products import Store
 from ke_gym.codegen.schedule import Group
+from ke_gym.codegen.tensor_cores import Kernel, around
 from ke_gym.codegen.tiles import chosen, joined
 from ke_gym.codegen.windows import LANGUAGE
 
@@ -38,25 +38,17 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Kernel):
     """What one kernel does: ``left`` (samples, rows, k) by ``right`` (samples, rows, k), then by ``after`` (rows, columns).
 
     ``shape`` is that of the first product; ``matrix`` an expression of ``n`` and ``c``, an element of ``after``.
     """
 
-    name: str
-    shape: Shape
     blocks: Blocks
     left: View
     right: View
     after: View | None
     matrix: Expr | None
-    stores: tuple[Store, ...]
-    reads: tuple[Buffer, ...]
-    writes: tuple[Buffer, ...]
-    bytes: int
-    group: Group
-    origins: tuple[str, ...]
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
@@ -120,15 +112,11 @@ class Builder(products.Builder):
         if not all(self._aligned(view) for view in (left, right)) or shape.k % STEP:
             raise Illegal("rows that are no whole vectors")
         after = self._after_first(shape) if self.step is not self.first else None
-        drafted = Pairs(
-            self.product.name, shape, Blocks(4, 4 * FILL), left, right, after, None, (), (), (), 0, self.group, ()
-        )  # fmt: skip
-        if max(shape.m, shape.n) > ROWS or drafted.words[0] > WORDS or drafted.words[1] > SHARED_WORDS:
-            raise Illegal("more rows than registers hold")
+        columns = shape.n if after is None else after.shape[1]
         later = self._after()
         if len(later) < len(self.nodes):
             raise Illegal("an operand is computed")
-        batch, m, c = (of(Var(*v)) for v in (("batch", shape.batch), ("m", shape.m), ("c", drafted.columns)))
+        batch, m, c = (of(Var(*v)) for v in (("batch", shape.batch), ("m", shape.m), ("c", columns)))
         index = (batch * shape.m + m, c) if len(self.product.shape) == 2 else (batch, m, c)
         stores = tuple(self._stores(index, self.acc, later))
         if any(store.op for store in stores):
@@ -136,17 +124,15 @@ class Builder(products.Builder):
         if not stores or self.product.stride != contiguous_stride(self.product.shape):
             raise Illegal("results in another order, or none")
         matrix = self._element(after, (of(variables(shape)[2]), c)) if after is not None else None
-        names = dict.fromkeys((left.buffer, right.buffer))
-        more = self._reads(list(stores), (matrix, matrix) if matrix is not None else (self.acc, self.acc))
-        reads = (*(self.graph.buffers[n] for n in names), *(b for b in more if b.name not in names))
-        writes = tuple(store.buffer for store in stores)
-        made = dict.fromkeys(s.target.split(".")[1] for s in (self.first, self.step))
-        return replace(
-            drafted, name=writes[-1].name, matrix=matrix, stores=stores, reads=reads, writes=writes,
-            bytes=sum(b.numel * BYTES[b.dtype] for b in (*reads, *writes)),
-            origins=(*made, *dict.fromkeys(n.origin for n in self.nodes.values())),
-            blocks=chosen(drafted.blocks, drafted.knobs(), self.group),
+        more = (matrix, matrix) if matrix is not None else (self.acc, self.acc)
+        first = tuple(dict.fromkeys((left.buffer, right.buffer)))
+        drafted = Pairs(
+            **around(self, (self.first, self.step), shape, stores, more, first),
+            blocks=Blocks(4, 4 * FILL), left=left, right=right, after=after, matrix=matrix,
         )  # fmt: skip
+        if max(shape.m, shape.n) > ROWS or drafted.words[0] > WORDS or drafted.words[1] > SHARED_WORDS:
+            raise Illegal("more rows than registers hold")
+        return replace(drafted, blocks=chosen(drafted.blocks, drafted.knobs(), self.group))
 
     def _aligned(self, view: View) -> bool:
         """Whether rows are contiguous and begin at multiples of 16 bytes."""

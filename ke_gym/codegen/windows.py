@@ -14,11 +14,10 @@ from ke_gym.codegen import products
 from ke_gym.codegen.convolutions import Convolution
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import BYTES, Expr, Var, of
-from ke_gym.codegen.graph import HOPPER, Buffer, Graph, View, contiguous_stride
+from ke_gym.codegen.graph import HOPPER, Graph, View, contiguous_stride
 from ke_gym.codegen.operands import Shape, variables
 from ke_gym.codegen.product_blocks import FILL
-from ke_gym.codegen.products import Store
-from ke_gym.codegen.schedule import Group
+from ke_gym.codegen.tensor_cores import Kernel, around
 from ke_gym.codegen.tiles import chosen, joined
 
 SHARED = 227 << 10  # bytes of shared memory that a block may have
@@ -49,26 +48,18 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Windowed:
+class Windowed(Kernel):
     """What one kernel does.
 
     ``weight`` is an expression of ``m``, ``tap`` and ``c``, ``input`` of ``batch``, ``c`` and position ``p``, wherever
     there is one: everything else is zero. ``source`` is the input as a tensor in memory.
     """
 
-    name: str
-    shape: Shape
     call: Convolution
     blocks: Blocks
     weight: Expr
     input: Expr
     source: View | None
-    stores: tuple[Store, ...]
-    reads: tuple[Buffer, ...]
-    writes: tuple[Buffer, ...]
-    bytes: int
-    group: Group
-    origins: tuple[str, ...]
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
@@ -198,10 +189,6 @@ class Builder(products.Builder):
         if not stores or any(store.op for store in stores):
             raise Illegal("nothing is stored, or rows are reduced")
         weight, given = self._element(call.w, (m, c, tap)), self._element(call.x, (batch, c, p))
-        reads = self._reads(stores, (weight, given))
-        writes = tuple(store.buffer for store in stores)
-        total = sum(x.numel * BYTES[x.dtype] for x in (*reads, *writes))
-        origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
         whole = call.x.stride == contiguous_stride(call.x.shape) and call.x.offset == 0
         plain = (
             whole
@@ -209,8 +196,8 @@ class Builder(products.Builder):
             and self.graph.buffers[call.x.buffer].numel == math.prod(call.x.shape)
         )
         drafted = Windowed(
-            writes[-1].name, shape, call, Blocks(64, 8, 2, FILL, "pointers"), weight, given,
-            call.x if plain else None, tuple(stores), reads, writes, total, self.group, tuple(dict.fromkeys(origins)),
+            **around(self, [self.step], shape, stores, (weight, given)), call=call,
+            blocks=Blocks(64, 8, 2, FILL, "pointers"), weight=weight, input=given, source=call.x if plain else None,
         )  # fmt: skip
         if drafted.depth > 256 or drafted.halo > WIDEST - 16 - 7 or min(window.channels, shape.m) < 16:
             raise Illegal("a convolution of this size in CUDA C++")

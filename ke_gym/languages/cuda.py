@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -220,7 +221,20 @@ def kernels(source: str, flags: str | list[str], compiler: str) -> CudaKernels:
     return CudaKernels(unit)
 
 
-def tensor_map(tensor: Tensor, box: Sequence[int], swizzle: int, nan_fill: bool, writes: bool) -> Tile:
+def tensor_map(
+    tensor: Tensor,
+    box: Sequence[int],
+    swizzle: int,
+    nan_fill: bool,
+    writes: bool,
+    shape: Sequence[int] = (),
+    stride: Sequence[int] = (),
+) -> Tile:
     """See ``lang.tensor_map``."""
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    return Tile(tensor, shape, stride, tuple(int(n) for n in box), swizzle, nan_fill, writes)
+    sizes = tuple(int(n) for n in shape) or tuple(tensor.shape)
+    steps = tuple(int(n) for n in stride)
+    if not steps:
+        steps = (
+            tuple(math.prod(sizes[d + 1 :]) for d in range(len(sizes))) if shape else tuple(tensor.stride())
+        )
+    return Tile(tensor, sizes, steps, tuple(int(n) for n in box), swizzle, nan_fill, writes)

@@ -17,7 +17,7 @@ import torch
 from ke_gym import lang
 from ke_gym.codegen import Program
 from ke_gym.codegen.schedule import Schedule
-from ke_gym.languages.cuda import parse_kernels
+from ke_gym.languages.cuda import parse_kernels, tensor_map
 from ke_gym.tasks import Task
 from tests.codegen.interpret import compare, imported
 from tests.codegen.interpret import program as for_triton
@@ -86,14 +86,13 @@ class HostTiles(ctypes.Structure):
     )
 
     @classmethod
-    def of(
-        cls, tensor: torch.Tensor, box: tuple[int, ...], swizzle: int = 0, writes: bool = False
-    ) -> HostTiles:
+    def of(cls, tensor: torch.Tensor, box: tuple[int, ...], **described: Any) -> HostTiles:
+        tile = tensor_map(tensor, box, **{"swizzle": 0, "nan_fill": False, "writes": False} | described)
         size = tensor.element_size()
-        assert tensor.dim() == 3 and tensor.stride(2) == 1 and swizzle in (0, 128)
-        assert not any(stride * size % 16 for stride in tensor.stride()[:2]) and max(box) <= 256
-        listed = ((ctypes.c_longlong * 3)(*sizes) for sizes in (tensor.shape, tensor.stride(), box))
-        return cls(tensor.data_ptr(), *listed, size, swizzle)
+        assert len(tile.shape) == 3 and tile.stride[2] == 1 and tile.swizzle in (0, 128)
+        assert not any(stride * size % 16 for stride in tile.stride[:2]) and max(tile.box) <= 256
+        listed = ((ctypes.c_longlong * 3)(*sizes) for sizes in (tile.shape, tile.stride, tile.box))
+        return cls(tensor.data_ptr(), *listed, size, tile.swizzle)
 
 
 class _Kernel:

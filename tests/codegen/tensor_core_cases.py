@@ -50,6 +50,7 @@ MATMULS: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
         (("m", 64), ("n", 128), ("persistent", 132), ("stages", 2), ("warps", 4)),
     ),
     "tall": ({"ROWS": 300, "RIGHT": False}, (("m", 256), ("n", 64), ("stages", 2), ("warps", 8))),
+    "halves": ({"ROWS": 72, "PART": 64}, ()),
     "turned": ({"ROWS": 24, "BATCH": 3, "AFTER": "two"}, (("turned", True),)),
     "split": ({"ROWS": 72, "COLUMNS": 40, "DEPTH": 1000, "BATCH": 2, "AFTER": "two"}, (("split", 4),)),
     "single": (

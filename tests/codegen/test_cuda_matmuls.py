@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ke_gym import proposers
 from ke_gym.codegen import Program, cuda_tensor_cores, rewrites
 from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.schedule import Schedule
@@ -20,6 +22,7 @@ from ke_gym.codegen.variants import nest_of
 from ke_gym.codegen.windows import SHARED
 from ke_gym.languages import nvrtc
 from ke_gym.languages.base import Signature
+from ke_gym.testing import fake_gpu
 from tests.codegen.cuda_on_host import ran
 from tests.codegen.interpret import scheduled
 from tests.codegen.tensor_core_cases import MATMULS, program, task
@@ -146,6 +149,14 @@ def test_other_architectures_leave_products_to_the_library() -> None:
     for arch in ("sm_80", "sm_90", "sm_100a"):
         other = made.on(arch)
         assert not other.legal(made.seeds()[0]) and "torch.ops.aten" in other.emit(other.seeds()[0])
+
+
+@pytest.mark.parametrize("arch, built_for", [("sm_80", "sm_80"), ("sm_90", "sm_90a"), ("sm_100", "sm_100a")])
+def test_drafts_are_for_the_gpu_that_is_searched_on(arch: str, built_for: str) -> None:
+    evaluator: Any = SimpleNamespace(facts=replace(fake_gpu.FACTS, arch=arch))
+    made: Any = proposers.make("rewriter", task("large"), "cuda", evaluator=evaluator)
+    assert {graph.arch for graph in made.program.graphs} == {built_for}
+    assert ("multiply_f16" in made.program.emit(made.seeds[0])) == (arch == "sm_90")
 
 
 def test_strategies_lead_to_other_kernels() -> None:

@@ -4,13 +4,14 @@ import torch
 import torch.nn as nn
 from torch.nn.functional import gelu, linear
 
-BATCH, ROWS, COLUMNS, DEPTH, LEFT, RIGHT = 0, 200, 168, 96, False, True
+BATCH, ROWS, COLUMNS, DEPTH, PART, LEFT, RIGHT = 0, 200, 168, 96, 0, False, True
 BEFORE, AFTER, DTYPE = False, "", torch.float16
 shapes = {"cpu": {}, "gpu": {}}
 
 
 class Model(nn.Module):
     def forward(self, a, b, c, d):
+        a, b = (a[..., PART:], b[..., PART:]) if PART else (a, b)
         a = a.transpose(-1, -2) if LEFT else a
         a = torch.nn.functional.silu(a) if BEFORE else a
         if AFTER == "linear":
