@@ -12,7 +12,7 @@ from dataclasses import replace
 from ke_gym.codegen import emit_cuda_products
 from ke_gym.codegen.cuda_text import TYPES, cast
 from ke_gym.codegen.emit_cuda_products import Along, Travelling, indented
-from ke_gym.codegen.expr import Load, Var, of, walk
+from ke_gym.codegen.expr import BYTES, Interned, Load, Var, of, walk
 from ke_gym.codegen.graph import Buffer, contiguous_stride
 from ke_gym.codegen.matmuls import ROW, SIDES, Matmul
 from ke_gym.codegen.operands import Described, variables
@@ -267,12 +267,14 @@ class Printer(emit_cuda_products.Printer[Matmul]):
             Along("m", "row + lane / 4 + e / 2 * 8", shape.m, ragged_m),
             Along("n", "start + j * 8 + lane % 4 * 2 + e % 2", shape.n, ragged_n),
         )
+        loads, loaded = self._neighbours(along)
         lines = [
             "#pragma unroll",
             f"for (int j = 0; j < {blocks.n // 8}; ++j) {{",
+            *indented(loads),
             "  #pragma unroll",
             "  for (int e = 0; e < 4; ++e) {",
-            *indented(self.element("sums[h][4 * j + e]", along, work.sent or work.paired), 2),
+            *indented(self.element("sums[h][4 * j + e]", along, work.sent or work.paired, loaded), 2),
             "  }",
             *indented([] if work.sent or not work.paired else self._pairs(along)),
             "}",
@@ -296,6 +298,37 @@ class Printer(emit_cuda_products.Printer[Matmul]):
             *indented(lines),
             "}",
         ]
+
+    def _neighbours(self, along: tuple[Along, ...]) -> tuple[list[str], dict[Interned, str]]:
+        """Statements that load what the results need, two neighbours at once where that can be; what they are called."""
+        text, roots = self.text(), [store.expr for store in self.work.stores]
+        safe, _ = text.safe(roots)
+        kinds = {b.name: b.dtype for b in self.work.reads}
+        found = [
+            load
+            for load in text.pending(roots)
+            if isinstance(load, Load) and load.index and load in safe and BYTES[kinds[load.buffer]] in (2, 4)
+            and self.work.neighbours(load.index[0])
+        ]  # fmt: skip
+        if not found:
+            return [], {}
+        self.used.add("vector")
+        m, n = (
+            dimension.line(self.int) for dimension in (along[0], replace(along[1], size=along[1].size - 1))
+        )
+        places = [enclosed(text.index(load.index[0])) for load in found]
+        return [
+            *(f"Vector<{TYPES[kinds[load.buffer]]}, 2> pairs{k}[2];" for k, load in enumerate(found)),
+            "#pragma unroll",
+            "for (int e = 0; e < 4; e += 2) {",
+            f"  {m}",
+            f"  {n}",
+            *(
+                f"  pairs{k}[e / 2] = load<2>({self.names[load.buffer]}, {place} / 2);"
+                for k, (load, place) in enumerate(zip(found, places))
+            ),
+            "}",
+        ], {load: f"pairs{k}[e / 2].at[e % 2]" for k, load in enumerate(found)}
 
     def _pairs(self, along: tuple[Along, ...]) -> list[str]:
         """Two neighbours are stored at once."""
@@ -377,7 +410,7 @@ class Total(emit_cuda_products.Printer[Matmul]):
             f"if (at >= {size}) return;",
             "float total = 0.0f;",
             "#pragma unroll",
-            f"for (int part = 0; part < {split}; ++part) total += {self.parts.name}[part * {kind}({size}) + at];",
+            f"for (int part = 0; part < {split}; ++part) total += {self.parts.name}[part * ({kind}){size} + at];",
         ]
         if batch > 1:
             lines.append(f"const {self.int} batch = at / {rows * columns};")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ke_gym.codegen.cuda_text import TYPES, Text, cast
-from ke_gym.codegen.expr import Load, walk
+from ke_gym.codegen.expr import Interned, Load, walk
 from ke_gym.codegen.graph import contiguous_stride
 from ke_gym.codegen.tensor_cores import Kernel
 from ke_gym.codegen.triton_text import bare_text
@@ -69,12 +70,18 @@ class Printer(Generic[WorkT]):
         """Expressions in the kernel's words."""
         return Text(self.used, self.sizes, self.names)
 
-    def element(self, total: str, along: tuple[Along, ...], kept: bool) -> list[str]:
-        """What becomes of the sum ``total``: the stores, or, if it is ``kept``, the first store's value in its place."""
+    def element(
+        self, total: str, along: tuple[Along, ...], kept: bool, loaded: Mapping[Interned, str] | None = None
+    ) -> list[str]:
+        """What becomes of the sum ``total``: the stores, or, if it is ``kept``, the first store's value in its place.
+
+        ``loaded``: what of memory has a name already.
+        """
         lines = [*(dimension.line(self.int) for dimension in along), f"const float sum = {total};"]
         text, stores = self.text(), self.work.stores
         for load in (x for s in stores for x in walk(s.expr) if isinstance(x, Load) and not x.index):
             text.names[load] = "sum"
+        text.names.update(loaded or {})
         lines += text.bind([store.expr for store in stores])
         if kept:
             return [*lines, f"{total} = {bare_text(text.expr(stores[0].expr))};"]

@@ -165,11 +165,16 @@ class Matmul(Kernel):
 
     @cached_property
     def paired(self) -> bool:
-        """Whether a thread can store two neighbours at once: of one tensor of floats, whose even columns have even places."""
-        (store, *more), n = self.stores, variables(self.shape)[2]
-        place = store.place - of(n)
-        even = not depends(place, n) and place.const % 2 == 0 and not any(c % 2 for _, c in place.terms)
-        return not more and even and store.buffer.dtype in ("f32", "bf16", "f16")
+        """Whether a thread can store two neighbours at once: of one tensor of floats."""
+        (store, *more) = self.stores
+        return not more and store.buffer.dtype in ("f32", "bf16", "f16") and self.neighbours(store.place)
+
+    def neighbours(self, place: Index) -> bool:
+        """Whether an even column and the next one have an even place and the next one."""
+        n = variables(self.shape)[2]
+        rest = place - of(n)
+        even = rest.const % 2 == 0 and not any(c % 2 for _, c in rest.terms)
+        return self.shape.n % 2 == 0 and even and not depends(rest, n)
 
 
 class Builder(products.Builder):
