@@ -25,7 +25,7 @@ from ke_gym.codegen.windows import LANGUAGE, REGISTERS, SHARED, needs_hopper
 ROW = 128  # bytes of a swizzled row
 SIDES = ("left", "right")
 SUMS = 128  # registers of a thread for its part of a tile, at most
-WORKING = 40  # and those it needs besides
+WORKING = 32  # and those it needs besides, at least
 TRUNCATED = ("tf32", "bf16")  # policies that permit products of fp32 operands in TF32
 
 
@@ -147,9 +147,14 @@ class Matmul(Kernel):
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor has room for at once."""
-        registers = (self.heights * self.blocks.n // 2 + WORKING) * self.threads
-        return min(SHARED // self.shared, REGISTERS // registers)
+        """Blocks that a multiprocessor is to hold at once: two, so that one multiplies while the other stores; or one.
+
+        0: not even one fits. A quarter of the registers, and of the warps, belongs to each of its four schedulers.
+        """
+        sums, warps = self.heights * self.blocks.n // 2, self.threads // 32
+        held = [REGISTERS // 4 // (32 * -(-blocks * warps // 4)) // 8 * 8 for blocks in (1, 2)]
+        fitting = [min(each, 255) >= sums + WORKING for each in held]
+        return next((b for b in (2, 1) if b * self.shared <= SHARED and fitting[b - 1]), 0)
 
     @property
     def order(self) -> Index:

@@ -111,7 +111,7 @@ def test_what_is_legal_fits(name: str, launch: tuple[tuple[str, Any], ...]) -> N
     found = kernel(made, schedule)
     assert found.shared <= SHARED and not any(size % 1024 for size in found.sections)
     assert found.heights * 64 * (found.blocks.warps // 4) == found.blocks.m
-    assert found.threads * (found.heights * found.blocks.n // 2 + 40) <= 65536
+    assert found.resident * found.threads * (found.heights * found.blocks.n // 2 + 32) <= 65536
     for tile in filter(None, found.tiles):
         assert len(tile.shape) == 3 and not any(stride * found.size % 16 for stride in tile.stride[:2])
     assert not found.sent or (found.shape.n % 8 == 0 and found.blocks.n % 64 == 0)
@@ -127,7 +127,8 @@ def test_modules_compile_without_a_gpu(name: str) -> None:
         made.emit(scheduled(made, MATMULS[name][1])), "cuda", inputs=signature.inputs["gpu"],
         outputs=signature.outputs["gpu"], state=dict(signature.state["gpu"]),
     )  # fmt: skip
-    assert all(k["stack"] == 0 and k["occupancy"] > 0 for k in artifact.report["kernels"])
+    # Two blocks share the registers: a word or two of an epilogue may be spilled.
+    assert all(k["stack"] <= 16 and k["occupancy"] > 0 for k in artifact.report["kernels"])
     first, *rest = launches(artifact)
     assert first.ctypes.count("CUtensorMap") >= (1 if name == "single" else 2) and len(rest) == (
         name == "split"
