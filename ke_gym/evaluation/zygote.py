@@ -30,10 +30,8 @@ from ke_gym.evaluation.sandbox import Sandbox
 LOG_BYTES = 64 << 10
 START_TIMEOUT = 120.0
 SPAWN_TIMEOUT = 30.0
-STOP_SECONDS, END_SECONDS = (
-    10.0,
-    30.0,
-)  # how long a process may take to stand still, and to be gone once it is killed
+STOP_SECONDS, END_SECONDS = 10.0, 30.0
+"""How long a process may take to stand still, and to be gone once it is killed."""
 SPIN = "1000"  # loops that an idle OpenMP thread waits before it sleeps, some 15 us
 
 

@@ -286,7 +286,7 @@ def get_init_inputs():
 """
 
 
-@pytest.mark.usefixtures("steady_clock")
+@pytest.mark.usefixtures("brief_races")
 def test_a_real_search_measures_real_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KE_GYM_HOME", str(tmp_path))
     (tmp_path / "small.py").write_text(SMALL)
@@ -301,7 +301,9 @@ def test_a_real_search_measures_real_kernels(tmp_path: Path, monkeypatch: pytest
     observation, _ = env.reset(seed=0)
     observation, _, _, _, info = env.step(RESTART.id)
     assert info["outcome"] == "correct" and info["speedup"] > 0 and info["cost_s"] > 0
-    assert info["speedup"] == pytest.approx(2.0) and info["speedup_ci"] == pytest.approx((2.0, 2.0))
+    low, high = info["speedup_ci"]
+    # A candidate that looks slow, as any may beside other work, leaves its race before there is an interval.
+    assert low <= info["speedup"] <= high or (low, high) == (0.0, 0.0)
     assert observation["code"].any() and observation["profile"][-1] == 1
     # The judge dies: the next evaluation is lost, the one after it is made by a new evaluator.
     evaluators[0].judge.worker.kill()
