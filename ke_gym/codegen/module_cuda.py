@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ke_gym.codegen import cuda_tensor_cores as cores
-from ke_gym.codegen import emit_cuda_matmuls, emit_cuda_pairs, emit_cuda_windows, module
+from ke_gym.codegen import emit_cuda_matmuls, emit_cuda_pairs, emit_cuda_parts, emit_cuda_windows, module
 from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
 from ke_gym.codegen.emit_cuda import print_tiles
@@ -116,11 +116,11 @@ def _matmul(work: Matmul, suffix: str, used: set[str]) -> Printed:
         printer = emit_cuda_matmuls.Printer(work, used)
         used |= printer.helpers()
         return _cores(printer, name + suffix, grid, printer.maps, printer.pointers)
-    part = emit_cuda_matmuls.partial(work)
+    part = emit_cuda_parts.partial(work)
     first = emit_cuda_matmuls.Printer(part, used)
     used |= first.helpers()
     made = _cores(first, f"{name}_parts{suffix}", grid, first.maps, first.pointers)
-    (parts,), total = part.writes, emit_cuda_matmuls.Total(work, used)
+    (parts,), total = part.writes, emit_cuda_parts.Total(work, used)
     kinds, results = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
     parameters = [f"const float* __restrict__ {parts.name}"]
     parameters += [
@@ -128,13 +128,13 @@ def _matmul(work: Matmul, suffix: str, used: set[str]) -> Printed:
         for buffer in total.pointers
     ]
     body = textwrap.indent("\n".join(total.body()), "  ")
-    signature = _signature(name + suffix, str(emit_cuda_matmuls.SUMMING), parameters)
+    signature = _signature(name + suffix, str(emit_cuda_parts.SUMMING), parameters)
     text = f"// {module.computes(work)}\n{signature}\n{body}\n}}"
     room = (
         f"{parts.name} = torch.empty({parts.shape}, dtype=torch.float32, device={work.writes[0].name}.device)"
     )
     arguments = ", ".join([parts.name, *total.pointers])
-    launch = f"kernels.{name}{suffix}[{total.blocks}, {emit_cuda_matmuls.SUMMING}]({arguments})"
+    launch = f"kernels.{name}{suffix}[{total.blocks}, {emit_cuda_parts.SUMMING}]({arguments})"
     return Printed(f"{made.text}\n\n{text}", [room, *made.lines, launch])
 
 
