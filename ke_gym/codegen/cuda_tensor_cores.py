@@ -104,6 +104,61 @@ template <int COUNT>
 {_DEVICE} void leave_products() {{ asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(COUNT) : "memory"); }}
 """
 
+ONLINE = f"""\
+// What was done to these registers comes before the products that follow.
+template <int COUNT>
+{_DEVICE} void settle(float (&sums)[COUNT]) {{
+  #pragma unroll
+  for (int k = 0; k < COUNT; ++k) asm volatile("" : "+f"(sums[k]) :: "memory");
+}}
+
+template <int COUNT>
+{_DEVICE} void settle(unsigned (&words)[COUNT]) {{
+  #pragma unroll
+  for (int k = 0; k < COUNT; ++k) asm volatile("" : "+r"(words[k]) :: "memory");
+}}
+
+// How many registers each thread of a warpgroup has from here on.
+template <int COUNT>
+{_DEVICE} void take_registers() {{ asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }}
+
+template <int COUNT>
+{_DEVICE} void leave_registers() {{ asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }}
+
+// A warpgroup waits under a number until another one lets it go on.
+{_DEVICE} void await_turn(int number) {{ asm volatile("bar.sync %0, 256;" :: "r"(number) : "memory"); }}
+
+{_DEVICE} void give_turn(int number) {{ asm volatile("bar.arrive %0, 256;" :: "r"(number) : "memory"); }}
+
+// NaN wins, as in torch.
+{_DEVICE} float highest(float a, float b) {{
+  float both;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(both) : "f"(a), "f"(b));
+  return both;
+}}
+
+{_DEVICE} float power_of_two(float x) {{
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}}
+"""
+
+
+def fetch(rank: int) -> str:
+    """A tile of a tensor of ``rank`` dimensions, coordinates innermost first, zeros where it reaches beyond."""
+    names = [f"x{k}" for k in range(rank)]
+    given = ", ".join(f"int {name}" for name in names)
+    listed = ", ".join(f"%{k + 3}" for k in range(rank))
+    bound = ", ".join(f'"r"({name})' for name in names)
+    return f"""\
+{_DEVICE} void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, {given}) {{
+  asm volatile(
+      "cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {{{listed}}}], [%2];"
+      :: "r"(to), "l"(&from), "r"(barrier), {bound} : "memory");
+}}
+"""
+
 
 def multiply(n: int, dtype: str, turned: tuple[str, ...] = ()) -> str:
     """``sums (+)= a b``: 64 rows by ``n`` columns in a warpgroup's registers, both operands in shared memory.
@@ -134,6 +189,28 @@ def multiply(n: int, dtype: str, turned: tuple[str, ...] = ()) -> str:
 """
 
 
+def multiply_held(n: int, dtype: str) -> str:
+    """``sums += a b``: 64 rows of ``a`` in the warpgroup's registers, ``b`` in shared memory, its rows contiguous."""
+    count = n // 2
+    results = [f"%{k}" for k in range(count)]
+    rows = [", ".join(results[k : k + 16]) for k in range(0, count, 16)]
+    listed = ',"\n      "'.join(rows)
+    bound = [f'"+f"(sums[{k}])' for k in range(count)]
+    held = ",\n        ".join(", ".join(bound[k : k + 8]) for k in range(0, count, 8))
+    words = ", ".join(f"%{count + k}" for k in range(4))
+    return f"""\
+{_DEVICE} void multiply_held_{dtype}(
+    float (&sums)[{count}], unsigned a, unsigned b, unsigned c, unsigned d, unsigned long long right) {{
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {{"
+      "{listed}"
+      "}}, {{{words}}}, %{count + 4}, 1, 1, 1, 1;"
+      : {held}
+      : "r"(a), "r"(b), "r"(c), "r"(d), "l"(right));
+}}
+"""
+
+
 def pack(dtype: str) -> str:
     """Two floats as halves, the first in the lower bits."""
     return f"""\
@@ -159,14 +236,18 @@ def product(dtype: str) -> str:
 
 
 def helpers(used: set[str]) -> list[str]:
-    """The text of the helpers that are used: "bulk", "tensor_cores", "swizzled", "multiply 200 f16",
-    "multiply 64 f16 right", "product f16", "pack f16"."""
-    blocks = (("bulk", BULK), ("tensor_cores", HELPERS), ("swizzled", SWIZZLED))
+    """The text of the helpers that are used: "bulk", "fetch 4", "tensor_cores", "swizzled", "online", "multiply 200 f16",
+    "multiply 64 f16 right", "held 128 f16", "product f16", "pack f16"."""
+    blocks = (("bulk", BULK), ("tensor_cores", HELPERS), ("swizzled", SWIZZLED), ("online", ONLINE))
     texts = [text for name, text in blocks if name in used]
     for name in sorted(used):
         kind, *rest = name.split()
         if kind == "multiply":
             texts.append(multiply(int(rest[0]), rest[1], tuple(rest[2:])))
+        elif kind == "held":
+            texts.append(multiply_held(int(rest[0]), rest[1]))
+        elif kind == "fetch":
+            texts.append(fetch(int(rest[0])))
         elif kind in ("pack", "product"):
             texts.append((pack if kind == "pack" else product)(rest[0]))
     return texts

@@ -157,13 +157,14 @@ class Builder:
             sum(b.numel * BYTES[b.dtype] for b in (*reads, out)), self.group, tuple(dict.fromkeys(origins)),
             self.graph.precision,
         )  # fmt: skip
-        return replace(drafted, blocks=self._blocks(drafted))
+        return self._finished(drafted)
 
-    def _blocks(self, drafted: Flash) -> Blocks:
+    def _finished(self, drafted: Flash) -> Flash:
+        """The kernel with the group's own blocks."""
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
         if blocks.m * blocks.n < 32 * blocks.warps:
             raise Illegal("tiles that do not suit the warps")
-        return blocks
+        return replace(drafted, blocks=blocks)
 
     def _inline(self, load: Load) -> Expr:
         node = self.nodes.get(load.buffer)

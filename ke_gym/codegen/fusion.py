@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, bags, contract, flash, matmuls, pairs, products, tiling, windows
+from ke_gym.codegen import attend, attentions, bags, contract, flash, matmuls, pairs, products, tiling, windows
 from ke_gym.codegen.continuity import continuous
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal
@@ -95,6 +95,8 @@ def _builder(graph: Graph, group: Group) -> Any:
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
         if called[0].target == products.CONVOLUTION:
             return windows.Builder
+        if count == 2 and called[1].target == flash.KIND:
+            return attentions.Builder
         return matmuls.Builder if count == 1 else pairs.Builder
     if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
         return bags.Builder
@@ -323,20 +325,26 @@ def attended(graph: Graph, plan: Plan) -> Plan:
         inside = attend.members(graph, step)
         if inside is None:
             continue
-        rest = []
-        for group in plan.groups:
-            left = tuple(n for n in group.nodes if n not in inside)
-            if left:
-                rest.append(group if left == group.nodes else Group(left))
-        attempt = _added(Plan(tuple(rest)), Group(inside), order)
+        makers: list[str] = []
+        if graph.device == "cuda":  # operands may be computed where they are read
+            makers = [r for n in inside for r in graph.steps[n].reads if r in graph.steps and r not in inside]
+        attempt = _around(plan, inside, order)
+        if makers and not legal(graph, attempt):
+            attempt = _around(plan, tuple(sorted({*inside, *makers}, key=lambda n: order[n])), order)
         if legal(graph, attempt):
-            near = list(graph.users[step.name])
-            if graph.device == "cuda":  # operands may be computed where they are read
-                near += [
-                    r for n in inside for r in graph.steps[n].reads if r in graph.steps and r not in inside
-                ]
+            near = [*graph.users[step.name], *makers]
             plan = joined(graph, attempt, step.name, near)
     return plan
+
+
+def _around(plan: Plan, inside: tuple[str, ...], order: dict[str, int]) -> Plan:
+    """``plan`` with these steps in one kernel, and out of all others."""
+    rest = []
+    for group in plan.groups:
+        left = tuple(n for n in group.nodes if n not in inside)
+        if left:
+            rest.append(group if left == group.nodes else Group(left))
+    return _added(Plan(tuple(rest)), Group(inside), order)
 
 
 def contracted(graph: Graph, plan: Plan) -> Plan:

@@ -1,7 +1,7 @@
 """Schedule -> CUDA C++ kernel module text: one source with the kernels, and a ``forward`` that launches them.
 
-Attention stays a call of the library, and so do products that are none of ``matmuls`` or ``pairs``, and convolutions that
-are none of ``windows``.
+Calls of the library stay products that are none of ``matmuls`` or ``pairs``, convolutions that are none of ``windows``,
+and attention that is none of ``attentions``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from ke_gym.codegen import cuda_tensor_cores as cores
-from ke_gym.codegen import emit_cuda_matmuls, emit_cuda_pairs, emit_cuda_parts, emit_cuda_windows, module
+from ke_gym.codegen import emit_cuda_flash, emit_cuda_matmuls, emit_cuda_pairs, emit_cuda_parts, emit_cuda_windows, module
+from ke_gym.codegen.attentions import Attention
 from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
 from ke_gym.codegen.emit_cuda import print_tiles
@@ -62,8 +63,10 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
         return _matmul(nest, suffix, used)
     if isinstance(nest, Pairs):
         return _pairs(nest, suffix, used)
+    if isinstance(nest, Attention):
+        return _attention(nest, suffix, used)
     if not isinstance(nest, Tiles):
-        raise Illegal("in CUDA C++, attention is the library's")
+        raise Illegal("no kernel in CUDA C++")
     name, shape, names = f"compute_{nest.name}{suffix}", layout(nest), pointers(nest)
     written = {b.name for b in nest.writes}
     reads = {b.name: b for b in nest.reads if b.name not in written}
@@ -151,3 +154,22 @@ def _pairs(work: Pairs, suffix: str, used: set[str]) -> Printed:
     launch = f"kernels.{name}[{blocks}, {printer.threads}]({', '.join(kinds)})"
     signature = _signature(name, str(printer.threads), parameters)
     return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])
+
+
+def _attention(work: Attention, suffix: str, used: set[str]) -> Printed:
+    """The kernel, and where keys are skipped the one before it that looks for NaN among their values."""
+    printer, shape = emit_cuda_flash.Printer(work, suffix, used), work.shape
+    grid = (-(-shape.queries // work.blocks.m), shape.batch)
+    made = _cores(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
+    text, lines = f"{printer.weigh()}\n\n{made.text}", made.lines
+    if work.visible is not None:
+        value, flags, threads = work.tiles[2].buffer, work.flags, emit_cuda_flash.THREADS
+        given = [f"const {TYPES[shape.dtype]}* __restrict__ {printer.names[value]}"]
+        given.append(f"int* __restrict__ {printer.names[flags.name]}")
+        signature = _signature(f"compute_{flags.name}{suffix}", str(threads), given)
+        body = textwrap.indent("\n".join(printer.unseen()), "  ")
+        text = f"// Which values are not finite: {value}\n{signature}\n{body}\n}}\n\n{text}"
+        room = f"{flags.name} = torch.empty({flags.shape}, dtype=torch.int32, device={work.name}.device)"
+        where = f"({work.count}, {shape.batch}), {threads}"
+        lines = [room, f"kernels.compute_{flags.name}{suffix}[{where}]({value}, {flags.name})", *lines]
+    return Printed(text, lines)

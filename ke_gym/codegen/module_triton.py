@@ -1,6 +1,7 @@
 """Schedule -> Triton kernel module text: the kernels, and a ``forward`` that allocates and launches.
 
-Groups that ask for it become kernels in CUDA C++ beside the others (``windows``, ``pairs``, ``matmuls``).
+Groups that ask for it become kernels in CUDA C++ beside the others (``windows``, ``pairs``, ``matmuls``,
+``attentions``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ke_gym.codegen import module, module_cuda
+from ke_gym.codegen.attentions import Attention
 from ke_gym.codegen.graph import Graph
 from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.module_gpu import Printed, functions
@@ -26,7 +28,7 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     used_there: set[str] = set()
 
     def kernel(nest: Any, suffix: str, ready: frozenset[str]) -> Printed:
-        if not isinstance(nest, (Matmul, Pairs, Windowed)):
+        if not isinstance(nest, (Attention, Matmul, Pairs, Windowed)):
             return printed(nest, suffix, ready, used)
         made = module_cuda.kernel(nest, suffix, used_there)
         others.append(made.text)

@@ -55,6 +55,7 @@ static std::vector<Fiber> fibers(1024);
 static ucontext_t scheduler;
 static unsigned running, width;
 static void (*body)();
+static void (*begin_block)() = [] {};
 static long long slots[1024];
 
 static void yield() {
@@ -70,6 +71,7 @@ static void enter() {
 }
 
 static void block(unsigned threads) {
+  begin_block();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.place = {t % width, t / width, 0};

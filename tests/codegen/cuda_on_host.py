@@ -80,7 +80,7 @@ class HostTiles(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
-        *((name, ctypes.c_longlong * 3) for name in ("shape", "stride", "box")),
+        *((name, ctypes.c_longlong * 5) for name in ("shape", "stride", "box")),
         ("size", ctypes.c_longlong),
         ("swizzle", ctypes.c_longlong),
     )
@@ -89,9 +89,10 @@ class HostTiles(ctypes.Structure):
     def of(cls, tensor: torch.Tensor, box: tuple[int, ...], **described: Any) -> HostTiles:
         tile = tensor_map(tensor, box, **{"swizzle": 0, "nan_fill": False, "writes": False} | described)
         size = tensor.element_size()
-        assert len(tile.shape) == 3 and tile.stride[2] == 1 and tile.swizzle in (0, 128)
-        assert not any(stride * size % 16 for stride in tile.stride[:2]) and max(tile.box) <= 256
-        listed = ((ctypes.c_longlong * 3)(*sizes) for sizes in (tile.shape, tile.stride, tile.box))
+        assert tile.stride[-1] == 1 and tile.swizzle in (0, 128) and tensor.data_ptr() % 16 == 0
+        assert not any(stride * size % 16 for stride in tile.stride[:-1]) and max(tile.box) <= 256
+        more = (1,) * (5 - len(tile.shape))
+        listed = ((ctypes.c_longlong * 5)(*more, *sizes) for sizes in (tile.shape, tile.stride, tile.box))
         return cls(tensor.data_ptr(), *listed, size, tile.swizzle)
 
 

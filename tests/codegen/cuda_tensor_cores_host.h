@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include <array>
 #include <deque>
 #include <functional>
 #include <map>
@@ -19,15 +20,21 @@ namespace host {
 
 static unsigned char memory[232448];
 
-// All threads that come under one number, until `count` of them have.
-static void gather(int number, int count) {
-  static std::map<int, std::pair<int, int>> met;  // how many wait, and how often all have come
+static std::map<int, std::pair<int, int>> met;  // how many wait under a number, and how often all have come
+
+// A thread that comes under a number, but does not wait for the others.
+static void come(int number, int count) {
   auto& [waiting, times] = met[number];
-  const int before = times;
   if (++waiting == count) {
     waiting = 0;
     ++times;
   }
+}
+
+// All threads that come under one number, until `count` of them have.
+static void gather(int number, int count) {
+  const int before = met[number].second;
+  come(number, count);
   while (met[number].second == before) yield();
 }
 
@@ -35,6 +42,7 @@ static void gather_warp() { gather(1000 + running / 32, 32); }
 
 struct Barrier { int arrivals, pending, phases, bytes; };
 static std::map<unsigned, Barrier> barriers;
+static const bool each_block_has_its_own = (begin_block = [] { met.clear(); barriers.clear(); }, true);
 
 static void settle(Barrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) {
@@ -107,6 +115,7 @@ static void finish_products(size_t but) {
   auto& groups = later[running].groups;
   for (; groups.size() > but; groups.pop_front())
     for (const auto& product : groups.front()) product();
+  gather_warp();
 }
 
 // 64 rows of `a` by all of `b`.
@@ -121,6 +130,23 @@ void multiply(float (&sums)[COUNT], unsigned long long a, unsigned long long b, 
       for (int k = 0; k < 32 / int(sizeof(T)); ++k)
         sum += float(at<T>(place(a, row, k, sizeof(T), left))) * float(at<T>(place(b, column, k, sizeof(T), right)));
       to[s] = sum;
+    }
+  });
+}
+
+// 64 rows in registers, as the warps hold them now, by all of `b`, whose rows are contiguous.
+template <typename T, int COUNT>
+void multiply_held(float (&sums)[COUNT], const std::array<unsigned, 4>& words, unsigned long long b) {
+  float* const to = sums;
+  const auto given = shared_by_warp(words);
+  later[running].open.push_back([=] {
+    const int lane = running % 32;
+    for (int s = 0; s < COUNT; ++s) {
+      const int row = lane / 4 + s / 2 % 2 * 8, column = s / 4 * 8 + lane % 4 * 2 + s % 2;
+      for (int k = 0; k < 16; ++k) {
+        const unsigned word = given[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+        to[s] += half_of<T>(word, k % 2) * float(at<T>(place(b, column, k, sizeof(T), true)));
+      }
     }
   });
 }
@@ -204,24 +230,29 @@ static void put(unsigned to, unsigned upper, unsigned lower) {
   put_matrices(to, words);
 }
 
-// A tensor of three dimensions, as the test hands it over: sizes and strides in elements of `size` bytes.
+// A tensor as the test hands it over, outermost dimension first: sizes and strides in elements of `size` bytes.
 struct CUtensorMap {
   char* data;
-  long long shape[3], stride[3], box[3], size, swizzle;
+  long long shape[5], stride[5], box[5], size, swizzle;
   CUtensorMap(void* given) { memcpy(this, given, sizeof *this); }
 
-  int bytes() const { return int(box[0] * box[1] * box[2] * size); }
+  int bytes() const { return int(box[0] * box[1] * box[2] * box[3] * box[4] * size); }
 
   template <typename Move>
-  void each(unsigned at, int x, int y, int z, Move move) const {
+  void each(unsigned at, std::vector<int> innermost_first, Move move) const {
     // Bulk copies begin at multiples of 16 bytes, and what is swizzled has rows of 128 bytes at multiples of 1024.
-    if (at % 128 || swizzle && (box[2] * size != 128 || at % 1024)) abort();
-    for (long long k = 0; k < box[0] * box[1] * box[2]; ++k) {
-      const long long i = z + k / (box[1] * box[2]), j = y + k / box[2] % box[1], l = x + k % box[2];
-      const bool inside = i >= 0 && i < shape[0] && j >= 0 && j < shape[1] && l >= 0 && l < shape[2];
+    if (at % 128 || swizzle && (box[4] * size != 128 || at % 1024) || innermost_first[0] * size % 16) abort();
+    innermost_first.resize(5);
+    for (long long k = 0; k < bytes() / size; ++k) {
+      long long rest = k, place = 0;
+      bool inside = true;
+      for (int d = 4; d >= 0; rest /= box[d--]) {
+        const long long i = innermost_first[4 - d] + rest % box[d];
+        inside = inside && i >= 0 && i < shape[d];
+        place += i * stride[d];
+      }
       const unsigned here = at + unsigned(k * size);
-      move(host::memory + (swizzle ? host::swizzled(here) : here),
-           inside ? data + (i * stride[0] + j * stride[1] + l) * size : nullptr);
+      move(host::memory + (swizzle ? host::swizzled(here) : here), inside ? data + place * size : nullptr);
     }
   }
 };
@@ -231,9 +262,9 @@ static void expect(unsigned barrier, int bytes) {
   arrive(barrier);
 }
 
-static void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, int x, int y, int z) {
-  if (x * from.size % 16) abort();
-  from.each(to, x, y, z, [&](unsigned char* here, const char* there) {
+template <typename... Place>
+void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, Place... place) {
+  from.each(to, {place...}, [&](unsigned char* here, const char* there) {
     there ? memcpy(here, there, from.size) : memset(here, 0, from.size);
   });
   host::barriers[barrier].bytes -= from.bytes();
@@ -241,9 +272,8 @@ static void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, int x,
 }
 
 static void send(const CUtensorMap& to, unsigned from, int x, int y, int z) {
-  if (x * to.size % 16) abort();
   host::later[host::running].sent.push_back([=] {
-    to.each(from, x, y, z, [&](const unsigned char* here, char* there) { if (there) memcpy(there, here, to.size); });
+    to.each(from, {x, y, z}, [&](const unsigned char* here, char* there) { if (there) memcpy(there, here, to.size); });
   });
 }
 
@@ -252,6 +282,22 @@ static void await_sent() {
   for (const auto& copy : mine) copy();
   mine.clear();
 }
+
+template <typename T, int COUNT>
+void settle(T (&)[COUNT]) {}
+
+template <int COUNT>
+void take_registers() {}
+
+template <int COUNT>
+void leave_registers() {}
+
+static void await_turn(int number) { host::gather(number, 256); }
+static void give_turn(int number) { host::come(number, 256); }
+
+static float highest(float a, float b) { return a > b || a != a ? a : b; }
+static float power_of_two(float x) { return exp2f(x); }
+static void atomicOr(int* at, int bits) { *at |= bits; }
 
 static unsigned pack_f16(float low, float high) { return host::pack<__half>(low, high); }
 static unsigned pack_bf16(float low, float high) { return host::pack<__nv_bfloat16>(low, high); }
@@ -269,6 +315,16 @@ static unsigned pack_bf16(float low, float high) { return host::pack<__nv_bfloat
 KE_MULTIPLY_TURNED(f16, __half)
 KE_MULTIPLY_TURNED(bf16, __nv_bfloat16)
 KE_MULTIPLY(tf32, host::Tf32, , false, false)
+
+template <int COUNT>
+void multiply_held_f16(float (&sums)[COUNT], unsigned a, unsigned b, unsigned c, unsigned d, unsigned long long right) {
+  host::multiply_held<__half>(sums, {a, b, c, d}, right);
+}
+
+template <int COUNT>
+void multiply_held_bf16(float (&sums)[COUNT], unsigned a, unsigned b, unsigned c, unsigned d, unsigned long long right) {
+  host::multiply_held<__nv_bfloat16>(sums, {a, b, c, d}, right);
+}
 
 static void product_f16(float (&sums)[4], unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned f) {
   host::product<__half>(sums, a, b, c, d, e, f);
