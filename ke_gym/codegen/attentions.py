@@ -16,13 +16,14 @@ from ke_gym.codegen.expr import Expr, Index, Load, Var, bounds, of
 from ke_gym.codegen.flash import Flash
 from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.tiles import chosen, depends, power_above
-from ke_gym.codegen.windows import LANGUAGE, SHARED, round_up
+from ke_gym.codegen.windows import LANGUAGE, SHARED, needs_hopper, round_up
 
 ROW = 64  # elements of a row of a swizzled tile: 128 bytes
 GROUP = 64  # queries of a warpgroup
 OUTER = 3  # dimensions of a tensor map besides rows and columns, at most
 WORKING = 30  # registers of a thread besides its scores, weights and sums
-REGISTERS = {1: (0, 255), 2: (24, 240), 3: (32, 160)}  # of a thread that brings tiles, and of one that multiplies
+# Of a thread that brings tiles, and of one that multiplies, by the warpgroups that multiply: what a multiprocessor has.
+REGISTERS = {1: (0, 255), 2: (24, 240), 3: (32, 160)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Builder(flash.Builder):
     """Builds the ``Attention`` of a group of two products; raises ``Illegal``, with the reason, for the library's."""
 
     def _finished(self, drafted: Flash) -> Attention:
+        needs_hopper(self.graph)
         shape = drafted.shape
         if shape.dtype == "f32" or drafted.writes[0].dtype not in ("f16", "bf16"):
             raise Illegal("attention in single precision is the library's in CUDA C++")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ke_gym.codegen.attentions import GROUP, REGISTERS, ROW, Attention, Tile
+from ke_gym.codegen.attentions import GROUP, REGISTERS, ROW, Attention
 from ke_gym.codegen.cuda_text import TYPES, Text
 from ke_gym.codegen.emit_cuda_products import indented
 from ke_gym.codegen.expr import Const, Expr, Load, Op, walk
@@ -195,36 +195,34 @@ class Printer:
         return lines
 
     def _bring(self) -> list[str]:
-        queries, keys, values = self.work.tiles
         few, _ = REGISTERS[self.work.groups]
         return [
             *([f"leave_registers<{few}>();"] if few else []),
             f"if (threadIdx.x == {self.work.groups * 128}) {{",
             f"  expect(there, {self.work.sections[0]});",
-            *indented(self._fetch("queries", queries, "queries", "there", "M", "first")),
+            *indented(self._fetch(0, "queries", "there", "first")),
             "  #pragma unroll 1",
             "  for (int i = 0; i < count; ++i) {",
             "    const int s = i % STAGES, start = (count - 1 - i) * N;",
             "    await(keys_empty + 8 * s, i / STAGES + 1);",
             "    expect(keys_full + 8 * s, KEY_BYTES);",
-            *indented(self._fetch("keys", keys, "keys + s * KEY_BYTES", "keys_full + 8 * s", "N", "start"), 2),
+            *indented(self._fetch(1, "keys + s * KEY_BYTES", "keys_full + 8 * s", "start"), 2),
             "    await(values_empty + 8 * s, i / STAGES + 1);",
             "    expect(values_full + 8 * s, VALUE_BYTES);",
-            *indented(
-                self._fetch("values", values, "values + s * VALUE_BYTES", "values_full + 8 * s", "N", "start"), 2
-            ),
+            *indented(self._fetch(2, "values + s * VALUE_BYTES", "values_full + 8 * s", "start"), 2),
             "  }",
             "}",
         ]
 
-    def _fetch(self, name: str, tile: Tile, to: str, barrier: str, rows: str, row: str) -> list[str]:
-        text = self._text()
-        at = "".join(f", {bare_text(text.index(index))}" for index in reversed(tile.at))
-        parts = -(-tile.shape[-1] // ROW)
-        return [
-            f"fetch({to}{f' + {part} * {rows} * {2 * ROW}' if part else ''}, {name}_tiles, {barrier}, {part * ROW}, {row}{at});"
-            for part in range(parts)
-        ]
+    def _fetch(self, which: int, to: str, barrier: str, row: str) -> list[str]:
+        """Bring a tile of queries (0), keys or values from ``row`` on: 64 columns at a time."""
+        text, tile, rows = self._text(), self.work.tiles[which], "M" if which == 0 else "N"
+        outer = "".join(f", {bare_text(text.index(index))}" for index in reversed(tile.at))
+        lines = []
+        for part in range(-(-tile.shape[-1] // ROW)):
+            place = f"{to} + {part} * {rows} * {2 * ROW}" if part else to
+            lines.append(f"fetch({place}, {NAMES[which]}_tiles, {barrier}, {part * ROW}, {row}{outer});")
+        return lines
 
     def _multiply(self) -> list[str]:
         work, blocks = self.work, self.work.blocks

@@ -7,7 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ke_gym.codegen import attend, attentions, bags, contract, flash, matmuls, pairs, products, tiling, windows
+from ke_gym.codegen import (
+    attend,
+    attentions,
+    bags,
+    contract,
+    flash,
+    matmuls,
+    pairs,
+    products,
+    tiling,
+    windows,
+)
 from ke_gym.codegen.continuity import continuous
 from ke_gym.codegen.contract import Contraction
 from ke_gym.codegen.errors import Illegal

@@ -9,6 +9,7 @@ from typing import Any
 
 from ke_gym.codegen import bags, flash, fusion, products
 from ke_gym.codegen import channels_last as layouts
+from ke_gym.codegen.attentions import Attention
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.graph import Extern
 from ke_gym.codegen.legality import legal
@@ -84,13 +85,13 @@ def fission(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 
 
 def on_tensor_cores(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-    """A convolution or a small product in CUDA C++, or back in the language of the others; two products in one kernel."""
+    """A convolution, a product or attention in CUDA C++, or back in the language of the others; two products in one kernel."""
     for p, g, group in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
-        if isinstance(kernel, products.Product):
-            yield with_group(schedule, p, g, replace(group, launch=(("language", LANGUAGE),)))
-        elif isinstance(kernel, (Pairs, Windowed, Matmul)):
+        if isinstance(kernel, (Pairs, Windowed, Matmul, Attention)):
             yield with_group(schedule, p, g, replace(group, launch=()))
+        elif isinstance(kernel, (products.Product, flash.Flash)):
+            yield with_group(schedule, p, g, replace(group, launch=(("language", LANGUAGE),)))
     for p, (graph, plan) in enumerate(zip(program.graphs, schedule.plans)):
         order = {n: k for k, n in enumerate(graph.steps)}
         for one, two in fusion.following(graph):
@@ -138,7 +139,8 @@ def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
     for p, g, _ in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
         for name, values in kernel.knobs().items():
-            if len(values) > 1 and (name != "stages" or pipelined or isinstance(kernel, (Windowed, Matmul))):
+            staged = pipelined or isinstance(kernel, (Windowed, Matmul, Attention))
+            if len(values) > 1 and (name != "stages" or staged):
                 found[f"{p}.{g}.{name}"] = list(values)
     return found
 
@@ -192,6 +194,6 @@ REWRITES: dict[str, Variants] = {
     "algebra_hoist": either(prepare, by_launch("ready")),
     "work_partition": by_launch("warps"),
     "split_reduce": by_launch("split"),
-    "sync_launch": by_launch("persistent", "programs"),
+    "sync_launch": by_launch("persistent", "programs", "turns"),
     "param_tune": shuffle_knobs,
 }
