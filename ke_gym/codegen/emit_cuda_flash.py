@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ke_gym.codegen.attentions import GROUP, REGISTERS, ROW, Attention
 from ke_gym.codegen.cuda_text import TYPES, Text
-from ke_gym.codegen.emit_cuda_products import indented
+from ke_gym.codegen.emit_cuda_products import Travelling, indented
 from ke_gym.codegen.expr import Const, Expr, Load, Op, walk
 from ke_gym.codegen.triton_text import bare_text
 
@@ -46,13 +46,16 @@ class Printer:
             used.add("nan")
 
     @property
-    def maps(self) -> list[tuple[str, str, tuple[int, ...], int]]:
-        """See ``module_cuda._cores``."""
+    def maps(self) -> list[Travelling]:
+        """The operands, as they travel."""
         rows = (self.work.blocks.m, self.work.blocks.n, self.work.blocks.n)
         found = []
         for name, tile, count in zip(NAMES, self.work.tiles, rows):
-            view = f"{tile.buffer}.as_strided({tile.shape}, {tile.stride}, {tile.offset})"
-            found.append((f"{name}_tiles", view, (*[1] * len(tile.at), count, ROW), 2 * ROW))
+            begin = f".as_strided({tile.shape}, {tile.stride}, {tile.offset})" if tile.offset else ""
+            box = (*[1] * len(tile.at), count, ROW)
+            found.append(
+                Travelling(f"{name}_tiles", tile.buffer + begin, box, 2 * ROW, tile.shape, tile.stride)
+            )
         return found
 
     @property
