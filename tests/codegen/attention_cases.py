@@ -24,6 +24,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
     "biased": ({"MASK": "added", "KEYS": 90, "DIM": 128, "VALUES": 72, "DTYPE": torch.float16}, (("n", 32),)),
     "kept": ({"BATCH": 2, "MASK": "kept", "ROWS": 64, "DIM": 40, "GROUPS": 2}, (("n", 64), ("stages", 1))),
     "decoding": ({"BATCH": 3, "HEADS": 4, "GROUPS": 2, "ROWS": 1, "KEYS": 200, "MASK": "lengths"}, ()),
+    "slopes": (
+        {"MASK": "slopes", "ROWS": 40, "KEYS": 96, "DIM": 32, "GROUPS": 2},
+        (("n", 96), ("stages", 4)),
+    ),
     "wide": ({"HEADS": 1, "KEYS": 130, "DIM": 256, "VALUES": 192}, (("turns", True),)),
 }
 

@@ -21,6 +21,10 @@ class Model(nn.Module):
             scores = scores.masked_fill(future, float("-inf"))
         if MASK == "added":
             scores = scores + mask[0]
+        elif MASK == "slopes":  # Press et al., "Train Short, Test Long", 2022
+            at = torch.arange(KEYS, device=query.device)
+            slopes = 0.5 ** (1.0 + torch.arange(HEADS, device=query.device))
+            scores = scores.float() + slopes[:, None, None] * (at - at[:ROWS, None]).float()
         elif MASK == "kept":
             scores = torch.where(mask[0], scores, float("-inf"))
         elif MASK == "lengths":
@@ -40,7 +44,7 @@ def get_inputs():
         "kept": lambda: torch.rand(BATCH, 1, ROWS, KEYS) < 0.8,
         "lengths": lambda: torch.randint(1, KEYS + 1, (BATCH,)),
     }
-    return [query, key, value, *([masks[MASK]()] if MASK else [])]
+    return [query, key, value, *([masks[MASK]()] if MASK in masks else [])]
 
 
 def get_init_inputs():
