@@ -11,7 +11,14 @@ from functools import partial
 from typing import Any
 
 from ke_gym.codegen import cuda_tensor_cores as cores
-from ke_gym.codegen import emit_cuda_flash, emit_cuda_matmuls, emit_cuda_pairs, emit_cuda_parts, emit_cuda_windows, module
+from ke_gym.codegen import (
+    emit_cuda_flash,
+    emit_cuda_matmuls,
+    emit_cuda_pairs,
+    emit_cuda_parts,
+    emit_cuda_windows,
+    module,
+)
 from ke_gym.codegen.attentions import Attention
 from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
