@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import copy
 import logging
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -147,11 +147,11 @@ def test_choices_are_paid_from_the_searchs_dollars_and_only_once(tmp_path: Path,
 
 
 def test_ctrl_c_while_the_model_chooses_is_booked_at_its_worst(tmp_path: Path, table: str) -> None:
-    over = threading.Event()
+    over, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(request: dict[str, Any]) -> tuple[int, str]:
         if len(endpoint.requests) == 3:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             over.wait(300)  # it never answers in time
         return first_strategy(request)
 
@@ -161,6 +161,7 @@ def test_ctrl_c_while_the_model_chooses_is_booked_at_its_worst(tmp_path: Path, t
             session, stopped = search(store, policy, 1.0, table)
         finally:
             over.set()
+            signal.signal(signal.SIGINT, before)  # whatever the tests were started with
         worst = Price(1e-6, 10e-6).worst(endpoint.requests[2])
         assert stopped == "interrupted" and session.usage.calls == 3
         assert session.usage.unconfirmed == pytest.approx(worst)
