@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -205,6 +205,7 @@ arrays = st.sampled_from(["float32", "float64", "int64", "bool"]).flatmap(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine drawing takes long
 @given(st.dictionaries(st.text(max_size=5), arrays | st.integers() | st.lists(arrays, max_size=2)))
 def test_arrays_survive_a_file_exactly(state: dict[str, object]) -> None:
     back = files.decode(json.loads(json.dumps(files.encode(state))))
