@@ -225,6 +225,7 @@ def _search(
 
     policy = policies.make(settings.policy, settings.seed)
     _check_store(settings, run_dir)
+    begin = time.perf_counter()
     if settings.target != "cpu" and "rewriter" in proposers.members(settings.proposer):
         # While processes start on the device; a CPU's measure it meanwhile, and want it for themselves.
         threading.Thread(target=_capture_ahead, args=(task, settings.language), daemon=True).start()
@@ -239,6 +240,7 @@ def _search(
         ) as evaluator,
         closing(_proposer(task, settings, evaluator, run_dir, store)) as proposer,
     ):
+        evaluator.account.add("opening", time.perf_counter() - begin)
         setting = Setting(
             task.id, settings.target, evaluator.facts.fingerprint, settings.baseline, evaluator.threads
         )
@@ -482,6 +484,7 @@ def _result(
         dollars=session.spent.dollars,
         proof=proof,
         refused=refused(session),
+        time=evaluator.account.spent(),
     )
 
 

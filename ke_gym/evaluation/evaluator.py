@@ -20,6 +20,7 @@ import numpy as np
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation.account import BUILDING, WAITING, Account
 from ke_gym.evaluation.admission import admit
 from ke_gym.evaluation.arms import ArmDied, RivalFailed, open_arm
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
@@ -99,6 +100,7 @@ class Evaluator:
             raise UserError(f"--threads {threads}: choose 1 to {self.facts.cores}, the cores of this machine")
         self.folder = folder or home()
         self.record = MachineRecord(self.facts.fingerprint, self.folder)
+        self.account = Account()
         self.build_timeout = build_timeout
         self.call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
@@ -164,39 +166,46 @@ class Evaluator:
     ) -> Evaluation:
         """``base`` with the verdict on what was built; ``absent`` says why an incumbent is not in the race."""
         with self._cores.all():
-            compiled = time.perf_counter()
+            compiled = self._clock()
             cost = Cost(compile_s=self._builds.seconds(base.candidate))
             checked = compiled
             try:
                 while True:
                     try:
                         with self._entries() as open_entry:
-                            entries = {name: open_entry(artifact, name) for name in self.shape_sets}
-                            errors = self._check(artifact, entries, open_entry)
-                            checked = time.perf_counter()
+                            with self.account.phase("checking"):
+                                entries = {name: open_entry(artifact, name) for name in self.shape_sets}
+                                errors = self._check(artifact, entries, open_entry)
+                            checked = self._clock()
                             base = base.replace(error=errors)
-                            base = self._race(base, artifact, rival, entries)
+                            with self.account.phase("racing"):
+                                base = self._race(base, artifact, rival, entries)
                             base = self._describe(base, artifact, entries[self.contract])
                         break
                     except RivalFailed as failure:  # once at most: from now on there is none
                         rival, absent, base = None, str(failure), base.replace(rival="")
             except (Rejected, ArmDied) as failure:
                 if checked == compiled:
-                    checked = time.perf_counter()
+                    checked = self._clock()
                 wrong_by = failure.error if isinstance(failure, Rejected) else None
                 base = base.replace(
                     outcome=failure.outcome, log=failure.log, error=wrong_by or base.error, speedup=None,
                     speedup_ci=None, gain=None, gain_ci=None, improved=False,
                 )  # fmt: skip
-            now = time.perf_counter()
+            now = self._clock()
             base = base.replace(cost=replace(cost, check_s=checked - compiled, race_s=now - checked))
             if base.improved:
                 self._steady = artifact
-            self._maybe_aa()
+            with self.account.phase("racing equals"):
+                self._maybe_aa()
         if absent:
             said = f"the incumbent failed ({absent.splitlines()[0]}): raced against the baseline alone"
             base = base.alone().replace(log="\n".join(filter(None, (said, base.log))))
         return base
+
+    def _clock(self) -> float:
+        """Seconds without those in which somebody else had the device: what an evaluation costs is its own."""
+        return time.perf_counter() - self.account.here(WAITING)
 
     def decide(self, candidate: Candidate, rival: Candidate) -> Evaluation:
         """Only the race, and the confirmation if it is won: no check, no cache, no record."""
@@ -213,9 +222,13 @@ class Evaluator:
         confirmed. Raises `BuildError`, `Rejected` or `ArmDied`.
         """
         artifact = self.build(candidate)
-        with self._cores.all():
+        with self._cores.all(), self.account.phase("racing"):
             race = self._race_sets(self.judge, artifact, None, AA)[self.contract]
         return math.exp(float(np.median(race.log_ratios("baseline", "candidate"))))
+
+    def compile_baseline(self, baseline: str) -> None:
+        """Let the baseline be ``torch.compile``'s from now on, as another evaluator's is from the beginning."""
+        raise UserError("only a GPU's evaluator changes its baseline; open another one")
 
     def final(self, candidate: Candidate) -> Evaluation:
         """``evaluate`` for a search's winner: by itself, and with whatever else this target can look at."""
@@ -228,7 +241,11 @@ class Evaluator:
 
     def build(self, candidate: Candidate) -> Artifact:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""
-        return self._builds.build(candidate, self._compile, self.adopt)
+        return self._builds.build(candidate, self._make, self.adopt)
+
+    def _make(self, candidate: Candidate) -> Artifact:
+        with self.account.phase(BUILDING):
+            return self._compile(candidate)
 
     def adopt(self, candidate: Candidate, artifact: Artifact) -> None:
         """Take an artifact as the candidate's, wherever it was built; raises `BuildError` if it can't be."""
@@ -337,11 +354,15 @@ class Evaluator:
 
     # -- racing ----------------------------------------------------------------------------------------------
 
+    def _rules(self) -> Rules:
+        """Of a candidate's first race."""
+        return RACE
+
     def _race(
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
     ) -> Evaluation:
         against = "incumbent" if rival is not None else "baseline"
-        first = self._race_sets(self.judge, artifact, rival, RACE, entries)
+        first = self._race_sets(self.judge, artifact, rival, self._rules(), entries)
         main = first[self.contract]
         margin = self.record.margin(main.median(against))
         sets: dict[str, list[Race]] = {name: [r] for name, r in first.items()}

@@ -22,6 +22,7 @@ from typing import Any
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_signature
+from ke_gym.evaluation.account import Account
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds, Cores
 from ke_gym.evaluation.bundle import Bundle, Packed, judge, read_results, results, write_file
@@ -74,6 +75,7 @@ class ExchangeEvaluator(Evaluator):
         self.build_timeout = BUILD_SECONDS
         self._cores = Cores(len(os.sched_getaffinity(0)))
         self._builds = Builds(self._cores)
+        self.account = Account()
         self._lock = threading.Lock()
         self._state = ExitStack()
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.arms import ArmDied, RivalFailed
+from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.stats import SignTest
 from ke_gym.evaluation.work import Work
@@ -35,7 +35,10 @@ NO_DEVICE = (
 )
 
 
-Alone = Callable[[str], AbstractContextManager[None]]
+TIMED = frozenset({"measure", "tune", "warm", "race", "profile"})
+"""Requests for which the judge has its device alone. During all others it shares it."""
+BY_ITSELF = "compile"
+"""The request for which the judge takes its device itself, now and then."""
 
 
 class OutOfDeviceMemory(UserError):
@@ -63,10 +66,10 @@ class GpuShape:
 
 
 class GpuClient:
-    """A judge process for one task on one GPU, which it holds alone among all of this machine's processes.
+    """A judge process for one task on one GPU, which it has alone while it times, among all of this machine's processes.
 
-    ``signature`` is the task's compile signature, if it is known; ``alone`` gives the device, by its UUID, to whoever
-    opens the judge of a process that does not hold it yet. Raises ``UserError`` where there is no GPU and
+    ``signature`` is the task's compile signature, if it is known; ``lock`` is the device's, or gives it by the device's
+    UUID, which the first judge has to tell. Raises ``UserError`` where there is no GPU and
     ``OutOfDeviceMemory`` where the task does not fit. Requests raise ``ArmDied`` for what a candidate did; when
     the process died of it, ``alive`` is False from then on.
     """
@@ -80,7 +83,8 @@ class GpuClient:
         device: int,
         patience: float = 5.0,
         signature: bytes = b"",
-        alone: Alone | None = None,
+        *,
+        lock: DeviceLock | Callable[[str], DeviceLock],
     ) -> None:
         self.task = task
         self.alive = True
@@ -91,14 +95,15 @@ class GpuClient:
         self.device = device
         self.patience = patience
         self.signature = signature
+        self.lock = lock if isinstance(lock, DeviceLock) else None
         try:
-            uuid = self._start(zygote, baseline)
-            with alone(uuid) if alone is not None else nullcontext():
-                if self._exposed or os.environ.get(APART):
-                    self._start_launcher(zygote)
-                    answer = self._ask("move_apart")[0]
-                    self.apart, self.why_not_apart = bool(answer["apart"]), str(answer["why"])
-                described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
+            with self.lock.shared() if self.lock is not None else nullcontext():
+                uuid = self._start(zygote, baseline)
+            if not isinstance(lock, DeviceLock):
+                self.lock = lock(uuid)
+            if self._exposed or os.environ.get(APART):
+                self._move_apart(zygote)
+            described, found = self._ask("describe", shape_sets=shape_sets, signature=not signature)
         except BaseException as error:
             self.close()
             if isinstance(error, ArmDied):  # no candidate was there yet
@@ -131,6 +136,20 @@ class GpuClient:
         self._exposed = bool(said["reads_host"])
         return str(said["uuid"])
 
+    def _move_apart(self, zygote: Zygote) -> None:
+        """Have kernels launched by a process of their own, where they could reach the judge's memory if it can be.
+
+        Raises ``UserError`` if it cannot be although ``KE_GYM_APART`` asks for it.
+        """
+        self._start_launcher(zygote)
+        answer = self._ask("move_apart")[0]
+        self.apart, self.why_not_apart = bool(answer["apart"]), str(answer["why"])
+        if os.environ.get(APART) and not self.apart:
+            raise UserError(
+                f"{APART} is set, but kernels cannot be launched by another process on this GPU"
+                f" ({self.why_not_apart}); unset it"
+            )
+
     def _start_launcher(self, zygote: Zygote) -> None:
         """Start a process that launches kernels in the judge's place; nobody but the judge listens to it."""
         assert self._link is not None
@@ -145,7 +164,16 @@ class GpuClient:
                 fds=[self._link.fileno()],
             )
 
+    def alone(self) -> AbstractContextManager[None]:
+        """The judge's device for this thread alone, over several requests."""
+        assert self.lock is not None
+        return self.lock.alone()
+
     # -- requests --------------------------------------------------------------------------------------------
+
+    def free_bytes(self) -> int:
+        """What nobody has of the device's memory."""
+        return int(self._ask("free_bytes")[0]["bytes"])
 
     def measure(self) -> dict[str, Any]:
         """The device's peaks, as ``cuda.Peaks.from_dict`` takes them."""
@@ -171,6 +199,13 @@ class GpuClient:
         return self._ask(
             "check", arm=arm, cases=cases, touch_seed=touch_seed, touched=touched, patience=patience
         )[0]
+
+    def compile(self, shape_set: str, baseline: str, folder: Path) -> None:
+        """Let the baseline of a shape set be the reference through a compiler; others may race meanwhile.
+
+        ``folder`` is where the device's lock lies. The calling thread must not hold it.
+        """
+        self._ask(BY_ITSELF, shape_set=shape_set, baseline=baseline, folder=str(folder))
 
     def warm(self, shape_set: str, own: int, other: int | None, baseline: bool) -> dict[str, float]:
         """Let everybody run before a race; the seconds of each one's quickest call."""
@@ -225,14 +260,17 @@ class GpuClient:
     # -- plumbing --------------------------------------------------------------------------------------------
 
     def _ask(self, do: str, blob: bytes = b"", **arguments: Any) -> tuple[dict[str, Any], bytes]:
-        header, answer = self._exchange(do, arguments, blob)
+        assert self.lock is not None
+        held = self.lock.alone() if do in TIMED else nullcontext() if do == BY_ITSELF else self.lock.shared()
+        with held:
+            header, answer = self._exchange(do, arguments, blob)
         self._raise_what_is_said(header)
         return header, answer
 
     def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
         """One request and its answer, as they go over the channel."""
         self.worker.channel.send({"do": do, **arguments}, blob)
-        return self._receive(do, WARM_SECONDS if do == "warm" else REQUEST_SECONDS)
+        return self._receive(do, WARM_SECONDS if do in ("warm", BY_ITSELF) else REQUEST_SECONDS)
 
     def _receive(self, do: str, timeout: float) -> tuple[dict[str, Any], bytes]:
         try:
@@ -266,39 +304,12 @@ class GpuClient:
             raise UserError(f"task {self.task.name}: its reference fails on the GPU: {header['task_error']}")
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does; beside no race, since its context is torn down on the device."""
         self.alive = False
-        for owned in (getattr(self, "worker", None), self.launcher, self._link):
-            if owned is not None:
-                owned.close()
-
-
-class DeviceLock:
-    """At most one process measures on a GPU at a time; a file lock that this process holds while it does.
-
-    Who waits is next: a second lock, held while waiting, keeps whoever had the device just now from taking it again.
-    """
-
-    def __init__(self, folder: Path, uuid: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._fd, self._next = (
-            os.open(folder / f"gpu-{uuid}.{name}", flags, 0o600) for name in ("lock", "next")
-        )
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._next, fcntl.LOCK_EX)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-        finally:
-            fcntl.flock(self._next, fcntl.LOCK_UN)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        os.close(self._fd)
-        os.close(self._next)
+        with self.lock.shared() if self.lock is not None else nullcontext():
+            for owned in (getattr(self, "worker", None), self.launcher, self._link):
+                if owned is not None:
+                    owned.close()
 
 
 def described_shapes(described: dict[str, Any]) -> dict[str, GpuShape]:

@@ -7,7 +7,7 @@ import random
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ import torch
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation.account import Account
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds
 from ke_gym.evaluation.checking import Rejected, draw_cases, errors_of, refusal
-from ke_gym.evaluation.contest import CONFIRM, SOAK, believe
+from ke_gym.evaluation.contest import CONFIRM, RACE, SOAK, believe
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import Alone, DeviceLock, GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_inspection import Inspector
+from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.gpu_profile import described, limiter
 from ke_gym.evaluation.gpu_setting import Lanes, arch_of, gpu_environment, kept_peaks, kept_zygote
 from ke_gym.evaluation.gpu_spares import Spares
@@ -42,6 +44,7 @@ DISPUTED = 0.25
 
 On a busy host the clock is read late now and then: for everybody, so what the baseline was doubted for is taken off."""
 
+UNPROMISING = 6
 FRESH_ROUNDS = 12
 """Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
 CONTEXT_BYTES = 1 << 29
@@ -88,6 +91,8 @@ class GpuEvaluator(Evaluator):
         self.threads = threads or 1
         self.folder = folder or home()
         self._device = device
+        self._lock: DeviceLock | None = None
+        self.account = beside.account if beside else Account()
         self.build_timeout = build_timeout
         self.call_timeout = call_timeout
         self._rng = random.Random(secrets.randbits(64))
@@ -103,7 +108,7 @@ class GpuEvaluator(Evaluator):
         self._spares = Spares(self._open_spare, 0)
         self._evaluated = 0
         self._steady: Artifact | None = None
-        self._inspector = Inspector(self._replayed, self._lanes.all)
+        self._inspector = Inspector(self._replayed, self._undisturbed)
         self._state = ExitStack()
         try:
             self.zygote = kept_zygote(self.threads, tuple(gpu_environment(self.folder).items()))
@@ -119,7 +124,7 @@ class GpuEvaluator(Evaluator):
             arch_of(self.facts)
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
             dtypes = {s.torch_dtype for s in self._specs(self.contract) if s.torch_dtype.is_floating_point}
-            with self._cores.all():
+            with self.judge.alone():  # another process may be measuring them
                 measured = kept_peaks(self.record.folder, lambda: self.judge.measure())
             self.peaks = measured.bounded_by(dtypes or {torch.float32}, task.precision)
         except BaseException:
@@ -165,6 +170,13 @@ class GpuEvaluator(Evaluator):
             return evaluation
         return self._inspector.final(evaluation, self.build(candidate))
 
+    def compile_baseline(self, baseline: str) -> None:
+        """See ``Evaluator.compile_baseline``; others may race on the device meanwhile."""
+        with self._lanes.all(), self.account.phase("compiling the reference"):
+            for name in self.shape_sets:
+                self.judge.compile(name, baseline, self.folder)
+        self.baseline = baseline
+
     def _replayed(self, artifact: Artifact) -> Replayed:
         environment = gpu_environment(self.folder)
         return Replayed(self.task, artifact, self.contract, self._device, environment)
@@ -188,10 +200,9 @@ class GpuEvaluator(Evaluator):
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
             try:
-                judge = self._open_judge(self.hidden, self._alone)
+                judge = self._open_judge(self.hidden)
                 try:
-                    with self._alone(judge.facts.uuid):
-                        self._working_bytes = int(judge.self_verdict(self.contract)["peak"])
+                    self._working_bytes = int(judge.self_verdict(self.contract)["peak"])
                     return judge
                 except ArmDied as death:
                     judge.close()
@@ -206,20 +217,27 @@ class GpuEvaluator(Evaluator):
                 self._too_large = self._too_large or f"the shape set {self.contract!r}"
         raise problem
 
-    def _alone(self, uuid: str) -> AbstractContextManager[None]:
-        """The device for this process alone, as for a race: another one may be racing on it."""
-        if self._lanes.device is None:
-            self._lanes.device = DeviceLock(self.folder, uuid)
-            self._state.callback(self._lanes.device.close)
-        return self._lanes.all()
+    def _lock_of(self, uuid: str) -> DeviceLock:
+        if self._lock is None:
+            self._lock = DeviceLock(self.folder, uuid, self.account)
+        return self._lock
 
-    def _open_judge(  # type: ignore[override]
-        self, hidden: Sequence[str] = (), alone: Alone | None = None
-    ) -> GpuClient:
-        shape_sets = [*self.shape_sets, *hidden]
-        patience = self.call_timeout or 5.0
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """The device for this process alone: another one may be racing on it."""
+        with self._lanes.all(), self.judge.alone():
+            yield
+
+    def _open_judge(self, hidden: Sequence[str] = ()) -> GpuClient:  # type: ignore[override]
         judge = GpuClient(
-            self.zygote, self.task, shape_sets, self.baseline, self._device, patience, self._signature, alone
+            self.zygote,
+            self.task,
+            [*self.shape_sets, *hidden],
+            self.baseline,
+            self._device,
+            self.call_timeout or 5.0,
+            self._signature,
+            lock=self._lock or self._lock_of,
         )
         self._signature = judge.signature
         return judge
@@ -260,7 +278,8 @@ class GpuEvaluator(Evaluator):
             loaded.append(number)
             tuned = self._tuned.get(settled.binary_id, frozenset())
             if shape_set not in tuned and open_to_choice(settled.plans[shape_set]):
-                picks, graph = judge.tune(number, shape_set)
+                with self.account.phase("tuning"):
+                    picks, graph = judge.tune(number, shape_set)
                 plan = replace(settled.plans[shape_set].choose(picks), graph=graph)
                 chosen = replace(settled, plans={**settled.plans, shape_set: plan})
                 self._tuned[chosen.binary_id] = tuned | {shape_set}
@@ -300,26 +319,32 @@ class GpuEvaluator(Evaluator):
         distribution = "" if answer.get("touched") else cases[answer["case"]][1]
         return refusal(answer, distribution, name in self.hidden)
 
+    def _rules(self) -> Rules:
+        """See ``Evaluator._rules``; a device's times scatter so little that six rounds tell most losers."""
+        return replace(RACE, unpromising=UNPROMISING)
+
     def _race(  # type: ignore[override]
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
     ) -> Evaluation:
         try:
             return super()._race(base, artifact, rival, entries)  # type: ignore[arg-type]
         finally:
-            self._spares.close()
+            with self.account.phase("ending processes"):
+                self._spares.close()
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
         """See ``Evaluator._fresh_race``; a confirmation's processes start together, before it, and end after it."""
-        if rules is SOAK:
-            self._spares = Spares(self._open_spare, self._spare_count())
-        spare = self._spares.take()
-        if spare is not None:
-            return self._race_sets(spare, artifact, rival, rules)  # type: ignore[arg-type]
-        judge = self._fresh_judge()
+        with self.account.phase("starting processes"):
+            if rules is SOAK:
+                self._spares = Spares(self._open_spare, self._spare_count())
+            spare = self._spares.take()
+            judge = spare or self._fresh_judge()
         try:
-            return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
+            with self.account.phase("confirming"):
+                return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
         finally:
-            judge.close()
+            if spare is None:
+                judge.close()
 
     def _fresh_judge(self) -> GpuClient:
         """Another judge; where two do not fit into the device's memory, in the place of the evaluator's own."""
@@ -341,11 +366,11 @@ class GpuEvaluator(Evaluator):
             raise
 
     def _spare_count(self) -> int:
-        """As many judges as a confirmation needs, or as fit into a part of the device's memory."""
+        """As many judges as a confirmation needs, or as fit into a part of what is free of the device's memory."""
         specs = [spec for name in self.shape_sets for spec in self._specs(name)]
         kept = sum(2 * spec.storage_bytes for spec in specs)
         each = max(kept, self._working_bytes) + CONTEXT_BYTES * (2 if self.judge.apart else 1)
-        return min(CONFIRMATIONS, int(SPARE_SHARE * self.facts.memory_bytes / each))
+        return min(CONFIRMATIONS, int(SPARE_SHARE * self.judge.free_bytes() / each))
 
     def _race_set(  # type: ignore[override]
         self,
@@ -360,11 +385,13 @@ class GpuEvaluator(Evaluator):
         if rules is SOAK:
             if not judge.soak(own.number, name):
                 raise Rejected("correctness", "right when checked, wrong after some hundred calls")
-            self._spares.settle()  # until now nothing was timed
+            with self.account.phase("starting processes"):
+                self._spares.settle()  # until now nothing was timed
             rules = replace(CONFIRM, min_rounds=FRESH_ROUNDS, max_rounds=FRESH_ROUNDS)
-        pace = judge.warm(name, own.number, rival, baseline)
-        margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
-        result, counts = judge.race(name, own.number, rival, rules, margin, baseline)
+        with judge.alone():
+            pace = judge.warm(name, own.number, rival, baseline)
+            margin = self.record.margin(pace["baseline" if other is None else "incumbent"])
+            result, counts = judge.race(name, own.number, rival, rules, margin, baseline)
         believe(result)
         if counts["disputed"] - counts["doubted"] > DISPUTED * max(1, result.rounds):
             raise Rejected(
@@ -397,7 +424,8 @@ class GpuEvaluator(Evaluator):
                     f"{1e3 * seconds:.3g} ms is faster than this GPU can move the task's bytes or do its FLOPs "
                     f"({1e3 * floor_s:.3g} ms by measured peaks)",
                 )
-        answer = self.judge.profile(entry.number, self.contract)
+        with self.account.phase("profiling"):
+            answer = self.judge.profile(entry.number, self.contract)
         profile: Profile = described(work, self.peaks, self.facts, seconds, floor_s, answer)
         return base.replace(
             profile=profile,

@@ -52,7 +52,7 @@ class GpuFleet(Evaluator):
         self.zygote, self.builder = first.zygote, first.builder
         self.shape_sets, self.hidden, self.contract = first.shape_sets, first.hidden, first.contract
         self.build_timeout, self.call_timeout = first.build_timeout, first.call_timeout
-        self._cores, self._builds = first._cores, first._builds
+        self._cores, self._builds, self.account = first._cores, first._builds, first.account
         self.devices = 1 + len(others)
         self._turn = threading.Condition()
         self._opened, self._members = [first], [first]
@@ -100,9 +100,15 @@ class GpuFleet(Evaluator):
             return member.final(candidate)
 
     def race_baseline(self, candidate: Candidate) -> float:
-        """See ``Evaluator.race_baseline``."""
-        with self._one() as member:
+        """See ``Evaluator.race_baseline``; on the first GPU."""
+        with self._one(self._first) as member:
             return member.race_baseline(candidate)
+
+    def compile_baseline(self, baseline: str) -> None:
+        """See ``Evaluator.compile_baseline``; on the first GPU alone."""
+        with self._one(self._first) as member:
+            member.compile_baseline(baseline)
+        self.baseline = baseline
 
     def aa_race(self, artifact: Artifact) -> Race:
         """See ``Evaluator.aa_race``; on the first GPU, whose record this one shows."""

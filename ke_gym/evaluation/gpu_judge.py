@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from ke_gym.errors import UserError
-from ke_gym.evaluation import gpu_check, gpu_signature, mutants
+from ke_gym.evaluation import gpu_check, gpu_rivals, gpu_signature, mutants
 from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
+from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.gpu_stage import Died, Runner, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.race import Rules, race
@@ -99,6 +100,10 @@ class GpuJudge:
         """The device's peaks."""
         torch.cuda.empty_cache()
         return cuda.measure(self.stage.device.index or 0).to_dict()
+
+    def free_bytes(self) -> dict[str, Any]:
+        """The ``bytes`` of the device's memory that nobody has."""
+        return {"bytes": torch.cuda.mem_get_info(self.stage.device)[0]}
 
     def move_apart(self) -> dict[str, Any]:
         """Have candidates' kernels launched by the process at the other end of ``link``, if that is possible here."""
@@ -295,10 +300,25 @@ class GpuJudge:
         answer = {"seconds": result.seconds, "ended": result.ended, "suspects": sorted(result.suspects)}
         return {**answer, "values": result.test.values, "counts": counts}
 
+    def compile(self, shape_set: str, baseline: str, folder: str) -> dict[str, Any]:
+        """Let the baseline of a shape set be the reference through a compiler.
+
+        Beside others' races: nobody has the device for it, and what has to be alone takes it by itself. ``folder``
+        is where the device's lock lies.
+        """
+        chosen, mode = self.sets[shape_set], COMPILE_MODES[baseline]
+        lock = DeviceLock(Path(folder), self.stage.facts.uuid)
+        with lock.shared():
+            arguments = self.stage.draw(shape_set, self.stage.rng.getrandbits(60))
+        compiler_settings()
+        chosen.baseline = gpu_rivals.compiled(chosen.reference, _MODES.get(mode, mode), arguments, lock)
+        return {}
+
     def _baseline(self, chosen: ShapeSet) -> Callable[..., tuple[Tensor, ...]]:
         mode = COMPILE_MODES.get(self.baseline)
         if mode is None:
             return chosen.reference
+        compiler_settings()
         compiled = chosen.reference.compiled(_MODES.get(mode, mode))
         arguments = self.stage.draw(chosen.name, self.stage.rng.getrandbits(60))
         for _ in range(2):
@@ -376,6 +396,12 @@ class GpuJudge:
         return {**found.to_dict(), "peak": peak}
 
 
+def compiler_settings() -> None:
+    """Inductor's own processes have a part of the cores: others search meanwhile."""
+    torch._inductor.config.compile_threads = min(8, max(1, len(os.sched_getaffinity(0)) // 2))
+    Path("/tmp").mkdir(exist_ok=True)
+
+
 def _picked(arm: Arm, picks: dict[int, int]) -> Artifact:
     return _with_plan(arm, arm.artifact.plans[arm.shape_set].choose(picks))
 
@@ -388,9 +414,6 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Entry of the process: the first message carries the task, then requests until the parent leaves."""
     os.sched_setaffinity(0, args["cores"])  # OpenMP has bound this thread to one core
     _, blob = channel.recv(timeout=None)
-    if args["baseline"] in COMPILE_MODES:
-        torch._inductor.config.compile_threads = max(1, len(args["cores"]) // 2)
-        Path("/tmp").mkdir(exist_ok=True)
     torch.set_num_threads(1)
     if args["only"]:
         cuda.show_only(args["device"])

@@ -8,12 +8,11 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ke_gym.evaluation.builds import Cores
-from ke_gym.evaluation.gpu_client import DeviceLock
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.files import write_whole
 from ke_gym.languages import device
@@ -24,20 +23,22 @@ PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH"
 
 
 class Lanes(Cores):
-    """Builds have the processor's cores but one; whoever holds ``all`` has the GPU. They go on side by side.
+    """Builds have the processor's cores but one; whoever holds ``all`` is the one whom an evaluator judges. They go on
+    side by side.
+
+    Other evaluators' candidates may be judged on the same device meanwhile: see ``DeviceLock``.
 
     ``beside``: the lanes of another GPU, whose cores builds share.
     """
 
     def __init__(self, cores: int, beside: Lanes | None = None) -> None:
         super().__init__(max(1, cores - 1))
-        self._gpu = threading.Lock()
+        self._judging = threading.Lock()
         self._pool = beside or self
-        self.device: DeviceLock | None = None
 
     @contextmanager
     def all(self) -> Iterator[None]:
-        with self._gpu, self.device or ExitStack(), self._pool.occupied():
+        with self._judging, self._pool.occupied():
             yield
 
     @contextmanager

@@ -53,6 +53,8 @@ class Result:
     """How far the task's checks can be trusted; None where that was not tried: for the built-in suite, by exchange."""
     refused: dict[str, int] = field(default_factory=dict)
     """Why candidates were not taken: outcome → how many; "no gain": correct, but not faster."""
+    time: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Where the time of this process went: phase → seconds, and how often it was entered (``evaluation.account``)."""
 
     @property
     def speedup(self) -> float:
@@ -177,6 +179,7 @@ class Result:
             "stopped": self.stopped,
             "verdict": self.verdict(),
             "floor_ms": self.floor_ms,
+            "time": self.time,
             "dollars": self.dollars,
             "usage": self.usage.to_dict(),
             "proof": asdict(self.proof) if self.proof else None,

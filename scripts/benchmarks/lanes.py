@@ -30,10 +30,12 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has of the machine: a GPU, as ``CUDA_VISIBLE_DEVICES`` names it, and processor cores."""
+    """What one process has of the machine: a GPU, as ``CUDA_VISIBLE_DEVICES`` names it, and processor cores, as many of
+    them at once as it has ``threads``; 0: eight at the most."""
 
     gpu: str
     cores: tuple[int, ...]
+    threads: int = 0
 
 
 class Lost(Exception):
@@ -57,7 +59,8 @@ def shares(devices: Sequence[str], lanes: int = 1) -> list[Share]:
     cores, n = sorted(os.sched_getaffinity(0)), len(devices)
     parts = [tuple(cores[i * len(cores) // n : (i + 1) * len(cores) // n]) for i in range(n)]
     # With fewer cores than GPUs, some are shared.
-    each = [Share(gpu, part or (cores[i % len(cores)],)) for i, (gpu, part) in enumerate(zip(devices, parts))]
+    parts = [part or (cores[i % len(cores)],) for i, part in enumerate(parts)]
+    each = [Share(gpu, part, max(1, len(part) // lanes)) for gpu, part in zip(devices, parts)]
     return each * lanes
 
 
@@ -125,7 +128,7 @@ def _serve(pipe: Connection, share: Share) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ[VISIBLE] = share.gpu
     os.sched_setaffinity(0, share.cores)
-    torch.set_num_threads(min(8, len(share.cores)))
+    torch.set_num_threads(min(8, share.threads or len(share.cores)))
     while True:
         try:
             function, job = pipe.recv()

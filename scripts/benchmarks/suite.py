@@ -21,21 +21,22 @@ from benchmarks.figures import Figure, Figures, console
 from ke_gym import Result, optimize, policies, tasks
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
+from ke_gym.evaluation.account import ALONE, BUILDING, SHARING, together
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.checking import Rejected
 from ke_gym.evaluation.evaluation import BASELINES, HARNESS_VERSION
 from ke_gym.evaluation.opening import kernel_language, language_for, open_evaluator
+from ke_gym.job import RUN_FILE, read_run
 from ke_gym.search.budget import Budget
+from ke_gym.search.store import Store
 from ke_gym.tasks.task import Task
 
 COMPILERS = BASELINES[1:]
 # Families in the order of what compiling, checking and racing their tasks at GPU sizes takes.
 LONGEST = ("attention", "matmul", "conv")
 GPU_WORKERS = 4
-# Of all the time, what searches have before compilers are raced; of a search's share, what it has before its last races;
-# what must be left to begin another one.
-SEARCHING, SEARCH_SHARE = 0.65, 0.75
-LEAST_SECONDS = 15.0
+# What the last races of all searches that are cut short take; what must be left besides to begin another one.
+RESERVED_SECONDS, LEAST_SECONDS = 25.0, 15.0
 # What the project promises of its families on a CPU, over eager.
 PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matmul": 1.0}
 
@@ -71,6 +72,15 @@ class Row:
     """Why candidates were not taken: outcome → how many; "no gain": correct, but not faster."""
     floor_ms: float | None = None
     """What bytes and FLOPs take at this device's measured peaks, with the slack of ``Peaks.floor_s``."""
+    stopped: str = ""
+    """Why the search ended; by "seconds", it goes on when the suite is run again."""
+    time: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Where the time went: phase → seconds, and how often it was entered (``ke_gym.evaluation.account``)."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the search has evaluations left for which there was no time."""
+        return self.stopped == "seconds" and self.evaluations < self.budget
 
     @property
     def per_minute(self) -> float:
@@ -97,17 +107,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does next for a task: ``search`` for ``seconds`` at most, and ``compare`` with compilers."""
+    """A task that one process does next: what of search and comparison is left of it, ``until`` then at the latest
+    (by the monotonic clock)."""
 
     task: bytes
-    seconds: float | None
-    compare: bool
-    search: bool = True
+    until: float
 
 
 @dataclass
 class Suite:
-    """Optimize the built-in suite; resumable. On GPUs, several tasks at a time: see ``lanes``."""
+    """Optimize the built-in suite; resumable, searches too. On GPUs, several tasks at a time: see ``lanes``."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ("suite",)
     """Which tasks: names, families, or the whole suite."""
@@ -118,9 +127,9 @@ class Suite:
     budget: int = 60
     """Evaluations per task."""
     seconds: float | None = None
-    """For the target cuda: the whole benchmark ends by then. Every search gets its share of what is left."""
-    lanes: int = 2
-    """For the target cuda: searches per GPU; one of them races, while the others open, compile and generate."""
+    """For the target cuda: the whole benchmark ends by then. What is under way is measured, and goes on in another run."""
+    lanes: int = 4
+    """For the target cuda: tasks per GPU; one of them races, while the others open, compile, generate and check."""
     policy: str = "epsilon_greedy"
     """Who chooses the transformations."""
     seed: int = 0
@@ -128,7 +137,7 @@ class Suite:
     compilers: bool = True
     """Race the best kernels against torch.compile too: default and max-autotune; on a GPU max-autotune-no-cudagraphs."""
     out: Path = Path("runs/suite")
-    """Runs, and suite.jsonl with a line per finished task: what is there is not done again."""
+    """Runs, and suite.jsonl with the last line of every task: what is there is not done again."""
 
     def run(self) -> None:
         Budget(self.budget)
@@ -142,6 +151,7 @@ class Suite:
         done = self._read()
         left = [task for task in chosen if not self._finished(done.get(task.name))]
         known = [done[task.name] for task in chosen if self._finished(done.get(task.name))]
+        ended = {row.task for row in known}
         start = time.monotonic()
         in_turn = (row for task in left if (row := self.finish(task)) is not None)
         made = self._on_all_gpus(left) if self.target == "cuda" else in_turn
@@ -149,11 +159,13 @@ class Suite:
         for row in itertools.chain(known, made):
             rows[row.task] = row
             self._tell(row, f"{len(rows)}/{len(chosen)}")
-        names = {task.name for task in left if not (old := done.get(task.name)) or not old.run}
-        evaluations = sum(row.evaluations for row in rows.values() if row.task in names)
+        before = {task.name: done[task.name].evaluations for task in left if task.name in done}
+        evaluations = sum(
+            row.evaluations - before.get(row.task, 0) for row in rows.values() if row.task not in ended
+        )
         rate = 60 * evaluations / (time.monotonic() - start) if evaluations else None
-        if missing := [task.name for task in chosen if task.name not in rows]:
-            console.print(f"not finished in time: {' '.join(missing)}", highlight=False)
+        if missing := [task.name for task in chosen if not self._finished(rows.get(task.name))]:
+            console.print(f"not finished in time, run it again: {' '.join(missing)}", highlight=False)
         return [rows[task.name] for task in chosen if task.name in rows], rate
 
     def _tell(self, row: Row, number: str) -> None:
@@ -164,19 +176,25 @@ class Suite:
             highlight=False,
         )
 
+    @property
+    def _compilers(self) -> tuple[str, ...]:
+        return COMPILERS if self.compilers else ()
+
     def _finished(self, row: Row | None) -> bool:
         """Whether nothing is left to do for a row; what was refused may be mended by now."""
-        if row is None or not row.run:
+        if row is None or not row.run or row.cut:
             return False
-        return not self.compilers or bool(row.over) or row.best_ms is None
+        return row.over.keys() >= set(self._compilers) or row.best_ms is None
 
     def _on_all_gpus(self, left: Sequence[Task]) -> Iterator[Row]:
-        """The rows as they are finished, the tasks that take longest first: all searches, then the compilers."""
-        begin = time.monotonic()
-        until = begin + (math.inf if self.seconds is None else self.seconds)
-        shares = lanes.shares(lanes.gpus(), self.lanes)
+        """The rows as they are finished, the tasks that take longest first."""
+        until = time.monotonic() + (math.inf if self.seconds is None else self.seconds)
+        order = sorted(
+            left, key=lambda task: LONGEST.index(task.family) if task.family in LONGEST else len(LONGEST)
+        )
+        jobs = (Job(task.to_bytes(), until) for task in order)
         for job, row, error in lanes.spread(
-            partial(_finish, self), self._jobs(left, len(shares), begin), shares, until
+            partial(_finish, self), jobs, lanes.shares(lanes.gpus(), self.lanes), until
         ):
             if error is not None:  # one task's costs the others nothing
                 name = Task.from_bytes(job.task).name
@@ -186,32 +204,18 @@ class Suite:
             if row is not None:
                 yield row
 
-    def _jobs(self, left: Sequence[Task], lanes: int, begin: float) -> Iterator[Job]:
-        """What ``lanes`` at once are to do, in order; with a limit every search has its share of the time left."""
-        order = sorted(
-            left, key=lambda task: LONGEST.index(task.family) if task.family in LONGEST else len(LONGEST)
-        )
-        searched = begin + (self.seconds or 0.0) * (SEARCHING if self.compilers else 1.0)
-        for number, task in enumerate(order):
-            seconds = None
-            if self.seconds is not None:
-                now = searched - time.monotonic()
-                if now < LEAST_SECONDS:
-                    break
-                seconds = SEARCH_SHARE * now * min(1.0, lanes / (len(order) - number))
-            # The last searches of all are compared at once: nobody waits for them any more.
-            yield Job(task.to_bytes(), seconds, self.compilers and number >= len(order) - lanes)
-        for task in order[:-lanes] if self.compilers else ():
-            yield Job(task.to_bytes(), None, True, search=False)
+    def finish(self, task: Task, until: float = math.inf) -> Row | None:
+        """Do and write what is not in the file yet, of search and comparison; the row, if there is one.
 
-    def finish(
-        self, task: Task, seconds: float | None = None, compare: bool = True, search: bool = True
-    ) -> Row | None:
-        """Do and write what is not in the file yet, of search and comparison; the row, if there is one."""
+        Nothing begins that cannot end by ``until``.
+        """
         row = self._read().get(task.name)
-        if search and (row is None or not row.run):
-            row = self._optimize(task, seconds)
-        if row is None or not row.run or self._finished(row) or not (self.compilers and compare):
+        if row is None or not row.run or row.cut:
+            left = until - time.monotonic() - RESERVED_SECONDS
+            if left < LEAST_SECONDS:
+                return row
+            row = self._optimize(task, row, None if math.isinf(until) else left)
+        if not row.run or self._finished(row) or row.cut:
             return row
         return self._compare(task, row)
 
@@ -230,6 +234,7 @@ class Suite:
             if data["harness"] != HARNESS_VERSION:
                 raise UserError(f"{self._file} was measured by another harness version; choose another --out")
             row = Row(**{**data, "speedup_ci": tuple(data["speedup_ci"])})
+            row.time.update({name: (seconds, times) for name, (seconds, times) in row.time.items()})
             for name in ("target", "language", "budget", "policy", "seed"):
                 before, now = getattr(row, name), getattr(self, name)
                 if before != now:
@@ -244,8 +249,21 @@ class Suite:
             file.write(json.dumps(asdict(row)) + "\n")
         return row
 
-    def _optimize(self, task: Task, seconds: float | None) -> Row:
-        """Search for one task; a row of nothing gained if it is refused."""
+    def _resumable(self, task: Task) -> Path | None:
+        """The folder of the task's last search, if it can go on: of these settings, its store still there."""
+        for file in sorted(self.out.glob(f"*-{task.name}*/{RUN_FILE}"), reverse=True):
+            folder, run = read_run(file.parent)
+            same = (run.target, run.policy, run.seed) == (self.target, self.policy, self.seed)
+            if (
+                run.task_id == task.id
+                and same
+                and run.language == kernel_language(self.target, self.language)
+            ):
+                return folder if Path(run.store).exists() else None
+        return None
+
+    def _optimize(self, task: Task, cut: Row | None, seconds: float | None) -> Row:
+        """Search for one task, from where it was interrupted or ``cut``; a row of nothing gained if it is refused."""
         start = time.perf_counter()
         row = Row(
             task=task.name, family=task.family, evaluations=0, valid=0.0, seconds=0.0, seed_correct=False,
@@ -253,46 +271,86 @@ class Suite:
             run="", target=self.target, language=self.language, budget=self.budget, policy=self.policy,
             seed=self.seed,
         )  # fmt: skip
+        earlier = cut or row
+        resume = self._resumable(task)
         try:
-            result = optimize(
-                task,
-                budget=self.budget,
-                seconds=seconds,
-                target=self.target,
-                language=self.language,
-                workers=2 if self.target == "cpu" else GPU_WORKERS,
-                policy=self.policy,
-                seed=self.seed,
-                inspect=False,
-                out=self.out,
-            )
+            result = self._search(task, seconds, resume)
         except UserError as error:
             console.print(f"{task.name}: {error}", highlight=False, style="red")
-        else:
+            result = self._anew(task, seconds) if resume is not None else None
+        if result is not None:
             row = _filled(row, result)
-        return self._write(replace(row, seconds=time.perf_counter() - start))
+        spent = together([earlier.time, row.time])
+        return self._write(replace(row, seconds=earlier.seconds + time.perf_counter() - start, time=spent))
+
+    def _anew(self, task: Task, seconds: float | None) -> Result | None:
+        """Another search, after one that could not go on."""
+        try:
+            return self._search(task, seconds, None)
+        except UserError as error:
+            console.print(f"{task.name}: {error}", highlight=False, style="red")
+            return None
+
+    def _search(self, task: Task, seconds: float | None, resume: Path | None) -> Result:
+        if resume is not None and seconds is not None:
+            _, run = read_run(resume)
+            with Store(run.store) as store:
+                seconds += store.session_seconds(run.session)
+        return optimize(
+            task,
+            budget=self.budget,
+            seconds=seconds,
+            target=self.target,
+            language=self.language,
+            workers=2 if self.target == "cpu" else GPU_WORKERS,
+            policy=self.policy,
+            seed=self.seed,
+            inspect=False,
+            out=self.out,
+            resume=resume,
+        )
 
     def _compare(self, task: Task, row: Row) -> Row:
         """Race the best kernel against the reference through each compiler; 1.0 if that one fails."""
         path = self.out / row.run / "best.py"
         kernel = Candidate.from_file(path, language_for(self.target)(path))
-        over = {}
-        for compiler in COMPILERS if self.target == "cpu" else ("max-autotune",):
-            try:
-                with open_evaluator(task, self.target, compiler) as evaluator:
-                    if self.target == "cpu":
-                        over[compiler] = evaluator.evaluate(kernel).speedup or 1.0
-                    else:  # it was confirmed against eager, and every fresh process would have to compile again
-                        over[compiler] = evaluator.race_baseline(kernel)
-            except (UserError, Rejected, ArmDied) as error:
-                console.print(f"{task.name} through {compiler}: {error}", highlight=False, style="red")
-                over[compiler] = 1.0
-        return self._write(replace(row, over=over))
+        left = [compiler for compiler in self._compilers if compiler not in row.over]
+        if self.target == "cpu":
+            for compiler in left:
+                row = self._with(row, compiler, lambda: self._over(task, kernel, compiler))  # noqa: B023
+            return row
+        # It was confirmed against eager, and every fresh process would have to compile again: one race is enough.
+        try:
+            with open_evaluator(task, self.target) as evaluator:
+
+                def race(compiler: str) -> float:
+                    evaluator.compile_baseline(compiler)
+                    return evaluator.race_baseline(kernel)
+
+                for compiler in left:
+                    row = self._with(row, compiler, partial(race, compiler))
+                row = self._write(replace(row, time=together([row.time, evaluator.account.spent()])))
+        except UserError as error:
+            console.print(f"{task.name}: {error}", highlight=False, style="red")
+        return row
+
+    def _over(self, task: Task, kernel: Candidate, compiler: str) -> float:
+        with open_evaluator(task, self.target, compiler) as evaluator:
+            return evaluator.evaluate(kernel).speedup or 1.0
+
+    def _with(self, row: Row, compiler: str, over: Callable[[], float]) -> Row:
+        """The row, written with what the kernel is over a compiler."""
+        try:
+            value = over()
+        except (UserError, Rejected, ArmDied) as error:
+            console.print(f"{row.task} through {compiler}: {error}", highlight=False, style="red")
+            value = 1.0
+        return self._write(replace(row, over={**row.over, compiler: value}))
 
 
 def _finish(suite: Suite, job: Job) -> Row | None:
     """``Suite.finish`` in a process of its own."""
-    return suite.finish(Task.from_bytes(job.task), job.seconds, job.compare, job.search)
+    return suite.finish(Task.from_bytes(job.task), job.until)
 
 
 def _filled(row: Row, result: Result) -> Row:
@@ -309,6 +367,8 @@ def _filled(row: Row, result: Result) -> Row:
         run=result.run_dir.name,
         floor_ms=result.floor_ms,
         refused=result.refused,
+        stopped=result.stopped,
+        time=result.time,
     )
 
 
@@ -358,6 +418,7 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
             name, str(len(members)), *(f"{geomean(values):.2f}x ({median(values):.2f}x)" for values in gains)
         )
     console.print(families)
+    times(rows)
 
     figures = Figures("suite")
     figures.extend(promised(rows))
@@ -370,6 +431,30 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
     figures.print()
 
 
+def times(rows: Sequence[Row]) -> None:
+    """Where the time of the searches and comparisons went, by phase."""
+    spent = together([row.time for row in rows])
+    if not spent:
+        return
+    evaluations = sum(row.evaluations for row in rows)
+    table = Table(
+        "phase",
+        "seconds",
+        "times",
+        "each",
+        "per evaluation",
+        title="where the time went",
+        title_justify="left",
+    )
+    beside = (BUILDING, SHARING, ALONE)
+    for name in [*sorted(spent.keys() - set(beside), key=lambda name: -spent[name][0]), *beside]:
+        if name in spent:
+            seconds, count = spent[name]
+            each = f"{seconds / count:.2f} s", f"{seconds / max(1, evaluations):.3f} s"
+            table.add_row(name, f"{seconds:.0f}", str(count), *each, end_section=name not in beside)
+    console.print(table)
+
+
 def promised(rows: Sequence[Row]) -> Iterator[Figure]:
     """What the project promises of speed on this target. Rows whose races against compilers are still to come count
     for eager alone."""
@@ -380,8 +465,9 @@ def promised(rows: Sequence[Row]) -> Iterator[Figure]:
     )
     if any(row.over for row in rows):
         raced = [row for row in rows if row.over or row.best_ms is None]
-        over, least = geomean([row.compiled for row in raced]), 1.25 if on_gpu else 1.3
         name = "max-autotune-no-cudagraphs" if on_gpu else "the better torch.compile"
+        over = geomean([row.delivered("max-autotune") if on_gpu else row.compiled for row in raced])
+        least = 1.25 if on_gpu else 1.3
         yield Figure(f"... over {name}", f"{over:.2f}x of {len(raced)} tasks", f"≥ {least}x", over >= least)
         if on_gpu:
             behind = [f"{row.task} ({row.library:.2f}x)" for row in raced if row.library < 1.0]

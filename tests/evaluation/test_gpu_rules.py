@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_evaluator, gpu_judge
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import DeviceLock, GpuClient, OutOfDeviceMemory
+from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.languages.plan import Launch, TensorSpec
 from ke_gym.targets import cuda
@@ -302,36 +299,3 @@ def test_events_that_claim_too_little_are_the_candidate_s_if_the_baseline_s_do_n
 
     monkeypatch.setattr(GpuClient, "race", on_a_busy_host)
     assert evaluator.evaluate(candidate(evaluator, "fine")).outcome == outcome
-
-
-def test_who_waits_for_a_device_is_next(tmp_path: Path) -> None:
-    mine, other = DeviceLock(tmp_path, "GPU-0"), DeviceLock(tmp_path, "GPU-0")
-    order = []
-
-    def wait() -> None:
-        waiting.set()
-        with other:
-            order.append("other")
-
-    def in_line() -> bool:
-        """Whether somebody holds the lock of who is next."""
-        with (tmp_path / "gpu-GPU-0.next").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-
-    waiting = threading.Event()
-    thread = threading.Thread(target=wait)
-    with mine:
-        thread.start()
-        waiting.wait()
-        while not in_line():
-            time.sleep(0.01)
-    with mine:
-        order.append("mine")
-    thread.join()
-    mine.close()
-    other.close()
-    assert order == ["other", "mine"]
