@@ -75,16 +75,17 @@ class Apart:
         arena: Tensor | None = None,
         memory: MemoryPlan | None = None,
         prepared: Sequence[Tensor] | None = None,
+        preparing: tuple[Tensor, MemoryPlan] | None = None,
     ) -> ApartRunner:
         """See ``CudaRunner``."""
-        placed = None if memory is None else vars(memory)
         answer = self.ask(
             "load",
             artifact.to_bytes(),
             shape_set=shape_set,
             arena=None if arena is None else self.described(arena),
-            memory=placed,
+            memory=None if memory is None else vars(memory),
             prepared=None if prepared is None else [self.described(tensor) for tensor in prepared],
+            preparing=None if preparing is None else [self.described(preparing[0]), vars(preparing[1])],
             **self.placement(inputs, state, outputs),
         )
         return ApartRunner(self, artifact, shape_set, answer, arena, memory)

@@ -13,7 +13,8 @@ from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, po
 from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, copy_all, foreign, tensors_of
 from ke_gym.evaluation.shared import POISON
 from ke_gym.languages.artifact import Artifact
-from ke_gym.targets._memory import plan_memory
+from ke_gym.languages.plan import Plan
+from ke_gym.targets._memory import MemoryPlan, plan_memory
 from ke_gym.targets.cuda_executor import ALIGNMENT
 
 Case = tuple[int, str, int]
@@ -34,14 +35,22 @@ def check(
     The worst errors; or a ``reason``, with the ``case`` it was seen on (``damage``: a stray write), or ``touched``.
     """
     plan = artifact.plans[chosen.name]
-    memory = plan_memory(plan, reuse=False, red_zone=RED_ZONE, alignment=ALIGNMENT)
     with foreign():
-        arena = torch.empty(memory.size, dtype=torch.uint8, device=stage.device)
+        arena, memory = _apart(stage, plan)
+        preparing = _apart(stage, plan.preparation) if plan.preparation else None
         made = Block(Placement.of(plan.preparation.return_specs if plan.preparation else ()), stage.device)
-        runner = stage.runner(artifact, chosen, memory=memory, arena=arena, prepared=made.tensors)
-    answer = _Check(stage, chosen, runner, made, patience).run(cases, touch_seed, touched)
+        runner = stage.runner(
+            artifact, chosen, memory=memory, arena=arena, prepared=made.tensors, preparing=preparing
+        )
+    answer = _Check(stage, chosen, runner, made, preparing, patience).run(cases, touch_seed, touched)
     runner.close()  # not after a fault: unloading waits for a kernel that hangs
     return answer
+
+
+def _apart(stage: Stage, plan: Plan) -> tuple[Tensor, MemoryPlan]:
+    """Memory for a plan's intermediates, each with red zones."""
+    memory = plan_memory(plan, reuse=False, red_zone=RED_ZONE, alignment=ALIGNMENT)
+    return torch.empty(memory.size, dtype=torch.uint8, device=stage.device), memory
 
 
 def errors(verdict: Verdict) -> dict[str, float]:
@@ -50,9 +59,21 @@ def errors(verdict: Verdict) -> dict[str, float]:
 
 
 class _Check:
-    def __init__(self, stage: Stage, chosen: ShapeSet, runner: Runner, made: Block, patience: float) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        chosen: ShapeSet,
+        runner: Runner,
+        made: Block,
+        preparing: tuple[Tensor, MemoryPlan] | None,
+        patience: float,
+    ) -> None:
         self._stage, self._chosen, self._runner, self._patience = stage, chosen, runner, patience
         self._made = made  # where the preparation's results lie
+        none = torch.empty(0, dtype=torch.uint8)
+        self._preparing, self._between = (
+            (none, []) if preparing is None else (preparing[0], preparing[1].used)
+        )
 
     def run(self, cases: list[Case], touch_seed: int, touched: bool) -> dict[str, Any]:
         stage, chosen = self._stage, self._chosen
@@ -93,6 +114,7 @@ class _Check:
         seed, distribution, _ = case
         made, held = self._made, chosen.held
         poison(made.bytes, made.placement.used, pattern)
+        poison(self._preparing, self._between, pattern)
         stage.prepare(chosen, runner, self._patience)
         prepared = [tensor.clone() for tensor in made.tensors]
         given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
@@ -110,6 +132,7 @@ class _Check:
             ("input", given.bytes, given.placement.used),
             ("parameter", held.bytes, held.placement.used),
             ("prepared tensor", made.bytes, made.placement.used),
+            ("preparation's intermediate", self._preparing, self._between),
         ):
             if (byte := damaged(block, kept)) is not None:
                 return out, f"wrote outside of its {what}s: " + _nearest(byte, kept, what)

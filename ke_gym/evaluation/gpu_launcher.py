@@ -92,16 +92,11 @@ class Launcher:
         arena: list[Any] | None,
         memory: dict[str, Any] | None,
         prepared: list[Any] | None,
+        preparing: list[Any] | None,
         blob: bytes,
     ) -> dict[str, Any]:
         """Load an artifact's kernels for memory of the judge's; the number they go by."""
         artifact, loaded = Artifact.from_bytes(blob), _Loaded()
-        placed = None
-        if memory is not None:
-            offsets, lengths = (
-                {int(k): int(v) for k, v in memory[n].items()} for n in ("offsets", "lengths")
-            )
-            placed = MemoryPlan(offsets, lengths, memory["size"])
         try:
             loaded.runner = CudaRunner(
                 artifact,
@@ -112,8 +107,11 @@ class Launcher:
                 device=self._device,
                 outputs=[self._tensor(loaded, each) for each in outputs],
                 arena=None if arena is None else self._tensor(loaded, arena),
-                memory=placed,
+                memory=None if memory is None else _memory_plan(memory),
                 prepared=None if prepared is None else [self._tensor(loaded, each) for each in prepared],
+                preparing=None
+                if preparing is None
+                else (self._tensor(loaded, preparing[0]), _memory_plan(preparing[1])),
             )
         except BaseException:  # this process may go on: not what others lent may stay open
             self._close(loaded)
@@ -213,6 +211,11 @@ class Launcher:
 
 def _nothing() -> None:
     """What the timing of a call adds to it is timed with this."""
+
+
+def _memory_plan(data: dict[str, Any]) -> MemoryPlan:
+    offsets, lengths = ({int(k): int(v) for k, v in data[name].items()} for name in ("offsets", "lengths"))
+    return MemoryPlan(offsets, lengths, data["size"])
 
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:

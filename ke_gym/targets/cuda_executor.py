@@ -42,7 +42,8 @@ class CudaRunner(PlanRunner):
 
     ``run`` enqueues the plan on ``stream`` (a ``cudaStream_t``; torch's current one by default) and returns at
     once; a plan that says so goes as one CUDA graph. ``device`` "cpu" is for tests with a driver that is none.
-    ``close`` unloads the kernels.
+    ``preparing``: the memory of the preparation's own intermediates, and where they lie in it. ``close`` unloads the
+    kernels.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class CudaRunner(PlanRunner):
         arena: torch.Tensor | None = None,
         memory: MemoryPlan | None = None,
         prepared: Sequence[torch.Tensor] | None = None,
+        preparing: tuple[torch.Tensor, MemoryPlan] | None = None,
     ) -> None:
         plan = artifact.plans[shape_set]
         if plan.device != "cuda":
@@ -68,6 +70,7 @@ class CudaRunner(PlanRunner):
         self._stream = torch.cuda.current_stream(device).cuda_stream if stream is None else stream
         self.scratch = self._bytes(_scratch_bytes(plan))
         """Memory of single launches, used by one after the other."""
+        self._preparing = preparing or (None, None)
         self._calls = any(isinstance(step, Call) for step in plan.steps)
         self._graph: Graph | None = None
         super().__init__(
@@ -105,7 +108,7 @@ class CudaRunner(PlanRunner):
     def _beside(self, artifact: Artifact, shape_set: str, state: Mapping[str, torch.Tensor]) -> PlanRunner:
         return CudaRunner(
             artifact, shape_set, [], state, driver=self._driver, device=self._device, stream=self._stream,
-            outputs=self.prepared,
+            outputs=self.prepared, arena=self._preparing[0], memory=self._preparing[1],
         )  # fmt: skip
 
     def _enqueue_on(self, stream: int) -> None:

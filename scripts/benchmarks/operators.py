@@ -74,9 +74,9 @@ class Operators:
     budget: int = 60
     """Evaluations per operator."""
     seconds: float | None = None
-    """For the target cuda: the whole benchmark ends by then."""
-    lanes: int = 2
-    """For the target cuda: searches per GPU."""
+    """For the target cuda: the whole benchmark ends by then, and goes on when it is run again."""
+    lanes: int = 4
+    """For the target cuda: operators per GPU at a time."""
     seed: int = 0
     """Of every search."""
     compilers: bool = True

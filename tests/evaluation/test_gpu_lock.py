@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,16 +66,23 @@ def test_who_waits_for_a_device_is_next(tmp_path: Path) -> None:
     order = []
 
     def wait() -> None:
-        waiting.set()
         with other.alone():
             order.append("other")
 
-    waiting = threading.Event()
+    def in_line() -> bool:
+        """Whether somebody wishes to have the device alone."""
+        with (tmp_path / "gpu-GPU-0.wish").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
     thread = threading.Thread(target=wait)
     with mine.shared():
         thread.start()
-        waiting.wait()
-        time.sleep(0.2)  # it stands in line
+        while not in_line():
+            time.sleep(0.01)
     with mine.shared():
         order.append("mine")
     thread.join()

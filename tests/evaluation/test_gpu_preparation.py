@@ -55,6 +55,18 @@ def twice_and_beyond(bias: int, out: int, n: int) -> None:
 
 
 @kernel
+def twice_through(bias: int, between: int, out: int, n: int) -> None:
+    floats(between, integer(n)).copy_(floats(bias, integer(n)))
+    floats(out, integer(n)).copy_(2 * floats(between, integer(n)))
+
+
+@kernel
+def twice_beyond_its_own(bias: int, between: int, out: int, n: int) -> None:
+    floats(between, integer(n) + 1).fill_(0)
+    twice_through(bias, between, out, n)
+
+
+@kernel
 def shifted(x: int, shift: int, out: int, n: int) -> None:
     given = floats(x, integer(n)).reshape(ROWS, COLS)
     floats(out, integer(n)).copy_((given + floats(shift, COLS)).flatten())
@@ -70,7 +82,11 @@ def _artifact(preparing: str, running: str) -> Artifact:
     geometry = Geometry((1, 1, 1), (32, 1, 1))
     types = ("float*", "float*", "int64_t")
     first = Launch("p", preparing, (Ref(0), Ref(1), COLS), types, geometry)
-    made = Plan((PlanInput("state", "bias", BIAS),), (Alloc(1, BIAS), first), (1,), (BIAS,), "cuda")
+    steps: tuple[Any, ...] = (Alloc(1, BIAS), first)
+    if preparing in ("twice_through", "twice_beyond_its_own"):
+        first = Launch("p", preparing, (Ref(0), Ref(2), Ref(1), COLS), ("float*", *types), geometry)
+        steps = (Alloc(1, BIAS), Alloc(2, BIAS), first)
+    made = Plan((PlanInput("state", "bias", BIAS),), steps, (1,), (BIAS,), "cuda")
     then = Launch("k", running, (Ref(0), Ref(1), Ref(2), ROWS * COLS), ("float*", *types), geometry)
     inputs = (PlanInput("input", "0", X), PlanInput("prepared", "0", BIAS))
     plan = Plan(inputs, (Alloc(2, X), then), (2,), (X,), "cuda", preparation=made)
@@ -95,6 +111,8 @@ def _load(judge: GpuJudge, preparing: str, running: str) -> int:
 
 
 def test_weights_are_prepared_for_every_case_and_call(judge: GpuJudge) -> None:
+    through = judge.check(_load(judge, "twice_through", "shifted"), CASES, 99, True, 5.0)
+    assert "reason" not in through, through
     arm = _load(judge, "twice", "shifted")
     answer = judge.check(arm, CASES, 99, True, 5.0)
     assert "reason" not in answer, answer
@@ -114,6 +132,11 @@ def test_weights_are_prepared_for_every_case_and_call(judge: GpuJudge) -> None:
         ("twice_at_first", "shifted", "error"),
         ("twice_and_beyond", "shifted", "outside of its prepared tensors"),
         ("twice", "shifted_and_kept", "wrote to prepared tensor 0"),
+        (
+            "twice_beyond_its_own",
+            "shifted",
+            "of its preparation's intermediates: 0 bytes past the end of preparation's",
+        ),
     ],
 )
 def test_what_is_prepared_wrongly_is_seen(

@@ -1,0 +1,136 @@
+"""Two searches on one GPU that is none: they check side by side, and nobody is beside a race."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ke_gym.candidate import Candidate
+from ke_gym.errors import UserError
+from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_rivals
+from ke_gym.evaluation.account import ALONE, SHARING
+from ke_gym.evaluation.gpu_client import APART, TIMED
+from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+from ke_gym.evaluation.gpu_lock import DeviceLock
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.tasks.task import Task
+from ke_gym.testing.fake_gpu import PEAKS, InProcess, floats, idle, integer, kernel, one_launch, stand_in
+
+SPEC = TensorSpec((8, 16), (16, 1), "float32")
+TASK = """
+import torch
+import torch.nn as nn
+class Model(nn.Module):
+    def forward(self, x):
+        return torch.sin(x) + x
+def get_inputs():
+    return [torch.randn(8, 16)]
+"""
+
+
+@kernel
+def plain(x: int, out: int, n: int) -> None:
+    given = floats(x, integer(n)).double()
+    idle(0.001)
+    floats(out, integer(n)).copy_(torch.sin(given) + given)
+
+
+class Watched(InProcess):
+    """Records who is at work for whom."""
+
+    lock_ = threading.Lock()
+    at_work: list[str] = []
+    beside_a_race: list[tuple[str, ...]] = []
+    side_by_side = 0
+    meeting: threading.Barrier | None = None
+
+    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        with self.lock_:
+            Watched.at_work.append(do)
+            if len(self.at_work) > 1 and TIMED & set(self.at_work):
+                Watched.beside_a_race.append(tuple(self.at_work))
+        if do == "check" and self.meeting is not None:
+            self.meeting.wait(20)  # nobody goes on before both check
+        try:
+            return super()._exchange(do, arguments, blob)
+        finally:
+            with self.lock_:
+                Watched.at_work.remove(do)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("home")
+    (made / "wave.py").write_text(TASK)
+    return made
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Iterator[list[GpuEvaluator]]:
+    patch = pytest.MonkeyPatch()
+    stand_in(patch)
+    patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
+    patch.setattr(gpu_evaluator, "GpuClient", Watched)
+    task = Task.from_file(folder / "wave.py")
+    with GpuEvaluator(task, folder=folder) as first, GpuEvaluator(task, folder=folder) as second:
+        yield [first, second]
+    patch.undo()
+
+
+def candidate(evaluator: GpuEvaluator) -> Candidate:
+    found = Candidate("x = 1", "cuda")
+    evaluator.adopt(found, replace(one_launch("plain", SPEC), source=found.source))
+    return found
+
+
+def test_they_check_side_by_side_and_nobody_is_beside_a_race(two: list[GpuEvaluator]) -> None:
+    Watched.meeting = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        judged = list(pool.map(lambda one: one.evaluate(candidate(one)), two))
+    Watched.meeting = None
+    assert all(evaluation.correct for evaluation in judged), judged[0].log
+    assert not Watched.beside_a_race
+    for one in two:
+        spent = one.account.spent()
+        assert {"checking", "racing", "profiling", ALONE, SHARING} <= spent.keys()
+        assert all(times > 0 for _, times in spent.values())
+
+
+def test_a_reference_is_compiled_beside_others_races(
+    two: list[GpuEvaluator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two
+    raced: list[float] = []
+
+    def compiled(reference: Any, mode: str, arguments: Any, lock: DeviceLock) -> Any:
+        with ThreadPoolExecutor(1) as pool:  # it would wait for ever if the device were held
+            raced.append(pool.submit(second.race_baseline, candidate(second)).result(60))
+        with lock.alone():
+            assert mode == "max-autotune-no-cudagraphs"
+        return reference
+
+    monkeypatch.setattr(gpu_rivals, "compiled", compiled)
+    monkeypatch.setattr(InProcess, "_turn", nullcontext())  # as if both were processes
+    first.compile_baseline("max-autotune")
+    assert raced and first.baseline == "max-autotune"
+    assert first.race_baseline(candidate(first)) > 0
+
+
+def test_launching_apart_where_it_cannot_be_is_refused_if_it_was_asked_for(
+    two: list[GpuEvaluator], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(self: Any) -> dict[str, Any]:
+        return {"apart": False, "why": "memory cannot be lent"}
+
+    monkeypatch.setenv(APART, "1")
+    monkeypatch.setattr(gpu_judge.GpuJudge, "move_apart", unfit)
+    with pytest.raises(UserError, match=r"KE_GYM_APART is set, but .* \(memory cannot be lent\)"):
+        two[0]._open_judge()
