@@ -55,6 +55,11 @@ class Account:
             before, times = self._spent.get(name, (0.0, 0))
             self._spent[name] = before + seconds, times + 1
 
+    def total(self, name: str) -> float:
+        """Seconds of one phase so far."""
+        with self._lock:
+            return self._spent.get(name, (0.0, 0))[0]
+
     def here(self, name: str) -> float:
         """Seconds of one phase so far, in this thread."""
         return float(self._thread.__dict__.get("here", {}).get(name, 0.0))

@@ -354,15 +354,16 @@ class Evaluator:
 
     # -- racing ----------------------------------------------------------------------------------------------
 
-    def _rules(self) -> Rules:
-        """Of a candidate's first race."""
-        return RACE
+    def _first_race(
+        self, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
+    ) -> dict[str, Race]:
+        return self._race_sets(self.judge, artifact, rival, RACE, entries)
 
     def _race(
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
     ) -> Evaluation:
         against = "incumbent" if rival is not None else "baseline"
-        first = self._race_sets(self.judge, artifact, rival, self._rules(), entries)
+        first = self._first_race(artifact, rival, entries)
         main = first[self.contract]
         margin = self.record.margin(main.median(against))
         sets: dict[str, list[Race]] = {name: [r] for name, r in first.items()}

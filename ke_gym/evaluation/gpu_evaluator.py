@@ -16,7 +16,7 @@ import torch
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation.account import Account
+from ke_gym.evaluation.account import ALONE, Account
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds
@@ -45,6 +45,7 @@ DISPUTED = 0.25
 On a busy host the clock is read late now and then: for everybody, so what the baseline was doubted for is taken off."""
 
 UNPROMISING = 6
+"""A device's times scatter so little that so many rounds tell most losers."""
 FRESH_ROUNDS = 12
 """Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
 CONTEXT_BYTES = 1 << 29
@@ -108,7 +109,8 @@ class GpuEvaluator(Evaluator):
         self._spares = Spares(self._open_spare, 0)
         self._evaluated = 0
         self._steady: Artifact | None = None
-        self._inspector = Inspector(self._replayed, self._undisturbed)
+        self._profiled: dict[str, Any] = {}
+        self._inspector = Inspector(self._replayed, self._undisturbed, lambda: self.account.total(ALONE))
         self._state = ExitStack()
         try:
             self.zygote = kept_zygote(self.threads, tuple(gpu_environment(self.folder).items()))
@@ -319,9 +321,16 @@ class GpuEvaluator(Evaluator):
         distribution = "" if answer.get("touched") else cases[answer["case"]][1]
         return refusal(answer, distribution, name in self.hidden)
 
-    def _rules(self) -> Rules:
-        """See ``Evaluator._rules``; a device's times scatter so little that six rounds tell most losers."""
-        return replace(RACE, unpromising=UNPROMISING)
+    def _first_race(  # type: ignore[override]
+        self, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
+    ) -> dict[str, Race]:
+        """See ``Evaluator._first_race``; with all that is timed of a candidate that does not win."""
+        with self.judge.alone():
+            rules = replace(RACE, unpromising=UNPROMISING)
+            races = self._race_sets(self.judge, artifact, rival, rules, entries)  # type: ignore[arg-type]
+            with self.account.phase("profiling"):
+                self._profiled = self.judge.profile(entries[self.contract].number, self.contract)
+        return races
 
     def _race(  # type: ignore[override]
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
@@ -340,7 +349,9 @@ class GpuEvaluator(Evaluator):
             spare = self._spares.take()
             judge = spare or self._fresh_judge()
         try:
-            with self.account.phase("confirming"):
+            with self.account.phase("confirming"), ExitStack() as held:
+                if rules is not SOAK:  # that one races after what need not be alone
+                    held.enter_context(judge.alone())
                 return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
         finally:
             if spare is None:
@@ -403,9 +414,6 @@ class GpuEvaluator(Evaluator):
 
     def _describe(self, base: Evaluation, artifact: Artifact, entry: Entry) -> Evaluation:  # type: ignore[override]
         """Profile, coverage, limiter, and the physical floor."""
-        if not self.judge.alive:  # it made room for a confirmation
-            with self._entries() as open_entry:
-                return self._describe(base, artifact, open_entry(artifact, self.contract))
         assert base.time_ms is not None
         work = self.judge.shapes[self.contract].work
         seconds = base.time_ms / 1e3
@@ -414,6 +422,8 @@ class GpuEvaluator(Evaluator):
         moved = work.bytes - min(written, self.facts.l2_bytes)
         floor_s = self.peaks.floor_s(moved, work.floor_flops)
         if seconds < floor_s:
+            if not self.judge.alive:  # it made room for a confirmation
+                self.judge = self._open_judge(self.hidden)
             ceiling = self.peaks.ceiling
             again = kept_peaks(self.record.folder, lambda: self.judge.measure(), again=True)
             self.peaks = replace(again, ceiling=ceiling)
@@ -424,8 +434,7 @@ class GpuEvaluator(Evaluator):
                     f"{1e3 * seconds:.3g} ms is faster than this GPU can move the task's bytes or do its FLOPs "
                     f"({1e3 * floor_s:.3g} ms by measured peaks)",
                 )
-        with self.account.phase("profiling"):
-            answer = self.judge.profile(entry.number, self.contract)
+        answer = self._profiled
         profile: Profile = described(work, self.peaks, self.facts, seconds, floor_s, answer)
         return base.replace(
             profile=profile,

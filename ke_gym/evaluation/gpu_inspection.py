@@ -20,25 +20,30 @@ from ke_gym.evaluation.gpu_tools import (
 from ke_gym.languages.artifact import Artifact
 
 COUNTING_S, COUNTING_SHARE = 10.0, 0.1
-"""About what ``ncu`` takes for one kernel, and its share of a search's time at the most."""
+"""About what ``ncu`` takes for one kernel, and its share at the most of the time that a search has the device alone."""
 PART_BLOCKS = 8
 """What is looked at of a launch that takes too long as a whole: blocks run the same code."""
 
 
 class Inspector:
-    """Looks at artifacts with ``replayed(artifact)``, in the context ``alone()``, which has the device to itself."""
+    """Looks at artifacts with ``replayed(artifact)``, in the context ``alone()``, which has the device to itself.
+
+    ``held()`` tells for how many seconds it was had so in all.
+    """
 
     def __init__(
-        self, replayed: Callable[[Artifact], Replayed], alone: Callable[[], AbstractContextManager[None]]
+        self,
+        replayed: Callable[[Artifact], Replayed],
+        alone: Callable[[], AbstractContextManager[None]],
+        held: Callable[[], float],
     ) -> None:
-        self._replayed, self._alone = replayed, alone
-        self._opened, self._spent_s = time.perf_counter(), 0.0
+        self._replayed, self._alone, self._held = replayed, alone, held
+        self._spent_s = 0.0
         self._refused = ""
 
     def glance(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
         """With counters, if ``ncu`` works here and has had little of the time so far."""
-        since = time.perf_counter() - self._opened
-        if self._refused or self._spent_s + COUNTING_S > COUNTING_SHARE * since:
+        if self._refused or self._spent_s + COUNTING_S > COUNTING_SHARE * self._held():
             return evaluation
         try:
             return self._counted(evaluation, artifact)

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ke_gym.evaluation.account import ALONE, SHARING, WAITING, Account
@@ -16,62 +16,69 @@ from ke_gym.evaluation.account import ALONE, SHARING, WAITING, Account
 class DeviceLock:
     """Whoever times something has the device alone; who only computes on it (checks, opens a process) shares it.
 
-    A thread keeps what it has in inner contexts: alone, it needs no more; one that shares the device lets go of it
-    before it gets it alone, and shares it again afterwards. Who waits is next: a second lock, held while waiting, keeps
-    whoever had the device just now from taking it again. Both are file locks, which end with their process.
+    Who times comes first, one after the other in the order in which they came: the fewer changes between the two, the
+    less anybody waits for others to end. A thread keeps what it has in inner contexts: alone, it needs no more; one
+    that shares the device lets go of it before it gets it alone, and shares it again afterwards. These are file locks,
+    which end with their process.
     """
 
     def __init__(self, folder: Path, uuid: str, account: Account | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = [folder / f"gpu-{uuid}.{name}" for name in ("lock", "next")]
+        self._device, self._wish, self._line = (
+            folder / f"gpu-{uuid}.{name}" for name in ("lock", "wish", "next")
+        )
         self._account = account or Account()
         self._mine = threading.local()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else uses the device."""
-        with self._held(fcntl.LOCK_EX):
+        with self._held(fcntl.LOCK_EX, ALONE):
             yield
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Nobody has the device alone."""
-        with self._held(fcntl.LOCK_SH):
+        with self._held(fcntl.LOCK_SH, SHARING):
             yield
 
     @contextmanager
-    def _held(self, mode: int) -> Iterator[None]:
-        held: tuple[int, int] | None = self._mine.__dict__.get("held")
-        if held is not None and held[1] in (mode, fcntl.LOCK_EX):
+    def _held(self, mode: int, name: str) -> Iterator[None]:
+        outer: int | None = self._mine.__dict__.get("mode")
+        if outer in (mode, fcntl.LOCK_EX):
             yield
             return
-        file = (
-            held[0]
-            if held is not None
-            else os.open(self._files[0], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        )
+        if outer is not None:
+            self._mine.files.close()
+        self._take(mode)
+        start = time.perf_counter()
         try:
-            self._take(file, mode)
-            self._mine.held = file, mode
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._account.add(ALONE if mode == fcntl.LOCK_EX else SHARING, time.perf_counter() - start)
-                self._mine.held = held
-                if held is not None:
-                    self._take(file, held[1])
+            yield
         finally:
-            if held is None:
-                os.close(file)
+            self._account.add(name, time.perf_counter() - start)
+            self._mine.files.close()
+            self._mine.mode = None
+            if outer is not None:
+                self._take(outer)
 
-    def _take(self, file: int, mode: int) -> None:
-        """Give back what is held, stand in line, and take."""
-        with self._account.within(WAITING):
-            fcntl.flock(file, fcntl.LOCK_UN)
-            line = os.open(self._files[1], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(line, fcntl.LOCK_EX)
-                fcntl.flock(file, mode)
-            finally:
-                os.close(line)
+    def _take(self, mode: int) -> None:
+        with self._account.within(WAITING), ExitStack() as files:
+            if mode == fcntl.LOCK_EX:
+                # As long as anybody wishes so, or has it alone, nobody comes in to share it.
+                files.enter_context(_locked(self._wish, fcntl.LOCK_SH))
+                with _locked(self._line, fcntl.LOCK_EX):
+                    files.enter_context(_locked(self._device, fcntl.LOCK_EX))
+            else:
+                with _locked(self._wish, fcntl.LOCK_EX):
+                    files.enter_context(_locked(self._device, fcntl.LOCK_SH))
+            self._mine.files, self._mine.mode = files.pop_all(), mode
+
+
+@contextmanager
+def _locked(path: Path, mode: int) -> Iterator[None]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, mode)
+        yield
+    finally:
+        os.close(file)

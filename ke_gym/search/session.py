@@ -355,7 +355,7 @@ class Session:
             raise UserError(
                 f"session {self.id} cannot continue: its step {record.number} was {record.strategy} on node"
                 f" {record.parent}, and is now {strategy.name} on node {number}; it was recorded by another"
-                " version of the program"
+                " version of the program, or on another number of GPUs"
             )
 
     def _context(self, parent: Node | None, count: _Counts, edit: EditMode | None) -> Context:

@@ -155,10 +155,12 @@ class Suite:
         start = time.monotonic()
         in_turn = (row for task in left if (row := self.finish(task)) is not None)
         made = self._on_all_gpus(left) if self.target == "cuda" else in_turn
-        rows: dict[str, Row] = {}
+        rows = {task.name: done[task.name] for task in left if task.name in done and done[task.name].run}
         for row in itertools.chain(known, made):
+            if rows.get(row.task) == row:
+                continue  # there was no time for it
             rows[row.task] = row
-            self._tell(row, f"{len(rows)}/{len(chosen)}")
+            self._tell(row, f"{sum(map(self._finished, rows.values()))}/{len(chosen)}")
         before = {task.name: done[task.name].evaluations for task in left if task.name in done}
         evaluations = sum(
             row.evaluations - before.get(row.task, 0) for row in rows.values() if row.task not in ended
@@ -187,11 +189,10 @@ class Suite:
         return row.over.keys() >= set(self._compilers) or row.best_ms is None
 
     def _on_all_gpus(self, left: Sequence[Task]) -> Iterator[Row]:
-        """The rows as they are finished, the tasks that take longest first."""
+        """The rows as they are finished: what was begun first, then the tasks that take longest."""
         until = time.monotonic() + (math.inf if self.seconds is None else self.seconds)
-        order = sorted(
-            left, key=lambda task: LONGEST.index(task.family) if task.family in LONGEST else len(LONGEST)
-        )
+        begun = {name for name, row in self._read().items() if row.cut}
+        order = sorted(left, key=lambda t: (t.name not in begun, (*LONGEST, t.family).index(t.family)))
         jobs = (Job(task.to_bytes(), until) for task in order)
         for job, row, error in lanes.spread(
             partial(_finish, self), jobs, lanes.shares(lanes.gpus(), self.lanes), until

@@ -30,7 +30,7 @@ COUNTERS = {"k": {"time_ns": 900.0, "dram": 80.0}, "l": {"time_ns": 100.0, "dram
 def inspector(monkeypatch: pytest.MonkeyPatch) -> Inspector:
     monkeypatch.setattr(gpu_inspection, "counters", lambda _: COUNTERS)
     monkeypatch.setattr(gpu_inspection, "sanitized", lambda _, check: "")
-    return Inspector(lambda artifact: artifact, nullcontext)  # type: ignore[arg-type, return-value]
+    return Inspector(lambda artifact: artifact, nullcontext, lambda: 99.0)  # type: ignore[arg-type, return-value]
 
 
 def failing(words: str) -> Any:
@@ -71,10 +71,10 @@ def test_tools_that_are_not_there_are_named_and_refuse_nothing(
     ]
 
 
-def test_counting_takes_a_tenth_of_the_time_at_the_most(
+def test_counting_takes_a_tenth_of_the_device_s_time_at_the_most(
     inspector: Inspector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert inspector.glance(JUDGED, ARTIFACT) is JUDGED  # the search has just begun
+    assert inspector.glance(JUDGED, ARTIFACT) is JUDGED  # the search has had the device for less than 100 s
     monkeypatch.setattr(gpu_inspection, "COUNTING_S", 0.0)
     assert inspector.glance(JUDGED, ARTIFACT).limiter == "dram"
 
