@@ -43,6 +43,12 @@ def plain(x: int, out: int, n: int) -> None:
     floats(out, integer(n)).copy_(torch.sin(given) + given)
 
 
+@kernel
+def tardy(x: int, out: int, n: int) -> None:
+    idle(0.1)
+    plain(x, out, n)
+
+
 class Watched(InProcess):
     """Records who is at work for whom."""
 
@@ -102,6 +108,16 @@ def test_they_check_side_by_side_and_nobody_is_beside_a_race(two: list[GpuEvalua
         spent = one.account.spent()
         assert {"checking", "racing", "profiling", ALONE, SHARING} <= spent.keys()
         assert all(times > 0 for _, times in spent.values())
+
+
+def test_all_that_is_timed_of_a_loser_is_timed_in_one_go(two: list[GpuEvaluator]) -> None:
+    one, _ = two
+    best, slow = candidate(one), Candidate("x = 2", "cuda")
+    one.adopt(slow, replace(one_launch("tardy", SPEC), source=slow.source))
+    before = one.account.spent()[ALONE][1]
+    judged = one.evaluate(slow, best)
+    assert judged.correct and not judged.improved and judged.kernel_coverage == 1.0
+    assert one.account.spent()[ALONE][1] == before + 1
 
 
 def test_a_reference_is_compiled_beside_others_races(

@@ -16,7 +16,7 @@ def contestant(rng: random.Random, seconds: float, noise: float = 0.02) -> Calla
     return lambda: seconds * math.exp(rng.gauss(0, noise))
 
 
-def run(ratio: float, seed: int, noise: float = 0.02) -> Race:
+def run(ratio: float, seed: int, noise: float = 0.02, rules: Rules | None = None) -> Race:
     """A race in which the rival takes ``ratio`` times the candidate's time."""
     rng = random.Random(seed)
     return race(
@@ -25,9 +25,17 @@ def run(ratio: float, seed: int, noise: float = 0.02) -> Race:
         draw=lambda: None,
         inspect=set,
         rng=rng,
-        rules=Rules(),
+        rules=rules or Rules(),
         margin=0.01,
     )
+
+
+def test_who_never_clears_the_margin_leaves_early_where_rules_say_so_and_who_leads_does_not() -> None:
+    early = Rules(unpromising=6)
+    slower = [run(0.97, seed, 0.01, early) for seed in range(100)]
+    assert sum((race.ended, race.rounds) == ("no gain", 6) for race in slower) > 90
+    faster = [run(1.03, seed, 0.01, early) for seed in range(100)]
+    assert all(race.ended == "faster" for race in faster)
 
 
 def test_a_hopeless_candidate_leaves_after_one_round_and_a_slow_one_after_three() -> None:
