@@ -34,6 +34,8 @@ from ke_gym.tasks.task import Task
 COMPILERS = BASELINES[1:]
 # Families in the order of what compiling, checking and racing their tasks at GPU sizes takes.
 LONGEST = ("attention", "matmul", "conv")
+IN_ALL = "in all"
+"""What a task's search and comparison took, whatever was done: beside the phases of ``Row.time``."""
 GPU_WORKERS = 4
 # What the last races of all searches that are cut short take; what must be left besides to begin another one.
 RESERVED_SECONDS, LEAST_SECONDS = 25.0, 15.0
@@ -281,8 +283,9 @@ class Suite:
             result = self._anew(task, seconds) if resume is not None else None
         if result is not None:
             row = _filled(row, result)
-        spent = together([earlier.time, row.time])
-        return self._write(replace(row, seconds=earlier.seconds + time.perf_counter() - start, time=spent))
+        wall = time.perf_counter() - start
+        spent = together([earlier.time, row.time, {IN_ALL: (wall, 1)}])
+        return self._write(replace(row, seconds=earlier.seconds + wall, time=spent))
 
     def _anew(self, task: Task, seconds: float | None) -> Result | None:
         """Another search, after one that could not go on."""
@@ -321,8 +324,10 @@ class Suite:
                 row = self._with(row, compiler, lambda: self._over(task, kernel, compiler))  # noqa: B023
             return row
         # It was confirmed against eager, and every fresh process would have to compile again: one race is enough.
+        start = time.perf_counter()
         try:
             with open_evaluator(task, self.target) as evaluator:
+                evaluator.account.add("opening", time.perf_counter() - start)
 
                 def race(compiler: str) -> float:
                     evaluator.compile_baseline(compiler)
@@ -330,7 +335,8 @@ class Suite:
 
                 for compiler in left:
                     row = self._with(row, compiler, partial(race, compiler))
-                row = self._write(replace(row, time=together([row.time, evaluator.account.spent()])))
+                spent = [row.time, evaluator.account.spent(), {IN_ALL: (time.perf_counter() - start, 1)}]
+                row = self._write(replace(row, time=together(spent)))
         except UserError as error:
             console.print(f"{task.name}: {error}", highlight=False, style="red")
         return row
@@ -433,9 +439,12 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
 
 
 def times(rows: Sequence[Row]) -> None:
-    """Where the time of the searches and comparisons went, by phase."""
+    """Where the time of the searches and comparisons went, by phase.
+
+    What is in no phase: candidates are generated, or none is built yet.
+    """
     spent = together([row.time for row in rows])
-    if not spent:
+    if IN_ALL not in spent:
         return
     evaluations = sum(row.evaluations for row in rows)
     table = Table(
@@ -447,12 +456,14 @@ def times(rows: Sequence[Row]) -> None:
         title="where the time went",
         title_justify="left",
     )
-    beside = (BUILDING, SHARING, ALONE)
+    beside = (BUILDING, SHARING, ALONE, IN_ALL)
+    phases = sum(seconds for name, (seconds, _) in spent.items() if name not in beside)
+    spent["nothing to judge"] = spent[IN_ALL][0] - phases, spent[IN_ALL][1]
     for name in [*sorted(spent.keys() - set(beside), key=lambda name: -spent[name][0]), *beside]:
         if name in spent:
             seconds, count = spent[name]
             each = f"{seconds / count:.2f} s", f"{seconds / max(1, evaluations):.3f} s"
-            table.add_row(name, f"{seconds:.0f}", str(count), *each, end_section=name not in beside)
+            table.add_row(name, f"{seconds:.0f}", str(count), *each)
     console.print(table)
 
 
