@@ -51,7 +51,8 @@ FULL_CHECKS = 0.04
 PROFILE_RUNS = 5
 SHORT_S, MOST_CALLS = 28e-6, 4
 """Calls below this take several in each round, so many at the most."""
-TUNING_ROUNDS = 5
+TUNING_ROUNDS, BEATEN = 5, 1.2
+"""Calls of each alternative; two are enough for one whose better call takes so many times as long as the best so far."""
 GRAPH_GAIN = 0.97
 """A CUDA graph must bring a plan's time down to this share: it has to be recorded anew for other tensors."""
 # CUDA graphs are the plan's own business: torch.compile is raced without them.
@@ -146,7 +147,7 @@ class GpuJudge:
             for number in range(count):
                 try:
                     with self._tried(_picked(one, {**picks, step: number}), chosen) as runner:
-                        seconds = self._typical(chosen, runner, patience)
+                        seconds = self._typical(chosen, runner, patience, best)
                 except Died as died:
                     if died.fatal:
                         raise
@@ -193,10 +194,14 @@ class GpuJudge:
             raise
         runner.close()
 
-    def _typical(self, chosen: ShapeSet, runner: Runner | None, patience: float) -> float:
-        """Seconds of the second quickest of a few calls."""
-        calls = (self.stage.call(chosen, runner, patience) for _ in range(TUNING_ROUNDS))
-        return sorted(called.sample.seconds for called in calls)[1]
+    def _typical(
+        self, chosen: ShapeSet, runner: Runner | None, patience: float, best: float = math.inf
+    ) -> float:
+        """Seconds of the second quickest of a few calls; of fewer where ``best`` is clearly out of reach."""
+        calls: list[float] = []
+        while len(calls) < TUNING_ROUNDS and not (len(calls) == 2 and min(calls) > BEATEN * best):
+            calls.append(self.stage.call(chosen, runner, patience).sample.seconds)
+        return sorted(calls)[1]
 
     # -- checking and racing ---------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,32 @@ def test_alternatives_are_raced_and_the_faster_one_is_picked(judge: GpuJudge) ->
     arm = judge.load("default", made.to_bytes())["arm"]
     assert judge.tune(arm, 5.0) == {"picks": {1: 1}, "graph": False}
     assert "reason" not in judge.check(arm, CASES, 99, True, 5.0)
+
+
+def test_an_alternative_that_is_beaten_is_called_twice_and_no_more(
+    judge: GpuJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = one_launch("right", SPEC).plans["default"].steps[1]
+    assert isinstance(launch, Launch)
+    made = one_launch("right", SPEC, alternatives=(replace(launch, kernel="twice_as_slow"),))
+    called: list[str] = []
+
+    def call(chosen: Any, runner: Any, patience: float) -> Any:
+        (step,) = (step for step in runner.plan.steps if isinstance(step, Launch))
+        called.append(step.kernel)
+        return SimpleNamespace(
+            sample=SimpleNamespace(seconds={"right": 1.0, "twice_as_slow": 2.0}[step.kernel])
+        )
+
+    arm = judge.load("default", made.to_bytes())["arm"]
+    monkeypatch.setattr(judge.stage, "call", call)
+    assert judge.tune(arm, 5.0)["picks"] == {1: 0}
+    assert called == ["right"] * 5 + ["twice_as_slow"] * 2
+
+
+@kernel
+def twice_as_slow(x: int, out: int, n: int) -> None:
+    _right(x, out, n)
 
 
 @kernel
