@@ -38,7 +38,7 @@ IN_ALL = "in all"
 """What a task's search and comparison took, whatever was done: beside the phases of ``Row.time``."""
 GPU_WORKERS = 4
 # What the last races of all searches that are cut short take; what must be left besides to begin another one.
-RESERVED_SECONDS, LEAST_SECONDS = 25.0, 15.0
+RESERVED_SECONDS, LEAST_SECONDS = 30.0, 15.0
 # What the project promises of its families on a CPU, over eager.
 PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matmul": 1.0}
 
