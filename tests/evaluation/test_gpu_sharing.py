@@ -37,16 +37,16 @@ def get_inputs():
 
 
 @kernel
-def plain(x: int, out: int, n: int) -> None:
+def sine(x: int, out: int, n: int) -> None:
     given = floats(x, integer(n)).double()
     idle(0.001)
     floats(out, integer(n)).copy_(torch.sin(given) + given)
 
 
 @kernel
-def tardy(x: int, out: int, n: int) -> None:
+def late_sine(x: int, out: int, n: int) -> None:
     idle(0.1)
-    plain(x, out, n)
+    sine(x, out, n)
 
 
 class Watched(InProcess):
@@ -93,7 +93,7 @@ def two(folder: Path) -> Iterator[list[GpuEvaluator]]:
 
 def candidate(evaluator: GpuEvaluator) -> Candidate:
     found = Candidate("x = 1", "cuda")
-    evaluator.adopt(found, replace(one_launch("plain", SPEC), source=found.source))
+    evaluator.adopt(found, replace(one_launch("sine", SPEC), source=found.source))
     return found
 
 
@@ -113,7 +113,7 @@ def test_they_check_side_by_side_and_nobody_is_beside_a_race(two: list[GpuEvalua
 def test_all_that_is_timed_of_a_loser_is_timed_in_one_go(two: list[GpuEvaluator]) -> None:
     one, _ = two
     best, slow = candidate(one), Candidate("x = 2", "cuda")
-    one.adopt(slow, replace(one_launch("tardy", SPEC), source=slow.source))
+    one.adopt(slow, replace(one_launch("late_sine", SPEC), source=slow.source))
     before = one.account.spent()[ALONE][1]
     judged = one.evaluate(slow, best)
     assert judged.correct and not judged.improved and judged.kernel_coverage == 1.0
