@@ -185,3 +185,15 @@ def test_kernels_that_another_process_launches_are_judged_alike(
         faulty = KERNEL.replace("tl.store(out + row * n + at,", "tl.store(out + (1 << 40) + at,")
         assert opened.evaluate(Candidate(faulty, "triton")).outcome == "runtime"
         assert opened.evaluate(Candidate(KERNEL, "triton")).correct
+
+
+def test_a_compiled_reference_takes_the_baseline_s_place(task: Task, tmp_path: Path) -> None:
+    try:
+        opened = open_evaluator(task, "cuda:0", folder=tmp_path)
+    except UserError as error:
+        pytest.skip(str(error))
+    with opened:
+        for baseline in ("compile", "max-autotune"):
+            opened.compile_baseline(baseline)
+            assert opened.baseline == baseline and opened.race_baseline(Candidate(KERNEL, "triton")) > 0
+        assert {"compiling the reference", "racing"} <= opened.account.spent().keys()
