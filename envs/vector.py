@@ -42,8 +42,7 @@ class TrainingVecEnv(VecEnvWrapper):
     """What networks are trained on: a ``FlatVecObservation`` in which only choices count.
 
     - The first draft pays nothing: there is no alternative to it, and it gains more than all later steps together.
-    - Nothing is paid back (unless ``penalties``): a failure costs its step, as it does in a search. Gains are of a few
-      percent, and a network that is fined 0.1 for a failure learns to try nothing that may fail.
+    - Without ``penalties`` a failure costs its step, as it does in a search, and nothing else.
     - STOP is legal only where nothing else is, as policies here use it: worth 0, it would otherwise be a way out.
     - In a share ``hide`` of the episodes task and machine (``hidden``) are not shown, so that a network cannot know a
       table by heart instead of looking at its kernels and gains.

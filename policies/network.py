@@ -33,7 +33,7 @@ class NetworkPolicy(Policy):
     (``kindred``). Without it the network is untrained, and nearly uniform.
     """
 
-    reward = "best"
+    reward = "dense"
     kindred: ClassVar[tuple[str, ...]]
     activation: str = "tanh"
     learned = ("layers", "activation", "soft_mask")

@@ -45,7 +45,7 @@ class Training:
     """None: the policy's own."""
     blind: bool = False
     """Show a network nothing: it learns which strategies to prefer, whatever the kernel."""
-    penalties: bool = False
+    penalties: bool = True
     """Let a network pay for failures."""
 
 
@@ -172,12 +172,12 @@ class BlindTrainer(Trainer):
         return made
 
 
-class FiningTrainer(Trainer):
-    """Trains a masked network that pays for failures."""
+class GainsTrainer(Trainer):
+    """Trains a masked network that is paid for gains and fined for nothing."""
 
     def envs(self) -> Any:
         made: Any = super().envs()
-        made.penalties = True
+        made.penalties = False
         return made
 
 
@@ -186,7 +186,7 @@ def _trained(training: Training, fold: Fold, effort: Effort, folder: Path) -> Pa
     steps = effort.network_steps if training.policy in NETWORKS else effort.bandit_steps
     reward = training.reward or policies.find(training.policy).reward
     plan = Plan(training.policy, "replay", fold.others, (), steps, HORIZONS, reward, 0, 256, steps)  # type: ignore[arg-type]
-    kind = BlindTrainer if training.blind else FiningTrainer if training.penalties else Trainer
+    kind = BlindTrainer if training.blind else Trainer if training.penalties else GainsTrainer
     trainer = kind(plan, folder)
     trainer.run()
     return trainer.best

@@ -46,12 +46,9 @@ def ablations() -> list[Entry]:
         Entry("maskable_ppo, context off", training=Training("maskable_ppo", blind=True)),
         *(
             Entry(f"maskable_ppo, reward {kind}", training=Training("maskable_ppo", kind))
-            for kind in ("dense", "parent", "milestone")
+            for kind in ("best", "parent", "milestone")
         ),
-        Entry("maskable_ppo, failures fined", training=Training("maskable_ppo", penalties=True)),
-        Entry(
-            "maskable_ppo, failures fined, reward dense", training=Training("maskable_ppo", "dense", penalties=True)
-        ),
+        Entry("maskable_ppo, paid for gains alone", training=Training("maskable_ppo", "best", penalties=False)),
         Entry("puct as it is", training=tree),
         Entry("puct, mask of the bottleneck off", training=tree, options=(("soft_mask", 0.0),)),
         Entry("puct, mask of the bottleneck hard", training=tree, options=(("soft_mask", HARD),)),
