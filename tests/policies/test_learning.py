@@ -199,7 +199,8 @@ def test_failures_are_fined_unless_penalties_are_left_out() -> None:
         rng = np.random.default_rng(0)
         paid[penalties] = []
         for _ in range(20):
-            rewards = envs.step(np.array([rng.choice(np.flatnonzero(mask)) for mask in envs.action_masks()]))[1]
+            actions = [rng.choice(np.flatnonzero(mask)) for mask in envs.action_masks()]
+            _, rewards, _, _ = envs.step(np.array(actions))
             paid[penalties] += rewards.tolist()
     assert min(paid[True]) < 0 < max(paid[True])
     assert paid[False] == [max(reward, 0.0) for reward in paid[True]]
