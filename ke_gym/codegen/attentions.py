@@ -12,7 +12,7 @@ from typing import Any
 
 from ke_gym.codegen import flash
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Expr, Index, Load, Var, bounds, of
+from ke_gym.codegen.expr import Expr, Index, Indirect, Load, Var, bounds, of, walk
 from ke_gym.codegen.flash import Flash
 from ke_gym.codegen.graph import Buffer
 from ke_gym.codegen.tiles import chosen, depends, power_above
@@ -144,9 +144,11 @@ class Builder(flash.Builder):
         inner = [v for v in variables if v.name != "batch"]
         if index.coefficient(column) != 1 or any(depends(a, v) for a, _ in outer for v in inner):
             raise Illegal("an operand whose rows are not contiguous")
+        if any(isinstance(n, Indirect) for a, _ in outer for n in walk(a)):
+            raise Illegal("an operand that is gathered")
         along = index.coefficient(row) if row.size > 1 else round_up(column.size, 8)
         stride = (*(step for _, step in outer), along, 1)
-        if any(step <= 0 or step % 8 for step in (*stride[:-1],)) or index.const % 8 or len(outer) > OUTER:
+        if any(step <= 0 or step % 8 for step in stride[:-1]) or index.const % 8 or len(outer) > OUTER:
             raise Illegal("rows that bulk copies do not find")
         sizes = (*(bounds(of(atom))[1] + 1 for atom, _ in outer), row.size, column.size)
         last = index.const + sum((size - 1) * step for size, step in zip(sizes, stride))
@@ -156,7 +158,7 @@ class Builder(flash.Builder):
 
 
 def heuristic(drafted: Flash) -> Blocks:
-    """Two warpgroups and 128 keys, three of them where queries are short; less where sums take many registers."""
+    """Two warpgroups and 128 keys; one where there are few queries, 64 keys where the operands are wide."""
     shape = drafted.shape
     wide = round_up(shape.dv, ROW)
     m = 64 if shape.queries <= 64 else 128
