@@ -21,9 +21,13 @@ from ke_gym.codegen.windows import LANGUAGE, SHARED, needs_hopper, round_up
 ROW = 64  # elements of a row of a swizzled tile: 128 bytes
 GROUP = 64  # queries of a warpgroup
 OUTER = 3  # dimensions of a tensor map besides rows and columns, at most
-WORKING = 30  # registers of a thread besides its scores, weights and sums
-# Of a thread that brings tiles, and of one that multiplies, by the warpgroups that multiply: what a multiprocessor has.
+# By the warpgroups that multiply: registers of a thread that brings tiles, and of one that multiplies.
 REGISTERS = {1: (0, 255), 2: (24, 240), 3: (32, 160)}
+WORKING = {
+    1: 42,
+    2: 42,
+    3: 30,
+}  # those besides scores, weights and sums that it takes to compile without spills
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class Attention(Flash):
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
+        most = 192 if self.wide[1] <= 128 else 128
         return {
-            "m": [m for m in (64, 128, 192) if m < self.shape.queries + GROUP],
+            "m": [m for m in (64, 128, 192) if m < self.shape.queries + GROUP and m <= most],
             "n": [32, 64, 80, 96, 112, 128, 144, 160, 176],
             "stages": [1, 2, 3, 4],
             "turns": [False, True],
@@ -131,8 +136,8 @@ class Builder(flash.Builder):
         found = Attention(**known | {"blocks": heuristic(drafted), "tiles": tuple(tiles)})
         blocks = chosen(found.blocks, found.knobs(), self.group)
         found = replace(found, blocks=replace(blocks, warps=4 * (blocks.m // GROUP + 1)))
-        sums = found.wide[1] // 2
-        if 3 * blocks.n // 4 + sums + WORKING > REGISTERS[found.groups][1] or found.shared > SHARED:
+        held = 3 * blocks.n // 4 + found.wide[1] // 2 + WORKING[found.groups]
+        if held > REGISTERS[found.groups][1] or found.shared > SHARED:
             raise Illegal("more than registers or shared memory hold")
         return found
 

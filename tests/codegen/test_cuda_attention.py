@@ -87,7 +87,7 @@ def test_blocks_fit_registers_and_shared_memory() -> None:
             changed = scheduled(made, (("m", m), ("n", n)))
             if made.legal(changed):
                 fitting.append((m, n))
-                assert 3 * n // 4 + 128 + WORKING <= REGISTERS[m // GROUP][1]
+                assert 3 * n // 4 + 128 + WORKING[m // GROUP] <= REGISTERS[m // GROUP][1]
     assert {m for m, _ in fitting} == {64, 128} and max(n for _, n in fitting) < 112
 
 
