@@ -27,7 +27,7 @@ def test_who_shares_a_device_does_so_side_by_side(tmp_path: Path) -> None:
 
     def share(lock: DeviceLock) -> None:
         with lock.shared():
-            both.wait(20)
+            both.wait(300)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(share, two(tmp_path)))
