@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ke_gym.codegen.emit_triton_cache import settled
 from ke_gym.codegen.emit_triton_passes import Passes
 from ke_gym.codegen.tiles import (
     Tiles,
@@ -129,4 +130,5 @@ class TilesPrinter(Passes):
 
 def print_tiles(tiles: Tiles, used: set[str]) -> list[str]:
     """The body of the kernel, line by line."""
-    return TilesPrinter(tiles, used).print()
+    lines = TilesPrinter(tiles, used).print()
+    return lines if tiles.blocks.cache == "plain" else settled(tiles, lines)

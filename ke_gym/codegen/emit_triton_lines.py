@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ke_gym.codegen.emit_triton_cache import stored
 from ke_gym.codegen.emit_triton_totals import COMBINE
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
@@ -28,7 +29,10 @@ class Lines:
         self.lines: list[str] = []
         sizes = {b.name: b.extent for b in (*tiles.reads, *tiles.writes)}
         uses = uses_in([work.expr for work in tiles.works])
-        self.text = Text(used, sizes, outer=self.lines, lines=self.lines, uses=uses, pointers=pointers(tiles))
+        self.text = Text(
+            used, sizes, outer=self.lines, lines=self.lines, uses=uses, pointers=pointers(tiles),
+            marks=tiles.blocks.cache != "plain",
+        )  # fmt: skip
         self.high = tiles.blocks.rows > 1
         self.flat = tiles.columns == 1
         self.row = Axis(row_var(tiles.rows), "row")
@@ -144,6 +148,6 @@ class Lines:
         buffer = self.text.pointers[work.node.name]
         where = buffer if text == "0" else f"{buffer} + {text}"
         kind = f".to({TYPES[work.node.dtype]})" if work.expr.dtype != work.node.dtype else ""
-        stored = f"{enclosed(value)}{kind}" if kind else bare_text(value)
-        tail = f", mask={mask}" if mask else ""
-        self.text.lines.append(f"tl.store({where}, {stored}{tail})")
+        given = f"{enclosed(value)}{kind}" if kind else bare_text(value)
+        tail = (f", mask={mask}" if mask else "") + stored(self.tiles.blocks.cache)
+        self.text.lines.append(f"tl.store({where}, {given}{tail})")

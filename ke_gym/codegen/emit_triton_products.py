@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ke_gym.codegen import emit_triton_thin as thin_text
 from ke_gym.codegen import emit_triton_words as words
 from ke_gym.codegen.emit_triton_totals import COMBINE
 from ke_gym.codegen.expr import Expr, Load, Rewriter, Var, of, walk
@@ -28,6 +29,7 @@ def loaded(product: Product) -> list[str]:
     """The tensors that the product's kernel reads through pointers."""
     described = tiled(product)
     roots = [operand for side, operand in zip(_AXES, product.taken) if side not in described]
+    roots += product.thin.operands if product.thin is not None else ()
     if product.blocks.split == 1:
         roots += [store.expr for store in product.stores]
     read = dict.fromkeys(node.buffer for node in walk(*roots) if isinstance(node, Load) and node.index)
@@ -183,7 +185,12 @@ class Printer:
         else:
             self.body.append(f"acc = tl.dot(left, right, acc{precise})")
         self.body += [f"{_POINTERS[side]} += {step}" for side, step in steps.items() if step]
+        thin = self.product.thin
+        if thin is not None:
+            lines += thin_text.loads(self, thin)
         lines += self._loop()
+        if thin is not None:
+            lines.append(thin_text.product(self))
         if self.product.parted:  # of infinities, nothing remains
             lines.append("acc += tl.where(rest == rest, rest, 0.0)")
         return lines + (self._epilogue() if blocks.split == 1 else self._keep())

@@ -16,6 +16,7 @@ from ke_gym.codegen import (
     matmuls,
     pairs,
     products,
+    thin_products,
     tiling,
     windows,
 )
@@ -111,6 +112,8 @@ def _builder(graph: Graph, group: Group) -> Any:
         return matmuls.Builder if count == 1 else pairs.Builder
     if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
         return bags.Builder
+    if graph.device == "cuda" and thin_products.apart(graph, called) is not None:
+        return thin_products.Builder
     if group.one_pass and kinds[count] is not Builder:
         raise Illegal("only loop nests take statistics in one pass")
     return kinds[count]
@@ -390,6 +393,22 @@ def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
     return plan
 
 
+def beside(graph: Graph, plan: Plan) -> Plan:
+    """``plan`` with thin products in the kernels of those they are added to (see ``thin_products``)."""
+    order = {n: k for k, n in enumerate(graph.steps)}
+    for group in plan.groups:
+        for other in plan.groups:
+            calls = [attend.products_of(graph, g.nodes) for g in (group, other)]
+            if group is other or [len(c) for c in calls] != [1, 1]:
+                continue
+            nodes = tuple(sorted({*group.nodes, *other.nodes}, key=lambda n: order[n]))
+            rest = Plan(tuple(g for g in plan.groups if g is not group and g is not other))
+            merged = _added(rest, Group(nodes), order)
+            if thin_products.apart(graph, [calls[0][0], calls[1][0]]) is not None and legal(graph, merged):
+                return beside(graph, merged)
+    return plan
+
+
 def following(graph: Graph) -> list[tuple[str, str]]:
     """Library products, and those whose left operand they make."""
     found = []
@@ -451,7 +470,8 @@ def _joins(graph: Graph, plan: Plan, name: str, other: str, order: dict[str, int
         contraction=home.contraction,
         launch=home.launch,
     )
-    plans = [_added(rest, merged, order)]
+    called = [attend.products_of(graph, group.nodes) for group in (home, away)]
+    plans = [] if all(called) else [_added(rest, merged, order)]
     pointwise = [n for n in away.nodes if isinstance(s := graph.steps[n], Node) and s.pointwise]
     for size in range(len(pointwise), 0, -1):
         taken = set(pointwise[:size]) | set(home.nodes)

@@ -89,7 +89,7 @@ def heuristic(product: Product) -> Blocks:
     if product.window is not None and not laid:  # few taps: on words, which do not go through bulk copies
         drafts = (WORDS if few else Blocks(128, 128, 64, 4, 2), replace(WORDS, m=64), *HALF[3:])
     fitting = [b for b in drafts if b.m < 2 * max(shape.m, 9) and b.n < 2 * max(shape.n, 17)] or drafts[-1:]
-    most = max([s for s in SPLITS if shape.k >= DEEP * s], default=1)
+    most = max([s for s in SPLITS if shape.k >= DEEP * s and product.thin is None], default=1)
     for blocks in fitting:
         programs = shape.batch * -(-shape.m // blocks.m) * -(-shape.n // blocks.n)
         if programs * most >= FILL:

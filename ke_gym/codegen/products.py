@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ke_gym.codegen.contract import contraction_of
 from ke_gym.codegen.convolutions import Convolution, Laid, Window
@@ -42,6 +42,9 @@ from ke_gym.codegen.product_blocks import (
 )
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tiles import chosen, depends, joined
+
+if TYPE_CHECKING:
+    from ke_gym.codegen.thin_products import Thin
 
 CONVOLUTION = "aten.convolution.default"
 BIASED = "aten.addmm.default"
@@ -84,6 +87,8 @@ class Product:
     weights: frozenset[str] = frozenset()
     convolves: bool = False
     laid: Laid | None = None
+    thin: Thin | None = None
+    """A product that is added to every tile of this one."""
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
@@ -94,7 +99,7 @@ class Product:
             "k": self.depths,
             "warps": [2, 4, 8],
             "stages": [1, 2, 3, 4, 5],
-            "split": [s for s in SPLITS if s == 1 or shape.k >= SHARE * s],
+            "split": [s for s in SPLITS if s == 1 or (shape.k >= SHARE * s and self.thin is None)],
         }
         if shape.m > self.blocks.m and shape.n > self.blocks.n:
             choices["group"] = [1, 4, 8, 16]
@@ -253,6 +258,7 @@ class Builder:
         self.product = step.outputs[0]
         self.window: Window | None = None
         self.laid: Laid | None = None
+        self.made: dict[str, Expr] = {self.product.name: self.acc}
 
     def build(self) -> Product:
         a, b = self.step.args[1:3] if self.step.target == BIASED else self.step.args[:2]
@@ -275,14 +281,15 @@ class Builder:
         stores = self._stores(index, value, after)
         if not stores:
             raise Illegal("nothing is stored")
-        reads = self._reads(stores, operands)
+        stores, thin = self._beside(shape, stores, turn)
+        reads = self._reads(stores, (*operands, *(thin.operands if thin is not None else ())))
         writes = tuple(store.buffer for store in stores)
         total = sum(x.numel * BYTES[x.dtype] for x in (*reads, *writes))
         origins = (self.step.target.split(".")[1], *(n.origin for n in self.nodes.values()))
         drafted = Product(
             writes[-1].name, shape, SMALLEST, operands, self.window, tuple(stores), reads, writes, total, self.group,
             tuple(dict.fromkeys(origins)), self.graph.precision, self.graph.weights,
-            self.step.target == CONVOLUTION, self.laid,
+            self.step.target == CONVOLUTION, self.laid, thin,
         )  # fmt: skip
         drafted = replace(drafted, blocks=replace(heuristic(drafted), turned=turn))
         blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
@@ -301,6 +308,12 @@ class Builder:
             raise Illegal("parts with nothing to sum up")
         return finished
 
+    def _beside(
+        self, shape: Shape, stores: list[Store], turn: bool
+    ) -> tuple[list[Store], Thin | None]:
+        """The stores without a product that is added to this one, and that product (``thin_products``)."""
+        return stores, None
+
     def _turns(self, made: Made) -> bool:
         """Whether to make the transposed product: of TF32 parts, the right operand's must lie along ``k``."""
         given = dict(self.group.launch).get("turned")
@@ -312,7 +325,7 @@ class Builder:
 
     def _after(self) -> dict[str, Node]:
         """The nodes that read the product, directly or not; the others make its operands."""
-        made, after = {self.product.name}, {}
+        made, after = set(self.made), {}
         for name, node in self.nodes.items():
             if made & set(node.reads):
                 after[name] = node
@@ -397,10 +410,10 @@ class Builder:
 
         def read(load: Load) -> Expr:
             place = joined(position(load.index, self.graph.buffers[load.buffer].stride))
-            if load.buffer == self.product.name:
+            if load.buffer in self.made:
                 if place != flat:
                     raise Illegal("the product is read in another order")
-                return acc
+                return acc if load.buffer == self.product.name else self.made[load.buffer]
             return Load(load.buffer, (place,), load.dtype)
 
         stores = []
@@ -447,7 +460,7 @@ class Builder:
             step *= own.size
         return place, binding, var.name
 
-    def _reads(self, stores: list[Store], operands: tuple[Expr, Expr]) -> tuple[Buffer, ...]:
+    def _reads(self, stores: list[Store], operands: tuple[Expr, ...]) -> tuple[Buffer, ...]:
         names: dict[str, None] = {}
         for node in walk(*operands, *(store.expr for store in stores)):
             if isinstance(node, (Load, Search)) and node.buffer != self.product.name:

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from ke_gym.codegen import channels_last, fusion, module, module_cuda, module_triton, preparation
+from ke_gym.codegen import channels_last, fusion, module, module_cuda, module_triton, preparation, streams
 from ke_gym.codegen.capture import capture
 from ke_gym.codegen.errors import CodegenError, Illegal
 from ke_gym.codegen.features import Features
@@ -89,7 +89,8 @@ class Program:
         """First drafts that differ in kind, the best guess first.
 
         Everything fused with own contractions and attention, convolutions in CUDA C++ where that has a kernel for
-        them; with their channels innermost; with weights prepared; all in one language; without attention; with library
+        them; with thin products in the kernels of others; with channels innermost; with weights prepared; with caches
+        told what is read once, and long rows in pieces; all in one language; without attention; with library
         contractions; each node on its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
@@ -103,12 +104,15 @@ class Program:
         ]
         if self.language == "triton":
             drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
+            drafts[1:1] = streams.drafts(self.graphs, drafts[0])
         if (ready := preparation.prepared(self.graphs, drafts[0])) is not None:
             drafts.insert(1, ready)
         if self.language == "triton" and any(map(channels_last.useful, self.graphs)):
             turned = Schedule(tuple(map(channels_last.everywhere, self.graphs, whole)))
             if self.legal(turned):
                 drafts.insert(1, preparation.prepared(self.graphs, turned) or turned)
+        if self.language == "triton":
+            drafts.insert(1, Schedule(tuple(map(fusion.beside, self.graphs, drafts[0].plans))))
         return list(dict.fromkeys(drafts))
 
     def legal(self, schedule: Schedule) -> bool:

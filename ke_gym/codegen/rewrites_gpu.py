@@ -185,6 +185,7 @@ REWRITES: dict[str, Variants] = {
     "vectorize": either(by_launch("rows", kinds=(Tiles, bags.Bag)), by_launch("words")),
     "layout_coalesce": either(by_launch("packed", "turned", "inner"), channels_last),
     "traversal_swizzle": by_launch("group"),
+    "cache_hint": by_launch("cache", kinds=(Tiles,)),
     "prefetch_pipeline": by_launch("stages", "loads", "apart"),
     "fuse": fuse,
     "fission": fission,

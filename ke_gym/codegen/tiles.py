@@ -39,6 +39,9 @@ from ke_gym.codegen.schedule import Group
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
 PROGRAMS = 1024  # about what fills a GPU several times over
 WALKING = (132, 264, 528, 1056)  # programs that walk over rows
+CACHES = ("plain", "reads", "kept", "streamed")
+"""What the caches are told: nothing; that reads leave first if they are the last, and stay if not; that results stay
+too, or leave first too."""
 B = TypeVar("B")
 IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 
@@ -69,6 +72,7 @@ class Blocks:
 
     ``programs`` walk over all rows where something is summed over these (0: each row is done by a program of its
     own). ``inner``: how many of a pointwise group's innermost loops are columns; the others are rows.
+    ``cache``: what the caches are told (``CACHES``).
     """
 
     rows: int
@@ -77,6 +81,7 @@ class Blocks:
     stages: int = 1
     programs: int = 0
     inner: int = 0
+    cache: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class Tiles:
     origins: tuple[str, ...]
     splits: tuple[int, ...] = ()
     """Legal values of ``Blocks.inner``."""
+    caches: tuple[str, ...] = ()
+    """Legal values of ``Blocks.cache``."""
 
     @property
     def columns(self) -> int:
@@ -128,6 +135,8 @@ class Tiles:
             choices["programs"] = list(WALKING)
         if len(self.splits) > 1:
             choices["inner"] = list(self.splits)
+        if self.caches:
+            choices["cache"] = list(self.caches)
         return choices
 
 

@@ -31,6 +31,7 @@ from ke_gym.codegen.expr import (
 from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
 from ke_gym.codegen.peel import multiplied
 from ke_gym.codegen.tiles import (
+    CACHES,
     WHOLE_ROW,
     Blocks,
     Tiles,
@@ -159,6 +160,7 @@ class Builder(Binder):
             self.group,
             origins,
             self.splits,
+            CACHES if reads and self.graph.language == "triton" else (),
         )
         return replace(drafted, blocks=self._blocks(drafted))
 

@@ -17,6 +17,7 @@ LOCALS = {
     Product: {
         "tile", "number", "batch", "group", "height", "tile_m", "tile_n", "m", "n", "k", "a", "b", "acc", "start",
         "left", "right", "left_tiles", "right_tiles", "part", "first", "tap", "c", "j", "words", "even", "odd",
+        "thin", "thin_left", "thin_right",
     },
     Bag: {"bag", "first", "last", "col", "total", "count", "start", "at", "ok", "id", "value", "result", "COLUMNS"},
     Flash: {

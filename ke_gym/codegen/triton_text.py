@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
+from ke_gym.codegen.emit_triton_cache import marked
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     Const,
@@ -180,6 +181,10 @@ class Text:
     pointers: Mapping[str, str] = field(default_factory=dict)
     widen: bool = True
     """Whether what is loaded in half precision is computed with in fp32."""
+    marks: bool = False
+    """Whether loads are marked, for what caches are told of them (``emit_triton_cache``)."""
+    scope: int = 0
+    """Which loop is printed, or what is between two."""
     count: int = 0
     tests: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
     """What guards are made of."""
@@ -193,6 +198,7 @@ class Text:
         for key in self.local:
             self.names.pop(key, None)
         self.local = []
+        self.scope += 1
         self.lines, self.inner = self.outer, set()
 
     # -- indices ---------------------------------------------------------------------------------------
@@ -297,7 +303,8 @@ class Text:
                 text = f"{text} + {axis.name} * 0"
         buffer = self.pointers.get(load.buffer, load.buffer)
         place = buffer if text == "0" else f"{buffer} + {text}"
-        loaded = f"tl.load({place}, mask={mask}, other=0)" if mask else f"tl.load({place})"
+        told = marked(load.buffer, self.scope) if self.marks else ""
+        loaded = f"tl.load({place}, mask={mask}, other=0{told})" if mask else f"tl.load({place}{told})"
         return f"{loaded}.to(tl.float32)" if self.widen and load.dtype in ("bf16", "f16") else loaded
 
     def _in_range(self, expr: InRange, guard: str) -> str:

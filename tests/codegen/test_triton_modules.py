@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from ke_gym import tasks
-from ke_gym.codegen import CodegenError, rewrites
+from ke_gym.codegen import CodegenError, Program, rewrites
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.languages.artifact import Artifact
@@ -88,6 +88,8 @@ IN_PASSES = {
     "layer_norm_backward": (("rows", 4), ("stages", 2)),
     "rms_norm_backward": (("programs", 264),),
     "max_pool": (("inner", 2),),
+    "rms_norm": (("cache", "reads"), ("columns", 64)),
+    "batch_event_truncate": (("cache", "kept"),),
     "matmul_row_max": (("ready", True), ("turned", True)),
     **dict.fromkeys(PASSES, (("columns", 64), ("rows", 2))),
 }
@@ -162,6 +164,31 @@ def test_a_variance_takes_one_pass() -> None:
 def test_softmax_in_passes_reads_its_input_twice() -> None:
     made = program("softmax")
     assert made.emit(scheduled(made, (("columns", 64),))).count("tl.load(x ") == 2
+
+
+def test_caches_are_told_which_reads_are_the_last() -> None:
+    made = program("rms_norm")
+    held = made.emit(scheduled(made, (("cache", "reads"),)))
+    assert [held.count(f'eviction_policy="evict_{which}"') for which in ("first", "last")] == [1, 1]
+    looped = made.emit(scheduled(made, (("cache", "reads"), ("columns", 64))))
+    reads = [line for line in looped.splitlines() if "tl.load(" in line]
+    kinds = [
+        (line.split("tl.load(")[1].split(" ")[0], line.split("evict_")[1].split('"')[0]) for line in reads
+    ]
+    assert kinds == [("x", "last"), ("x", "first"), ("weight", "last")]
+    kept = made.emit(scheduled(made, (("cache", "kept"),)))
+    (store,) = [line for line in kept.splitlines() if "tl.store(" in line]
+    assert store.endswith('eviction_policy="evict_last")')
+    draws = [rewrites.apply(made, made.seeds()[0], "cache_hint", draw) for draw in range(4)]
+    told = [dict(s.plans[0].groups[0].launch) if s else None for s in draws]
+    assert told == [{"cache": "reads"}, {"cache": "kept"}, {"cache": "streamed"}, None]
+
+
+def test_large_kernels_have_drafts_that_tell_the_caches() -> None:
+    made = Program.for_language(Task.load("rms_norm"), "triton")
+    told = [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()[:3]]
+    assert told == [{}, {"cache": "reads"}, {"cache": "reads", "columns": 2048, "rows": 1, "warps": 16}]
+    assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("rms_norm").seeds())
 
 
 COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
