@@ -12,7 +12,17 @@ from ke_gym.codegen.operands import Described, Shape, variables
 from ke_gym.codegen.products import Product, Store
 from ke_gym.codegen.tiles import depends, identity, power_above
 from ke_gym.codegen.triton_names import parts_of, pointers
-from ke_gym.codegen.triton_text import TYPES, Axis, Text, bare_text, enclosed, literal, padded, uses_in
+from ke_gym.codegen.triton_text import (
+    TYPES,
+    Axis,
+    Text,
+    bare_text,
+    enclosed,
+    literal,
+    padded,
+    tf32_parts,
+    uses_in,
+)
 
 _POINTERS = {"left": "a", "right": "b"}
 _AXES = {"left": "mk", "right": "kn"}
@@ -107,7 +117,7 @@ class Printer:
         if side != self.product.parted:
             return [*lines, f"tl.store({copy} + {place}, {value}{tail})"]
         return [
-            *lines, f"value = {value}", *_parted("value"),
+            *lines, f"value = {value}", *tf32_parts("value"),
             f"tl.store({copy} + {place}, value_high{tail})",
             f"tl.store({copy} + {size * shape.k} + {place}, value_low{tail})",
         ]  # fmt: skip
@@ -157,6 +167,8 @@ class Printer:
         lines.append("acc = tl.zeros([M, N], tl.float32)")
         if self.product.parted:
             lines.append("rest = tl.zeros([M, N], tl.float32)")
+        if blocks.sums > 1:
+            lines.append("large = tl.zeros([M, N], tl.float32)")
         operands = dict(zip(sides, self.product.taken))
         steps = {side: self._step(operands[side]) for side in sides if side not in self.described}
         if self.unrolled:
@@ -190,7 +202,9 @@ class Printer:
             lines += thin_text.loads(self, thin)
         lines += self._loop()
         if thin is not None:
-            lines.append(thin_text.product(self))
+            lines += thin_text.product(self)
+        if blocks.sums > 1:
+            lines.append("acc += large")
         if self.product.parted:  # of infinities, nothing remains
             lines.append("acc += tl.where(rest == rest, rest, 0.0)")
         return lines + (self._epilogue() if blocks.split == 1 else self._keep())
@@ -228,11 +242,20 @@ class Printer:
         parted = self.product.parted
         other = next(side for side in _AXES if side != parted)
         high = {parted: parted, other: f"{other}_high"}
-        self.body += _parted(other)
+        self.body += tf32_parts(other)
         for left, right in (("left_low", high["right"]), (high["left"], "right_low")):
             self.body.append(f'rest = tl.dot({left}, {right}, rest, input_precision="tf32")')
-        large = f'{high["left"]}, {high["right"]}, input_precision="tf32", max_num_imprecise_acc=K'
-        self.body.append(f"acc += tl.dot({large})")
+        sums, large = self.product.blocks.sums, f"{high['left']}, {high['right']}"
+        if sums == 1:
+            self.body.append(f'acc += tl.dot({large}, input_precision="tf32", max_num_imprecise_acc=K)')
+            return
+        start = "(start - first)" if self.product.blocks.split > 1 else "start"
+        self.body += [
+            f'large = tl.dot({large}, large, input_precision="tf32")',
+            f"if {start} % ({sums} * K) == {sums - 1} * K:",
+            "    acc += large",
+            "    large = tl.zeros([M, N], tl.float32)",
+        ]
 
     # ------------------------------------------------------------------------------------------ operands
 
@@ -396,12 +419,6 @@ _ACROSS = {
     "right": {"k": "[:, None]", "n": "[None, :]"},
     "result": {"m": "[:, None]", "n": "[None, :]"},
 }
-
-
-def _parted(name: str) -> list[str]:
-    """What TF32 keeps of a tile, as its matrix instructions cut it off, and what is left of it."""
-    bits = f"({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)"
-    return [f"{name}_high = {bits}", f"{name}_low = {name} - {name}_high"]
 
 
 def pack_blocks(product: Product, side: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ke_gym.codegen.expr import Load
 from ke_gym.codegen.operands import variables
 from ke_gym.codegen.tiles import power_above
-from ke_gym.codegen.triton_text import Axis, Text
+from ke_gym.codegen.triton_text import Axis, Text, tf32_parts
 
 if TYPE_CHECKING:
     from ke_gym.codegen.emit_triton_products import Printer
@@ -24,7 +24,10 @@ def loads(printer: Printer, thin: Thin) -> list[str]:
     lines = [f"thin = tl.arange(0, {depth})"]
     if ragged:
         lines.append(f"thin_ok = thin < {thin.shape.k}")
-    around = {"left": ((m, "m[:, None]"), (k, "thin[None, :]")), "right": ((k, "thin[:, None]"), (n, "n[None, :]"))}
+    around = {
+        "left": ((m, "m[:, None]"), (k, "thin[None, :]")),
+        "right": ((k, "thin[:, None]"), (n, "n[None, :]")),
+    }
     for side, operand in zip(around, thin.operands):
         text = Text(printer.used, {}, outer=lines, lines=lines, pointers=printer.pointers)
         text.axes = [Axis(batch, "0")]
@@ -40,9 +43,24 @@ def loads(printer: Printer, thin: Thin) -> list[str]:
     return lines
 
 
-def product(printer: Printer) -> str:
-    """The step that adds it; in fp32 as exact as the products of few columns are by themselves."""
-    shape, precision = printer.product.shape, printer.product.blocks.precision
-    exact = "ieee" if precision == "ieee" else "tf32x3"
-    precise = "" if shape.dtype != "f32" else f', input_precision="{exact}"'
-    return f"acc = tl.dot(thin_left, thin_right, acc{precise})"
+def product(printer: Printer) -> list[str]:
+    """The step that adds it; in fp32 as exact as the products of few columns are by themselves.
+
+    Three products of TF32 parts, in the tile's own registers. Of infinities nothing remains, and they stay out of what
+    is multiplied by what remains.
+    """
+    if printer.product.shape.dtype != "f32":
+        return ["acc = tl.dot(thin_left, thin_right, acc)"]
+    if printer.product.blocks.precision == "ieee":
+        return ['acc = tl.dot(thin_left, thin_right, acc, input_precision="ieee")']
+    lines = []
+    for side in ("thin_left", "thin_right"):
+        high, low, finite = f"{side}_high", f"{side}_low", f"{side}_finite"
+        lines += tf32_parts(side)
+        lines += [
+            f"{low} = tl.where({low} == {low}, {low}, 0.0)",
+            f'{finite} = tl.where(tl.abs({high}) < float("inf"), {high}, 0.0)',
+        ]
+    for left, right in (("low", "finite"), ("finite", "low"), ("high", "high")):
+        lines.append(f'acc = tl.dot(thin_left_{left}, thin_right_{right}, acc, input_precision="tf32")')
+    return lines

@@ -32,7 +32,8 @@ from ke_gym.codegen.expr import (
 from ke_gym.codegen.graph import Buffer, Node, contiguous_stride
 from ke_gym.codegen.nest import COSTLY, ROW_BYTES, Item, Local, Loop, Nest, Stage, Target
 from ke_gym.codegen.outer_loops import outer_choices
-from ke_gym.codegen.peel import multiplied, peeled
+from ke_gym.codegen.peel import peeled
+from ke_gym.codegen.reciprocals import multiplied, sums
 
 
 class Builder(Binder):
@@ -171,7 +172,7 @@ class Builder(Binder):
                 rewriter = Rewriter(rename, self._reader(targets, done))
                 expr = rewriter.expr(values[name])
                 if self.group.reciprocal:
-                    expr = multiplied(expr, frozenset(names))
+                    expr = multiplied(expr, frozenset(names), sums(self.nodes))
                 target = targets[name]
                 target = replace(target, index=Rewriter(rename).index(target.index))
                 reduced = frozenset(

@@ -1,39 +1,13 @@
-"""What makes a stage's inner loops cheaper: pieces without index tests, products instead of divisions."""
+"""What makes a stage's inner loops cheaper: pieces without index tests."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ke_gym.codegen.expr import Const, Expr, InRange, Op, Rewriter, Var, bounds, of, walk
+from ke_gym.codegen.expr import InRange, Rewriter, Var, bounds, of, walk
 from ke_gym.codegen.nest import Loop, Stage
 
 MAX_PIECES = 27
-
-
-def multiplied(expr: Expr, loops: frozenset[Var]) -> Expr:
-    """``expr`` with divisions by what ``loops`` do not change as products with the reciprocal."""
-    memo: dict[Expr, Expr] = {}
-
-    def visit(node: Expr) -> Expr:
-        if node not in memo:
-            if isinstance(node, Op):
-                args = tuple(visit(a) for a in node.args)
-                one = Const(1.0, node.dtype)
-                divides = node.name == "div" and node.dtype in ("f32", "f64") and args[0] is not one
-                if divides and not _moves(args[1], loops):
-                    inverse = Op("div", (one, args[1]), node.dtype)
-                    memo[node] = Op("mul", (args[0], inverse), node.dtype)
-                else:
-                    memo[node] = Op(node.name, args, node.dtype)
-            else:
-                memo[node] = node
-        return memo[node]
-
-    return visit(expr)
-
-
-def _moves(expr: Expr, loops: frozenset[Var]) -> bool:
-    return any(n in loops for n in walk(expr) if isinstance(n, Var))
 
 
 def peeled(stage: Stage) -> list[Stage]:

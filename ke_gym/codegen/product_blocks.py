@@ -32,7 +32,8 @@ class Blocks:
     ``words``: its input is read two at a time. ``ready``: an operand, a weight if there is one, is first copied into
     what is multiplied: bf16, or both TF32 parts of it ("tf32x3"). ``channels_last``: a convolution's input is copied
     first, its channels innermost. ``turned``: the transposed product, its operands exchanged: the left one may come
-    from registers, the right one from shared memory only.
+    from registers, the right one from shared memory only. ``sums``: of how many blocks of ``k`` tensor cores add up the
+    large TF32 parts before fp32 does (they cut off what they add up: the fewer, the more exact).
     """
 
     m: int
@@ -51,6 +52,7 @@ class Blocks:
     ready: bool = False
     channels_last: bool = False
     turned: bool = False
+    sums: int = 1
 
 
 def precisions(policy: str) -> list[str]:

@@ -50,6 +50,8 @@ CONVOLUTION = "aten.convolution.default"
 BIASED = "aten.addmm.default"
 KINDS = ("aten.mm.default", "aten.bmm.default", BIASED, CONVOLUTION)
 SIDES = ("left", "right")
+PARTED = ("tf32x3", "bf16")
+"""Precisions whose operands can be made ready before they are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,16 @@ class Product:
     """A product that is added to every tile of this one."""
 
     def knobs(self) -> dict[str, list[Any]]:
-        """Legal values of the launch's knobs here."""
+        """Values of the launch's knobs that make another kernel here."""
+        offered = self.choices()
+        if self.blocks.precision not in PARTED:
+            offered.pop("ready", None)
+        if not self.parted:
+            offered.pop("sums", None)
+        return offered
+
+    def choices(self) -> dict[str, list[Any]]:
+        """Legal values of the launch's knobs, those among them that change nothing beside the others."""
         shape = self.shape
         choices: dict[str, list[Any]] = {
             "m": [b for b in (16, 32, 64, 128, 256) if b < 2 * max(shape.m, 9)],
@@ -123,6 +134,7 @@ class Product:
             choices["precision"] = precisions(self.policy)
             if any(self.shared):
                 choices["ready"] = [False, True]
+                choices["sums"] = [1, 2, 4]
         return choices
 
     @property
@@ -158,7 +170,7 @@ class Product:
         """Whether a weight can be made ready."""
         pairs = zip(self.operands, self.shared)
         held = any(one and isinstance(o, Load) and o.buffer in self.weights for o, one in pairs)
-        return held and self.shape.dtype == "f32" and self.blocks.precision in ("tf32x3", "bf16")
+        return held and self.shape.dtype == "f32" and self.blocks.precision in PARTED
 
     @property
     def ready(self) -> tuple[str, ...]:
@@ -166,11 +178,7 @@ class Product:
 
         A convolution's input with its channels innermost is a copy of another kind, and a matrix per image.
         """
-        if (
-            not self.blocks.ready
-            or self.blocks.precision not in ("tf32x3", "bf16")
-            or self.shape.dtype != "f32"
-        ):
+        if not self.blocks.ready or self.blocks.precision not in PARTED or self.shape.dtype != "f32":
             return ()
         sides = {side: operand for side, operand, one in zip(SIDES, self.operands, self.shared) if one}
         if self.laid is not None:
@@ -292,7 +300,7 @@ class Builder:
             self.step.target == CONVOLUTION, self.laid, thin,
         )  # fmt: skip
         drafted = replace(drafted, blocks=replace(heuristic(drafted), turned=turn))
-        blocks = chosen(drafted.blocks, drafted.knobs(), self.group)
+        blocks = chosen(drafted.blocks, drafted.choices(), self.group)
         words = blocks.words and blocks.packed and blocks.split == 1 and blocks.n >= 32
         blocks = replace(blocks, words=words, unroll=blocks.unroll and blocks.split == 1)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
@@ -300,6 +308,8 @@ class Builder:
         if blocks.split > 1 and blocks.persistent:
             raise Illegal("programs that share tiles do not walk over them")
         finished = replace(drafted, blocks=blocks)
+        changes = {"ready": bool(finished.ready), "sums": blocks.sums if finished.parted else 1}
+        finished = replace(finished, blocks=replace(blocks, **changes))
         if blocks.persistent and shape.batch * math.prod(finished.tiles) <= blocks.persistent:
             raise Illegal("no more tiles than programs")
         if any(store.op for store in stores) and (blocks.split > 1 or blocks.words or self.laid is not None):
@@ -308,9 +318,7 @@ class Builder:
             raise Illegal("parts with nothing to sum up")
         return finished
 
-    def _beside(
-        self, shape: Shape, stores: list[Store], turn: bool
-    ) -> tuple[list[Store], Thin | None]:
+    def _beside(self, shape: Shape, stores: list[Store], turn: bool) -> tuple[list[Store], Thin | None]:
         """The stores without a product that is added to this one, and that product (``thin_products``)."""
         return stores, None
 

@@ -191,7 +191,7 @@ REWRITES: dict[str, Variants] = {
     "fission": fission,
     "unroll_ilp": either(by_launch("columns", kinds=(Tiles,)), by_launch("unroll")),
     "matrix_unit": on_tensor_cores,
-    "precision_math": by_launch("precision"),
+    "precision_math": by_launch("precision", "sums"),
     "algebra_hoist": either(prepare, by_launch("ready")),
     "work_partition": by_launch("warps"),
     "split_reduce": by_launch("split"),

@@ -37,7 +37,7 @@ def apart(graph: Graph, calls: Sequence[Extern]) -> tuple[Extern, Extern] | None
         return None
     thin, main = sorted(calls, key=_depth)
     same = thin.outputs[0].shape == main.outputs[0].shape and thin.outputs[0].dtype == main.outputs[0].dtype
-    if not same or _depth(thin) > DEPTH or _depth(main) < 8 * _depth(thin):
+    if not same or _depth(thin) > DEPTH or _depth(main) < 4 * _depth(thin):
         return None
     return None if _made_of(graph, main, thin) or _made_of(graph, thin, main) else (main, thin)
 

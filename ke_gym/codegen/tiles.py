@@ -169,6 +169,8 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
         wide = min(64 if columns > 32 else 256, power_above(rows))
         block = min(power_above(columns), 1024 // wide if wide < 64 else 32)
         return Blocks(wide, block, 4)
+    if searched_by_column(tiles):
+        return Blocks(min(8, power_above(rows)), min(64, power_above(columns)), 8)
     block, stages = power_above(columns), 1
     if block > WHOLE_ROW:
         if any(online(tiles, work) for work in tiles.works):
@@ -197,6 +199,18 @@ def _searched(tiles: Tiles) -> bool:
     """Whether rows are stored that share a search: fewer warps make it less often."""
     found = any(isinstance(n, Search) for work in tiles.works for n in walk(work.expr))
     return found and all(work.op is None for work in tiles.works)
+
+
+def searched_by_column(tiles: Tiles) -> bool:
+    """Whether every column is searched for in a row of its own: many warps wait for each other's probes.
+
+    On an H200, 262144 x 128 values in 255 boundaries each: 8 x 64 by 8 warps 0.220 ms, 1024 in a row by 4 warps 0.375 ms.
+    """
+    searches = [
+        n for work in tiles.works if work.op is None for n in walk(work.expr) if isinstance(n, Search)
+    ]
+    row, col = row_var(tiles.rows), column_var(tiles.columns)
+    return any(depends(n.start[0], col) and not depends(n.start[0], row) for n in searches)
 
 
 def along_columns(tiles: Tiles) -> bool:

@@ -29,7 +29,8 @@ from ke_gym.codegen.expr import (
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
-from ke_gym.codegen.peel import multiplied
+from ke_gym.codegen.ranges import folded
+from ke_gym.codegen.reciprocals import multiplied, sums
 from ke_gym.codegen.tiles import (
     CACHES,
     WHOLE_ROW,
@@ -91,7 +92,8 @@ class Builder(Binder):
         return column_sum(self.graph, node) and reduced == set(self.outer) and not own & reduced
 
     def _columns_of(self, value: Expr, loops: list[Var]) -> int:
-        """How many loops of a pointwise group are columns: the innermost where rows share what takes a search."""
+        """How many loops of a pointwise group are columns: the innermost where rows share what takes a search, or what
+        is searched in."""
         self.splits = tuple(range(min(len(loops), 3))) if self.graph.language == "triton" else (0,)
         given = dict(self.group.launch).get("inner")
         if given in self.splits:
@@ -99,7 +101,12 @@ class Builder(Binder):
         if len(self.splits) < 2 or not 16 <= loops[-1].size <= WHOLE_ROW:
             return 0
         shared = (n for n in walk(value) if isinstance(n, (Search, Indirect)) and not depends(n, loops[-1]))
-        return int(any(shared))
+        own = (
+            n
+            for n in walk(value)
+            if isinstance(n, Search) and {v for v in loops if depends(n.start[0], v)} == {loops[-1]}
+        )
+        return int(any(shared) or any(own))
 
     def _complete(self, node: Node) -> dict[Var, Index]:
         """The node's loops over the group's outer loops and its own."""
@@ -188,10 +195,12 @@ class Builder(Binder):
             if producer.scan is not None and not (node.pointwise and self._at_scan(producer, load, loops)):
                 raise Illegal(f"{name} needs the finished {load.buffer}")
             level = max(level, levels[load.buffer] + (producer.scan is None))
-        expr = Rewriter(inside, self._read).expr(value)
+        expr = folded(Rewriter(inside, self._read).expr(value))
         if self.graph.language == "triton" and continuous(self.graph):
             expr = multiplied(
-                inverted(expr), frozenset({column_var(columns) if columns > 1 else row_var(rows)})
+                inverted(expr),
+                frozenset({column_var(columns) if columns > 1 else row_var(rows)}),
+                sums(self.nodes),
             )
         flat = constant(0)
         for var, stride in zip(node.vars, contiguous_stride(node.shape)):

@@ -470,3 +470,9 @@ def _whole(text: str) -> bool:
 
 def bare_text(text: str) -> str:
     return text[1:-1] if _whole(text) and "," not in text else text
+
+
+def tf32_parts(name: str) -> list[str]:
+    """What TF32 keeps of a tile, as its matrix instructions cut it off, and what is left of it."""
+    bits = f"({name}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)"
+    return [f"{name}_high = {bits}", f"{name}_low = {name} - {name}_high"]

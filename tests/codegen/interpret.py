@@ -27,6 +27,7 @@ SMALL = "ragged"
 FOLDER = Path(__file__).parent
 HALF = [str(path) for path in sorted((FOLDER / "half").glob("*.py"))]
 PASSES = [str(path) for path in sorted((FOLDER / "passes").glob("*.py"))]
+THIN = [str(path) for path in sorted((FOLDER / "thin").glob("*.py"))]
 # Products that are split, walked over by few programs, fetched by bulk copies or put in order first; convolutions.
 PRODUCTS = [
     (str(FOLDER / "products" / f"{name}.py"), launch)
@@ -58,6 +59,7 @@ PRODUCTS = [
         ("weighted", (("ready", True), ("packed", True), ("loads", "descriptors"), ("prepared", True))),
         ("weighted", (("ready", True), ("split", 2))),
         ("conv1d", (("channels_last", True), ("loads", "descriptors"))),
+        ("weighted", (("ready", True), ("sums", 2), ("k", 16))),
         ("conv2d", (("channels_last", True), ("warps", 2))),
         ("conv2d_even", (("channels_last", True), ("unroll", True), ("prepared", True))),
         ("pointwise", (("channels_last", True), ("loads", "descriptors"))),

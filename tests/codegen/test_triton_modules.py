@@ -16,12 +16,13 @@ pytest.importorskip("triton")
 from ke_gym import tasks
 from ke_gym.codegen import CodegenError, Program, rewrites
 from ke_gym.codegen.errors import Illegal
+from ke_gym.codegen.legality import changes
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import Launch
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PASSES, PRODUCTS, SMALL, case, case_ids, program, scheduled
+from tests.codegen.interpret import HALF, PASSES, PRODUCTS, SMALL, THIN, case, case_ids, program, scheduled
 from tests.languages.gpu_modules import built, launches
 
 NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
@@ -89,8 +90,10 @@ IN_PASSES = {
     "rms_norm_backward": (("programs", 264),),
     "max_pool": (("inner", 2),),
     "rms_norm": (("cache", "reads"), ("columns", 64)),
-    "batch_event_truncate": (("cache", "kept"),),
+    "dense_to_jagged": (("cache", "kept"),),
     "matmul_row_max": (("ready", True), ("turned", True)),
+    "matmul_low_rank": (("seed", 1),),
+    **dict.fromkeys(THIN, (("seed", 1),)),
     **dict.fromkeys(PASSES, (("columns", 64), ("rows", 2))),
 }
 
@@ -179,9 +182,32 @@ def test_caches_are_told_which_reads_are_the_last() -> None:
     kept = made.emit(scheduled(made, (("cache", "kept"),)))
     (store,) = [line for line in kept.splitlines() if "tl.store(" in line]
     assert store.endswith('eviction_policy="evict_last")')
-    draws = [rewrites.apply(made, made.seeds()[0], "cache_hint", draw) for draw in range(4)]
+    draws = [rewrites.apply(made, made.seeds()[0], "cache_hint", draw) for draw in range(3)]
     told = [dict(s.plans[0].groups[0].launch) if s else None for s in draws]
-    assert told == [{"cache": "reads"}, {"cache": "kept"}, {"cache": "streamed"}, None]
+    assert told == [{"cache": "reads"}, {"cache": "kept"}, {"cache": "streamed"}]
+
+
+def test_what_changes_nothing_is_not_offered() -> None:
+    made = program("matmul_bias_gelu")
+    seed = made.seeds()[0]
+    single = rewrites.with_knobs(made, seed, {"0.0.precision": "ieee"})
+    assert {"0.0.ready", "0.0.sums"} & set(rewrites.knobs(made, single)) == set()
+    ready = rewrites.with_knobs(made, seed, {"0.0.ready": True})
+    assert rewrites.knobs(made, ready)["0.0.sums"] == [1, 2, 4]
+    assert not changes(made, single, rewrites.with_knobs(made, single, {"0.0.ready": True}))
+
+
+def test_a_thin_product_is_a_step_of_the_one_it_is_added_to() -> None:
+    made = program("matmul_low_rank")
+    apart, inside = made.seeds()[:2]
+    joined = rewrites.apply(made, apart, "fuse")
+    assert joined is not None
+    assert [group.nodes for group in joined.plans[0].groups] == [g.nodes for g in inside.plans[0].groups]
+    assert made.emit(apart).count("tl.dot(") == 3
+    last = made.emit(inside).split("def compute_add")[1]
+    assert last.count("tl.dot(") == 4, "one of TF32, and three of the thin product's parts"
+    assert last.count("tl.store(") == 1
+    assert "* 2.0" in last.split("for start")[0], "the scale is the thin operand's"
 
 
 def test_large_kernels_have_drafts_that_tell_the_caches() -> None:

@@ -10,7 +10,7 @@ import torch
 from ke_gym.codegen import Program
 from ke_gym.languages.base import Signature
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PRODUCTS, SMALL, case_ids, program, scheduled
+from tests.codegen.interpret import HALF, PRODUCTS, SMALL, THIN, case_ids, program, scheduled
 from tests.languages.gpu_modules import built
 
 pytest.importorskip("triton")
@@ -26,7 +26,13 @@ NAMES = (
     "batch_event_truncate", "reverse_cumsum", *HALF,
 )  # fmt: skip
 CLOSE = {"strict": 2e-4, "tf32": 5e-3, "bf16": 2e-2}
-CASES = [*((name, ()) for name in NAMES), *PRODUCTS]
+FORMS: list[tuple[str, Any]] = [
+    ("rms_norm", (("cache", "reads"), ("columns", 64))),
+    ("rotary_embedding", (("cache", "kept"),)),
+    ("dense_to_jagged", (("cache", "streamed"),)),
+    *((name, (("seed", 1),)) for name in ("matmul_low_rank", *THIN)),
+]
+CASES = [*((name, ()) for name in NAMES), *PRODUCTS, *FORMS]
 
 
 @pytest.mark.parametrize("name, launch", CASES, ids=case_ids)

@@ -1,0 +1,93 @@
+"""Divisions by what a loop does not change, as products with the reciprocal: where that is as exact, made so elsewhere.
+
+The reciprocal of a subnormal number is infinite, and that of a very large one subnormal. Where it can't be told that a
+divisor is neither, both operands are scaled by the power of two that makes it so, which rounds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ke_gym.codegen import one_pass
+from ke_gym.codegen.expr import Const, Expr, Op, Var, walk
+from ke_gym.codegen.graph import Node
+from ke_gym.codegen.ranges import Range, Ranges
+
+LIMITS = {"f32": (2.0**-126, 2.0**126), "f64": (2.0**-1022, 2.0**1022)}
+"""What is normal with a normal reciprocal."""
+UP = {"f32": 2.0**24, "f64": 2.0**54}
+"""Makes subnormal numbers normal."""
+DOWN = 0.25
+_ROOTS = {"f32": (2.0**-75, 2.0**64), "f64": (2.0**-538, 2.0**512)}
+
+
+def multiplied(expr: Expr, loops: frozenset[Var], known: Mapping[str, Range]) -> Expr:
+    """``expr`` with divisions by what ``loops`` do not change as products with the reciprocal.
+
+    ``known``: ranges of tensors (``sums``).
+    """
+    memo: dict[Expr, Expr] = {}
+    ranges = Ranges(known)
+
+    def visit(node: Expr) -> Expr:
+        if node not in memo:
+            memo[node] = node
+            if isinstance(node, Op):
+                args = tuple(visit(a) for a in node.args)
+                divides = (
+                    node.name == "div" and node.dtype in LIMITS and args[0] is not Const(1.0, node.dtype)
+                )
+                if divides and not _moves(args[1], loops):
+                    memo[node] = _product(*args, ranges)
+                else:
+                    memo[node] = Op(node.name, args, node.dtype)
+        return memo[node]
+
+    return visit(expr)
+
+
+def _moves(expr: Expr, loops: frozenset[Var]) -> bool:
+    return any(n in loops for n in walk(expr) if isinstance(n, Var))
+
+
+def _product(value: Expr, by: Expr, ranges: Ranges) -> Expr:
+    dtype = by.dtype
+    low, high = LIMITS[dtype]
+    least, most = magnitude(by, ranges)
+    if least < low or most > high:
+        size = Op("abs", (by,), dtype)
+        small = Op("lt", (size, Const(low, dtype)), "bool")
+        large = Op("gt", (size, Const(high, dtype)), "bool")
+        one, up, down = Const(1.0, dtype), Const(UP[dtype], dtype), Const(DOWN, dtype)
+        scale = Op("where", (small, up, Op("where", (large, down, one), dtype)), dtype)
+        value, by = Op("mul", (value, scale), dtype), Op("mul", (by, scale), dtype)
+    return Op("mul", (value, Op("div", (Const(1.0, dtype), by), dtype)), dtype)
+
+
+def magnitude(expr: Expr, ranges: Ranges) -> tuple[float, float]:
+    """What the absolute value is within, unless it is zero, infinite or NaN."""
+    low, high = ranges.of(expr)
+    if 0 < low <= high < math.inf:
+        return low, high
+    anything = (0.0, math.inf)
+    if isinstance(expr, Const):
+        size = abs(expr.value)
+        return (size, size) if 0 < size < math.inf else (1.0, 1.0)
+    if not isinstance(expr, Op):
+        return anything
+    if expr.name == "sqrt":
+        return _ROOTS[expr.dtype]
+    if expr.name not in ("max", "min", "where", "abs", "neg", "add"):
+        return anything
+    if expr.name == "add" and not all(ranges.of(arg)[0] >= 0 for arg in expr.args):
+        return anything
+    parts = [magnitude(arg, ranges) for arg in expr.args[expr.name == "where" :]]
+    most = sum(high for _, high in parts) if expr.name == "add" else max(high for _, high in parts)
+    return min(low for low, _ in parts), most
+
+
+def sums(nodes: Mapping[str, Node]) -> dict[str, Range]:
+    """Ranges of the sums of a softmax: its largest term is 1 (if there is none, the sum is zero or NaN)."""
+    pairs = (pair for pair in one_pass.find(nodes) if isinstance(pair, one_pass.Softmax))
+    return {pair.total: (1.0, float(math.prod(r.size for r in nodes[pair.total].rvars))) for pair in pairs}
