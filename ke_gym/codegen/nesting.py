@@ -33,7 +33,7 @@ from ke_gym.codegen.graph import Buffer, Node, contiguous_stride
 from ke_gym.codegen.nest import COSTLY, ROW_BYTES, Item, Local, Loop, Nest, Stage, Target
 from ke_gym.codegen.outer_loops import outer_choices
 from ke_gym.codegen.peel import peeled
-from ke_gym.codegen.reciprocals import multiplied, sums
+from ke_gym.codegen.reciprocals import magnitudes, multiplied
 
 
 class Builder(Binder):
@@ -172,7 +172,7 @@ class Builder(Binder):
                 rewriter = Rewriter(rename, self._reader(targets, done))
                 expr = rewriter.expr(values[name])
                 if self.group.reciprocal:
-                    expr = multiplied(expr, frozenset(names), sums(self.nodes))
+                    expr = multiplied(expr, frozenset(names), magnitudes(self.nodes))
                 target = targets[name]
                 target = replace(target, index=Rewriter(rename).index(target.index))
                 reduced = frozenset(

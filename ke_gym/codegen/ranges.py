@@ -1,4 +1,4 @@
-"""What is known of values without knowing them: ranges that decide tests, and divisors whose reciprocal is exact enough.
+"""What is known of values without knowing them: ranges, and tests that these decide.
 
 A range ``(low, high)`` says that a value is NaN or within it. So a test of floats is only ever decided the way NaN
 decides it: comparisons are false, ``ne`` is true. Only signs and constants are followed through arithmetic of floats,
@@ -8,14 +8,12 @@ which rounding cannot move past them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from ke_gym.codegen.expr import (
     BYTES,
     Const,
     Expr,
     InRange,
-    Load,
     Op,
     Position,
     Rewriter,
@@ -33,10 +31,9 @@ _UNITS: dict[str, Range] = {
 
 
 class Ranges:
-    """Ranges of expressions; ``known`` are those of tensors (of reductions, say), by name."""
+    """Ranges of expressions."""
 
-    def __init__(self, known: Mapping[str, Range] | None = None) -> None:
-        self.known = known or {}
+    def __init__(self) -> None:
         self.memo: dict[Expr, Range] = {}
 
     def of(self, expr: Expr) -> Range:
@@ -62,9 +59,8 @@ class Ranges:
             return (0, 1)
         if isinstance(expr, Search):
             return (0, expr.size)
-        if isinstance(expr, Load):
-            return self.known.get(expr.buffer, ANY)
-        assert isinstance(expr, Op)
+        if not isinstance(expr, Op):
+            return ANY
         ranges = [self.of(arg) for arg in expr.args]
         return self._floats(expr, ranges) if is_float(expr.dtype) else self._integers(expr, ranges)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from ke_gym.codegen import one_pass
-from ke_gym.codegen.expr import Const, Expr, Op, Var, walk
+from ke_gym.codegen.expr import Const, Expr, Interned, Load, Op, Var, walk
 from ke_gym.codegen.graph import Node
 from ke_gym.codegen.ranges import Range, Ranges
 
@@ -19,16 +19,16 @@ LIMITS = {"f32": (2.0**-126, 2.0**126), "f64": (2.0**-1022, 2.0**1022)}
 UP = {"f32": 2.0**24, "f64": 2.0**54}
 """Makes subnormal numbers normal."""
 DOWN = 0.25
+ANYTHING: Range = (0.0, math.inf)
 _ROOTS = {"f32": (2.0**-75, 2.0**64), "f64": (2.0**-538, 2.0**512)}
 
 
 def multiplied(expr: Expr, loops: frozenset[Var], known: Mapping[str, Range]) -> Expr:
     """``expr`` with divisions by what ``loops`` do not change as products with the reciprocal.
 
-    ``known``: ranges of tensors (``sums``).
+    ``known``: magnitudes of tensors (``magnitudes``).
     """
     memo: dict[Expr, Expr] = {}
-    ranges = Ranges(known)
 
     def visit(node: Expr) -> Expr:
         if node not in memo:
@@ -39,7 +39,7 @@ def multiplied(expr: Expr, loops: frozenset[Var], known: Mapping[str, Range]) ->
                     node.name == "div" and node.dtype in LIMITS and args[0] is not Const(1.0, node.dtype)
                 )
                 if divides and not _moves(args[1], loops):
-                    memo[node] = _product(*args, ranges)
+                    memo[node] = _product(*args, known)
                 else:
                     memo[node] = Op(node.name, args, node.dtype)
         return memo[node]
@@ -51,10 +51,10 @@ def _moves(expr: Expr, loops: frozenset[Var]) -> bool:
     return any(n in loops for n in walk(expr) if isinstance(n, Var))
 
 
-def _product(value: Expr, by: Expr, ranges: Ranges) -> Expr:
+def _product(value: Expr, by: Expr, known: Mapping[str, Range]) -> Expr:
     dtype = by.dtype
     low, high = LIMITS[dtype]
-    least, most = magnitude(by, ranges)
+    least, most = magnitude(by, known)
     if least < low or most > high:
         size = Op("abs", (by,), dtype)
         small = Op("lt", (size, Const(low, dtype)), "bool")
@@ -65,29 +65,36 @@ def _product(value: Expr, by: Expr, ranges: Ranges) -> Expr:
     return Op("mul", (value, Op("div", (Const(1.0, dtype), by), dtype)), dtype)
 
 
-def magnitude(expr: Expr, ranges: Ranges) -> tuple[float, float]:
+def magnitude(expr: Expr, known: Mapping[str, Range]) -> Range:
     """What the absolute value is within, unless it is zero, infinite or NaN."""
-    low, high = ranges.of(expr)
-    if 0 < low <= high < math.inf:
-        return low, high
-    anything = (0.0, math.inf)
-    if isinstance(expr, Const):
-        size = abs(expr.value)
-        return (size, size) if 0 < size < math.inf else (1.0, 1.0)
-    if not isinstance(expr, Op):
-        return anything
+    ranges, found = Ranges(), dict[Interned, Range]()
+    for node in walk(expr):
+        if isinstance(node, Load):
+            found[node] = known.get(node.buffer, ANYTHING)
+        elif isinstance(node, Const):
+            size = abs(node.value)
+            found[node] = (size, size) if 0 < size < math.inf else (1.0, 1.0)
+        elif isinstance(node, Op):
+            found[node] = _combined(node, [found.get(arg, ANYTHING) for arg in node.args], ranges)
+    return found.get(expr, ANYTHING)
+
+
+def _combined(expr: Op, parts: list[Range], ranges: Ranges) -> Range:
     if expr.name == "sqrt":
-        return _ROOTS[expr.dtype]
-    if expr.name not in ("max", "min", "where", "abs", "neg", "add"):
-        return anything
-    if expr.name == "add" and not all(ranges.of(arg)[0] >= 0 for arg in expr.args):
-        return anything
-    parts = [magnitude(arg, ranges) for arg in expr.args[expr.name == "where" :]]
-    most = sum(high for _, high in parts) if expr.name == "add" else max(high for _, high in parts)
-    return min(low for low, _ in parts), most
+        return _ROOTS.get(expr.dtype, ANYTHING)
+    if expr.name == "add" and all(ranges.of(arg)[0] >= 0 for arg in expr.args):
+        return min(low for low, _ in parts), sum(high for _, high in parts)
+    if expr.name in ("max", "min", "where", "abs", "neg"):
+        chosen = parts[expr.name == "where" :]
+        return min(low for low, _ in chosen), max(high for _, high in chosen)
+    return ANYTHING
 
 
-def sums(nodes: Mapping[str, Node]) -> dict[str, Range]:
-    """Ranges of the sums of a softmax: its largest term is 1 (if there is none, the sum is zero or NaN)."""
+def magnitudes(nodes: Mapping[str, Node]) -> dict[str, Range]:
+    """Of a nest's pointwise nodes, and of the sums of a softmax: the largest term of these is 1, if there is one."""
     pairs = (pair for pair in one_pass.find(nodes) if isinstance(pair, one_pass.Softmax))
-    return {pair.total: (1.0, float(math.prod(r.size for r in nodes[pair.total].rvars))) for pair in pairs}
+    found = {pair.total: (1.0, float(math.prod(r.size for r in nodes[pair.total].rvars))) for pair in pairs}
+    for name, node in nodes.items():
+        if node.pointwise and (size := magnitude(node.expr, found)) != ANYTHING:
+            found[name] = size
+    return found

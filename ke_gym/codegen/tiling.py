@@ -30,7 +30,7 @@ from ke_gym.codegen.expr import (
 )
 from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
 from ke_gym.codegen.ranges import folded
-from ke_gym.codegen.reciprocals import multiplied, sums
+from ke_gym.codegen.reciprocals import magnitudes, multiplied
 from ke_gym.codegen.tiles import (
     CACHES,
     WHOLE_ROW,
@@ -200,7 +200,7 @@ class Builder(Binder):
             expr = multiplied(
                 inverted(expr),
                 frozenset({column_var(columns) if columns > 1 else row_var(rows)}),
-                sums(self.nodes),
+                magnitudes(self.nodes),
             )
         flat = constant(0)
         for var, stride in zip(node.vars, contiguous_stride(node.shape)):
