@@ -46,8 +46,8 @@ def loads(printer: Printer, thin: Thin) -> list[str]:
 def product(printer: Printer) -> list[str]:
     """The step that adds it; in fp32 as exact as the products of few columns are by themselves.
 
-    Three products of TF32 parts, in the tile's own registers. Of infinities nothing remains, and they stay out of what
-    is multiplied by what remains.
+    Three products of TF32 parts, in the tile's own registers if these hold sums of TF32, else apart: tensor cores cut off
+    what they add to. Of infinities nothing remains, and they stay out of what is multiplied by what remains.
     """
     if printer.product.shape.dtype != "f32":
         return ["acc = tl.dot(thin_left, thin_right, acc)"]
@@ -61,6 +61,11 @@ def product(printer: Printer) -> list[str]:
             f"{low} = tl.where({low} == {low}, {low}, 0.0)",
             f'{finite} = tl.where(tl.abs({high}) < float("inf"), {high}, 0.0)',
         ]
+    own = printer.product.blocks.precision == "tf32x3"
+    total = "thin_sum" if own else "acc"
+    if own:
+        lines.append("thin_sum = tl.zeros([M, N], tl.float32)")
     for left, right in (("low", "finite"), ("finite", "low"), ("high", "high")):
-        lines.append(f'acc = tl.dot(thin_left_{left}, thin_right_{right}, acc, input_precision="tf32")')
-    return lines
+        operands = f"thin_left_{left}, thin_right_{right}, {total}"
+        lines.append(f'{total} = tl.dot({operands}, input_precision="tf32")')
+    return [*lines, "acc += thin_sum"] if own else lines

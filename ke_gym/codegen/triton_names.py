@@ -17,7 +17,7 @@ LOCALS = {
     Product: {
         "tile", "number", "batch", "group", "height", "tile_m", "tile_n", "m", "n", "k", "a", "b", "acc", "start",
         "left", "right", "left_tiles", "right_tiles", "part", "first", "tap", "c", "j", "words", "even", "odd",
-        "large", "rest", "thin", "thin_left", "thin_left_high", "thin_left_low", "thin_left_finite",
+        "large", "rest", "thin", "thin_sum", "thin_left", "thin_left_high", "thin_left_low", "thin_left_finite",
         "thin_right", "thin_right_high", "thin_right_low", "thin_right_finite",
     },
     Bag: {"bag", "first", "last", "col", "total", "count", "start", "at", "ok", "id", "value", "result", "COLUMNS"},
