@@ -308,8 +308,8 @@ class Builder:
         if blocks.split > 1 and blocks.persistent:
             raise Illegal("programs that share tiles do not walk over them")
         finished = replace(drafted, blocks=blocks)
-        changes = {"ready": bool(finished.ready), "sums": blocks.sums if finished.parted else 1}
-        finished = replace(finished, blocks=replace(blocks, **changes))
+        sums = blocks.sums if finished.parted else 1
+        finished = replace(finished, blocks=replace(blocks, ready=bool(finished.ready), sums=sums))
         if blocks.persistent and shape.batch * math.prod(finished.tiles) <= blocks.persistent:
             raise Illegal("no more tiles than programs")
         if any(store.op for store in stores) and (blocks.split > 1 or blocks.words or self.laid is not None):

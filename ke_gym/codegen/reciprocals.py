@@ -39,7 +39,7 @@ def multiplied(expr: Expr, loops: frozenset[Var], known: Mapping[str, Range]) ->
                     node.name == "div" and node.dtype in LIMITS and args[0] is not Const(1.0, node.dtype)
                 )
                 if divides and not _moves(args[1], loops):
-                    memo[node] = _product(*args, known)
+                    memo[node] = _product(args[0], args[1], known)
                 else:
                     memo[node] = Op(node.name, args, node.dtype)
         return memo[node]

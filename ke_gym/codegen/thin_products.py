@@ -83,7 +83,8 @@ class Builder(Whole):
         exact = math.frexp(scale)[0] in (0.5, -0.5)
         if not math.isfinite(scale) or scale == 0 or (shape.dtype != "f32" and not exact):
             raise Illegal("the thin product is not simply added")
-        size = Shape(1, *self.product.shape, _depth(self.other), shape.dtype)
+        rows, columns = self.product.shape
+        size = Shape(1, rows, columns, _depth(self.other), shape.dtype)
         _, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(size))
         a, b = self.other.args[:2]
         operands = self._held(a, (m, k)), self._held(b, (k, n))
@@ -102,7 +103,7 @@ class Builder(Whole):
 def _without(expr: Expr, acc: Expr, added: Expr) -> tuple[Expr, float]:
     """``expr`` of ``acc + scale * added`` as one of ``acc``, and the scale; raises ``Illegal`` if it is none."""
     for total in walk(expr):
-        terms = list(_terms(total))
+        terms = list(_terms(total)) if isinstance(total, Op) else []
         if not isinstance(total, Op) or acc not in terms:
             continue
         scales = {term: by for term in terms if (by := _scale(term, added)) is not None}
@@ -130,8 +131,8 @@ def _scale(term: Expr, added: Expr) -> float | None:
     if term is added:
         return 1.0
     if isinstance(term, Op) and term.name == "mul" and added in term.args:
-        (by,) = [arg for arg in term.args if arg is not added] or [None]
-        return float(by.value) if isinstance(by, Const) else None
+        others = [arg for arg in term.args if isinstance(arg, Const)]
+        return float(others[0].value) if others else None
     return None
 
 
