@@ -9,19 +9,7 @@ from typing import Any
 
 from ke_gym.codegen import (
     attend,
-from ke_gym.codegen import (
-    attend,
     attentions,
-    bags,
-    contract,
-    flash,
-    matmuls,
-    pairs,
-    products,
-    thin_products,
-    tiling,
-    windows,
-)
     bags,
     contract,
     flash,
