@@ -141,8 +141,10 @@ class GpuClient:
 
         Raises ``UserError`` if it cannot be although ``KE_GYM_APART`` asks for it.
         """
-        self._start_launcher(zygote)
-        answer = self._ask("move_apart")[0]
+        assert self.lock is not None
+        with self.lock.shared():  # it begins on the device as soon as it is there
+            self._start_launcher(zygote)
+            answer = self._ask("move_apart")[0]
         self.apart, self.why_not_apart = bool(answer["apart"]), str(answer["why"])
         if os.environ.get(APART) and not self.apart:
             raise UserError(
@@ -263,7 +265,13 @@ class GpuClient:
         assert self.lock is not None
         held = self.lock.alone() if do in TIMED else nullcontext() if do == BY_ITSELF else self.lock.shared()
         with held:
-            header, answer = self._exchange(do, arguments, blob)
+            try:
+                header, answer = self._exchange(do, arguments, blob)
+            except BaseException:
+                self.close()  # whatever it still does there, it must not do beside others' races
+                raise
+            if header.get("fatal"):
+                self.close()
         self._raise_what_is_said(header)
         return header, answer
 

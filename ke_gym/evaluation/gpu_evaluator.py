@@ -175,6 +175,7 @@ class GpuEvaluator(Evaluator):
     def compile_baseline(self, baseline: str) -> None:
         """See ``Evaluator.compile_baseline``; others may race on the device meanwhile."""
         with self._lanes.all(), self.account.phase("compiling the reference"):
+            self._revive()
             for name in self.shape_sets:
                 self.judge.compile(name, baseline, self.folder)
         self.baseline = baseline
@@ -244,6 +245,12 @@ class GpuEvaluator(Evaluator):
         self._signature = judge.signature
         return judge
 
+    def _revive(self) -> None:
+        """Another judge, if this evaluator's own has ended."""
+        if not self.judge.alive:
+            self.judge.close()
+            self.judge = self._open_judge(self.hidden)
+
     def _specs(self, shape_set: str) -> list[TensorSpec]:
         shape = self.judge.shapes[shape_set]
         return [*shape.inputs, *shape.state.values(), *shape.outputs]
@@ -263,9 +270,7 @@ class GpuEvaluator(Evaluator):
     def _entries(self, judge: GpuClient | None = None) -> Iterator[Any]:  # type: ignore[override]
         """Loads artifacts into a judge, the evaluator's own or another; unloads them all."""
         if judge is None:
-            if not self.judge.alive:
-                self.judge.close()
-                self.judge = self._open_judge(self.hidden)
+            self._revive()
             judge = self.judge
         loaded: list[int] = []
 
@@ -422,8 +427,7 @@ class GpuEvaluator(Evaluator):
         moved = work.bytes - min(written, self.facts.l2_bytes)
         floor_s = self.peaks.floor_s(moved, work.floor_flops)
         if seconds < floor_s:
-            if not self.judge.alive:  # it made room for a confirmation
-                self.judge = self._open_judge(self.hidden)
+            self._revive()  # it made room for a confirmation
             ceiling = self.peaks.ceiling
             again = kept_peaks(self.record.folder, lambda: self.judge.measure(), again=True)
             self.peaks = replace(again, ceiling=ceiling)

@@ -315,6 +315,7 @@ class GpuJudge:
         lock = DeviceLock(Path(folder), self.stage.facts.uuid)
         with lock.shared():
             arguments = self.stage.draw(shape_set, self.stage.rng.getrandbits(60))
+            torch.cuda.synchronize(self.stage.device)
         compiler_settings()
         chosen.baseline = gpu_rivals.compiled(chosen.reference, _MODES.get(mode, mode), arguments, lock)
         return {}
@@ -458,7 +459,9 @@ def answering(contestant: str) -> Iterator[None]:
 def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) -> Any:
     """What a request comes to: its result, or what went wrong, as data."""
     try:
-        return request(**header, **({"blob": blob} if blob else {}))
+        answer = request(**header, **({"blob": blob} if blob else {}))
+        torch.cuda.synchronize()  # with the answer, others may get the device
+        return answer
     except Died as died:
         return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
     except (UserError, torch.OutOfMemoryError) as error:

@@ -31,8 +31,7 @@ def compiled(
     with lock.shared():
         for _ in range(WARM_CALLS):
             made(*arguments)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _end()
     return made
 
 
@@ -75,13 +74,22 @@ def _places() -> tuple[list[tuple[Any, str]], list[tuple[Any, str]]] | None:
 def _held(
     where: Any, name: str, context: Callable[[], AbstractContextManager[None]]
 ) -> AbstractContextManager[Any]:
-    """``where.name`` runs in the context, until this one is left."""
+    """``where.name`` runs in the context, to the end of what it enqueues, until this one is left."""
     function = getattr(where, name)
 
     @functools.wraps(function)
     def within(*arguments: Any, **options: Any) -> Any:
+        _end()  # an outer context is let go of meanwhile
         with context():
-            return function(*arguments, **options)
+            result = function(*arguments, **options)
+            _end()
+            return result
 
     static = isinstance(where, type) and isinstance(vars(where).get(name), staticmethod)
     return mock.patch.object(where, name, staticmethod(within) if static else within)
+
+
+def _end() -> None:
+    """Wait for what this process has enqueued: it must not go on when others have the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -75,14 +75,14 @@ class Row:
     floor_ms: float | None = None
     """What bytes and FLOPs take at this device's measured peaks, with the slack of ``Peaks.floor_s``."""
     stopped: str = ""
-    """Why the search ended; by "seconds", it goes on when the suite is run again."""
+    """Why the search ended; by "seconds" or "interrupted", it goes on when the suite is run again."""
     time: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Where the time went: phase → seconds, and how often it was entered (``ke_gym.evaluation.account``)."""
 
     @property
     def cut(self) -> bool:
-        """Whether the search has evaluations left for which there was no time."""
-        return self.stopped == "seconds" and self.evaluations < self.budget
+        """Whether the search has evaluations left for which there was no time, or was ended by hand."""
+        return self.stopped == "interrupted" or (self.stopped == "seconds" and self.evaluations < self.budget)
 
     @property
     def per_minute(self) -> float:
@@ -154,6 +154,7 @@ class Suite:
         left = [task for task in chosen if not self._finished(done.get(task.name))]
         known = [done[task.name] for task in chosen if self._finished(done.get(task.name))]
         ended = {row.task for row in known}
+        before = {task.name: self._judged(task, done.get(task.name)) for task in left}
         start = time.monotonic()
         in_turn = (row for task in left if (row := self.finish(task)) is not None)
         made = self._on_all_gpus(left) if self.target == "cuda" else in_turn
@@ -163,9 +164,8 @@ class Suite:
                 continue  # there was no time for it
             rows[row.task] = row
             self._tell(row, f"{sum(map(self._finished, rows.values()))}/{len(chosen)}")
-        before = {task.name: done[task.name].evaluations for task in left if task.name in done}
         evaluations = sum(
-            row.evaluations - before.get(row.task, 0) for row in rows.values() if row.task not in ended
+            max(0, row.evaluations - before[row.task]) for row in rows.values() if row.task not in ended
         )
         rate = 60 * evaluations / (time.monotonic() - start) if evaluations else None
         if missing := [task.name for task in chosen if not self._finished(rows.get(task.name))]:
@@ -265,8 +265,20 @@ class Suite:
                 return folder if Path(run.store).exists() else None
         return None
 
+    def _judged(self, task: Task, row: Row | None) -> int:
+        """Evaluations of a task's last search so far, whether or not it lived to write its row."""
+        folder = self._resumable(task)
+        if folder is None:
+            return row.evaluations if row is not None else 0
+        _, run = read_run(folder)
+        with Store(run.store) as store:
+            return sum(node.evaluation is not None for node in store.nodes(run.session))
+
     def _optimize(self, task: Task, cut: Row | None, seconds: float | None) -> Row:
-        """Search for one task, from where it was interrupted or ``cut``; a row of nothing gained if it is refused."""
+        """Search for one task, from where it was interrupted or ``cut``; a row of nothing gained if it is refused.
+
+        Ctrl-C during the search ends the suite, once the row is written.
+        """
         start = time.perf_counter()
         row = Row(
             task=task.name, family=task.family, evaluations=0, valid=0.0, seconds=0.0, seed_correct=False,
@@ -285,7 +297,12 @@ class Suite:
             row = _filled(row, result)
         wall = time.perf_counter() - start
         spent = together([earlier.time, row.time, {IN_ALL: (wall, 1)}])
-        return self._write(replace(row, seconds=earlier.seconds + wall, time=spent))
+        # A process that was ended has written no row: its seconds only the session knows.
+        took = max(earlier.seconds + wall, row.seconds)
+        row = self._write(replace(row, seconds=took, time=spent))
+        if row.stopped == "interrupted":
+            raise KeyboardInterrupt
+        return row
 
     def _anew(self, task: Task, seconds: float | None) -> Result | None:
         """Another search, after one that could not go on."""
@@ -364,6 +381,7 @@ def _filled(row: Row, result: Result) -> Row:
     return replace(
         row,
         evaluations=result.evaluations,
+        seconds=result.seconds,
         valid=result.valid,
         seed_correct=result.seed_correct,
         reference_ms=result.reference_ms,

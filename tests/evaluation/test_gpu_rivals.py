@@ -76,6 +76,19 @@ def test_what_is_timed_is_timed_alone(lock: Told, monkeypatch: pytest.MonkeyPatc
     assert lock.held == ["alone", "timing", "no longer alone", "timing"]
 
 
+def test_nothing_that_was_enqueued_goes_on_when_others_have_the_device(
+    lock: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: lock.held.append("ended"))
+    monkeypatch.setattr(
+        type(benchmarking.benchmarker), "benchmark_gpu", lambda *_, **__: lock.held.append("timing")
+    )
+    with gpu_rivals.fenced(lock):
+        benchmarking.benchmarker.benchmark_gpu(lambda: None)
+    assert lock.held == ["ended", "alone", "timing", "ended", "no longer alone"]
+
+
 def test_in_a_version_with_other_places_all_of_it_is_alone(
     lock: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

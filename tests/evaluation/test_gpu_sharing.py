@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_rivals
 from ke_gym.evaluation.account import ALONE, SHARING
-from ke_gym.evaluation.gpu_client import APART, TIMED
+from ke_gym.evaluation.gpu_client import APART, TIMED, GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.languages.plan import TensorSpec
@@ -140,13 +141,48 @@ def test_a_reference_is_compiled_beside_others_races(
     assert first.race_baseline(candidate(first)) > 0
 
 
+def test_a_process_that_is_lost_has_ended_before_others_get_the_device(
+    two: list[GpuEvaluator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = two
+    held: list[bool] = []
+
+    def hang(self: Any, **_: Any) -> dict[str, Any]:
+        return {"died": "timeout", "log": "it hangs", "fatal": True, "rival": False}
+
+    def ended(self: GpuClient) -> None:
+        mine = self.lock._mine.__dict__.get("mode") if self.lock else None
+        held.append(mine == fcntl.LOCK_EX)
+        close(self)
+
+    close = GpuClient.close
+    monkeypatch.setattr(GpuClient, "close", ended)
+    monkeypatch.setattr(gpu_judge.GpuJudge, "race", hang)
+    assert one.evaluate(candidate(one)).outcome == "timeout"
+    assert held[0] and not one.judge.alive
+    monkeypatch.undo()
+    assert one.evaluate(candidate(one)).correct  # by another process
+    one.judge.close()
+    monkeypatch.setattr(gpu_rivals, "compiled", lambda reference, *_: reference)
+    one.compile_baseline("compile")
+    assert one.judge.alive
+
+
 def test_launching_apart_where_it_cannot_be_is_refused_if_it_was_asked_for(
     two: list[GpuEvaluator], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unfit(self: Any) -> dict[str, Any]:
         return {"apart": False, "why": "memory cannot be lent"}
 
+    begun: list[int] = []
+
+    def begin(self: Watched, _: Any) -> None:
+        assert self.lock is not None
+        begun.append(self.lock._mine.mode)
+
     monkeypatch.setenv(APART, "1")
+    monkeypatch.setattr(Watched, "_start_launcher", begin)
     monkeypatch.setattr(gpu_judge.GpuJudge, "move_apart", unfit)
     with pytest.raises(UserError, match=r"KE_GYM_APART is set, but .* \(memory cannot be lent\)"):
         two[0]._open_judge()
+    assert begun == [fcntl.LOCK_SH]  # it opens the device: beside nobody's race

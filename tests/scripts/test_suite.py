@@ -114,7 +114,7 @@ def two_gpus(suite: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, flo
         return SimpleNamespace(
             evaluations=8 if cut else 60, valid=1.0, seed_correct=True, reference_ms=3.0, best_ms=1.0, speedup=3.0,
             speedup_ci=(2.9, 3.1), kernel_coverage=1.0, run_dir=Path("kept"), floor_ms=0.5,
-            refused={"compile": 1, "no gain": 5}, stopped="seconds" if cut else "evaluations",
+            refused={"compile": 1, "no gain": 5}, stopped="seconds" if cut else "evaluations", seconds=0.0,
             time={"racing": (4.0, 8), "building": (16.0, 8)},
         )  # fmt: skip
 
@@ -213,6 +213,25 @@ def test_on_gpus_the_report_names_what_stays_behind_a_library(
     assert "evaluations a minute: 123" in printed and "pointwise over eager" not in printed
 
 
+def test_a_search_that_is_interrupted_ends_the_suite_and_goes_on_later(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(task: Any, **options: Any) -> Any:
+        return SimpleNamespace(
+            evaluations=60, valid=1.0, seed_correct=True, reference_ms=3.0, best_ms=1.0, speedup=3.0,
+            speedup_ci=(2.9, 3.1), kernel_coverage=1.0, run_dir=Path("kept"), floor_ms=0.5, refused={},
+            stopped="interrupted", seconds=90.0, time={},
+        )  # fmt: skip
+
+    monkeypatch.setattr(suite, "optimize", interrupted)
+    made = suite.Suite(("softmax", "layer_norm"), out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    (kept,) = made._read().values()
+    assert kept.task == "softmax" and kept.cut and not made._finished(kept)
+    assert kept.per_minute == pytest.approx(40)  # of all its processes
+
+
 class Interrupted(BaseException):
     pass
 
@@ -244,6 +263,7 @@ def test_a_search_that_was_ended_goes_on_where_it_was(
         made.finish(Task.load("row_sum"))
     first = list(judged)
     judged[:] = [""] * 3  # never interrupted again
+    assert made._judged(Task.load("row_sum"), None) == 2  # so many are not counted as this run's
     row = made.finish(Task.load("row_sum"))
     assert row.evaluations == 3 and len(list((tmp_path / "out").glob("*/run.json"))) == 1
     again = [name for name in judged[3:-1] if name in first]  # the last is the winner, measured once more
