@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 BUILDING = "building"
@@ -70,7 +70,7 @@ class Account:
             return {name: (round(seconds, 3), times) for name, (seconds, times) in self._spent.items()}
 
 
-def together(accounts: list[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+def together(accounts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
     """The sum of what accounts have spent."""
     total: dict[str, tuple[float, int]] = {}
     for account in accounts:
