@@ -288,6 +288,7 @@ class Suite:
         )  # fmt: skip
         earlier = cut or row
         resume = self._resumable(task)
+        result: Result | None
         try:
             result = self._search(task, seconds, resume)
         except UserError as error:
