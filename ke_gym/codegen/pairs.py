@@ -96,6 +96,7 @@ class Builder(products.Builder):
         self.step: Extern = rest[0] if rest else self.first
         self.nodes = {n: s for n in group.nodes if isinstance(s := graph.steps[n], Node)}
         self.product, self.window, self.laid = self.step.outputs[0], None, None
+        self.made = {self.product.name: self.acc}
         if len(rest) > 1 or self.first.target != "aten.bmm.default" or self.first.kwargs or self.step.kwargs:
             raise Illegal("products of matrices are the library's in CUDA C++")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -302,4 +303,6 @@ def test_arms_leave_nothing_open(zygote: Zygote) -> None:
         with opened(zygote, artifact("twice")) as (arm, _, _):
             arm.call(PATIENCE)
 
-    assert len({held(use) for _ in range(4)}) == 1
+    gc.collect()
+    first, *_, last = (held(use) for _ in range(5))
+    assert last <= first  # what others left may be closed meanwhile
