@@ -66,7 +66,7 @@ class HostKernels:
         )
         command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", "kernels.so", "kernels.cpp"]
         done = subprocess.run(
-            [*command, f"-I{HERE}", "-I."], cwd=folder, capture_output=True, text=True, timeout=120
+            [*command, f"-I{HERE}", "-I."], cwd=folder, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[:3000]
         self.library = ctypes.CDLL(str(folder / "kernels.so"))
