@@ -106,8 +106,8 @@ class Printer(emit_cuda_products.Printer[Matmul]):
             tile = "tile"
             lines.append(f"const int tile = number % {tiles};")
         if work.blocks.split > 1:
-            lines.append(f"const int part = number / {tiles}{self._batches('/')};")
-            last = f"min({work.share}, {work.steps} - part * {work.share})"
+            lines.append(f"const {self.int} part = number / {tiles}{self._batches('/')};")
+            last = f"min({work.share}, {work.steps} - int(part) * {work.share})"
             lines.append(f"const int steps = {work.share if not work.steps % work.share else last};")
         else:
             lines.append(f"constexpr int steps = {work.steps};")

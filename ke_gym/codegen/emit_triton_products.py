@@ -250,6 +250,8 @@ class Printer:
             self.body.append(f'acc += tl.dot({large}, input_precision="tf32", max_num_imprecise_acc=K)')
             return
         start = "(start - first)" if self.product.blocks.split > 1 else "start"
+        if self.unrolled and self.moving is not None:
+            start = f"(tap * {self.moving.channels} + start)"
         self.body += [
             f'large = tl.dot({large}, large, input_precision="tf32")',
             f"if {start} % ({sums} * K) == {sums - 1} * K:",

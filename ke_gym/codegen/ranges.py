@@ -8,6 +8,7 @@ which rounding cannot move past them.
 from __future__ import annotations
 
 import math
+from ctypes import c_float
 
 from ke_gym.codegen.expr import (
     BYTES,
@@ -50,9 +51,10 @@ class Ranges:
 
     def _of(self, expr: Expr) -> Range:
         if isinstance(expr, Const):
-            return (
-                ANY if isinstance(expr.value, float) and math.isnan(expr.value) else (expr.value, expr.value)
-            )
+            value = (
+                c_float(expr.value).value if expr.dtype == "f32" else expr.value
+            )  # kernels round it as well
+            return ANY if isinstance(value, float) and math.isnan(value) else (value, value)
         if isinstance(expr, Position):
             return bounds(expr.index)
         if isinstance(expr, InRange):

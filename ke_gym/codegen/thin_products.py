@@ -110,6 +110,8 @@ def _without(expr: Expr, acc: Expr, added: Expr) -> tuple[Expr, float]:
         if len(scales) != 1 or terms.count(acc) != 1:
             continue
         ((term, scale),) = scales.items()
+        if terms.count(term) != 1:
+            continue
         mark = Load(added.fields[0], (constant(0),), expr.dtype)
         around = _exchanged(expr, total, mark)
         if not any(node is acc or node is added for node in walk(around)):

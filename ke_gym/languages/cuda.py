@@ -168,6 +168,13 @@ class CudaKernel:
                 f"kernel {self.__name__!r}, argument {parameter.name!r}: a TMA descriptor expected; "
                 "make one with lang.tensor_map(tensor, box)"
             )
+        last = sum((size - 1) * step for size, step in zip(value.shape, value.stride))
+        end = (value.tensor.storage_offset() + last + 1) * value.tensor.itemsize
+        if len(value.shape) != len(value.stride) or end > value.tensor.untyped_storage().nbytes():
+            raise KernelError(
+                f"kernel {self.__name__!r}, argument {parameter.name!r}: shape {value.shape} by stride {value.stride} "
+                "reaches beyond the tensor's memory, or has other dimensions"
+            )
         return value
 
     def _refused(self, message: str) -> KernelError:

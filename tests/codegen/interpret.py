@@ -67,6 +67,7 @@ PRODUCTS = [
         ("pointwise_given", (("channels_last", True), ("precision", "tf32x3"), ("ready", True))),
         ("conv2d_single", (("channels_last", True),)),
         ("conv2d_single", (("channels_last", True), ("packed", True), ("ready", True), ("prepared", True))),
+        ("conv2d_taps", (("channels_last", True), ("ready", True), ("sums", 2), ("k", 32), ("unroll", True))),
     )
 ]
 

@@ -114,6 +114,18 @@ def test_an_index_that_is_clamped_is_not_turned_around() -> None:
     assert folded(Op("ge", (relu, Const(0.0, "f32")), "bool")) is not Const(True, "bool"), "NaN is not"
 
 
+@pytest.mark.parametrize(
+    "a, b",
+    [(1e-50, 0.0), (0.1 + 1e-12, 0.1), (1e-40, 1.00000001e-40)],
+    ids=["vanishes", "normal", "subnormal"],
+)
+def test_numbers_are_what_fp32_makes_of_them(a: float, b: float) -> None:
+    x = Load("x_f32", (constant(0),), "f32")
+    for test in sorted(TESTS):
+        whole = Op(test, (Op("max", (x, Const(a, "f32")), "f32"), Const(b, "f32")), "bool")
+        assert evaluated(whole, {"x_f32": -1.0}) == evaluated(folded(whole), {"x_f32": -1.0})
+
+
 SIZES = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 

@@ -22,7 +22,18 @@ from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import Launch
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PASSES, PRODUCTS, SMALL, THIN, case, case_ids, program, scheduled
+from tests.codegen.interpret import (
+    FOLDER,
+    HALF,
+    PASSES,
+    PRODUCTS,
+    SMALL,
+    THIN,
+    case,
+    case_ids,
+    program,
+    scheduled,
+)
 from tests.languages.gpu_modules import built, launches
 
 NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
@@ -195,6 +206,16 @@ def test_what_changes_nothing_is_not_offered() -> None:
     ready = rewrites.with_knobs(made, seed, {"0.0.ready": True})
     assert rewrites.knobs(made, ready)["0.0.sums"] == [1, 2, 4]
     assert not changes(made, single, rewrites.with_knobs(made, single, {"0.0.ready": True}))
+
+
+def test_sums_of_several_blocks_go_on_from_tap_to_tap() -> None:
+    made = Program.for_language(Task.load(str(FOLDER / "products" / "conv2d_taps.py")), "triton")
+    knobs = {"ready": True, "sums": 2, "k": 32, "unroll": True}
+    seed = next(
+        s for s in made.seeds() if any(dict(g.launch).get("channels_last") for g in s.plans[0].groups)
+    )
+    text = made.emit(rewrites.with_knobs(made, seed, {f"0.0.{name}": value for name, value in knobs.items()}))
+    assert "if (tap * 32 + start) % (2 * K) == 1 * K:" in text
 
 
 def test_a_thin_product_is_a_step_of_the_one_it_is_added_to() -> None:

@@ -126,6 +126,17 @@ def test_tensor_maps_are_plan_data() -> None:
 
 @compiler
 @pytest.mark.parametrize(
+    "described", ["(512, 512), stride=(516, 1)", "(513, 512)", "(512, 512), stride=(1,)"]
+)
+def test_tensor_maps_stay_within_their_tensors(described: str) -> None:
+    matrix = TensorSpec((512, 512), (512, 1), "float32")
+    source = TMA.replace("swizzle=128", f"swizzle=128, shape={described}")
+    with pytest.raises(BuildError, match="reaches beyond the tensor's memory"):
+        built(source, "cuda", inputs=(matrix, VECTOR))
+
+
+@compiler
+@pytest.mark.parametrize(
     ("body", "outcome", "message"),
     [
         ("kernels.scale[16, 256](out, x, 1, 2.0)", "constraints", "writes to input 0"),
