@@ -37,8 +37,8 @@ LONGEST = ("attention", "matmul", "conv")
 IN_ALL = "in all"
 """What a task's search and comparison took, whatever was done: beside the phases of ``Row.time``."""
 GPU_WORKERS = 4
-# What the last races of all searches that are cut short take; what must be left besides to begin another one.
-RESERVED_SECONDS, LEAST_SECONDS = 30.0, 15.0
+# What opening a task and, a lane, the last races of searches that are cut short take; what must be left to begin one.
+RESERVED_SECONDS, CONFIRMING_SECONDS, LEAST_SECONDS = 15.0, 5.0, 15.0
 # What the project promises of its families on a CPU, over eager.
 PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matmul": 1.0}
 
@@ -214,7 +214,8 @@ class Suite:
         """
         row = self._read().get(task.name)
         if row is None or not row.run or row.cut:
-            left = until - time.monotonic() - RESERVED_SECONDS
+            # A search opens its task before its seconds begin, and all that are cut are confirmed one after another.
+            left = until - time.monotonic() - RESERVED_SECONDS - CONFIRMING_SECONDS * self.lanes
             if left < LEAST_SECONDS:
                 return row
             row = self._optimize(task, row, None if math.isinf(until) else left)
