@@ -393,6 +393,22 @@ def walk(*roots: Interned) -> list[Interned]:
     return list(seen)
 
 
+def rebuilt(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """``expr`` with ``change`` made of its parts, innermost first: an operation is given with its operands changed.
+
+    Indices, and what is searched for, stay as they are.
+    """
+    memo: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node not in memo:
+            args = tuple(visit(arg) for arg in node.args) if isinstance(node, Op) else ()
+            memo[node] = change(Op(node.name, args, node.dtype) if isinstance(node, Op) else node)
+        return memo[node]
+
+    return visit(expr)
+
+
 def loads(*roots: Interned) -> list[Load]:
     return [n for n in walk(*roots) if isinstance(n, Load)]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from ke_gym.codegen import one_pass
-from ke_gym.codegen.expr import Const, Expr, Interned, Load, Op, Var, walk
+from ke_gym.codegen.expr import Const, Expr, Interned, Load, Op, Var, rebuilt, walk
 from ke_gym.codegen.graph import Node
 from ke_gym.codegen.ranges import Range, Ranges
 
@@ -28,23 +28,16 @@ def multiplied(expr: Expr, loops: frozenset[Var], known: Mapping[str, Range]) ->
 
     ``known``: magnitudes of tensors (``magnitudes``).
     """
-    memo: dict[Expr, Expr] = {}
 
-    def visit(node: Expr) -> Expr:
-        if node not in memo:
-            memo[node] = node
-            if isinstance(node, Op):
-                args = tuple(visit(a) for a in node.args)
-                divides = (
-                    node.name == "div" and node.dtype in LIMITS and args[0] is not Const(1.0, node.dtype)
-                )
-                if divides and not _moves(args[1], loops):
-                    memo[node] = _product(args[0], args[1], known)
-                else:
-                    memo[node] = Op(node.name, args, node.dtype)
-        return memo[node]
+    def change(node: Expr) -> Expr:
+        if not isinstance(node, Op) or node.name != "div" or node.dtype not in LIMITS:
+            return node
+        value, by = node.args
+        if value is Const(1.0, node.dtype) or _moves(by, loops):
+            return node
+        return _product(value, by, known)
 
-    return visit(expr)
+    return rebuilt(expr, change)
 
 
 def _moves(expr: Expr, loops: frozenset[Var]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import Const, Expr, Index, Interned, Load, Op, constant, of, walk
+from ke_gym.codegen.expr import Const, Expr, Index, Load, Op, constant, of, rebuilt, walk
 from ke_gym.codegen.graph import Extern, Graph, View
 from ke_gym.codegen.operands import Shape, variables
 from ke_gym.codegen.products import Builder as Whole
@@ -152,12 +152,4 @@ def _less(total: Expr, term: Expr) -> Expr:
 
 def _exchanged(expr: Expr, old: Expr, new: Expr) -> Expr:
     """``expr`` with ``new`` wherever ``old`` is."""
-    done: dict[Interned, Expr] = {}
-    for node in walk(expr):
-        if isinstance(node, Op):
-            done[node] = Op(node.name, tuple(done[arg] for arg in node.args), node.dtype)
-        elif isinstance(node, Expr):
-            done[node] = node
-        if node is old:
-            done[node] = new
-    return done[expr]
+    return rebuilt(expr, lambda node: new if node is old else node)

@@ -26,6 +26,7 @@ from ke_gym.codegen.expr import (
     compute_dtype,
     constant,
     of,
+    rebuilt,
     walk,
 )
 from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
@@ -306,21 +307,15 @@ def distinct(works: list[Work]) -> list[Work]:
 
 def inverted(expr: Expr) -> Expr:
     """``expr`` with divisions by numbers as products with their inverses."""
-    memo: dict[Expr, Expr] = {}
 
-    def visit(node: Expr) -> Expr:
-        if node not in memo:
-            memo[node] = node
-            if isinstance(node, Op):
-                args = tuple(visit(arg) for arg in node.args)
-                by = args[1] if node.name == "div" and node.dtype == "f32" else None
-                if isinstance(by, Const) and 1e-30 < abs(by.value) < 1e30:
-                    memo[node] = Op("mul", (args[0], Const(1.0 / by.value, "f32")), "f32")
-                else:
-                    memo[node] = Op(node.name, args, node.dtype)
-        return memo[node]
+    def change(node: Expr) -> Expr:
+        if isinstance(node, Op) and node.name == "div" and node.dtype == "f32":
+            value, by = node.args
+            if isinstance(by, Const) and 1e-30 < abs(by.value) < 1e30:
+                return Op("mul", (value, Const(1.0 / by.value, "f32")), "f32")
+        return node
 
-    return visit(expr)
+    return rebuilt(expr, change)
 
 
 def mirrored(works: list[Work]) -> list[Work]:

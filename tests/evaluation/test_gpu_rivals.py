@@ -15,16 +15,7 @@ from torch._inductor.runtime import benchmarking
 from ke_gym.evaluation import gpu_rivals
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.tasks.task import Task
-
-TASK = """
-import torch
-import torch.nn as nn
-class Model(nn.Module):
-    def forward(self, x):
-        return torch.sin(x) + x
-def get_inputs():
-    return [torch.randn(8, 16)]
-"""
+from tests.evaluation.test_gpu_sharing import TASK
 
 
 class Told(DeviceLock):
