@@ -497,13 +497,16 @@ class Evaluator:
         Only what was as fast in several fresh processes: a kernel that tosses a coin would spoil the record.
         """
         self._evaluated += 1
-        if self._steady is not None and self._evaluated % AA_EVERY == 1:
+        if self._steady is not None and self._evaluated % self._aa_every() == 1:
             try:
                 self.aa_race(self._steady)
             except (Rejected, RivalFailed, ArmDied):
                 self._steady = (
                     None  # not as steady as it seemed; the candidate just judged has no part in this
                 )
+
+    def _aa_every(self) -> int:
+        return AA_EVERY
 
     def aa_race(self, artifact: Artifact) -> Race:
         """One race of equals in fresh processes; goes into the machine's record."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ke_gym.evaluation.acceptance import Verdict
-from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, same_bits
-from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, copy_all, foreign, tensors_of
+from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, ring, same_bits
+from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, foreign, tensors_of
 from ke_gym.evaluation.shared import POISON
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Plan
@@ -79,14 +79,13 @@ class _Check:
         stage, chosen = self._stage, self._chosen
         worst = {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}
         for index, case in enumerate(cases):
-            seed, distribution, _ = case
+            _, distribution, _ = case
             self._set_state(case)
             stage.hold(chosen)
-            out, reason = self._call(case, index % 2)
+            out, arguments, reason = self._call(case, index % 2)
             if reason:
                 return {"reason": reason, "case": index, "damage": True}
             self._set_state(case)  # again: what belongs to the oracle could have been written to
-            arguments = stage.draw(chosen.name, seed, distribution)
             verdict = stage.verdict(chosen, arguments, out.tensors, distribution)
             if verdict is None:
                 continue  # the reference itself has no answer here
@@ -108,8 +107,9 @@ class _Check:
         if case[2]:
             self._chosen.reference.randomize(case[2])
 
-    def _call(self, case: Case, pattern: int) -> tuple[Block, str]:
-        """Run on poisoned memory; the outputs, and what was written where nothing may be, in words."""
+    def _call(self, case: Case, pattern: int) -> tuple[Block, list[Any], str]:
+        """Run on poisoned memory; the outputs, the arguments drawn again afterwards, and what was written where nothing
+        may be, in words."""
         stage, chosen, runner = self._stage, self._chosen, self._runner
         seed, distribution, _ = case
         made, held = self._made, chosen.held
@@ -118,7 +118,7 @@ class _Check:
         stage.prepare(chosen, runner, self._patience)
         prepared = [tensor.clone() for tensor in made.tensors]
         given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
-        _ring(given)
+        ring(given.bytes, given.placement.used)  # around contents that are in place already
         poison(out.bytes, out.placement.used, pattern)
         used = runner.memory.used
         poison(runner.arena, used, pattern)
@@ -135,18 +135,18 @@ class _Check:
             ("preparation's intermediate", self._preparing, self._between),
         ):
             if (byte := damaged(block, kept)) is not None:
-                return out, f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
-        before = tensors_of(stage.draw(chosen.name, seed, distribution))
-        for index, (tensor, drawn) in enumerate(zip(given.tensors, before)):
+                return out, [], f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
+        arguments = stage.draw(chosen.name, seed, distribution)
+        for index, (tensor, drawn) in enumerate(zip(given.tensors, tensors_of(arguments))):
             if not same_bits(tensor, drawn):
-                return out, f"wrote to input {index}, which is read-only"
+                return out, arguments, f"wrote to input {index}, which is read-only"
         for name, tensor in chosen.parameters.items():
             if not same_bits(tensor, chosen.reference.state[name]):
-                return out, f"wrote to parameter {name}, which is read-only"
+                return out, arguments, f"wrote to parameter {name}, which is read-only"
         for index, (tensor, prior) in enumerate(zip(made.tensors, prepared)):
             if not same_bits(tensor, prior):
-                return out, f"wrote to prepared tensor {index}, which is read-only"
-        return out, ""
+                return out, arguments, f"wrote to prepared tensor {index}, which is read-only"
+        return out, arguments, ""
 
     def _touched(self, case: Case, touch_seed: int) -> Verdict | None:
         """Twice the same contents, but for one element of every floating input and parameter."""
@@ -165,13 +165,6 @@ class _Check:
         arguments = stage.draw(chosen.name, seed, distribution)
         _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
         return stage.verdict(chosen, arguments, out.tensors, distribution)
-
-
-def _ring(block: Block) -> None:
-    """Put the red zones around contents that are in place already."""
-    kept = [tensor.clone() for tensor in block.tensors]
-    poison(block.bytes, block.placement.used, 0)
-    copy_all(block.tensors, kept)
 
 
 def _touch(tensors: list[Tensor], seed: int) -> None:

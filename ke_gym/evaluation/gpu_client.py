@@ -97,8 +97,8 @@ class GpuClient:
         self.signature = signature
         self.lock = lock if isinstance(lock, DeviceLock) else None
         try:
-            with self.lock.shared() if self.lock is not None else nullcontext():
-                uuid = self._start(zygote, baseline)
+            # Beside races: it computes nothing yet, and nobody could time anything for the seconds that it takes.
+            uuid = self._start(zygote, baseline)
             if not isinstance(lock, DeviceLock):
                 self.lock = lock(uuid)
             if self._exposed or os.environ.get(APART):

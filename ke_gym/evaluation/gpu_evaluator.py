@@ -48,6 +48,9 @@ UNPROMISING = 6
 """A device's times scatter so little that so many rounds tell most losers."""
 FRESH_ROUNDS = 12
 """Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
+AA_KNOWN, AA_SELDOM = 50, 30
+"""A device's calls scatter little and alike on every day: of so many races of equals on record, another one comes after so
+many evaluations."""
 CONTEXT_BYTES = 1 << 29
 """What a process takes of the device's memory before it has allocated anything."""
 SPARE_SHARE = 0.3
@@ -414,6 +417,9 @@ class GpuEvaluator(Evaluator):
                 "constraints", "the device's events claim less time than the host's clock measured"
             )
         return result
+
+    def _aa_every(self) -> int:
+        return AA_SELDOM if len(self.record.races) >= AA_KNOWN else super()._aa_every()
 
     # -- afterwards ------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from ke_gym.evaluation.account import ALONE, SHARING, WAITING, Account
 
 
 class DeviceLock:
-    """Whoever times something has the device alone; who only computes on it (checks, opens a process) shares it.
+    """Whoever times something has the device alone; who only computes on it (checks, draws, ends) shares it.
 
     Who times comes first, one after the other in the order in which they came: the fewer changes between the two, the
     less anybody waits for others to end. A thread keeps what it has in inner contexts: alone, it needs no more; one

@@ -68,10 +68,15 @@ class Block:
         self.shift(rng.randrange(SHIFTS))
 
 
-def poison(memory: Tensor, used: Sequence[tuple[int, int]], pattern: int) -> None:
-    """Fill bytes with ``POISON[pattern]`` where they are used and with ``RED_BYTE`` everywhere else."""
+def ring(memory: Tensor, used: Sequence[tuple[int, int]]) -> None:
+    """Fill bytes with ``RED_BYTE`` where they are not used."""
     for begin, end in zones(used, memory.numel()):
         memory[begin:end].fill_(RED_BYTE)
+
+
+def poison(memory: Tensor, used: Sequence[tuple[int, int]], pattern: int) -> None:
+    """Fill bytes with ``POISON[pattern]`` where they are used and with ``RED_BYTE`` everywhere else."""
+    ring(memory, used)
     for offset, length in used:
         memory[offset : offset + length].fill_(POISON[pattern])
 

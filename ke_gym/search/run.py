@@ -167,7 +167,7 @@ class _Loop:
                     break
             if self.late():
                 self.drop()
-            if self.drafts and len(self.flights) < self.waiting:
+            if self.drafts and len(self.flights) < self.seats():
                 self.take()
             elif self.flights:
                 self.land(self.flights.popleft())
@@ -184,6 +184,11 @@ class _Loop:
         # Whoever writes before anything is judged writes drafts only: the more is known, the more are written.
         first = max(2 * self.workers, self.writers // 4)
         return len(self.drafts) < min(self.writers, first + 2 * len(self.session.tree))
+
+    def seats(self) -> int:
+        """How many evaluations may be under way. One, until there is a kernel that the others have to beat: each would
+        be confirmed against the baseline, which takes many times as long as to lose."""
+        return self.waiting if self.session.tree.best is not None else 1
 
     def late(self) -> bool:
         """Whether the time is over: what is still being written would come after it."""

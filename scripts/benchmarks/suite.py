@@ -28,7 +28,10 @@ from ke_gym.evaluation.evaluation import BASELINES, HARNESS_VERSION
 from ke_gym.evaluation.opening import kernel_language, language_for, open_evaluator
 from ke_gym.job import RUN_FILE, read_run
 from ke_gym.search.budget import Budget
+from ke_gym.search.run import Watch
+from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Store
+from ke_gym.search.tree import Node
 from ke_gym.tasks.task import Task
 
 COMPILERS = BASELINES[1:]
@@ -37,8 +40,8 @@ LONGEST = ("attention", "matmul", "conv")
 IN_ALL = "in all"
 """What a task's search and comparison took, whatever was done: beside the phases of ``Row.time``."""
 GPU_WORKERS = 4
-# What opening a task and, a lane, the last races of searches that are cut short take; what must be left to begin one.
-RESERVED_SECONDS, CONFIRMING_SECONDS, LEAST_SECONDS = 15.0, 5.0, 15.0
+# What the last races of searches that are cut short take, in all and a lane; what must be left to begin one.
+RESERVED_SECONDS, CONFIRMING_SECONDS, LEAST_SECONDS = 10.0, 5.0, 15.0
 # What the project promises of its families on a CPU, over eager.
 PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matmul": 1.0}
 
@@ -114,6 +117,23 @@ class Job:
 
     task: bytes
     until: float
+
+
+class Until(Watch):
+    """Lets a search stop, for want of seconds, at ``end`` by the monotonic clock: however long it took to open."""
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+
+    def asked(self, session: Session, ask: Ask) -> None:
+        self.tick(session)
+
+    def told(self, session: Session, node: Node, improved: bool) -> None:
+        self.tick(session)
+
+    def tick(self, session: Session) -> None:
+        if time.monotonic() >= self._end and not session.stop_reason:
+            session.stop_reason = "seconds"
 
 
 @dataclass
@@ -214,11 +234,11 @@ class Suite:
         """
         row = self._read().get(task.name)
         if row is None or not row.run or row.cut:
-            # A search opens its task before its seconds begin, and all that are cut are confirmed one after another.
-            left = until - time.monotonic() - RESERVED_SECONDS - CONFIRMING_SECONDS * self.lanes
-            if left < LEAST_SECONDS:
+            # All that are cut are confirmed one after another.
+            end = until - RESERVED_SECONDS - CONFIRMING_SECONDS * self.lanes
+            if time.monotonic() > end - LEAST_SECONDS:
                 return row
-            row = self._optimize(task, row, None if math.isinf(until) else left)
+            row = self._optimize(task, row, end)
         if not row.run or self._finished(row) or row.cut:
             return row
         return self._compare(task, row)
@@ -275,8 +295,9 @@ class Suite:
         with Store(run.store) as store:
             return sum(node.evaluation is not None for node in store.nodes(run.session))
 
-    def _optimize(self, task: Task, cut: Row | None, seconds: float | None) -> Row:
-        """Search for one task, from where it was interrupted or ``cut``; a row of nothing gained if it is refused.
+    def _optimize(self, task: Task, cut: Row | None, end: float) -> Row:
+        """Search for one task, from where it was interrupted or ``cut``, until ``end``; a row of nothing gained if it is
+        refused.
 
         Ctrl-C during the search ends the suite, once the row is written.
         """
@@ -291,10 +312,10 @@ class Suite:
         resume = self._resumable(task)
         result: Result | None
         try:
-            result = self._search(task, seconds, resume)
+            result = self._search(task, end, resume)
         except UserError as error:
             console.print(f"{task.name}: {error}", highlight=False, style="red")
-            result = self._anew(task, seconds) if resume is not None else None
+            result = self._anew(task, end) if resume is not None else None
         if result is not None:
             row = _filled(row, result)
         wall = time.perf_counter() - start
@@ -306,23 +327,18 @@ class Suite:
             raise KeyboardInterrupt
         return row
 
-    def _anew(self, task: Task, seconds: float | None) -> Result | None:
+    def _anew(self, task: Task, end: float) -> Result | None:
         """Another search, after one that could not go on."""
         try:
-            return self._search(task, seconds, None)
+            return self._search(task, end, None)
         except UserError as error:
             console.print(f"{task.name}: {error}", highlight=False, style="red")
             return None
 
-    def _search(self, task: Task, seconds: float | None, resume: Path | None) -> Result:
-        if resume is not None and seconds is not None:
-            _, run = read_run(resume)
-            with Store(run.store) as store:
-                seconds += store.session_seconds(run.session)
+    def _search(self, task: Task, end: float, resume: Path | None) -> Result:
         return optimize(
             task,
             budget=self.budget,
-            seconds=seconds,
             target=self.target,
             language=self.language,
             workers=2 if self.target == "cpu" else GPU_WORKERS,
@@ -331,6 +347,7 @@ class Suite:
             inspect=False,
             out=self.out,
             resume=resume,
+            watch=Until(end),
         )
 
     def _compare(self, task: Task, row: Row) -> Row:
