@@ -13,16 +13,15 @@ from typing import cast
 
 from ke_gym.codegen import contract
 from ke_gym.codegen import contraction as templates
+from ke_gym.codegen.causality import limits
 from ke_gym.codegen.contract import GEMM, STRIP, Contraction, unravel, variable
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     Const,
     Expr,
     Index,
-    InRange,
     Load,
     Op,
-    Position,
     Rewriter,
     Var,
     compute_dtype,
@@ -218,9 +217,10 @@ class Builder(contract.Builder):
                 if group == 1:
                     raise
         q, k, v = (cast(tuple[int, int, int, int], view.stride) for view in views)
+        causal = rows == keys and any(ahead == 1 for ahead, _ in limits(score, self.row, self.key))
         self.problem = templates.AttentionProblem(
-            batch, heads, kv_heads, rows, keys, d, dv, q, k, v, 1.0, rows == keys and causal(score, self.row, self.key),
-        )  # fmt: skip
+            batch, heads, kv_heads, rows, keys, d, dv, q, k, v, 1.0, causal
+        )
         return views
 
     def _operand(
@@ -254,60 +254,3 @@ class Builder(contract.Builder):
 
     def _place(self) -> tuple[Index, ...]:
         return (*unravel(self.flat_head, self.lead), self.row, variable("at", self.step.args[1].shape[-1]))
-
-
-def causal(score: Expr, row: Index, key: Index) -> bool:
-    """Whether ``score`` is -inf wherever ``key`` is after ``row``."""
-    if not isinstance(score, Op) or score.name != "where":
-        return False
-    test, *branches = score.args
-    hidden = [isinstance(b, Const) and b.value == -math.inf for b in branches]
-    if hidden[0]:
-        return any(_least(t) == row - key + 1 for t in _parts(test, "or") if _least(t) is not None)
-    return hidden[1] and any(_least(_opposite(t)) == row - key + 1 for t in _parts(test, "and"))
-
-
-def _parts(test: Expr, name: str) -> list[Expr]:
-    if isinstance(test, Op) and test.name == name:
-        return [p for a in test.args for p in _parts(a, name)]
-    return [test]
-
-
-_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
-
-
-def _opposite(test: Expr) -> Expr:
-    if isinstance(test, Op) and test.name == "not":
-        return test.args[0]
-    if isinstance(test, Op) and test.name in _OPPOSITE:
-        return Op(_OPPOSITE[test.name], test.args, "bool")
-    if isinstance(test, InRange):
-        return Op("ge", (Position(test.index, "i64"), Const(test.high, "i64")), "bool")
-    return test
-
-
-def _least(test: Expr) -> Index | None:
-    """The index that ``test`` holds for as soon as it is 0 or less: ``a >= b`` gives ``b - a``."""
-    if not isinstance(test, Op) or test.name not in _OPPOSITE:
-        return None
-    a, b = (_index(x) for x in test.args)
-    if a is None or b is None:
-        return None
-    if test.name in ("lt", "le"):
-        a, b = b, a
-    return b - a + (1 if test.name in ("lt", "gt") else 0)
-
-
-def _index(expr: Expr) -> Index | None:
-    """An integer expression that is linear in loop variables, as an index."""
-    if isinstance(expr, Const) and isinstance(expr.value, int):
-        return constant(expr.value)
-    if isinstance(expr, Position):
-        return expr.index
-    if isinstance(expr, Op) and expr.name == "cast" and expr.dtype in ("i64", "i32"):
-        return _index(expr.args[0])
-    if isinstance(expr, Op) and expr.name in ("add", "sub"):
-        a, b = (_index(x) for x in expr.args)
-        if a is not None and b is not None:
-            return a + b if expr.name == "add" else a - b
-    return None

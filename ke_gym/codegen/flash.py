@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ke_gym.codegen import causality
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -19,7 +20,6 @@ from ke_gym.codegen.expr import (
     Index,
     Load,
     Op,
-    Position,
     Rewriter,
     Search,
     Var,
@@ -264,22 +264,9 @@ def _multiplied(scores: Expr) -> Expr:
 
 
 def _visible(scores: Expr, names: dict[str, Var]) -> tuple[int | None, Expr]:
-    """``k`` such that ``scores`` is -inf wherever ``key >= query + k``, and what it is elsewhere."""
-    if not isinstance(scores, Op) or scores.name != "where":
-        return None, scores
-    test, masked, rest = scores.args
-    if not (isinstance(masked, Const) and masked.value == -math.inf and isinstance(test, Op)):
-        return None, scores
-    if test.name not in ("ge", "gt") or not isinstance(test.args[1], Const):
-        return None, scores
-    ahead = test.args[0]
-    if isinstance(ahead, Op) and ahead.name == "sub":
-        key, query = ahead.args
-        if isinstance(key, Position) and isinstance(query, Position):
-            shift = key.index - query.index - of(names["n"]) + of(names["m"])
-            if not shift.terms:
-                return int(test.args[1].value) + (test.name == "gt") - shift.const, rest
-    return None, scores
+    """The least ``k`` such that ``scores`` is -inf wherever ``key >= query + k``, and what it is elsewhere."""
+    found = causality.limits(scores, of(names["m"]), of(names["n"]))
+    return min(found, key=lambda one: one[0], default=(None, scores))
 
 
 def heuristic(shape: Shape, policy: str) -> Blocks:

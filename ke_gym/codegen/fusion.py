@@ -374,8 +374,8 @@ def contracted(graph: Graph, plan: Plan) -> Plan:
 
 
 def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
-    """``plan`` with every convolution and small product in CUDA C++ whose kernel is to be had there (see ``windows``
-    and ``pairs``), two products that follow each other in one."""
+    """``plan`` with every convolution, small product and attention in CUDA C++ whose kernel is to be had there (see
+    ``windows``, ``pairs`` and ``attentions``), two products that follow each other in one."""
     order = {n: k for k, n in enumerate(graph.steps)}
     for first, second in following(graph):
         merged = paired(plan, first, second, order)
@@ -383,12 +383,15 @@ def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
     for k, group in enumerate(plan.groups):
         other = replace(group, launch=(("language", windows.LANGUAGE),))
         changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
-        alone = len(attend.products_of(graph, group.nodes)) == 1
-        if graph.language != windows.LANGUAGE and alone and legal(graph, changed):
+        if (
+            graph.language != windows.LANGUAGE
+            and attend.products_of(graph, group.nodes)
+            and legal(graph, changed)
+        ):
             nest: Any = cached_nest(
                 graph, other, visible_in(graph, other.nodes, [g.nodes for g in changed.groups])
             )
-            if isinstance(nest, (pairs.Pairs, windows.Windowed)):
+            if isinstance(nest, (pairs.Pairs, windows.Windowed, attentions.Attention)):
                 plan = changed
     return plan
 

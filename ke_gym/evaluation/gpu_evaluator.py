@@ -48,7 +48,7 @@ UNPROMISING = 6
 """A device's times scatter so little that so many rounds tell most losers."""
 FRESH_ROUNDS = 12
 """Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
-AA_KNOWN, AA_SELDOM = 50, 30
+AA_KNOWN, AA_SELDOM = 10, 30
 """A device's calls scatter little and alike on every day: of so many races of equals on record, another one comes after so
 many evaluations."""
 CONTEXT_BYTES = 1 << 29

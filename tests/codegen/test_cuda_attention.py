@@ -17,10 +17,24 @@ from ke_gym.codegen.variants import nest_of
 from ke_gym.codegen.windows import SHARED
 from ke_gym.languages import nvrtc
 from ke_gym.languages.base import Signature
+from ke_gym.tasks import Task
 from tests.codegen.attention_cases import CASES, program, schedule, task
 from tests.codegen.cuda_on_host import ran
 from tests.codegen.interpret import scheduled
 from tests.languages.gpu_modules import built, launches
+
+MASKED = """
+import torch
+import torch.nn as nn
+shapes = {"cpu": {}, "gpu": {}}
+class Model(nn.Module):
+    def forward(self, query, key, value):
+        scores = query @ key.transpose(-1, -2) / 8.0
+        at = torch.arange(80, device=query.device)
+        return torch.softmax(MASK, dim=-1) @ value
+def get_inputs():
+    return [torch.randn(1, 2, 80, 64).half() for _ in range(3)]
+"""
 
 
 def kernel(made: Program, plan: Schedule) -> Attention:
@@ -108,14 +122,42 @@ def test_other_architectures_have_no_such_products() -> None:
     assert not made.legal(schedule("causal"))
 
 
-def test_among_triton_kernels_attention_may_be_one_in_cuda() -> None:
+def test_among_triton_kernels_attention_is_one_in_cuda_first() -> None:
     made = program("causal", "triton")
     first = made.seeds()[0]
-    work: object = nest_of(made, first, 0, 0)
+    kernel(made, first)
+    assert "lang.cuda(" in made.emit(first) and "@triton.jit" not in made.emit(first)
+    other = rewrites.apply(made, first, "matrix_unit", 0)
+    assert other in made.seeds()
+    work: object = nest_of(made, other, 0, 0)
     assert isinstance(work, Flash) and not isinstance(work, Attention)
-    other = next(
-        found for draw in range(3) if (found := rewrites.apply(made, first, "matrix_unit", draw)) is not None
-    )
-    kernel(made, other)
-    assert "lang.cuda(" in made.emit(other) and "@triton.jit" not in made.emit(other)
-    assert rewrites.apply(made, other, "matrix_unit", 0) == first
+    assert first in (rewrites.apply(made, other, "matrix_unit", draw) for draw in range(3))
+    elsewhere = made.on("sm_90").seeds()[0]
+    assert "@triton.jit" in made.emit(elsewhere)
+
+
+MASKS = {
+    "scores.masked_fill(~torch.ones(80, 80, dtype=torch.bool).tril(), -torch.inf)": 1,
+    "scores.masked_fill(torch.tril(torch.ones(80, 80)) == 0, -torch.inf)": 1,
+    "torch.where(at[:, None] >= at, scores, -torch.inf)": 1,
+    "torch.where((at[:, None] >= at) & (at[:, None] - at < 17), scores, -torch.inf)": 1,
+    "scores.masked_fill(~((at[:, None] + 3 >= at) & (at[:, None] - at < 17)), -torch.inf)": 4,
+    "scores.masked_fill((at[:, None] < at) | (at > 70), -torch.inf)": 1,
+    "scores + torch.full((80, 80), -torch.inf, dtype=scores.dtype).triu(1)": None,  # an infinite score is NaN then
+    "scores.masked_fill(at[:, None] < at, -1e4)": None,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_causal_masks_are_known_however_they_are_written(mask: str, tmp_path: Path) -> None:
+    file = tmp_path / "masked.py"
+    file.write_text(MASKED.replace("MASK", mask))
+    given = Task.from_file(file)
+    made = Program.from_task(given, "cuda", "cuda")
+    plan = made.seeds()[0]
+    assert kernel(made, plan).visible == MASKS[mask]
+    with patch.object(cuda_tensor_cores, "helpers", lambda used: []):
+        text = made.emit(plan)
+    inputs = given.inputs("gpu", 3)
+    (wanted,) = given.reference("gpu")(*inputs)
+    torch.testing.assert_close(ran(text, tmp_path, inputs, {}), wanted, rtol=2e-2, atol=2e-2)
