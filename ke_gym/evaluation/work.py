@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ke_gym.evaluation.needed import Needed
 from ke_gym.tasks.task import Reference
 
 # Operators that touch only part of an operand: the table is charged what is gathered, not its size.
@@ -22,13 +23,12 @@ _FOLDING = ("sum", "mean", "var", "std", "norm", "softmax", "logsumexp", "prod",
 _EXTREMES = ("max", "min")
 # Operators that are tagged as pointwise but compute nothing.
 _MOVING = ("clone", "copy", "fill", "zero")
-# A Winograd or FFT convolution legally does fewer multiplications than the direct count.
-_CONVOLUTION_SLACK = 0.25
 
 
 @dataclass(frozen=True)
 class Work:
-    """Least bytes moved (each input read once, each output written once) and FLOPs of one call.
+    """Least bytes moved (each input read once, as far as masks do not hide it, each output written once) and FLOPs of one
+    call.
 
     ``flops`` are those of products (matrices, convolutions, attention), ``floor_flops`` the least of them that
     any algorithm needs; ``arithmetic`` also counts one for every element of a pointwise operator or a reduction,
@@ -50,7 +50,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes = [t.numel() * t.element_size() for t in inputs]
         self.read: dict[int, float] = defaultdict(float)
         self.flops = 0.0
-        self.floor_flops = 0.0
+        self.needed = Needed(inputs)
         self.elementwise = 0.0
         self.reduction = 1.0
         self.keep: list[Any] = list(inputs)
@@ -63,9 +63,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if count is not None:
             flops = float(count(*args, **(kwargs or {}), out_val=out))
             self.flops += flops
-            self.floor_flops += flops * (_CONVOLUTION_SLACK if "conv" in str(func) else 1.0)
+            self.needed.product(func, args, results, flops)
         name = func.__name__
         if count is None:
+            self.needed.other(func, name, args, results)
             self.elementwise += _elements(func, name, args, results)
         self._fold(name, args, results)
         for tensor in tree_leaves((args, kwargs)):
@@ -112,9 +113,9 @@ def count(reference: Reference, inputs: list[Any]) -> Work:
     tensors = [t for t in inputs if isinstance(t, Tensor)] + list(reference.state.values())
     with torch.no_grad(), _Counter(tensors) as counter:
         outputs = reference(*inputs)
-    read = sum(min(counter.read[i], counter.sizes[i]) for i in counter.read)
+    read = sum(min(counter.read[i], counter.sizes[i]) * counter.needed.read[i] for i in counter.read)
     written = sum(float(t.numel() * t.element_size()) for t in outputs)
     elements_out = max(1, min((t.numel() for t in outputs if t.is_floating_point()), default=1))
     reduction = max(counter.reduction, counter.flops / 2 / elements_out)
     arithmetic = counter.flops + counter.elementwise
-    return Work(read + written, counter.flops, counter.floor_flops, reduction, arithmetic)
+    return Work(read + written, counter.flops, counter.needed.flops, reduction, arithmetic)
