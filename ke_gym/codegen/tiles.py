@@ -191,8 +191,12 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
 
 def _elements(tiles: Tiles) -> int:
     """About how many a program takes: fewer where each waits for an index that is no search's."""
-    gathered = any(isinstance(n, Indirect) for work in tiles.works for n in walk(work.expr))
-    return 1024 if gathered and not _searched(tiles) else 2048
+    return 1024 if gathers(tiles) and not _searched(tiles) else 2048
+
+
+def gathers(tiles: Tiles) -> bool:
+    """Whether elements are read at places that have to be read first."""
+    return any(isinstance(n, Indirect) for work in tiles.works for n in walk(work.expr))
 
 
 def _searched(tiles: Tiles) -> bool:

@@ -245,6 +245,19 @@ def test_large_kernels_have_drafts_that_tell_the_caches() -> None:
     assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("rms_norm").seeds())
 
 
+def test_what_is_gathered_again_has_a_draft_that_finds_it_in_the_cache() -> None:
+    made = Program.for_language(Task.load("gather_rows"), "triton")
+    launches = [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()]
+    assert {"columns": 64, "rows": 256, "warps": 8} in launches  # 128256 x 64 of a table are 33 MB
+    assert not any("rows" in launch for launch in launches if launch.get("columns") != 64)
+    assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("gather_rows").seeds())
+
+
+def test_short_rows_of_gathered_elements_have_a_draft_one_by_one() -> None:
+    made = Program.for_language(Task.load("batch_event_truncate"), "triton")
+    assert {"rows": 1, "warps": 2} in [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()]
+
+
 COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
 
 
