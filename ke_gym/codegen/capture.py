@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-# Operations the generator has a better form of than their decomposition, or calls as they are.
-KEPT = (aten.scaled_dot_product_attention.default,)
+ATTENTION = aten.scaled_dot_product_attention.default
+# Operations the generator calls as they are.
+KEPT = (ATTENTION,)
+OWN_ATTENTION = {
+    "cpp": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32,),
+    "cuda": (),
+}
+"""In which dtypes the generator's own attention takes the library's place, by language: there the library's is slow."""
 
 EXTRA = (
     aten._log_softmax_backward_data,
@@ -152,14 +159,17 @@ INSTEAD = (
 )
 
 
-def capture(task: Task, shape_set: str) -> Captured:
-    """Raises ``CodegenError`` naming the operation and source line that cannot be captured, and what to do."""
+def capture(task: Task, shape_set: str, language: str = "cpp") -> Captured:
+    """The task's graph, for kernels in ``language``.
+
+    Raises ``CodegenError`` naming the operation and source line that cannot be captured, and what to do.
+    """
     with _Unfilled():
         reference = task.reference(shape_set)
     inputs = _arguments(task, shape_set)
     try:
         with _exporting, _quiet():
-            captured = _joint(reference, inputs) if task.backward else _exported(reference, inputs)
+            captured = _joint(reference, inputs) if task.backward else _exported(reference, inputs, language)
     except CodegenError as error:
         raise CodegenError(f"{task.name}: {error}; {INSTEAD}") from error
     except Exception as error:
@@ -251,14 +261,18 @@ def _originals(reference: Any) -> dict[str, str]:
     return dict(zip(reference.state, (n for n, _ in [*module.named_parameters(), *module.named_buffers()])))
 
 
-def _exported(reference: Any, inputs: list[Any]) -> Captured:
+def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
     from torch.export.graph_signature import InputKind, OutputKind
 
     module = reference.module
     mangled = {original: name for name, original in _originals(reference).items()}
     with torch.no_grad():
         program = torch.export.export(module, tuple(inputs), strict=False)
-        program = program.run_decompositions(decompositions())
+        table = decompositions()
+        calls = program.graph.find_nodes(op="call_function", target=ATTENTION)
+        if all(_is_plain(call, OWN_ATTENTION[language]) for call in calls):
+            table[ATTENTION] = _attention
+        program = program.run_decompositions(table)
     signature = program.graph_signature
     names: list[str | None] = []
     arguments: list[str] = []
@@ -286,6 +300,31 @@ def _exported(reference: Any, inputs: list[Any]) -> Captured:
     output = program.graph.output_node()
     output.args = (tuple(a for a, keep in zip(output.args[0], kept) if keep),)
     return Captured(program.graph, tuple(names), constants, (*arguments, *state), tuple(state))
+
+
+def _is_plain(call: torch.fx.Node, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether attention is computed in one of ``dtypes``, without dropout, and without a mask: where a row sees no key, the
+    library gives zeros and a softmax NaN, and which NaN of hidden values spread depends on the library's blocks."""
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), call.args[3:6])) | call.kwargs
+    value = call.meta.get("val")
+    alone = given.get("attn_mask") is None and not given.get("dropout_p") and not given.get("is_causal")
+    return alone and isinstance(value, torch.Tensor) and value.dtype in dtypes
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **__: object,
+) -> torch.Tensor:
+    """What torch documents ``scaled_dot_product_attention`` to be equivalent to, where it is ``_is_plain``."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.softmax(scores, dim=-1) @ value
 
 
 def _joint(reference: Any, inputs: list[Any]) -> Captured:

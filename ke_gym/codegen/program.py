@@ -49,7 +49,7 @@ class Program:
         features = None
         for shape_set in task.public_shapes(target):
             try:
-                captured = capture(task, shape_set)
+                captured = capture(task, shape_set, "cpp" if target == "cpu" else language)
                 features = features or Features.of(captured)
                 graph = lower(captured, task.precision)
                 nodes = [step for step in graph.steps.values() if isinstance(step, Node)]

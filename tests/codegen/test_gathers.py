@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,35 @@ def test_causal_attention_leaves_out_only_what_weighs_nothing() -> None:
     value[0, 1, 149, 7], value[1, 2, 140, 0] = NAN, INF  # 0 * NaN is NaN: rows before see it too
     key[1, 0, 100, 3] = NAN
     same(causal, query, key, value, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.3}, {"enable_gqa": True}, {"dropout_p": 0.0, "is_causal": False}], ids=str
+)
+def test_the_library_s_attention_is_taken_over(options: dict[str, Any], dtype: torch.dtype) -> None:
+    heads = 2 if "enable_gqa" in options else 4
+    query, key, value = (drawn(2, n, 70, 24, seed=n).to(dtype) for n in (4, heads, heads))
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
+    source = source_of(attended, query, key, value)
+    assert "ke::attention" in source and "torch.ops" not in source
+    same(attended, query, key, value, tolerance=1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"attn_mask": torch.ones(40, 40).bool().tril(-1)}], ids=str
+)
+def test_attention_with_a_mask_stays_the_library_s(options: dict[str, Any]) -> None:
+    query, key, value = (drawn(2, 3, 40, 16, seed=s) for s in range(3))
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.relu(F.scaled_dot_product_attention(query, key, value, **options))
+
+    assert "aten.scaled_dot_product_attention" in source_of(attended, query, key, value)
+    same(attended, query, key, value)
 
 
 def test_attention_with_shared_heads_lengths_and_bias() -> None:

@@ -42,7 +42,7 @@ NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
 INTERPRETED = (
     "softmax", "layer_norm", "column_mean", "argmax", "reverse_cumsum", "max_pool", "cross_entropy", "bucketize",
     "map_id", "rotary_embedding", "matmul_bias_gelu", "attention_gqa_decode", "dense_to_jagged", "embedding_bag",
-    "matmul_row_max",
+    "matmul_row_max", str(FOLDER / "attention" / "library.py"),
 )  # fmt: skip
 
 
@@ -141,6 +141,14 @@ def test_half_precision_is_one_kernel_of_its_own(name: str) -> None:
     assert text.count("@triton.jit\ndef compute_") - copies == 1
     assert "tl.dot" in text
     assert "torch.ops" not in text
+
+
+def test_the_library_keeps_attention_in_half_precision() -> None:
+    task = Task.load(str(FOLDER / "attention" / "library.py"))
+    made = {language: Program.from_task(task, "cuda", language) for language in ("triton", "cuda")}
+    text = {language: one.emit(one.seeds()[0]) for language, one in made.items()}
+    assert "tl.dot" in text["triton"] and "scaled_dot_product_attention" not in text["triton"]
+    assert "aten.scaled_dot_product_attention" in text["cuda"]  # which has attention in half precision alone
 
 
 def test_what_is_summed_over_rows_is_read_once() -> None:
