@@ -3,6 +3,7 @@
     python scripts/benchmark.py evaluation      can verdicts be trusted, and how fast are they
     python scripts/benchmark.py suite           how fast does every built-in task become
     python scripts/benchmark.py operators       how fast do the operators of the KernelEvolve paper become
+    python scripts/benchmark.py drafts          how fast are the generator's kernels without a search; nothing is confirmed
     python scripts/benchmark.py env             how many steps a second do the environments make
     python scripts/benchmark.py llm             what prompts, faults and waiting for models cost
     python scripts/benchmark.py policies        do trained policies beat chance on families they never saw
@@ -15,6 +16,7 @@ from __future__ import annotations
 import sys
 
 import tyro
+from benchmarks.drafts import Drafts
 from benchmarks.env import Env
 from benchmarks.evaluation import Evaluation
 from benchmarks.llm import Llm
@@ -31,6 +33,7 @@ if __name__ == "__main__":
                 "evaluation": Evaluation,
                 "suite": Suite,
                 "operators": Operators,
+                "drafts": Drafts,
                 "env": Env,
                 "llm": Llm,
                 "policies": Policies,
