@@ -107,9 +107,17 @@ def _index(expr: Expr) -> Index | None:
     if isinstance(expr, Position):
         return expr.index
     if isinstance(expr, Op) and expr.name == "cast" and expr.dtype in ("i64", "i32"):
-        return _index(expr.args[0])
+        return _fitting(_index(expr.args[0]), expr.dtype)
     if isinstance(expr, Op) and expr.name in ("add", "sub"):
         a, b = (_index(x) for x in expr.args)
         if a is not None and b is not None:
-            return a + b if expr.name == "add" else a - b
+            return _fitting(a + b if expr.name == "add" else a - b, expr.dtype)
     return None
+
+
+def _fitting(index: Index | None, dtype: str) -> Index | None:
+    """The index, unless an integer of this type does not hold all of it."""
+    if index is None or dtype == "i64":
+        return index
+    low, high = bounds(index)
+    return index if dtype == "i32" and low >= -(2**31) and high < 2**31 else None

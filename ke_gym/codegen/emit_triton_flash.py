@@ -83,7 +83,8 @@ class Printer:
         visible = flash.visible or 0
         seen = f"min({_plus('tile * M', visible)}, {keys}) // N * N"
         self.lines.append(f"whole = {seen if visible >= 0 else f'max({seen}, 0)'}")
-        self.lines.append(f"end = tl.cdiv(min({_plus('tile * M + M', visible - 1)}, {keys}), N) * N")
+        last = f"min({_plus('tile * M + M', visible - 1)}, {keys})"
+        self.lines.append(f"end = tl.cdiv({last if visible > 0 else f'max({last}, 0)'}, N) * N")
         self._loop("0, whole", flash.open, False)
         self._loop("whole, end", flash.scores, self.ragged["n"])
         count = -(-keys // flash.blocks.n)

@@ -50,7 +50,7 @@ def _told(tiles: Tiles) -> dict[str, Any] | None:
 def _looped(tiles: Tiles) -> dict[str, Any] | None:
     if not (tiles.caches and _reduces(tiles) and PIECE < tiles.columns <= tiles.blocks.columns):
         return None
-    widest = max(BYTES[buffer.dtype] for buffer in tiles.reads if buffer.numel >= tiles.rows)
+    widest = max((BYTES[b.dtype] for b in tiles.reads if b.numel >= tiles.rows), default=4)
     fits = (64 // FEWER) * tiles.columns * widest <= KEPT
     return {"cache": "reads", "rows": 1, "columns": PIECE, "warps": FEWER if fits else FULL}
 

@@ -121,9 +121,10 @@ class Expected:
         l2 = float(torch.linalg.vector_norm(d)) / (self.rms * math.sqrt(self.count) + tiny)
         stride = max(1, d.numel() >> 16)  # quantiles of a sample: a sort would cost more than the kernel
         some, magnitude = d[::stride].abs(), y[::stride].abs()
-        if self.mask is not None:
-            kept = self.mask.reshape(-1)[::stride]
-            some, magnitude = some[kept], magnitude[kept]
+        if self.mask is not None:  # what is finite may lie at other places than every stride-th
+            kept = self.mask.reshape(-1).nonzero()[:, 0]
+            kept = kept[:: max(1, kept.numel() >> 16)]
+            some, magnitude = d[kept].abs(), y[kept].abs()
         tail = _quantile(some / (magnitude + (self.rms + tiny)), TAIL)
         typical = _quantile(some / (magnitude + (self.scale + tiny)), 0.5)
         return Errors(max_abs, max_abs / (self.top + tiny), l2, tail, typical)

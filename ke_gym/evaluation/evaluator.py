@@ -108,6 +108,7 @@ class Evaluator:
         self._builds = Builds(self._cores)
         self._evaluated = 0
         self._steady: Artifact | None = None
+        self._steady_s = 0.0
         self._state = ExitStack()
         try:
             self.zygote = self._state.enter_context(Zygote(self.threads))
@@ -195,7 +196,7 @@ class Evaluator:
             now = self._clock()
             base = base.replace(cost=replace(cost, check_s=checked - compiled, race_s=now - checked))
             if base.improved:
-                self._steady = artifact
+                self._steady, self._steady_s = artifact, (base.time_ms or 0.0) / 1e3
             with self.account.phase("racing equals"):
                 self._maybe_aa()
         if absent:

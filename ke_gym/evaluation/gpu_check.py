@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, ring, same_bits
-from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, foreign, tensors_of
+from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, copy_all, foreign, tensors_of
 from ke_gym.evaluation.shared import POISON
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Plan
@@ -118,7 +118,7 @@ class _Check:
         stage.prepare(chosen, runner, self._patience)
         prepared = [tensor.clone() for tensor in made.tensors]
         given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
-        ring(given.bytes, given.placement.used)  # around contents that are in place already
+        _ring(given)
         poison(out.bytes, out.placement.used, pattern)
         used = runner.memory.used
         poison(runner.arena, used, pattern)
@@ -165,6 +165,19 @@ class _Check:
         arguments = stage.draw(chosen.name, seed, distribution)
         _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
         return stage.verdict(chosen, arguments, out.tensors, distribution)
+
+
+def _ring(block: Block) -> None:
+    """Put the red zones around contents that are in place already, and poison into what strides leave out."""
+    gaps = any(
+        t.numel() * t.element_size() < s.storage_bytes for t, s in zip(block.tensors, block.placement.specs)
+    )
+    if not gaps:
+        ring(block.bytes, block.placement.used)
+        return
+    kept = [tensor.clone() for tensor in block.tensors]
+    poison(block.bytes, block.placement.used, 0)
+    copy_all(block.tensors, kept)
 
 
 def _touch(tensors: list[Tensor], seed: int) -> None:

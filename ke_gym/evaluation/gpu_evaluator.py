@@ -48,8 +48,8 @@ UNPROMISING = 6
 """A device's times scatter so little that so many rounds tell most losers."""
 FRESH_ROUNDS = 12
 """Rounds of a confirmation's first race: that a kernel stays honest, the soak before it shows."""
-AA_KNOWN, AA_SELDOM = 10, 30
-"""A device's calls scatter little and alike on every day: of so many races of equals on record, another one comes after so
+AA_SELDOM = 30
+"""A device's calls scatter little and alike on every day: once their floor is on record, a race of equals comes after so
 many evaluations."""
 CONTEXT_BYTES = 1 << 29
 """What a process takes of the device's memory before it has allocated anything."""
@@ -112,6 +112,7 @@ class GpuEvaluator(Evaluator):
         self._spares = Spares(self._open_spare, 0)
         self._evaluated = 0
         self._steady: Artifact | None = None
+        self._steady_s = 0.0
         self._profiled: dict[str, Any] = {}
         self._inspector = Inspector(self._replayed, self._undisturbed, lambda: self.account.total(ALONE))
         self._state = ExitStack()
@@ -419,7 +420,7 @@ class GpuEvaluator(Evaluator):
         return result
 
     def _aa_every(self) -> int:
-        return AA_SELDOM if len(self.record.races) >= AA_KNOWN else super()._aa_every()
+        return AA_SELDOM if self.record.knows(self._steady_s) else super()._aa_every()
 
     # -- afterwards ------------------------------------------------------------------------------------------
 

@@ -85,8 +85,7 @@ class Stopwatch:
         while (spent := time.perf_counter() - begin) < _WARM_MOST_S:
             runtime._sleep(int(0.005 * self._cycles_per_s))
             torch.cuda.synchronize(self._device)
-            self.top_mhz = max(self.top_mhz, self._clocks.mhz())
-            if spent > _WARM_S and self.top_mhz >= THROTTLED * self._clocks.most_mhz():
+            if self.mhz() >= THROTTLED * self._clocks.most_mhz() and spent > _WARM_S:
                 break
 
     def time(

@@ -1,4 +1,7 @@
-"""What masks leave needed of a task's products: no kernel has to compute a score that is hidden, or to read its key."""
+"""What masks leave needed of a task's products: no kernel has to compute a score that is hidden, or to read its key.
+
+A bound, and in doubt too low: right kernels must not be refused for being too fast.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,37 @@ from torch.utils._pytree import tree_leaves
 
 # A Winograd or FFT convolution legally does fewer multiplications than the direct count; attention that is causal half.
 _SLACK = {"conv": 0.25, "attention": 0.5}
-# Operators, besides pointwise ones and views, after which an element is still the one that was masked.
-_KEEPING = ("softmax", "clone", "copy", "view")
-# ... and after which a tensor holds nothing but an input's elements.
-_MOVING = ("clone", "copy", "expand", "repeat", "transpose", "permute", "view")
+# Operators that leave every element what it was, or zero if it was.
+_KEEPING = ("mul", "div", "neg", "clone", "_to_copy")
+# ... and where it was, the matrices of a batch counted anew.
+_ELEMENTWISE = (*_KEEPING, "view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias")
+_MOVING = ("clone", "copy", "expand", "repeat", "view", "unsqueeze")
 _HIDDEN = -1e4
-"""What is added to a score to hide it is at most this."""
+"""What a score is replaced by, or added to it, to hide it is at most this."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Product:
-    """One product: its FLOPs and the share of them that any algorithm needs, and the inputs that its operands are."""
+    """One product: its FLOPs, the share of them that any algorithm needs, and the inputs that its operands are.
+
+    ``seen``: which of its elements no mask hides. ``whole``: all of them are needed elsewhere.
+    """
 
     flops: float
-    share: float
+    slack: float
     sources: tuple[int | None, ...]
+    share: float = 1.0
+    seen: Tensor | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where elements are ``seen``; the others are ``hidden`` by huge negative numbers, or zero. ``depends``: on inputs."""
+
+    seen: Tensor
+    hidden: bool
+    depends: bool
 
 
 class Needed:
@@ -35,76 +54,151 @@ class Needed:
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:
-        self.products: list[Product] = []
-        self.read = [1.0] * len(inputs)
-        """The share of each input that any algorithm has to read."""
+        self._products: list[Product] = []
         self._made: dict[int, Product] = {}  # tensors whose elements are a product's, one each
-        self._shares: dict[int, float] = {}  # tensors that were masked: the share that was not
+        self._used: set[int] = set()  # of those, the ones that something reads
+        self._hidden: dict[int, float] = {}  # tensors that hold a huge negative number in all but this share
+        self._zero: dict[int, float] = {}  # ... or zeros
         self._sources = {id(tensor): number for number, tensor in enumerate(inputs)}
+        self._readers = [0] * len(inputs)
+        self._given = {id(tensor) for tensor in inputs}  # what depends on inputs
 
     @property
     def flops(self) -> float:
-        return sum(product.flops * product.share for product in self.products)
+        """FLOPs that any algorithm needs."""
+        return sum(p.flops * p.slack * (1.0 if p.whole else p.share) for p in self._products)
+
+    def read(self, number: int) -> float:
+        """The share of an input that any algorithm has to read."""
+        least = 1.0
+        for product in self._products:
+            for source, axis in zip(product.sources, (-1, -2)):
+                if source == number and self._readers[number] == 1 and not product.whole:
+                    least = min(least, _lines(product, axis))
+        return least
 
     def product(self, func: Any, args: Any, results: list[Tensor], flops: float) -> None:
         """Tell of a product."""
         operands = [a for a in args if isinstance(a, Tensor)]
+        self._use(operands, results, moving=False)
         slack = min((share for kind, share in _SLACK.items() if kind in str(func)), default=1.0)
-        share = min([slack, *(self._shares.get(id(t), 1.0) for t in operands)])
-        made = Product(flops, share, tuple(self._sources.get(id(t)) for t in operands[-2:]))
-        self.products.append(made)
+        if "attention" in str(func) and len(operands) > 3:
+            slack = 0.0  # who knows what its mask hides
+        slack = min([slack, *(self._zero.get(id(t), 1.0) for t in operands)])
+        made = Product(flops, slack, tuple(self._sources.get(id(t)) for t in operands[-2:]))
+        self._products.append(made)
         self._made |= {id(tensor): made for tensor in results}
 
     def other(self, func: Any, name: str, args: Any, results: list[Tensor]) -> None:
         """Tell of an operator that is none."""
-        for result in results[:1]:
-            given = [a for a in tree_leaves(args) if isinstance(a, Tensor)]
-            self._follow(func, name, given, result)
-            added = name.startswith("add")  # what is added to anything but scores hides nothing
-            mask = (
-                None if added and not any(id(t) in self._made for t in given) else _mask(name, args, result)
-            )
-            pointwise = torch.Tag.pointwise in func.tags
-            if mask is None and not (pointwise or func.is_view or any(word in name for word in _KEEPING)):
-                continue
-            same = [t for t in given if t.numel() == result.numel()]
-            share = 1.0 if mask is None else _share(mask)
-            if (least := min([share, *(self._shares.get(id(t), 1.0) for t in same)])) < 1.0:
-                self._shares[id(result)] = least
-            product = next((self._made[id(t)] for t in same if id(t) in self._made), None)
-            if product is not None and "softmax" not in name:
-                self._made[id(result)] = product
-                if mask is not None:
-                    self._hide(product, mask, share)
+        given = [a for a in tree_leaves(args) if isinstance(a, Tensor)]
+        moving = func.is_view or any(word in name for word in _MOVING)
+        self._use(given, results, moving)
+        if len(results) != 1:
+            return
+        (result,) = results
+        for tensor in given:
+            if moving and id(tensor) in self._sources and _keeps_matrix(tensor, result):
+                self._sources[id(result)] = self._sources[id(tensor)]
+        same = [t for t in given if t.numel() == result.numel() and t.dtype != torch.bool]
+        held = next((t for t in same if id(t) in self._made), same[0] if same else None)
+        if held is None:
+            return
+        mask = self._mask(name, args, held)
+        if mask is not None:
+            share = 0.0 if mask.depends else _share(mask.seen)
+            (self._hidden if mask.hidden else self._zero)[id(result)] = share
+        elif "softmax" in name and id(held) in self._hidden:
+            self._zero[id(result)] = self._hidden[id(held)]
+        elif func.is_view or name.startswith(_KEEPING):
+            for known in (self._hidden, self._zero):
+                if id(held) in known:
+                    known[id(result)] = known[id(held)]
+        made = self._made.get(id(held))
+        if made is not None and (mask is not None or name.startswith(_ELEMENTWISE)):
+            self._made[id(result)] = made
+            if mask is not None:
+                _hide(made, mask)
+                known = self._hidden if mask.hidden else self._zero
+                known[id(result)] = min(known[id(result)], made.share)
 
-    def _follow(self, func: Any, name: str, given: list[Tensor], result: Tensor) -> None:
-        source = next((self._sources[id(t)] for t in given if id(t) in self._sources), None)
-        if source is not None and (func.is_view or any(word in name for word in _MOVING)):
-            self._sources[id(result)] = source
+    def _use(self, given: list[Tensor], results: list[Tensor], moving: bool) -> None:
+        """Note who reads what; a product of which two read something is needed whole."""
+        for tensor in {id(t): t for t in given}:
+            if (made := self._made.get(tensor)) is not None:
+                made.whole = made.whole or tensor in self._used
+                self._used.add(tensor)
+            if not moving and (source := self._sources.get(tensor)) is not None:
+                self._readers[source] += 1
+        if any(id(t) in self._given for t in given):
+            self._given |= {id(t) for t in results}
 
-    def _hide(self, product: Product, seen: Tensor, share: float) -> None:
-        """Of a product's elements only those ``seen`` are needed: fewer FLOPs, and whole rows and columns of operands."""
-        product.share = min(product.share, share)
-        for source, axis in zip(product.sources, (-1, -2)):
-            if source is not None:
-                line = seen.any(dim=axis) if seen.dim() >= -axis else seen
-                self.read[source] = min(self.read[source], _share(line))
+    def _mask(self, name: str, args: Any, held: Tensor) -> Mask | None:
+        """Where an operator leaves elements of ``held`` be, if it makes the others zero, or huge negative numbers."""
+        seen: Tensor | None = None
+        hidden, other = False, None
+        if name.startswith("masked_fill") and args[0] is held:
+            other, hidden = args[1], _huge(args[2])
+            if hidden or _is_zero(args[2]):
+                seen = torch.logical_not(args[1])
+        elif name.startswith("where") and len(args) == 3:
+            first = args[1] is held
+            other, hidden = args[0], _huge(args[2 if first else 1])
+            if hidden or _is_zero(args[2 if first else 1]):
+                seen = args[0].bool() if first else torch.logical_not(args[0])
+        elif name.startswith(("tril", "triu")) and id(held) not in self._made:
+            seen = getattr(torch, name[:4])(held.new_ones(held.shape[-2:], dtype=torch.bool), *args[1:2])
+        elif name.startswith(("add", "sub", "mul")) and id(held) in self._made and len(args) > 1:
+            other = args[1] if args[0] is held else args[0]
+            if not isinstance(other, Tensor) or not other.is_floating_point() or id(other) in self._made:
+                return None
+            if name.startswith("mul"):
+                seen = other != 0
+            elif args[0] is held or name.startswith("add"):
+                seen, hidden = (other if name.startswith("add") else -other) > _HIDDEN, True
+            if seen is not None and bool(seen.all()):
+                return None
+        if seen is None:
+            return None
+        return Mask(seen, hidden, isinstance(other, Tensor) and id(other) in self._given)
 
 
-def _mask(name: str, args: Any, result: Tensor) -> Tensor | None:
-    """Where an operator leaves elements be that it elsewhere replaces by a constant, or hides by a huge negative number."""
-    if name.startswith("masked_fill"):
-        return torch.logical_not(args[1])
-    if name.startswith("where") and len(args) == 3:
-        full = [isinstance(a, Tensor) and 1 < a.numel() == result.numel() for a in args[1:]]
-        if full[0] != full[1]:
-            return torch.logical_not(args[0]) if full[1] else args[0].bool()
-    if name.startswith("add") and isinstance(args[1], Tensor) and args[1].is_floating_point():
-        hiding = [a > _HIDDEN for a in args[:2] if isinstance(a, Tensor) and a.numel()]
-        return min(hiding, key=_share, default=None)
-    if name.startswith(("tril", "triu")):
-        return result != 0
-    return None
+def _hide(product: Product, mask: Mask) -> None:
+    """Of a product's elements only those that are seen are needed. A mask that depends on inputs may hide any of them."""
+    if mask.depends:
+        product.share, product.seen = 0.0, torch.zeros(1, 1, dtype=torch.bool, device=mask.seen.device)
+        return
+    seen = mask.seen if mask.seen.dim() > 1 else mask.seen.expand(1, -1)
+    if product.seen is not None:
+        try:
+            seen = torch.logical_and(seen, product.seen)
+        except RuntimeError:  # seen in another shape
+            seen = min(seen, product.seen, key=_share)
+    product.seen, product.share = seen, _share(seen)
+
+
+def _lines(product: Product, axis: int) -> float:
+    """The share of an operand's rows or columns of which any element of the product is seen."""
+    return 1.0 if product.seen is None else _share(product.seen.any(dim=axis))
+
+
+def _keeps_matrix(before: Tensor, after: Tensor) -> bool:
+    """Whether the last two dimensions are the same still, or each other's."""
+    return min(before.dim(), after.dim()) >= 2 and {*before.shape[-2:]} == {*after.shape[-2:]}
+
+
+def _huge(value: Any) -> bool:
+    return float(value) <= _HIDDEN if _is_number(value) else False
+
+
+def _is_zero(value: Any) -> bool:
+    return float(value) == 0.0 if _is_number(value) else False
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float))
 
 
 def _share(mask: Tensor) -> float:

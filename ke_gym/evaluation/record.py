@@ -95,10 +95,17 @@ class MachineRecord:
         From races whose calls took about as many ``seconds``: ten microseconds of noise are much to a short
         call and nothing to a long one.
         """
-        alike = [r for r in self._races if seconds / ALIKE <= r.seconds <= seconds * ALIKE][-RECENT:]
+        alike = self._alike(seconds)
         if len(alike) < FEW:
             return UNKNOWN_FLOOR
         return float(np.quantile([abs(r.log_ratio) for r in alike], 0.95)) / math.sqrt(CONFIRMATIONS)
+
+    def knows(self, seconds: float) -> bool:
+        """Whether there are enough races of such calls to tell their floor."""
+        return len(self._alike(seconds)) >= FEW
+
+    def _alike(self, seconds: float) -> list[AARace]:
+        return [r for r in self._races if seconds / ALIKE <= r.seconds <= seconds * ALIKE][-RECENT:]
 
     def margin(self, seconds: float) -> float:
         """What a gain's interval must clear, as a log-ratio: max(1 %, 2 x the A/A floor of such calls)."""

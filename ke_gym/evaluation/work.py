@@ -113,7 +113,7 @@ def count(reference: Reference, inputs: list[Any]) -> Work:
     tensors = [t for t in inputs if isinstance(t, Tensor)] + list(reference.state.values())
     with torch.no_grad(), _Counter(tensors) as counter:
         outputs = reference(*inputs)
-    read = sum(min(counter.read[i], counter.sizes[i]) * counter.needed.read[i] for i in counter.read)
+    read = sum(min(counter.read[i], counter.sizes[i]) * counter.needed.read(i) for i in counter.read)
     written = sum(float(t.numel() * t.element_size()) for t in outputs)
     elements_out = max(1, min((t.numel() for t in outputs if t.is_floating_point()), default=1))
     reduction = max(counter.reduction, counter.flops / 2 / elements_out)

@@ -186,14 +186,15 @@ class _Loop:
         return len(self.drafts) < min(self.writers, first + 2 * len(self.session.tree))
 
     def seats(self) -> int:
-        """How many evaluations may be under way. One, until there is a kernel that the others have to beat: each would
-        be confirmed against the baseline, which takes many times as long as to lose."""
-        return self.waiting if self.session.tree.best is not None else 1
+        """How many evaluations may be under way. One, until the first is judged: mostly it is what the others then have to
+        beat, and each would be confirmed against the baseline, which takes many times as long as to lose."""
+        return self.waiting if len(self.session.tree) else 1
 
     def late(self) -> bool:
         """Whether the time is over: what is still being written would come after it."""
         limit = self.session.budget.seconds
-        return limit is not None and self.session.spent.seconds >= limit
+        over = limit is not None and self.session.spent.seconds >= limit
+        return over or self.session.stop_reason == "seconds"
 
     def drop(self) -> None:
         """Let go of what is being written; what it has cost is booked."""

@@ -261,6 +261,20 @@ def test_what_is_gathered_again_has_a_draft_that_finds_it_in_the_cache() -> None
     assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("gather_rows").seeds())
 
 
+def test_rows_that_are_read_from_little_have_drafts_too(tmp_path: Path) -> None:
+    path = tmp_path / "outer.py"
+    path.write_text(
+        "import torch\nR, C = 8192, 4096\nshapes = {'gpu': {'R': R}}\nclass Model(torch.nn.Module):\n"
+        "    def forward(self, b):\n"
+        "        return torch.softmax(b[None, :] * torch.arange(R, device=b.device)[:, None], -1)\n"
+        "def get_inputs():\n    return [torch.randn(C)]\n"
+    )
+    made = Program.from_task(Task.from_file(path), "cuda")
+    assert {"columns": 2048, "rows": 1} in [
+        {k: v for k, v in seed.plans[0].groups[0].launch if k in ("columns", "rows")} for seed in made.seeds()
+    ]
+
+
 def test_short_rows_of_gathered_elements_have_a_draft_one_by_one() -> None:
     made = Program.for_language(Task.load("batch_event_truncate"), "triton")
     assert {"rows": 1, "warps": 2} in [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()]

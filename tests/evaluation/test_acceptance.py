@@ -100,3 +100,22 @@ def test_blocked_sums_pass_and_half_precision_sums_do_not(n: int, rows: int, see
     assert judge_output(plain, expected).ok
     if rows >= 8:
         assert not judge_output(x.bfloat16().float().sum(1), expected).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_finite_is_looked_at_wherever_it_lies(dtype: torch.dtype) -> None:
+    """A few huge values hide that all others are wrong from the norm; every other place is -inf."""
+    values = torch.randn(1 << 17, generator=torch.Generator().manual_seed(1))
+    values[torch.rand(1 << 17, generator=torch.Generator().manual_seed(2)) < 0.2] = -6e4
+    reference = torch.stack((torch.full_like(values, -torch.inf), values), dim=1).to(dtype)
+    lazy = reference.where(reference < -1e4, 0.0)
+    expected = Expected(reference, reference.double(), precision="bf16")
+    assert judge_output(reference.clone(), expected).ok
+    assert "typical error" in judge_output(lazy, expected).reason
+
+
+def test_double_precision_outputs_are_left_as_they_are() -> None:
+    reference = torch.randn(50, dtype=torch.float64)
+    kept = reference.clone()
+    assert judge_output(reference, Expected(reference, reference + 1e-16)).ok
+    assert torch.equal(reference, kept)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from ke_gym.evaluation import gpu_judge
+from ke_gym.evaluation import gpu_check, gpu_judge
 from ke_gym.evaluation.gpu_judge import GpuJudge
+from ke_gym.evaluation.gpu_memory import Block, Placement
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules
@@ -421,3 +422,14 @@ def test_doubted_calls_are_counted_for_the_candidate_and_the_baseline(
     counts = answer["counts"]
     rounds = len(answer["values"])
     assert (counts["disputed"], counts["doubted"]) == (count * rounds, (1 - count) * rounds)
+
+
+def test_what_strides_leave_out_of_an_input_holds_no_numbers() -> None:
+    """A kernel that reads on and multiplies by zero must not get away with it."""
+    rows = torch.randn(8, 128)[:, :100]
+    block = Block(Placement.of((TensorSpec.of(rows),)), torch.device("cpu"))
+    block.bytes.zero_()
+    block.tensors[0].copy_(rows)
+    gpu_check._ring(block)
+    whole = block.tensors[0].as_strided((7, 128), (128, 1), block.tensors[0].storage_offset())
+    assert torch.equal(block.tensors[0], rows) and whole[:, 100:].isnan().all()

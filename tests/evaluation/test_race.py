@@ -122,6 +122,7 @@ def test_the_record_survives_and_widens_the_margin_of_a_noisy_machine(tmp_path: 
     assert again.races == record.races
     assert again.margin(1e-3) > 0.05
     assert again.margin(1e-2) < 0.05, "short calls say nothing of long ones"
+    assert again.knows(1e-3) and not again.knows(1e-2)
     for _ in range(20):
         again.add("t", 2, 1e-3, 0.3, 12, True)
     assert "MORE than an honest machine" in again.sentence(1e-3)

@@ -59,39 +59,70 @@ def get_inputs():
     return [query, key, value, torch.tensor([10, 20, 40])]
 """
 CAUSAL = 41 / 80
-SHORT = 70 / 120
+BAND = (40 * 8 - 28) / 1600
 
 
 @pytest.mark.parametrize(
-    ("mask", "share", "read"),
+    ("mask", "share", "unread"),
     [
         ("", 1, 0),
         ("scores = scores.masked_fill(at[:, None] < at, -torch.inf)", CAUSAL, 0),
         ("scores = torch.where(at[:, None] >= at, scores, -1e9)", CAUSAL, 0),
         ("scores = scores + torch.full((40, 40), -torch.inf).triu(1)", CAUSAL, 0),
+        ("scores = scores - 1e9 * torch.ones(40, 40).triu(1)", CAUSAL, 0),
+        ("scores = scores * torch.ones(40, 40).tril()", None, 0),
         ("scores = scores + torch.zeros(40, 40)", 1, 0),
         ("scores = torch.relu(scores)", 1, 0),
-        # Of keys that none may see nothing has to be read.
-        ("scores = scores.masked_fill(at >= lengths[:, None, None, None], -torch.inf)", SHORT, 1 - SHORT),
+        # Two masks hide what either does.
+        (
+            "scores = scores.masked_fill(at[:, None] < at, -torch.inf).masked_fill(at[:, None] - at >= 8, -1e9)",
+            BAND,
+            0,
+        ),
+        # What is needed elsewhere too, or tells what is hidden, has to be computed.
+        ("scores = scores.masked_fill(at[:, None] < at, -torch.inf) + scores.mean()", 1, 0),
+        ("scores = torch.where(scores > 0, scores, -1e9)", (1 + 0) / 2, 0),
+        ("scores = (scores - 2e4).clamp(max=0) + scores.new_zeros(40, 40)", 1, 0),
+        # Lengths that are given may hide anything: no key is sure to be read.
+        ("scores = scores.masked_fill(at >= lengths[:, None, None, None], -torch.inf)", 0, 2),
     ],
 )
-def test_what_a_mask_hides_need_not_be_computed(mask: str, share: float, read: float, tmp_path: Path) -> None:
+def test_what_a_mask_hides_need_not_be_computed(
+    mask: str, share: float | None, unread: int, tmp_path: Path
+) -> None:
     path = tmp_path / "attention.py"
     path.write_text(ATTENTION.replace("MASK", mask))
     task = Task.load(str(path))
     work = count(task.reference("default", 0), task.inputs("default", 0))
     assert work.flops == 2 * 2 * 3 * 4 * 40 * 40 * 16
+    if share is None:  # of the scores; zero is no weight's absence
+        share = (CAUSAL + 1) / 2
     assert work.floor_flops == pytest.approx(share * work.flops)
-    kept = 4 * (2 * 3 * 4 * 40 * 16 + (2 - read) * 3 * 2 * 40 * 16) + (3 * 8 if "lengths" in mask else 0)
-    assert work.bytes == pytest.approx(kept)
+    query, key = 3 * 4 * 40 * 16, 3 * 2 * 40 * 16
+    kept = 2 * query + 2 * key - (query + key if unread else 0)
+    assert work.bytes == pytest.approx(4 * kept + (3 * 8 if "lengths" in mask else 0))
 
 
-def test_weights_with_a_triangle_of_zeros_are_half_the_work(tmp_path: Path) -> None:
-    path = tmp_path / "triangle.py"
+OTHERS = {
+    "torch.tril(w) @ x": 65 / 128,  # weights with a triangle of zeros
+    "torch.exp(torch.tril(w)) @ x": 1,  # which are none any more
+    "(w @ x).T.masked_fill(torch.ones(48, 64).triu().bool(), 0.0) + w.sum() + x.sum()": 1,
+    "torch.where(torch.ones(64, 48).bool(), w @ x, w @ x * 2)": 1,
+    "w.masked_fill(torch.eye(64).bool(), 0.0) @ x": 63 / 64,
+    "(w.to(torch.complex64) @ x.to(torch.complex64) + 1j).real": 1,
+    "torch.where((w @ x) > 0, 1.0, 0.0)": 1,
+}
+
+
+@pytest.mark.parametrize("forward", OTHERS)
+def test_what_is_needed_is_no_more_than_what_surely_is(forward: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
     path.write_text(
-        "import torch\nclass Model(torch.nn.Module):\n    def forward(self, x, w):\n        return torch.tril(w) @ x\n"
+        "import torch\nfrom torch.nn import functional as F\nclass Model(torch.nn.Module):\n"
+        f"    def forward(self, x, w):\n        return {forward}\n"
         "def get_inputs():\n    return [torch.randn(64, 48), torch.randn(64, 64)]\n"
     )
     task = Task.load(str(path))
     work = count(task.reference("default", 0), task.inputs("default", 0))
-    assert work.floor_flops == pytest.approx(65 / 128 * work.flops)
+    if work.flops:
+        assert work.floor_flops == pytest.approx(OTHERS[forward] * work.flops)

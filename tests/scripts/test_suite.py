@@ -172,7 +172,7 @@ def test_a_search_stops_when_its_time_is_over_however_long_it_took_to_open(
     monkeypatch.setenv("KE_GYM_HOME", str(tmp_path / "home"))
     made = suite.Suite((), budget=50, compilers=False, out=tmp_path / "out")
     row = made._optimize(Task.load("row_sum"), None, time.monotonic() - 1)
-    assert 1 <= row.evaluations < 10 and row.cut and row.stopped == "seconds"
+    assert row.evaluations <= 1 and row.cut and row.stopped == "seconds"
 
 
 def test_rows_whose_compilers_are_left_are_compared_and_no_more(

@@ -146,3 +146,36 @@ def test_a_lost_evaluator_is_lost_to_both_twins(tmp_path: Path) -> None:
         for future in futures:
             with pytest.raises(RuntimeError, match="gone"):
                 future.result(timeout=300)
+
+
+def test_the_first_candidate_is_judged_alone_so_that_the_others_have_something_to_beat(
+    tmp_path: Path,
+) -> None:
+    session = Session(
+        Store(tmp_path / "store.db"), "s", SETTING, FakeProposer(), budget=Budget(evaluations=12)
+    )
+    judge, known = Judge(), []
+
+    def evaluate(candidate: Candidate, rival: Candidate | None) -> Evaluation:
+        known.append((len(session.tree), rival))
+        return judge(candidate, rival)
+
+    run(session, policies.make("masked_random", seed=1), evaluate, workers=4)
+    (told, first), *rest = known
+    assert (told, first) == (0, None) and len(known) == 12
+    assert all(told > 0 for told, _ in rest)
+
+
+def test_no_evaluation_begins_once_the_seconds_are_said_to_be_over(tmp_path: Path) -> None:
+    session = Session(
+        Store(tmp_path / "store.db"), "s", SETTING, FakeProposer(), budget=Budget(evaluations=12)
+    )
+    judge = Judge()
+
+    class Over(Watch):
+        def told(self, session: Session, node: Node, improved: bool) -> None:
+            if len(session.tree) == 3:
+                session.stop_reason = "seconds"
+
+    assert run(session, policies.make("masked_random", seed=1), judge, workers=1, watch=Over()) == "seconds"
+    assert len(session.tree) == 3
