@@ -154,7 +154,7 @@ class Printer:
 
     def _enter(self, body: list[str], *axes: Axis) -> None:
         """Print into the loop over keys, where elements lie along these axes."""
-        self.text.enter(body, {self.vars["n"]})
+        self.text.enter(body, {self.vars["n"], self.flash.score})  # another score for every key
         self.text.names.clear()
         self.text.axes = [self.batch, *axes]
 

@@ -42,7 +42,7 @@ NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
 INTERPRETED = (
     "softmax", "layer_norm", "column_mean", "argmax", "reverse_cumsum", "max_pool", "cross_entropy", "bucketize",
     "map_id", "rotary_embedding", "matmul_bias_gelu", "attention_gqa_decode", "dense_to_jagged", "embedding_bag",
-    "matmul_row_max", str(FOLDER / "attention" / "library.py"),
+    "matmul_row_max", *(str(FOLDER / "attention" / f"{name}.py") for name in ("library", "thresholded")),
 )  # fmt: skip
 
 
