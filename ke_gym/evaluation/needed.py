@@ -117,6 +117,7 @@ class Needed:
         made = self._made.get(id(held))
         if made is not None and (mask is not None or name.startswith(_ELEMENTWISE)):
             self._made[id(result)] = made
+            self._used.discard(id(result))  # of what is changed in place
             if mask is not None:
                 _hide(made, mask)
                 known = self._hidden if mask.hidden else self._zero

@@ -67,6 +67,7 @@ BAND = (40 * 8 - 28) / 1600
     [
         ("", 1, 0),
         ("scores = scores.masked_fill(at[:, None] < at, -torch.inf)", CAUSAL, 0),
+        ("scores.masked_fill_(at[:, None] < at, -torch.inf)", CAUSAL, 0),
         ("scores = torch.where(at[:, None] >= at, scores, -1e9)", CAUSAL, 0),
         ("scores = scores + torch.full((40, 40), -torch.inf).triu(1)", CAUSAL, 0),
         ("scores = scores - 1e9 * torch.ones(40, 40).triu(1)", CAUSAL, 0),
