@@ -68,11 +68,9 @@ def _slabs(tiles: Tiles) -> dict[str, Any] | None:
     sizes = [b.numel * BYTES[b.dtype] for b in tiles.reads if b.name in gathered]
     if not sizes or any(work.op is not None for work in tiles.works) or not along_columns(tiles):
         return None
-    columns = power_above(tiles.columns)
-    while columns > LEAST and max(sizes) * columns > SLAB * tiles.columns:
-        columns //= 2
+    columns = power_above(SLAB * tiles.columns // max(sizes) + 1) // 2  # as many as fit
     repeats = 2 * tiles.rows * tiles.columns * BYTES[tiles.writes[0].dtype] >= max(sizes)
-    if not repeats or columns == power_above(tiles.columns) or max(sizes) * columns > SLAB * tiles.columns:
+    if not repeats or not LEAST <= columns < power_above(tiles.columns):
         return None
     return {"columns": columns, "rows": max(1, min(1024, power_above(tiles.rows) // WAVE)), "warps": 8}
 

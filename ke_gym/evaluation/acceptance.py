@@ -119,12 +119,10 @@ class Expected:
         tiny = 1e-300
         max_abs = _largest(d)
         l2 = float(torch.linalg.vector_norm(d)) / (self.rms * math.sqrt(self.count) + tiny)
-        stride = max(1, d.numel() >> 16)  # quantiles of a sample: a sort would cost more than the kernel
-        some, magnitude = d[::stride].abs(), y[::stride].abs()
-        if self.mask is not None:  # what is finite may lie at other places than every stride-th
-            kept = self.mask.reshape(-1).nonzero()[:, 0]
-            kept = kept[:: max(1, kept.numel() >> 16)]
-            some, magnitude = d[kept].abs(), y[kept].abs()
+        # Quantiles of a sample: a sort would cost more than the kernel. It is one of what is finite, wherever that lies.
+        stride = slice(None, None, max(1, self.count >> 16))
+        places = stride if self.mask is None else self.mask.reshape(-1).nonzero()[:, 0][stride]
+        some, magnitude = d[places].abs(), y[places].abs()
         tail = _quantile(some / (magnitude + (self.rms + tiny)), TAIL)
         typical = _quantile(some / (magnitude + (self.scale + tiny)), 0.5)
         return Errors(max_abs, max_abs / (self.top + tiny), l2, tail, typical)
@@ -137,8 +135,6 @@ def _largest(values: Tensor) -> float:
 
 
 def _quantile(values: Tensor, q: float) -> float:
-    if not values.numel():
-        return 0.0
     place = max(1, math.ceil(q * values.numel()))
     if values.is_cuda:  # where a selection is the work of a single block
         return float(values.sort().values[place - 1])

@@ -104,24 +104,22 @@ class Needed:
         held = next((t for t in same if id(t) in self._made), same[0] if same else None)
         if held is None:
             return
-        mask = self._mask(name, args, held)
+        mask, made = self._mask(name, args, held), self._made.get(id(held))
+        if made is not None and (mask is not None or name.startswith(_ELEMENTWISE)):
+            self._made[id(result)] = made
+            self._used.discard(id(result))  # of what is changed in place
+            if mask is not None:
+                _hide(made, mask)
         if mask is not None:
             share = 0.0 if mask.depends else _share(mask.seen)
-            (self._hidden if mask.hidden else self._zero)[id(result)] = share
+            known = self._hidden if mask.hidden else self._zero
+            known[id(result)] = share if made is None else min(share, made.share)
         elif "softmax" in name and id(held) in self._hidden:
             self._zero[id(result)] = self._hidden[id(held)]
         elif func.is_view or name.startswith(_KEEPING):
             for known in (self._hidden, self._zero):
                 if id(held) in known:
                     known[id(result)] = known[id(held)]
-        made = self._made.get(id(held))
-        if made is not None and (mask is not None or name.startswith(_ELEMENTWISE)):
-            self._made[id(result)] = made
-            self._used.discard(id(result))  # of what is changed in place
-            if mask is not None:
-                _hide(made, mask)
-                known = self._hidden if mask.hidden else self._zero
-                known[id(result)] = min(known[id(result)], made.share)
 
     def _use(self, given: list[Tensor], results: list[Tensor], moving: bool) -> None:
         """Note who reads what; a product of which two read something is needed whole."""

@@ -15,13 +15,12 @@ import tyro
 from rich.table import Table
 
 from benchmarks import lanes
-from benchmarks.figures import console, machine
+from benchmarks.figures import console, kept_lines, machine, same_settings
 from benchmarks.forms import DRAFTS, Failed, Form, Recipe, build_form
 from benchmarks.operators import OPERATORS
 from benchmarks.suite import geomean
 from benchmarks.trials import COMPILED, Bench, Job, Over, Raced, answer
 from ke_gym import tasks
-from ke_gym.errors import UserError
 from ke_gym.evaluation.gpu_setting import arch_of
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
@@ -190,22 +189,11 @@ class Drafts:
         return row
 
     def _read(self) -> dict[str, Row]:
-        """The last line of every task; a line that was cut off is as good as none."""
-        rows = {}
-        for line in self.out.read_text().splitlines() if self.out.exists() else ():
-            try:
-                data = json.loads(line)
-            except ValueError:
-                continue
-            row = Row(**data)
-            for name in ("language", "variants"):
-                before, now = getattr(row, name), getattr(self, name)
-                if before != now:
-                    raise UserError(
-                        f"{self.out} was measured with --{name} {before}, not {now}; choose another --out"
-                    )
-            rows[row.task] = row
-        return rows
+        """The last line of every task."""
+        rows = [Row(**data) for data in kept_lines(self.out)]
+        for row in rows:
+            same_settings(self.out, row, self, ("language", "variants"))
+        return {row.task: row for row in rows}
 
 
 def _asked(row: Row, bench: Bench, what: str, task: Task, *about: Form) -> Any:

@@ -5,19 +5,39 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from ke_gym.errors import UserError
 from ke_gym.targets import cpu
 
 console = Console()
 if not console.is_terminal:
     console.width = 160
+
+
+def kept_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON-lines file, if it is there; one that was cut off is as good as none."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            data = json.loads(line)
+        except ValueError:
+            continue
+        yield data
+
+
+def same_settings(path: Path, row: object, asked: object, names: Sequence[str]) -> None:
+    """Raises ``UserError`` for a row of ``path`` that was measured with other settings than are asked for now."""
+    for name in names:
+        before, now = getattr(row, name), getattr(asked, name)
+        if before != now:
+            raise UserError(f"{path} was measured with --{name} {before}, not {now}; choose another --out")
 
 
 @dataclass(frozen=True)

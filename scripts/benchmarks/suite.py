@@ -17,7 +17,7 @@ import tyro
 from rich.table import Table
 
 from benchmarks import lanes
-from benchmarks.figures import Figure, Figures, console
+from benchmarks.figures import Figure, Figures, console, kept_lines, same_settings
 from ke_gym import Result, optimize, policies, tasks
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
@@ -248,23 +248,14 @@ class Suite:
         return self.out / "suite.jsonl"
 
     def _read(self) -> dict[str, Row]:
-        """The last line of every task; a line that was cut off is as good as none."""
+        """The last line of every task."""
         rows = {}
-        for line in self._file.read_text().splitlines() if self._file.exists() else ():
-            try:
-                data = json.loads(line)
-            except ValueError:
-                continue
+        for data in kept_lines(self._file):
             if data["harness"] != HARNESS_VERSION:
                 raise UserError(f"{self._file} was measured by another harness version; choose another --out")
             row = Row(**{**data, "speedup_ci": tuple(data["speedup_ci"])})
             row.time.update({name: (seconds, times) for name, (seconds, times) in row.time.items()})
-            for name in ("target", "language", "budget", "policy", "seed"):
-                before, now = getattr(row, name), getattr(self, name)
-                if before != now:
-                    raise UserError(
-                        f"{self._file} was measured with --{name} {before}, not {now}; choose another --out"
-                    )
+            same_settings(self._file, row, self, ("target", "language", "budget", "policy", "seed"))
             rows[row.task] = row
         return rows
 

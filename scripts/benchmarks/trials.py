@@ -18,9 +18,11 @@ from torch import Tensor
 
 from benchmarks import lanes
 from benchmarks.forms import Failed, Form
-from ke_gym.evaluation.gpu_timing import FLUSH_TIMES, spin_s
+from ke_gym.evaluation.gpu_stage import TRIES
+from ke_gym.evaluation.gpu_timing import Stopwatch
 from ke_gym.languages.artifact import Artifact
-from ke_gym.targets.cuda_driver import Driver, runtime
+from ke_gym.targets import cuda
+from ke_gym.targets.cuda_driver import Clocks, Driver
 from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.reference import Reference
 from ke_gym.tasks.task import Task
@@ -33,7 +35,6 @@ ROUNDS, RACE_SECONDS = 60, 10.0
 PATIENCE = 25.0
 """Seconds without an answer after which the process that has the GPU is given up."""
 _CALLS, _WARM, _SEED = 7, 2, 3
-_CYCLES_PER_S, _LEAST_SPIN = 2e9, 250_000
 
 
 class Over(Exception):
@@ -61,8 +62,8 @@ class Trial:
         self._inputs = task.inputs(self._contract, _SEED, device="cuda")
         self._state = {name: tensor.detach() for name, tensor in self._reference.state.items()}
         self._driver = Driver()
-        l2_bytes = runtime.get_device_properties(self._device).L2_cache_size
-        self._flush = torch.empty(FLUSH_TIMES * l2_bytes, dtype=torch.uint8, device=self._device)
+        facts = cuda.facts(0)
+        self._watch = Stopwatch(self._device, facts.l2_bytes, Clocks(facts.uuid))
 
     def eager(self) -> float:
         """Microseconds of the reference as it is."""
@@ -119,23 +120,16 @@ class Trial:
         return median([once() for _ in range(_WARM + _CALLS)][_WARM:])
 
     def _clock(self, run: Callable[[], object]) -> Callable[[], float]:
-        """Times one call by device events, with L2 overwritten, behind a spin that hides how it is enqueued."""
+        """Microseconds of one call, as the evaluator times it, once it has run a few times."""
         for _ in range(_WARM):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
             run()
-            queued = time.perf_counter() - begin
-        spin = max(_LEAST_SPIN, int(_CYCLES_PER_S * spin_s(queued)))
 
         def once() -> float:
-            start, stop = (runtime.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
-            runtime._sleep(spin)
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            return 1e3 * float(start.elapsed_time(stop))
+            for _ in range(TRIES):
+                sample = self._watch.time(run, PATIENCE)
+                if sample.hidden:
+                    break
+            return 1e6 * sample.seconds
 
         return once
 

@@ -1,14 +1,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ke_gym.evaluation.work import count
+from ke_gym.evaluation.work import Work, count
 from ke_gym.tasks.task import Task
 
 N = 64 * 48
+
+
+def counted(folder: Path, source: str) -> tuple[Work, list[Any]]:
+    """The work of a task of this text, and its inputs."""
+    path = folder / "some.py"
+    path.write_text(source)
+    task = Task.load(str(path))
+    inputs = task.inputs("default", 0)
+    return count(task.reference("default", 0), inputs), inputs
+
+
+def forwarding(arguments: str, forward: str, inputs: str) -> str:
+    """The text of a task that computes ``forward`` of ``arguments``."""
+    return (
+        "import torch\nclass Model(torch.nn.Module):\n"
+        f"    def forward(self, {arguments}):\n        return {forward}\n"
+        f"def get_inputs():\n    return [{inputs}]\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,15 +50,7 @@ N = 64 * 48
 def test_what_is_computed_is_counted_once_per_element(
     forward: str, products: float, arithmetic: float, tmp_path: Path
 ) -> None:
-    path = tmp_path / "some.py"
-    path.write_text(
-        "import torch\nclass Model(torch.nn.Module):\n"
-        f"    def forward(self, x):\n        return {forward}\n"
-        "def get_inputs():\n    return [torch.randn(64, 48)]\n"
-    )
-    task = Task.load(str(path))
-    inputs = task.inputs("default", 0)
-    work = count(task.reference("default", 0), inputs)
+    work, inputs = counted(tmp_path, forwarding("x", forward, "torch.randn(64, 48)"))
     assert work.flops == products and work.arithmetic == arithmetic
     assert work.floor_flops <= work.flops
     assert isinstance(inputs[0], torch.Tensor) and work.bytes >= inputs[0].numel() * 4 / 2
@@ -91,10 +102,7 @@ BAND = (40 * 8 - 28) / 1600
 def test_what_a_mask_hides_need_not_be_computed(
     mask: str, share: float | None, unread: int, tmp_path: Path
 ) -> None:
-    path = tmp_path / "attention.py"
-    path.write_text(ATTENTION.replace("MASK", mask))
-    task = Task.load(str(path))
-    work = count(task.reference("default", 0), task.inputs("default", 0))
+    work, _ = counted(tmp_path, ATTENTION.replace("MASK", mask))
     assert work.flops == 2 * 2 * 3 * 4 * 40 * 40 * 16
     if share is None:  # of the scores; zero is no weight's absence
         share = (CAUSAL + 1) / 2
@@ -117,13 +125,6 @@ OTHERS = {
 
 @pytest.mark.parametrize("forward", OTHERS)
 def test_what_is_needed_is_no_more_than_what_surely_is(forward: str, tmp_path: Path) -> None:
-    path = tmp_path / "other.py"
-    path.write_text(
-        "import torch\nfrom torch.nn import functional as F\nclass Model(torch.nn.Module):\n"
-        f"    def forward(self, x, w):\n        return {forward}\n"
-        "def get_inputs():\n    return [torch.randn(64, 48), torch.randn(64, 64)]\n"
-    )
-    task = Task.load(str(path))
-    work = count(task.reference("default", 0), task.inputs("default", 0))
+    work, _ = counted(tmp_path, forwarding("x, w", forward, "torch.randn(64, 48), torch.randn(64, 64)"))
     if work.flops:
         assert work.floor_flops == pytest.approx(OTHERS[forward] * work.flops)
