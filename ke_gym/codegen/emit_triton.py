@@ -89,6 +89,7 @@ class TilesPrinter(Passes):
             works = [w for w in works if w.node.name not in done]
             for columns in dict.fromkeys(work.columns for work in works):
                 self._level([work for work in works if work.columns == columns], columns)
+        self.lines += self.stores
 
     def _level(self, works: list[Work], columns: int) -> None:
         if columns == 1:

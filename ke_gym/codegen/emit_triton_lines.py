@@ -7,7 +7,9 @@ from ke_gym.codegen.emit_triton_totals import COMBINE
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     Const,
+    Expr,
     Load,
+    Op,
     is_float,
 )
 from ke_gym.codegen.tiles import (
@@ -38,6 +40,11 @@ class Lines:
         self.row = Axis(row_var(tiles.rows), "row")
         self.head = self.lines
         """What comes before the loop over rows, if there is one."""
+        self.stores: list[str] = []
+        """What is stored where all is read that the rows, or a loop's block of columns, need: a compiler does not move reads
+        before writes, which may be to the same memory for all that it knows."""
+        self.outside: list[str] = []
+        """``stores`` of the rows, while a loop over their columns is printed."""
         self.passes = 0
         self.step = "start"
         self.wide = max((b.extent for b in (*tiles.reads, *tiles.writes)), default=0) >= 1 << 31
@@ -59,8 +66,8 @@ class Lines:
         return f"[ROWS, {self._width(columns)}]" if self.high else f"[{self._width(columns)}]"
 
     def _kind(self, work: Work) -> str:
-        """What is accumulated in: flags as integers."""
-        return "i32" if work.expr.dtype == "bool" else work.expr.dtype
+        """What is accumulated in: flags as integers, those that are counted as short ones."""
+        return "i32" if work.expr.dtype == "bool" or _counted(work) is not None else work.expr.dtype
 
     def _typed(self, work: Work, text: str) -> str:
         if isinstance(work.expr, Const):
@@ -69,10 +76,11 @@ class Lines:
 
     def _block(self, work: Work, axis: Axis) -> str:
         """The work's value over a block of columns; for reductions, what does not count is neutral."""
-        text = self._typed(work, self.text.value(work.expr))
+        flags = _counted(work)
+        text = self._typed(work, self.text.value(work.expr if flags is None else flags))
         if work.op is None:
             return text
-        if work.expr.dtype == "bool":
+        if work.expr.dtype == "bool" or flags is not None:
             text = f"{enclosed(text)}.to(tl.int32)"
         neutral = literal(identity(work.op, self._kind(work)).value, self._kind(work))
         shape = self._shape(axis.var.size)
@@ -128,6 +136,8 @@ class Lines:
         self.lines.append(f"{name} = {bare_text(value)}")
         if work.op in ("any", "all") or (work.op is not None and work.expr.dtype == "bool"):
             self.lines.append(f"{name} = {name} != 0")
+        elif self._kind(work) != work.expr.dtype:
+            self.lines.append(f"{name} = {name}.to({TYPES[work.expr.dtype]})")
         for dtype in {work.expr.dtype, work.node.dtype, "f32"}:
             load = Load(work.node.name, (), dtype)
             self.text.names[load, ""] = name
@@ -150,4 +160,12 @@ class Lines:
         kind = f".to({TYPES[work.node.dtype]})" if work.expr.dtype != work.node.dtype else ""
         given = f"{enclosed(value)}{kind}" if kind else bare_text(value)
         tail = (f", mask={mask}" if mask else "") + stored(self.tiles.blocks.cache)
-        self.text.lines.append(f"tl.store({where}, {given}{tail})")
+        self.stores.append(f"tl.store({where}, {given}{tail})")
+
+
+def _counted(work: Work) -> Expr | None:
+    """The flags whose number the work is, if it is one of a row: there are fewer than fit in four bytes."""
+    expr = work.expr
+    if work.op != "sum" or work.scan or work.across or not isinstance(expr, Op) or expr.name != "cast":
+        return None
+    return expr.args[0] if expr.args[0].dtype == "bool" and expr.dtype == "i64" else None

@@ -112,10 +112,13 @@ class Passes(Lines):
         if axis.mask:
             body.append(f"{axis.mask} = {axis.name} < {columns}")
         self.text.enter(body, {axis.var})
+        self.outside, self.stores = self.stores, []
         return body
 
     def _close(self, axis: Axis, body: list[str]) -> None:
         self.text.leave()
+        body += self.stores
+        self.stores = self.outside
         stages = self.tiles.blocks.stages
         steps = f"range(0, {axis.var.size}, BLOCK)"
         if stages > 1:

@@ -44,7 +44,9 @@ def _launched(graph: Graph, plan: Plan, kind: Callable[[Tiles], dict[str, Any] |
 
 
 def _told(tiles: Tiles) -> dict[str, Any] | None:
-    return {"cache": "reads"} if tiles.caches else None
+    if not tiles.caches or tiles.blocks.cache != "plain":
+        return None
+    return {"cache": "reads" if any(work.op for work in tiles.works) else "results"}
 
 
 def _looped(tiles: Tiles) -> dict[str, Any] | None:
@@ -52,13 +54,13 @@ def _looped(tiles: Tiles) -> dict[str, Any] | None:
         return None
     widest = max((BYTES[b.dtype] for b in tiles.reads if b.numel >= tiles.rows), default=4)
     fits = (64 // FEWER) * tiles.columns * widest <= KEPT
-    return {"cache": "reads", "rows": 1, "columns": PIECE, "warps": FEWER if fits else FULL}
+    return {"cache": "streamed", "rows": 1, "columns": PIECE, "warps": FEWER if fits else FULL}
 
 
 def _single(tiles: Tiles) -> dict[str, Any] | None:
     if not (gathers(tiles) and _reduces(tiles) and tiles.blocks.rows > 1 and not tiles.passes):
         return None
-    return {"rows": 1, "warps": max(1, tiles.blocks.columns // ELEMENTS)}
+    return {"cache": "kept", "rows": 1, "warps": max(1, tiles.blocks.columns // ELEMENTS)}
 
 
 def _slabs(tiles: Tiles) -> dict[str, Any] | None:

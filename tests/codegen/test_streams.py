@@ -1,0 +1,106 @@
+"""Drafts for kernels that memory limits: in which order they read and write, and what caches are told, at GPU sizes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from ke_gym.codegen import Program
+from ke_gym.tasks import Task
+from tests.codegen.interpret import program
+
+
+@cache
+def drafts(name: str) -> list[str]:
+    """The text of a task's first drafts in Triton."""
+    made = Program.for_language(Task.load(name), "triton")
+    return [made.emit(seed) for seed in made.seeds()]
+
+
+def lines(text: str, what: str) -> list[str]:
+    return [line for line in text.splitlines() if what in line]
+
+
+@pytest.mark.parametrize("name", ["batch_event_truncate", "jagged_to_dense", "rms_norm_backward"])
+def test_all_that_rows_need_is_read_before_anything_is_written(name: str) -> None:
+    for kernel in program(name).emit(program(name).seeds()[0]).split("@triton.jit")[1:]:
+        body = kernel.split("\n\n")[0]
+        assert "tl.load(" not in body[body.find("tl.store(") :]
+
+
+def test_what_two_large_tensors_make_goes_past_the_caches_by_a_word_a_thread() -> None:
+    text = drafts("residual_scale")[0]
+    assert "ROWS=1024, num_warps=8" in text
+    assert [line.count('cache_modifier=".cs"') for line in lines(text, "tl.store(")] == [1]
+    told = {line.split("tl.load(")[1].split()[0]: "evict_last" in line for line in lines(text, "tl.load(")}
+    assert told == {"residual": False, "branch": False, "scale": True, "bias": True}
+
+
+def test_what_one_large_tensor_makes_goes_past_the_caches_in_the_second_draft() -> None:
+    first, second = drafts("bias_gelu")[:2]
+    assert ".cs" not in first and "evict" not in first
+    assert "evict_first" not in second
+    assert lines(second, "tl.store(")[0].endswith('cache_modifier=".cs")')
+    assert "num_warps=4" in first and "num_warps=4" in second
+
+
+def test_gathered_elements_stay_and_so_does_what_is_read_once_a_row() -> None:
+    made = Program.for_language(Task.load("batch_event_truncate"), "triton")
+    (text,) = [
+        made.emit(seed)
+        for seed in made.seeds()
+        if seed.plans[0].groups[0].launch == (("cache", "kept"), ("rows", 1), ("warps", 2))
+    ]
+    assert all('eviction_policy="evict_last"' in line for line in lines(text, "tl.load("))
+    assert all('eviction_policy="evict_last"' in line for line in lines(text, "tl.store("))
+
+
+def test_pieces_of_a_row_are_read_again_and_leave_then_as_the_results_do() -> None:
+    (text,) = [text for text in drafts("instance_norm") if "BLOCK=2048" in text]
+    assert ["evict_first" in line for line in lines(text, "tl.load(x ")] == [False, True]
+    assert lines(text, "tl.store(")[0].endswith('eviction_policy="evict_first")')
+
+
+def test_flags_are_counted_in_four_bytes() -> None:
+    text = drafts("batch_event_truncate")[0]
+    assert ".to(tl.int32), 0), axis=1" in text
+    assert "sum_1_row = sum_1_row.to(tl.int64)" in text
+
+
+def test_large_kernels_have_drafts_that_tell_the_caches() -> None:
+    # Four rows of 16 KiB stay in an L1 until they are read again, of 32 KiB two.
+    for name, warps in (("variance", 16), ("rms_norm_bf16", 16), ("rms_norm", 32)):
+        made = Program.for_language(Task.load(name), "triton")
+        told = [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()[:3]]
+        assert told == [
+            {},
+            {"cache": "reads"},
+            {"cache": "streamed", "columns": 2048, "rows": 1, "warps": warps},
+        ]
+    assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("rms_norm").seeds())
+
+
+def test_what_is_gathered_again_has_a_draft_that_finds_it_in_the_cache() -> None:
+    made = Program.for_language(Task.load("gather_rows"), "triton")
+    launches = [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()]
+    assert {"columns": 64, "rows": 256, "warps": 8} in launches  # 128256 x 64 of a table are 33 MB
+    assert not any("rows" in launch for launch in launches if launch.get("columns") != 64)
+    assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("gather_rows").seeds())
+
+
+def test_rows_that_are_read_from_little_have_drafts_too(tmp_path: Path) -> None:
+    path = tmp_path / "outer.py"
+    path.write_text(
+        "import torch\nR, C = 8192, 4096\nshapes = {'gpu': {'R': R}}\nclass Model(torch.nn.Module):\n"
+        "    def forward(self, b):\n"
+        "        return torch.softmax(b[None, :] * torch.arange(R, device=b.device)[:, None], -1)\n"
+        "def get_inputs():\n    return [torch.randn(C)]\n"
+    )
+    made = Program.from_task(Task.from_file(path), "cuda")
+    assert {"columns": 2048, "rows": 1} in [
+        {k: v for k, v in seed.plans[0].groups[0].launch if k in ("columns", "rows")} for seed in made.seeds()
+    ]
