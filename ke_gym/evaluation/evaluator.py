@@ -43,6 +43,7 @@ from ke_gym.evaluation.profile import limiter, profile
 from ke_gym.evaluation.race import Race, Rules, confirm, planned
 from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.selfcheck import Proof, prove
+from ke_gym.evaluation.stats import sign_p_interval
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -216,8 +217,8 @@ class Evaluator:
             entries = {name: open_entry(artifact, name) for name in self.shape_sets}
             return self._race(base, artifact, other, entries)
 
-    def race_baseline(self, candidate: Candidate) -> float:
-        """How many times as long as a candidate's the baseline's calls take: the median of one race.
+    def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
+        """How many times as long as a candidate's the baseline's calls take: the median of one race, and its 95 % interval.
 
         For kernels that were judged against another baseline: nothing is checked but what is timed, and nothing
         confirmed. Raises `BuildError`, `Rejected` or `ArmDied`.
@@ -225,7 +226,9 @@ class Evaluator:
         artifact = self.build(candidate)
         with self._cores.all(), self.account.phase("racing"):
             race = self._race_sets(self.judge, artifact, None, AA)[self.contract]
-        return math.exp(float(np.median(race.log_ratios("baseline", "candidate"))))
+        ratios = race.log_ratios("baseline", "candidate")
+        low, high = sign_p_interval(ratios)
+        return math.exp(float(np.median(ratios))), (math.exp(low), math.exp(high))
 
     def compile_baseline(self, baseline: str) -> None:
         """Let the baseline be ``torch.compile``'s from now on, as another evaluator's is from the beginning."""

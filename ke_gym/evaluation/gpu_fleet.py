@@ -99,7 +99,7 @@ class GpuFleet(Evaluator):
         with self._one() as member:
             return member.final(candidate)
 
-    def race_baseline(self, candidate: Candidate) -> float:
+    def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
         """See ``Evaluator.race_baseline``; on the first GPU."""
         with self._one(self._first) as member:
             return member.race_baseline(candidate)

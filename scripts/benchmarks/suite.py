@@ -50,8 +50,8 @@ PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matm
 class Row:
     """One task: speedup over eager after a search of ``evaluations``, and the best kernel's over each compiler.
 
-    ``over`` holds the time through a compiler / the best kernel's; ``run`` is the run's folder, "" for a task that
-    was refused.
+    ``over`` holds the time through a compiler / the best kernel's, ``over_ci`` 95 % intervals of it; ``run`` is the run's
+    folder, "" for a task that was refused.
     """
 
     task: str
@@ -81,6 +81,7 @@ class Row:
     """Why the search ended; by "seconds" or "interrupted", it goes on when the suite is run again."""
     time: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Where the time went: phase → seconds, and how often it was entered (``ke_gym.evaluation.account``)."""
+    over_ci: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def cut(self) -> bool:
@@ -255,6 +256,7 @@ class Suite:
                 raise UserError(f"{self._file} was measured by another harness version; choose another --out")
             row = Row(**{**data, "speedup_ci": tuple(data["speedup_ci"])})
             row.time.update({name: (seconds, times) for name, (seconds, times) in row.time.items()})
+            row.over_ci.update({name: (low, high) for name, (low, high) in row.over_ci.items()})
             same_settings(self._file, row, self, ("target", "language", "budget", "policy", "seed"))
             rows[row.task] = row
         return rows
@@ -356,7 +358,7 @@ class Suite:
             with open_evaluator(task, self.target) as evaluator:
                 evaluator.account.add("opening", time.perf_counter() - start)
 
-                def race(compiler: str) -> float:
+                def race(compiler: str) -> tuple[float, tuple[float, float]]:
                     evaluator.compile_baseline(compiler)
                     return evaluator.race_baseline(kernel)
 
@@ -368,18 +370,20 @@ class Suite:
             console.print(f"{task.name}: {error}", highlight=False, style="red")
         return row
 
-    def _over(self, task: Task, kernel: Candidate, compiler: str) -> float:
+    def _over(self, task: Task, kernel: Candidate, compiler: str) -> tuple[float, tuple[float, float]]:
         with open_evaluator(task, self.target, compiler) as evaluator:
-            return evaluator.evaluate(kernel).speedup or 1.0
+            judged = evaluator.evaluate(kernel)
+            return judged.speedup or 1.0, judged.speedup_ci or (1.0, 1.0)
 
-    def _with(self, row: Row, compiler: str, over: Callable[[], float]) -> Row:
+    def _with(self, row: Row, compiler: str, over: Callable[[], tuple[float, tuple[float, float]]]) -> Row:
         """The row, written with what the kernel is over a compiler."""
         try:
-            value = over()
+            value, interval = over()
         except (UserError, Rejected, ArmDied) as error:
             console.print(f"{row.task} through {compiler}: {error}", highlight=False, style="red")
-            value = 1.0
-        return self._write(replace(row, over={**row.over, compiler: value}))
+            value, interval = 1.0, (1.0, 1.0)
+        over_ci = {**row.over_ci, compiler: interval}
+        return self._write(replace(row, over={**row.over, compiler: value}, over_ci=over_ci))
 
 
 def _finish(suite: Suite, job: Job) -> Row | None:
@@ -510,13 +514,22 @@ def promised(rows: Sequence[Row]) -> Iterator[Figure]:
         least = 1.25 if on_gpu else 1.3
         yield Figure(f"... over {name}", f"{over:.2f}x of {len(raced)} tasks", f"≥ {least}x", over >= least)
         if on_gpu:
-            behind = [f"{row.task} ({row.library:.2f}x)" for row in raced if row.library < 1.0]
+            behind = [f"{row.task} ({_about(row)})" for row in raced if row.library < 1.0]
             yield Figure("tasks below the best library path", " ".join(behind) or "none", "none", not behind)
     for family, least in () if on_gpu else PROMISED.items():
         members = [row.delivered("eager") for row in rows if row.family == family]
         if members:
             mean = geomean(members)
             yield Figure(f"{family} over eager", f"{mean:.2f}x", f"≥ {least}x", mean >= least)
+
+
+def _about(row: Row) -> str:
+    """What a task gains over the best library path; with the interval, where that is a compiler: it may reach 1."""
+    compiler = min(row.over, key=lambda name: row.over[name], default="")
+    if compiler not in row.over_ci or row.library != row.over[compiler]:
+        return f"{row.library:.3f}x"
+    low, high = row.over_ci[compiler]
+    return f"{row.library:.3f}x [{low:.3f}, {high:.3f}]"
 
 
 def geomean(values: Sequence[float]) -> float:

@@ -196,8 +196,8 @@ def test_rows_whose_compilers_are_left_are_compared_and_no_more(
         def compile_baseline(self, baseline: str) -> None:
             compiled.append(baseline)
 
-        def race_baseline(self, _: Any) -> float:
-            return 2.5
+        def race_baseline(self, _: Any) -> tuple[float, tuple[float, float]]:
+            return 2.5, (2.4, 2.6)
 
     monkeypatch.setattr(suite, "open_evaluator", lambda *_: Opened())
     monkeypatch.setattr(suite, "optimize", None)
@@ -206,6 +206,8 @@ def test_rows_whose_compilers_are_left_are_compared_and_no_more(
     done = suite.Suite((), "cuda", out=tmp_path).finish(Task.load("softmax"))
     assert compiled == ["max-autotune"]
     assert done.over == {"compile": 1.5, "max-autotune": 2.5}
+    assert done.over_ci == {"max-autotune": (2.4, 2.6)}
+    assert suite.Suite((), "cuda", out=tmp_path)._read() == {"softmax": done}
     assert done.time["racing"] == (1.0, 1) and suite.IN_ALL in done.time
     assert suite.Suite((), "cuda", out=tmp_path)._finished(done)
 
@@ -217,11 +219,19 @@ def test_on_gpus_the_report_names_what_stays_behind_a_library(
         row(suite, target="cuda", over={"compile": 1.4, "max-autotune": 1.5}),
         row(suite, "matmul_skinny", 1.2, target="cuda", over={"compile": 0.5, "max-autotune": 0.6}),
         row(suite, "cumsum", target="cuda", over={}),  # its races against the compiler are still to come
+        row(
+            suite,
+            "swiglu",
+            2.0,
+            target="cuda",
+            over={"compile": 0.9991},
+            over_ci={"compile": (0.9975, 1.0006)},
+        ),
     ]
     suite.report(rows, 123.0)
     printed = capsys.readouterr().out
-    assert "max-autotune-no-cudagraphs: 0.95x of 2 tasks" in printed
-    assert "tasks below the best library path: matmul_skinny (0.50x)" in printed
+    assert "max-autotune-no-cudagraphs: 0.97x of 3 tasks" in printed
+    assert "below the best library path: matmul_skinny (0.500x) swiglu (0.999x [0.998, 1.001])" in printed
     assert "evaluations a minute: 123" in printed and "pointwise over eager" not in printed
 
 
