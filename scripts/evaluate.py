@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py --task softmax --kernel my_softmax.py
     python scripts/evaluate.py --task problems/17_conv.py --kernel conv.py --baseline compile --json
-    python scripts/evaluate.py --task softmax --kernel rows.py --target cuda
+    python scripts/evaluate.py --task softmax --kernel rows.py --target cuda --proton
     python scripts/evaluate.py --task softmax --kernel a.py b.py --bundle batch.keb --compile-only
     python scripts/evaluate.py --run-bundle batch.keb --results batch.json
     python scripts/evaluate.py --serve /shared/folder
@@ -30,6 +30,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation import bundle, exchange
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.gpu_tools import ToolFailed
 from ke_gym.evaluation.opening import language_for, open_evaluator
 from ke_gym.evaluation.profile import feedback
 from ke_gym.evaluation.record import MachineRecord
@@ -54,6 +55,8 @@ class Args:
     """OpenMP threads for kernel and baseline alike; all cores by default."""
     again: bool = False
     """Measure again even if this machine has judged this very kernel before."""
+    proton: bool = False
+    """On a GPU: also what a call spends in each kernel, the library's too, by Triton's profiler."""
     json: bool = False
     """Print JSON instead of the table: one object, or a list for several kernels."""
     bundle: Path | None = None
@@ -102,21 +105,35 @@ def main(args: Args) -> None:
                 f"{packed.label}: {'compiled' if packed.artifact else ' '.join([packed.outcome, *said])}"
             )
         return
+    if args.proton and args.target == "cpu":
+        raise UserError("--proton looks at GPUs alone: choose --target cuda")
     judged = judge(args, task, candidates, console)
     if args.json:
-        shown = [json.loads(evaluation.to_json()) for _, _, evaluation in judged]
-        brief = [{key: data[key] for key in KEYS} for data in shown]
+        brief = []
+        for one in judged:
+            data = json.loads(one.evaluation.to_json())
+            times = {} if one.times is None else {"kernel_seconds": one.times}
+            brief.append({**{key: data[key] for key in KEYS}, **times})
         print(json.dumps(brief if len(brief) > 1 else brief[0]))
         return
-    for machine, known, evaluation in judged:
-        console.print(table(evaluation, MachineRecord(machine), known))
+    for one in judged:
+        console.print(table(one))
 
 
-def judge(
-    args: Args, task: Task, candidates: list[Candidate], console: Console
-) -> list[tuple[str, bool, Evaluation]]:
-    """(the machine, whether it was known, the evaluation) of every candidate."""
-    judged: list[tuple[str, bool, Evaluation]] = []
+@dataclass
+class Judged:
+    """A candidate's evaluation, on which machine, whether it was ``known`` before, and seconds by kernel if they were
+    asked for."""
+
+    machine: str
+    known: bool
+    evaluation: Evaluation
+    times: dict[str, float] | None = None
+
+
+def judge(args: Args, task: Task, candidates: list[Candidate], console: Console) -> list[Judged]:
+    """All candidates, judged now or before."""
+    judged: list[Judged] = []
     with Store() as store, console.status(f"judging {len(candidates)} kernel(s) on {task.name}"):
         store.add_task(task)
         if args.target == "cpu" and not args.again:
@@ -125,7 +142,7 @@ def judge(
             setting = Setting(task.id, "cpu", facts.fingerprint, args.baseline, threads)
             found = [store.evaluation(setting, candidate.id) for candidate in candidates]
             if all(found):
-                return [(facts.fingerprint, True, evaluation) for evaluation in found if evaluation]
+                return [Judged(facts.fingerprint, True, evaluation) for evaluation in found if evaluation]
         with open_evaluator(task, args.target, args.baseline, args.threads) as evaluator:
             machine = evaluator.facts.fingerprint
             setting = Setting(task.id, args.target, machine, args.baseline, evaluator.threads)
@@ -134,7 +151,12 @@ def judge(
                 evaluation = known or evaluator.evaluate(candidate)
                 store.add_candidate(candidate)
                 store.add_evaluation(setting, evaluation, replace=args.again)
-                judged.append((machine, known is not None, evaluation))
+                judged.append(Judged(machine, known is not None, evaluation))
+                if args.proton and evaluation.correct:
+                    try:
+                        judged[-1].times = evaluator.kernel_times(candidate)
+                    except ToolFailed as failure:
+                        console.print(str(failure), style="red", highlight=False, markup=False)
     return judged
 
 
@@ -182,8 +204,9 @@ def serve(args: Args, folder: Path, console: Console) -> None:
         )
 
 
-def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
+def table(judged: Judged) -> Table:
     """The verdict for a person."""
+    evaluation, record = judged.evaluation, MachineRecord(judged.machine)
     shown = Table(title=f"{evaluation.task}: {evaluation.outcome}", show_header=False, title_justify="left")
     if evaluation.speedup is not None:
         ci = evaluation.speedup_ci
@@ -206,7 +229,10 @@ def table(evaluation: Evaluation, record: MachineRecord, known: bool) -> Table:
     shown.add_row("trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}{threads}")
     if evaluation.reference_ms is not None:
         shown.add_row("machine", record.sentence(evaluation.reference_ms / 1e3))
-    if known:
+    if judged.times is not None:
+        taken = ", ".join(f"{name} {1e6 * seconds:.1f} us" for name, seconds in judged.times.items())
+        shown.add_row("Proton", f"{taken} (calls one after the other, caches as they are)")
+    if judged.known:
         shown.add_row("", "judged before on this machine; --again measures anew")
     return shown
 

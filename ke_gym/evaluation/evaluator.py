@@ -238,6 +238,13 @@ class Evaluator:
         """``evaluate`` for a search's winner: by itself, and with whatever else this target can look at."""
         return self.evaluate(candidate)
 
+    def kernel_times(self, candidate: Candidate) -> dict[str, float]:
+        """Seconds that a call spends in each kernel on the device, a library's too, by Triton's Proton; the largest first.
+
+        Raises ``UserError`` for a target that has none, `BuildError`, or ``gpu_tools.ToolFailed``.
+        """
+        raise UserError("Proton looks at GPUs alone: choose --target cuda")
+
     def prove(self) -> Proof | None:
         """How far the task's checks can be trusted; None where that cannot be tried."""
         with self._cores.all():

@@ -176,6 +176,10 @@ class GpuEvaluator(Evaluator):
             return evaluation
         return self._inspector.final(evaluation, self.build(candidate))
 
+    def kernel_times(self, candidate: Candidate) -> dict[str, float]:
+        """See ``Evaluator.kernel_times``."""
+        return self._inspector.times(self.build(candidate))
+
     def compile_baseline(self, baseline: str) -> None:
         """See ``Evaluator.compile_baseline``; others may race on the device meanwhile."""
         with self._lanes.all(), self.account.phase("compiling the reference"):

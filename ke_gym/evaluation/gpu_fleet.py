@@ -104,6 +104,11 @@ class GpuFleet(Evaluator):
         with self._one(self._first) as member:
             return member.race_baseline(candidate)
 
+    def kernel_times(self, candidate: Candidate) -> dict[str, float]:
+        """See ``Evaluator.kernel_times``; on the first GPU."""
+        with self._one(self._first) as member:
+            return member.kernel_times(candidate)
+
     def compile_baseline(self, baseline: str) -> None:
         """See ``Evaluator.compile_baseline``; on the first GPU alone."""
         with self._one(self._first) as member:

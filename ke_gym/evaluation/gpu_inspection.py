@@ -16,6 +16,7 @@ from ke_gym.evaluation.gpu_tools import (
     TooSlow,
     counters,
     sanitized,
+    times,
 )
 from ke_gym.languages.artifact import Artifact
 
@@ -67,6 +68,11 @@ class Inspector:
         except ToolFailed as failure:
             said.append(f"no counters: {failure}")
         return evaluation.replace(log="\n".join(filter(None, said)))
+
+    def times(self, artifact: Artifact) -> dict[str, float]:
+        """``gpu_tools.times`` of the artifact's plan. Raises ``ToolFailed``."""
+        with self._alone():
+            return times(self._replayed(artifact))
 
     def _sanitized(self, artifact: Artifact, check: str) -> tuple[str, str]:
         """What a check finds, and what it did not look at, if anything. Raises ``ToolFailed``."""

@@ -1,15 +1,19 @@
-"""Runs one artifact's plan by itself, so that tools of the toolkit can watch it: ``ncu``, ``compute-sanitizer``.
+"""Runs one artifact's plan by itself, so that tools can watch it: ``ncu``, ``compute-sanitizer``, Proton.
 
-    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS BLOCKS
+    python -m ke_gym.evaluation.gpu_replay FOLDER SHAPE_SET DEVICE RUNS BLOCKS [--proton]
 
 At most ``BLOCKS`` blocks of every launch run, all if that is 0. ``FOLDER`` holds ``task`` and ``artifact`` (their
-bytes). Only the plan's own runs lie between the marks of the profiler's interface. The process is trusted: device code is
-all that is foreign in it.
+bytes). Only the plan's own runs lie between the marks of the profiler's interface. With ``--proton``, Triton's own profiler
+watches these from within, and what it has recorded is printed, in one line. The process is trusted: device code is all that
+is foreign in it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from ke_gym.targets.cuda_executor import ALIGNMENT, CudaRunner
 from ke_gym.tasks.task import Task
 
 TASK, ARTIFACT = "task", "artifact"
+PROTON = "--proton"
 SEED = 7
 
 
@@ -50,7 +55,22 @@ def in_part(plan: Plan, blocks: int) -> Plan:
     return replace(plan, steps=tuple(steps), preparation=made)
 
 
-def replay(folder: Path, shape_set: str, device: torch.device, runs: int, blocks: int) -> None:
+@contextmanager
+def recorded(path: Path) -> Iterator[None]:
+    """What the device does within, recorded by Proton and printed."""
+    from triton import profiler
+
+    profiler.start(str(path), backend="cupti")
+    try:
+        yield
+    finally:
+        profiler.finalize()
+    print(json.dumps(json.loads(path.with_name(f"{path.name}.hatchet").read_text())), flush=True)
+
+
+def replay(
+    folder: Path, shape_set: str, device: torch.device, runs: int, blocks: int, proton: bool = False
+) -> None:
     """Run the plan ``runs`` times, launch by launch, on tensors with memory of their own."""
     task = Task.from_bytes((folder / TASK).read_bytes())
     artifact = Artifact.from_bytes((folder / ARTIFACT).read_bytes())
@@ -71,20 +91,21 @@ def replay(folder: Path, shape_set: str, device: torch.device, runs: int, blocks
     torch.cuda.synchronize(device)
     interface = runtime.cudart()
     interface.cudaProfilerStart()
-    for _ in range(runs):
-        runner.run()
-    torch.cuda.synchronize(device)
+    with recorded(folder / "proton") if proton else nullcontext():
+        for _ in range(runs):
+            runner.run()
+        torch.cuda.synchronize(device)
     interface.cudaProfilerStop()
 
 
 def main(arguments: list[str]) -> None:
-    folder, shape_set, number, runs, blocks = arguments
+    folder, shape_set, number, runs, blocks, *options = arguments
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     device = torch.device("cuda", int(number))
     torch.cuda.set_device(device)
     torch.set_default_device(device)
-    replay(Path(folder), shape_set, device, int(runs), int(blocks))
+    replay(Path(folder), shape_set, device, int(runs), int(blocks), PROTON in options)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""What NVIDIA's own tools say of a kernel: ``ncu`` of where its time goes, ``compute-sanitizer`` of its accesses.
+"""What tools say of a kernel: NVIDIA's ``ncu`` of where its time goes, ``compute-sanitizer`` of its accesses; Triton's
+Proton of what each kernel of a plan takes.
 
-Both watch ``gpu_replay`` run the plan in a process of its own, which takes seconds: the one is for new best
-kernels, the other for finalists. Neither is needed: where a tool is missing, refused or too slow, it says nothing.
+They watch ``gpu_replay`` run the plan in a process of its own, which takes seconds: the first is for new best kernels, the
+second for finalists, the third for whoever asks. None is needed: where a tool is missing, refused or too slow, it says
+nothing.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 import signal
@@ -42,6 +45,7 @@ METRICS = {
 """A dozen metrics by the names that profiles give them; shares are percent, stalls warps waiting per issue."""
 PROFILE_SECONDS, SANITIZE_SECONDS = 60.0, 30.0
 """On one H200: ``ncu`` takes 6 to 7 s, ``memcheck`` 4 to 5, ``racecheck`` 8 and, with much shared memory, minutes."""
+PROTON_RUNS = 20
 CHECKS = ("memcheck", "racecheck")
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 _FOUND = 86
@@ -70,14 +74,17 @@ class Replayed:
     environment: dict[str, str]
     blocks: int = 0
 
-    def under(self, command: Sequence[str], runs: int, seconds: float) -> subprocess.CompletedProcess[str]:
-        """Run the plan under a tool. Raises ``TooSlow`` if that takes longer than ``seconds``."""
+    def under(
+        self, command: Sequence[str], runs: int, seconds: float, *options: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the plan under a tool, or with ``gpu_replay``'s ``options``. Raises ``TooSlow`` if that takes longer than
+        ``seconds``."""
         with tempfile.TemporaryDirectory(prefix="ke-replay-") as folder:
             (Path(folder) / gpu_replay.TASK).write_bytes(self.task.to_bytes())
             (Path(folder) / gpu_replay.ARTIFACT).write_bytes(self.artifact.to_bytes())
             process = subprocess.Popen(
                 [*command, sys.executable, "-P", "-m", "ke_gym.evaluation.gpu_replay",
-                 folder, self.shape_set, str(self.device), str(runs), str(self.blocks)],
+                 folder, self.shape_set, str(self.device), str(runs), str(self.blocks), *options],
                 env={**worker_environment(1), **self.environment, "TMPDIR": folder, "HOME": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -92,7 +99,8 @@ class Replayed:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-                raise TooSlow(f"{Path(command[0]).name} took more than {seconds:g} s") from None
+                tool = Path(command[0]).name if command else "Proton"
+                raise TooSlow(f"{tool} took more than {seconds:g} s") from None
         return subprocess.CompletedProcess(command, process.returncode, said)
 
 
@@ -148,6 +156,26 @@ def _pooled(launches: list[dict[str, float]], name: str) -> float:
         return sum(c[name] for c in counted)
     weights = [c.get("time_ns", 1.0) or 1.0 for c in counted]
     return sum(w * c[name] for w, c in zip(weights, counted)) / sum(weights)
+
+
+def times(replayed: Replayed, seconds: float = PROFILE_SECONDS) -> dict[str, float]:
+    """Seconds a call of the plan spends in each kernel, a library's too, by Proton; the largest first.
+
+    The mean of calls one after the other: caches are as the call before has left them. Raises ``ToolFailed``.
+    """
+    done = replayed.under([], PROTON_RUNS, seconds, gpu_replay.PROTON)
+    recorded = next((line for line in done.stdout.splitlines() if line.startswith("[{")), "")
+    if done.returncode or not recorded:
+        raise ToolFailed(f"Proton recorded nothing: {_problem(done.stdout)}")
+    found: dict[str, float] = {}
+    pending = [node for node in json.loads(recorded) if "frame" in node]
+    while pending:
+        node = pending.pop()
+        pending += node.get("children", [])
+        if taken := node["metrics"].get("time (ns)"):
+            name = node["frame"]["name"]
+            found[name] = found.get(name, 0.0) + taken / 1e9 / PROTON_RUNS
+    return dict(sorted(found.items(), key=lambda one: -one[1]))
 
 
 def sanitized(replayed: Replayed, check: str, seconds: float = SANITIZE_SECONDS) -> str:

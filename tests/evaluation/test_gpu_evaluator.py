@@ -15,6 +15,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation import bundle
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import APART
+from ke_gym.evaluation.gpu_tools import ToolFailed
 from ke_gym.evaluation.opening import open_evaluator
 from ke_gym.tasks.task import Reference, Task
 
@@ -170,6 +171,17 @@ def test_a_winner_is_looked_at_by_the_tools_that_are_there(evaluator: Evaluator)
     final = evaluator.final(Candidate(KERNEL, "triton"))
     assert final.correct, final.log
     assert dict(final.profile.counters).get("time_ns", 0) > 0 or "no counters" in final.log
+
+
+def test_proton_times_each_kernel_of_a_plan(evaluator: Evaluator) -> None:
+    candidate = Candidate(KERNEL, "triton")
+    evaluation = evaluator.evaluate(candidate)
+    try:
+        times = evaluator.kernel_times(candidate)
+    except ToolFailed as failure:
+        pytest.skip(str(failure))
+    assert list(times) == ["rows"] and evaluation.time_ms is not None
+    assert 0.1 * evaluation.time_ms < 1e3 * times["rows"] < 10 * evaluation.time_ms
 
 
 def test_kernels_that_another_process_launches_are_judged_alike(

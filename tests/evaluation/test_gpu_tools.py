@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ke_gym.evaluation import gpu_tools
 from ke_gym.evaluation.gpu_tools import (
@@ -17,6 +21,7 @@ from ke_gym.evaluation.gpu_tools import (
     finding,
     parse,
     sanitized,
+    times,
 )
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.tasks.task import Task
@@ -102,6 +107,35 @@ def test_the_plan_and_its_task_reach_the_tool(
     assert counters(replayed) == {"k": {"time_ns": 7.0}}
     command = seen.read_text()
     assert "--clock-control none" in command and command.endswith("default 0 1 0")
+
+
+def node(name: str, children: list[Any] = [], **metrics: float) -> dict[str, Any]:  # noqa: B006
+    return {"frame": {"name": name, "type": "function"}, "metrics": metrics, "children": children}
+
+
+def test_what_proton_records_is_seconds_a_call_by_kernel(
+    replayed: Replayed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = node(
+        "aten", [node("copy", **{"time (ns)": 8e6, "count": 40}), node("rows", **{"time (ns)": 1e6})]
+    )
+    tree = [node("ROOT", [node("rows", **{"time (ns)": 3e6, "count": 20}), copies]), {"CUDA": {"0": {}}}]
+    asked: list[Any] = []
+
+    def under(self: Replayed, *arguments: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(arguments)
+        return subprocess.CompletedProcess([], 0, f"a warning\n{json.dumps(tree)}\n")
+
+    monkeypatch.setattr(Replayed, "under", under)
+    assert list(times(replayed).items()) == [("copy", pytest.approx(4e-4)), ("rows", pytest.approx(2e-4))]
+    assert asked == [([], gpu_tools.PROTON_RUNS, gpu_tools.PROFILE_SECONDS, "--proton")]
+
+
+def test_what_proton_cannot_record_says_why(replayed: Replayed) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here it could")
+    with pytest.raises(ToolFailed, match="Proton recorded nothing: .*Error"):
+        times(replayed)
 
 
 def test_a_tool_that_takes_too_long_is_ended(

@@ -121,6 +121,7 @@ def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
         (["--task", "chain.py", "--kernel", "nowhere.py"], ["nowhere.py"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--threads", "4096"], ["--threads 4096", "cores"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--threads", "0"], ["--threads 0"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--proton"], ["--proton", "--target cuda"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--target", "cuda:99"], ["GPU", "--compile-only"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--target", "gpu"], ["'gpu'", "cuda"]),
         (["--task", "chain.py", "--kernel", "kernel.py", "--bundle", "batch"], ["--compile-only"]),
