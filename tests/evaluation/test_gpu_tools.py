@@ -109,17 +109,16 @@ def test_the_plan_and_its_task_reach_the_tool(
     assert "--clock-control none" in command and command.endswith("default 0 1 0")
 
 
-def node(name: str, children: list[Any] = [], **metrics: float) -> dict[str, Any]:  # noqa: B006
-    return {"frame": {"name": name, "type": "function"}, "metrics": metrics, "children": children}
+def node(name: str, *children: dict[str, Any], ns: float = 0.0) -> dict[str, Any]:
+    frame = {"name": name, "type": "function"}
+    return {"frame": frame, "metrics": {"time (ns)": ns} if ns else {}, "children": list(children)}
 
 
 def test_what_proton_records_is_seconds_a_call_by_kernel(
     replayed: Replayed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = node(
-        "aten", [node("copy", **{"time (ns)": 8e6, "count": 40}), node("rows", **{"time (ns)": 1e6})]
-    )
-    tree = [node("ROOT", [node("rows", **{"time (ns)": 3e6, "count": 20}), copies]), {"CUDA": {"0": {}}}]
+    copies = node("aten", node("copy", ns=8e6), node("rows", ns=1e6))
+    tree = [node("ROOT", node("rows", ns=3e6), copies), {"CUDA": {"0": {"arch": "90"}}}]
     asked: list[Any] = []
 
     def under(self: Replayed, *arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -127,14 +126,16 @@ def test_what_proton_records_is_seconds_a_call_by_kernel(
         return subprocess.CompletedProcess([], 0, f"a warning\n{json.dumps(tree)}\n")
 
     monkeypatch.setattr(Replayed, "under", under)
-    assert list(times(replayed).items()) == [("copy", pytest.approx(4e-4)), ("rows", pytest.approx(2e-4))]
+    found = times(replayed)
+    assert list(found) == ["copy", "rows"]
+    assert list(found.values()) == pytest.approx([4e-4, 2e-4])
     assert asked == [([], gpu_tools.PROTON_RUNS, gpu_tools.PROFILE_SECONDS, "--proton")]
 
 
 def test_what_proton_cannot_record_says_why(replayed: Replayed) -> None:
     if torch.cuda.is_available():
         pytest.skip("here it could")
-    with pytest.raises(ToolFailed, match="Proton recorded nothing: .*Error"):
+    with pytest.raises(ToolFailed, match=r"Proton recorded nothing: .*Error"):
         times(replayed)
 
 
