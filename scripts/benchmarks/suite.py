@@ -82,6 +82,8 @@ class Row:
     time: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Where the time went: phase → seconds, and how often it was entered (``ke_gym.evaluation.account``)."""
     over_ci: dict[str, tuple[float, float]] = field(default_factory=dict)
+    uncompiled: dict[str, str] = field(default_factory=dict)
+    """Compilers that could not be raced, and why: they count for nothing."""
 
     @property
     def cut(self) -> bool:
@@ -99,6 +101,16 @@ class Row:
         """
         over = self.speedup if baseline == "eager" else self.over.get(baseline, 1.0)
         return over if self.speedup_ci[0] > 1.0 else over / self.speedup
+
+    def gain(self, baseline: str) -> float | None:
+        """``delivered``; None if it is not known: against a compiler that failed, or is still to be raced."""
+        known = baseline == "eager" or baseline in self.over or self.best_ms is None
+        return self.delivered(baseline) if known else None
+
+    @property
+    def raced(self) -> bool:
+        """Whether the kernel, if there is one, was raced against a compiler."""
+        return bool(self.over) or self.best_ms is None
 
     @property
     def compiled(self) -> float:
@@ -209,7 +221,7 @@ class Suite:
         """Whether nothing is left to do for a row; what was refused may be mended by now."""
         if row is None or not row.run or row.cut:
             return False
-        return row.over.keys() >= set(self._compilers) or row.best_ms is None
+        return {*row.over, *row.uncompiled} >= set(self._compilers) or row.best_ms is None
 
     def _on_all_gpus(self, left: Sequence[Task]) -> Iterator[Row]:
         """The rows as they are finished: what was begun first, then the tasks that take longest."""
@@ -347,7 +359,7 @@ class Suite:
         """Race the best kernel against the reference through each compiler; 1.0 if that one fails."""
         path = self.out / row.run / "best.py"
         kernel = Candidate.from_file(path, language_for(self.target)(path))
-        left = [compiler for compiler in self._compilers if compiler not in row.over]
+        left = [name for name in self._compilers if name not in row.over and name not in row.uncompiled]
         if self.target == "cpu":
             for compiler in left:
                 row = self._with(row, compiler, lambda: self._over(task, kernel, compiler))  # noqa: B023
@@ -381,7 +393,7 @@ class Suite:
             value, interval = over()
         except (UserError, Rejected, ArmDied) as error:
             console.print(f"{row.task} through {compiler}: {error}", highlight=False, style="red")
-            value, interval = 1.0, (1.0, 1.0)
+            return self._write(replace(row, uncompiled={**row.uncompiled, compiler: str(error)}))
         over_ci = {**row.over_ci, compiler: interval}
         return self._write(replace(row, over={**row.over, compiler: value}, over_ci=over_ci))
 
@@ -431,7 +443,10 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
             "-" if row.reference_ms is None else f"{row.reference_ms:.3f} ms",
             f"{row.speedup:.2f}x",
             f"{low:.2f}-{high:.2f}",
-            *(f"{row.over[c]:.2f}x" if c in row.over else "-" for c in compilers),
+            *(
+                f"{row.over[c]:.2f}x" if c in row.over else "failed" if c in row.uncompiled else "-"
+                for c in compilers
+            ),
             "-" if row.kernel_coverage is None else f"{row.kernel_coverage:.2f}",
             f"{row.valid:.2f}",
             ", ".join(f"{count} {reason}" for reason, count in row.refused.items()) or "-",
@@ -439,10 +454,11 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
         )
     console.print(table)
 
-    against: dict[str, Callable[[Row], float]] = {"eager": lambda row: row.delivered("eager")}
+    against: dict[str, Callable[[Row], float | None]] = {
+        name: partial(Row.gain, baseline=name) for name in ("eager", *compilers)
+    }
     if compilers:
-        against |= {name: partial(Row.delivered, baseline=name) for name in compilers}
-        against["the better compiler"] = lambda row: row.compiled
+        against["the better compiler"] = lambda row: row.compiled if row.raced else None
     by_family = {name: [r for r in rows if r.family == name] for name in sorted({r.family for r in rows})}
     families = Table(
         "family",
@@ -452,10 +468,8 @@ def report(rows: Sequence[Row], rate: float | None = None) -> None:
         title_justify="left",
     )
     for name, members in [*by_family.items(), ("all", list(rows))]:
-        gains = [[over(row) for row in members] for over in against.values()]
-        families.add_row(
-            name, str(len(members)), *(f"{geomean(values):.2f}x ({median(values):.2f}x)" for values in gains)
-        )
+        gains = [[gain for row in members if (gain := over(row)) is not None] for over in against.values()]
+        families.add_row(name, str(len(members)), *map(_summary, gains))
     console.print(families)
     times(rows)
 
@@ -508,11 +522,12 @@ def promised(rows: Sequence[Row]) -> Iterator[Figure]:
         "geometric mean over eager", f"{overall:.2f}x of {len(rows)} tasks", "≥ 2.0x", overall >= 2.0
     )
     if any(row.over for row in rows):
-        raced = [row for row in rows if row.over or row.best_ms is None]
+        raced = [row for row in rows if row.raced]
         name = "max-autotune-no-cudagraphs" if on_gpu else "the better torch.compile"
-        over = geomean([row.delivered("max-autotune") if on_gpu else row.compiled for row in raced])
-        least = 1.25 if on_gpu else 1.3
-        yield Figure(f"... over {name}", f"{over:.2f}x of {len(raced)} tasks", f"≥ {least}x", over >= least)
+        gains = [row.gain("max-autotune") if on_gpu else row.compiled for row in raced]
+        known = [gain for gain in gains if gain is not None]
+        over, least = geomean(known) if known else 1.0, 1.25 if on_gpu else 1.3
+        yield Figure(f"... over {name}", f"{over:.2f}x of {len(known)} tasks", f"≥ {least}x", over >= least)
         if on_gpu:
             behind = [f"{row.task} ({_about(row)})" for row in raced if row.library < 1.0]
             yield Figure("tasks below the best library path", " ".join(behind) or "none", "none", not behind)
@@ -530,6 +545,10 @@ def _about(row: Row) -> str:
         return f"{row.library:.3f}x"
     low, high = row.over_ci[compiler]
     return f"{row.library:.3f}x [{low:.3f}, {high:.3f}]"
+
+
+def _summary(values: Sequence[float]) -> str:
+    return f"{geomean(values):.2f}x ({median(values):.2f}x)" if values else "-"
 
 
 def geomean(values: Sequence[float]) -> float:

@@ -212,6 +212,23 @@ def test_rows_whose_compilers_are_left_are_compared_and_no_more(
     assert suite.Suite((), "cuda", out=tmp_path)._finished(done)
 
 
+def test_a_compiler_that_fails_counts_for_nothing(
+    suite: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> Any:
+        raise UserError("it took too long")
+
+    made = suite.Suite((), "cuda", out=tmp_path)
+    done = made._with(row(suite, target="cuda", over={"compile": 1.5}), "max-autotune", fails)
+    assert done.uncompiled == {"max-autotune": "it took too long"} and done.over == {"compile": 1.5}
+    assert made._finished(done) and made._read() == {"softmax": done}
+    other = row(suite, "gelu", target="cuda", over={"compile": 2.0, "max-autotune": 3.0})
+    capsys.readouterr()
+    suite.report([done, other], 1.0)
+    printed = capsys.readouterr().out
+    assert "failed" in printed and "max-autotune-no-cudagraphs: 3.00x of 1 tasks" in printed
+
+
 def test_on_gpus_the_report_names_what_stays_behind_a_library(
     suite: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,7 +247,7 @@ def test_on_gpus_the_report_names_what_stays_behind_a_library(
     ]
     suite.report(rows, 123.0)
     printed = capsys.readouterr().out
-    assert "max-autotune-no-cudagraphs: 0.97x of 3 tasks" in printed
+    assert "max-autotune-no-cudagraphs: 0.95x of 2 tasks" in printed
     assert "below the best library path: matmul_skinny (0.500x) swiglu (0.999x [0.998, 1.001])" in printed
     assert "evaluations a minute: 123" in printed and "pointwise over eager" not in printed
 
