@@ -44,9 +44,11 @@ def _launched(graph: Graph, plan: Plan, kind: Callable[[Tiles], dict[str, Any] |
 
 
 def _told(tiles: Tiles) -> dict[str, Any] | None:
-    if not tiles.caches or tiles.blocks.cache != "plain":
+    if not tiles.caches:
         return None
-    return {"cache": "reads" if any(work.op for work in tiles.works) else "results"}
+    if any(work.op is not None for work in tiles.works):
+        return {"cache": "reads"}
+    return {"cache": "results"} if tiles.blocks.cache == "plain" else {"cache": "plain", "warps": 4}
 
 
 def _looped(tiles: Tiles) -> dict[str, Any] | None:
