@@ -38,7 +38,9 @@ def test_what_two_large_tensors_make_goes_past_the_caches_by_a_word_a_thread() -
     assert [line.count('cache_modifier=".cs"') for line in lines(text, "tl.store(")] == [1]
     told = {line.split("tl.load(")[1].split()[0]: "evict_last" in line for line in lines(text, "tl.load(")}
     assert told == {"residual": False, "branch": False, "scale": True, "bias": True}
-    assert "ROWS=1024, num_warps=4" in drafts("residual_scale")[1] and ".cs" not in drafts("residual_scale")[1]
+    assert (
+        "ROWS=1024, num_warps=4" in drafts("residual_scale")[1] and ".cs" not in drafts("residual_scale")[1]
+    )
 
 
 def test_what_one_large_tensor_makes_goes_past_the_caches_in_the_second_draft() -> None:
