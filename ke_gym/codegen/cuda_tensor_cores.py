@@ -104,6 +104,14 @@ template <int COUNT>
 {_DEVICE} void leave_products() {{ asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(COUNT) : "memory"); }}
 """
 
+READ = f"""\
+// Four matrices of 8 x 8 halves; each lane names a row of one.
+{_DEVICE} void read(unsigned (&four)[4], unsigned from) {{
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0, %1, %2, %3}}, [%4];"
+               : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3]) : "r"(from) : "memory");
+}}
+"""
+
 ONLINE = f"""\
 // What was done to these registers comes before the products that follow.
 template <int COUNT>
@@ -236,9 +244,11 @@ def product(dtype: str) -> str:
 
 
 def helpers(used: set[str]) -> list[str]:
-    """The text of the helpers that are used: "bulk", "fetch 4", "tensor_cores", "swizzled", "online", "multiply 200 f16",
-    "multiply 64 f16 right", "held 128 f16", "product f16", "pack f16"."""
-    blocks = (("bulk", BULK), ("tensor_cores", HELPERS), ("swizzled", SWIZZLED), ("online", ONLINE))
+    """The text of the helpers that are used: "bulk", "fetch 4", "tensor_cores", "swizzled", "read", "online",
+    "multiply 200 f16", "multiply 64 f16 right", "held 128 f16", "product f16", "pack f16"."""
+    blocks = (
+        ("bulk", BULK), ("tensor_cores", HELPERS), ("swizzled", SWIZZLED), ("read", READ), ("online", ONLINE),
+    )  # fmt: skip
     texts = [text for name, text in blocks if name in used]
     for name in sorted(used):
         kind, *rest = name.split()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ke_gym.codegen import emit_cuda_products
-from ke_gym.codegen.emit_cuda_products import Along, indented
+from ke_gym.codegen.emit_cuda_products import Along, Travelling, indented
 from ke_gym.codegen.graph import View
 from ke_gym.codegen.pairs import STEP, Pairs, eights
 
@@ -19,9 +19,14 @@ class Printer(emit_cuda_products.Printer[Pairs]):
             used.add(f"pack {pairs.stores[0].buffer.dtype}")
 
     @property
-    def threads(self) -> int:
-        """Of a block."""
-        return 32 * self.work.blocks.warps
+    def maps(self) -> list[Travelling]:
+        """The operands that bulk copies bring."""
+        return []
+
+    @property
+    def pointers(self) -> list[str]:
+        """The tensors that the kernel reads or writes element by element."""
+        return [b.name for b in (*self.work.reads, *self.work.writes)]
 
     def body(self) -> list[str]:
         """The kernel's statements, line by line."""

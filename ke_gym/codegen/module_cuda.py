@@ -15,6 +15,7 @@ from ke_gym.codegen import (
     emit_cuda_flash,
     emit_cuda_matmuls,
     emit_cuda_pairs,
+    emit_cuda_pairs_bulk,
     emit_cuda_parts,
     emit_cuda_windows,
     module,
@@ -102,7 +103,7 @@ def _windowed(work: Windowed, suffix: str, used: set[str]) -> Printed:
 
 
 def _cores(printer: Any, name: str, grid: object, maps: list[Travelling], listed: list[str]) -> Printed:
-    """A kernel on Hopper's tensor cores; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
+    """A kernel on tensor cores; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
     writes element by element."""
     work = printer.work
     kinds, written = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
@@ -115,7 +116,8 @@ def _cores(printer: Any, name: str, grid: object, maps: list[Travelling], listed
     body = textwrap.indent("\n".join(printer.body()), "  ")
     given = ",\n    ".join(arguments)
     launch = f"kernels.{name}[{grid}, {work.threads}, {work.shared}](\n    {given},\n)"
-    signature = _signature(name, f"{work.threads}, {getattr(work, 'resident', 1)}", parameters)
+    resident = getattr(work, "resident", 1)
+    signature = _signature(name, f"{work.threads}, {resident}" if resident else str(work.threads), parameters)
     return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])
 
 
@@ -149,18 +151,9 @@ def _matmul(work: Matmul, suffix: str, used: set[str]) -> Printed:
 
 
 def _pairs(work: Pairs, suffix: str, used: set[str]) -> Printed:
-    printer, name = emit_cuda_pairs.Printer(work, used), f"compute_{work.name}{suffix}"
-    names, results = printer.names, {b.name for b in work.writes}
-    kinds = {b.name: b.dtype for b in (*work.reads, *work.writes)}
-    parameters = [
-        f"{'' if buffer in results else 'const '}{TYPES[kinds[buffer]]}* __restrict__ {names[buffer]}"
-        for buffer in kinds
-    ]
+    printer = (emit_cuda_pairs_bulk if work.bulk else emit_cuda_pairs).Printer(work, used)
     blocks = min(work.blocks.persistent, -(-work.shape.batch // work.blocks.warps))
-    body = textwrap.indent("\n".join(printer.body()), "  ")
-    launch = f"kernels.{name}[{blocks}, {printer.threads}]({', '.join(kinds)})"
-    signature = _signature(name, str(printer.threads), parameters)
-    return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])
+    return _cores(printer, f"compute_{work.name}{suffix}", blocks, printer.maps, printer.pointers)
 
 
 def _attention(work: Attention, suffix: str, used: set[str]) -> Printed:

@@ -1,12 +1,14 @@
-"""Products of a few rows with each other, one sample a warp: everything stays in registers. Language-independent.
+"""Products of a few rows with each other, one sample a warp. Language-independent.
 
 What is summed over is contiguous in both operands, so that a thread's part of a tensor core's operand may be any of its
-elements, if only both operands agree: each thread loads 16 bytes at a time, and shared memory is not needed. A second
-product, by a matrix that all samples share, may follow (pairwise interactions of features, compressed).
+elements, if only both operands agree: each thread loads 16 bytes at a time into registers, and shared memory is not
+needed. Where there are bulk copies, they bring a warp's next samples into shared memory instead, while it multiplies. A
+second product, by a matrix that all samples share, may follow (pairwise interactions of features, compressed).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,20 +22,33 @@ from ke_gym.codegen.product_blocks import FILL
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tensor_cores import Kernel, around
 from ke_gym.codegen.tiles import chosen, joined
-from ke_gym.codegen.windows import LANGUAGE
+from ke_gym.codegen.windows import LANGUAGE, REGISTERS, SHARED, round_up
 
 ROWS = 64  # of an operand, at most
 WORDS = 128  # registers of a thread for the operands, at most
 SHARED_WORDS = 64  # and for the matrix that samples share
 STEP = 32  # elements of a row that a quad of threads loads at once
+BULK = ("sm_90", "sm_90a", "sm_100a")  # GPUs that have bulk copies, and this much shared memory
+PART = 64  # elements of a row of a swizzled tile: 128 bytes
+SUMS = 72  # registers of a thread for sums, at most, where bulk copies bring the operands
+# Those it needs besides sums, the shared matrix and a step's operands, to compile without spills; and if rows do not all
+# have sums at once.
+WORKING, AGAIN = 20, 36
+RESERVED = 1 << 10  # bytes of shared memory that a block takes besides its own
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """``warps`` of a block, each of which takes one sample after the other; ``persistent`` blocks, at most."""
+    """``warps`` of a block, each of which takes one sample after the other; ``persistent`` blocks, at most.
+
+    ``loads``: "pointers" (a sample is loaded into registers) or "descriptors" (bulk copies bring it into one of its warp's
+    ``stages`` of shared memory).
+    """
 
     warps: int
     persistent: int
+    stages: int = 1
+    loads: str = "pointers"
     language: str = LANGUAGE
 
 
@@ -41,7 +56,8 @@ class Blocks:
 class Pairs(Kernel):
     """What one kernel does: ``left`` (samples, rows, k) by ``right`` (samples, rows, k), then by ``after`` (rows, columns).
 
-    ``shape`` is that of the first product; ``matrix`` an expression of ``n`` and ``c``, an element of ``after``.
+    ``shape`` is that of the first product; ``matrix`` an expression of ``n`` and ``c``, an element of ``after``. ``fetched``:
+    whether bulk copies can bring the operands.
     """
 
     blocks: Blocks
@@ -49,10 +65,17 @@ class Pairs(Kernel):
     right: View
     after: View | None
     matrix: Expr | None
+    fetched: bool
 
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
-        return {"warps": [1, 2, 4, 8], "persistent": [FILL * n for n in (1, 2, 4, 8)], "language": [LANGUAGE]}
+        return {
+            "warps": [1, 2, 4, 8, *([16] if self.bulk else [])],
+            "persistent": [FILL * n for n in (1, 2, 4, 8)],
+            "stages": [1, 2, 3, 4] if self.bulk else [1],
+            "loads": ["pointers", "descriptors"] if self.fetched else ["pointers"],
+            "language": [LANGUAGE],
+        }
 
     @property
     def same(self) -> bool:
@@ -85,6 +108,58 @@ class Pairs(Kernel):
         rows = eights(self.shape.m) + (0 if self.same else eights(self.shape.n))
         shared = 0 if self.after is None else 2 * -(-self.shape.n // 16) * eights(self.columns)
         return rows * self.shape.k // STEP * 4, shared
+
+    @property
+    def bulk(self) -> bool:
+        """Whether bulk copies bring the operands."""
+        return self.blocks.loads == "descriptors"
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.blocks.warps
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Bytes of shared memory for ``PART`` columns of each operand; none for the right one if it is the left one."""
+        left, right = (round_up(rows * PART * 2, 1024) for rows in (self.shape.m, self.shape.n))
+        return left, 0 if self.same else right
+
+    @property
+    def slot(self) -> int:
+        """Bytes of shared memory for a sample."""
+        return sum(self.tiles) * -(-self.shape.k // PART)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block, barriers included."""
+        return self.blocks.warps * self.blocks.stages * (self.slot + 8) if self.bulk else 0
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor is to hold at once, at least; 0: the compiler chooses."""
+        return self.blocks.persistent // FILL if self.bulk else 0
+
+    @property
+    def height(self) -> int:
+        """How many times 16 rows have sums at once, where bulk copies bring the operands."""
+        times, wide = -(-self.shape.m // 16), 4 * eights(self.shape.n)
+        return max(h for h in range(1, times + 1) if times % h == 0 and (h == 1 or h * wide <= SUMS))
+
+    @property
+    def once(self) -> bool:
+        """Whether all rows have sums at once."""
+        return 16 * self.height >= self.shape.m
+
+    @property
+    def fits(self) -> bool:
+        """Whether a multiprocessor's shared memory and registers hold what bulk copies bring and what is made of it."""
+        columns = eights(self.shape.n)
+        operands = 4 * -(-columns // 2) + (0 if self.same and self.once else 4)
+        working = WORKING + (0 if self.once else AGAIN)
+        held = 4 * self.height * columns + self.words[1] + operands + working
+        room = self.resident * (self.shared + RESERVED) <= SHARED + RESERVED
+        return room and held <= min(REGISTERS // (self.threads * self.resident), 255)
 
 
 class Builder(products.Builder):
@@ -130,10 +205,15 @@ class Builder(products.Builder):
         drafted = Pairs(
             **around(self, (self.first, self.step), shape, stores, more, first),
             blocks=Blocks(4, 4 * FILL), left=left, right=right, after=after, matrix=matrix,
+            fetched=self.graph.arch in BULK and all(min(view.stride) > 0 for view in (left, right)),
         )  # fmt: skip
         if max(shape.m, shape.n) > ROWS or drafted.words[0] > WORDS or drafted.words[1] > SHARED_WORDS:
             raise Illegal("more rows than registers hold")
-        return replace(drafted, blocks=chosen(drafted.blocks, drafted.knobs(), self.group))
+        drafted = next(drafts(drafted, dict(self.group.launch).get("loads")), drafted)
+        found = replace(drafted, blocks=chosen(drafted.blocks, drafted.knobs(), self.group))
+        if found.bulk and not found.fits:
+            raise Illegal("more than shared memory or registers hold")
+        return found
 
     def _aligned(self, view: View) -> bool:
         """Whether rows are contiguous and begin at multiples of 16 bytes."""
@@ -155,6 +235,20 @@ class Builder(products.Builder):
         if self.graph.buffers[matrix.buffer].dtype != shape.dtype:
             raise Illegal("products of different dtypes")
         return View(matrix.buffer, matrix.shape, matrix.stride, matrix.offset)
+
+
+def drafts(pairs: Pairs, loads: str | None) -> Iterator[Pairs]:
+    """``pairs`` with its samples brought by bulk copies, the best guess first: many warps, as many copies under way.
+
+    None if something else is asked for by ``loads``, or they cannot bring them.
+    """
+    if not pairs.fetched or loads == "pointers":
+        return
+    for warps in (16, 8, 4, 2, 1):
+        for stages in (2, 1):
+            draft = replace(pairs, blocks=Blocks(warps, FILL, stages, "descriptors"))
+            if draft.fits and (warps == 1 or pairs.shape.batch >= FILL * warps):
+                yield draft
 
 
 def eights(size: int) -> int:

@@ -139,7 +139,7 @@ def knobs(program: Program, schedule: Schedule) -> dict[str, list[Any]]:
     for p, g, _ in groups(schedule):
         kernel: Any = nest_of(program, schedule, p, g)
         for name, values in kernel.knobs().items():
-            staged = pipelined or isinstance(kernel, (Windowed, Matmul, Attention))
+            staged = pipelined or isinstance(kernel, (Pairs, Windowed, Matmul, Attention))
             if len(values) > 1 and (name != "stages" or staged):
                 found[f"{p}.{g}.{name}"] = list(values)
     return found

@@ -42,7 +42,15 @@ static void gather_warp() { gather(1000 + running / 32, 32); }
 
 struct Barrier { int arrivals, pending, phases, bytes; };
 static std::map<unsigned, Barrier> barriers;
-static const bool each_block_has_its_own = (begin_block = [] { met.clear(); barriers.clear(); }, true);
+
+// Bulk copies that nobody has waited for yet: what they overwrite is gone, what they bring is not there.
+static std::deque<std::function<void()>> coming;
+
+static const bool each_block_has_its_own = (begin_block = [] {
+  if (!coming.empty()) abort();
+  met.clear();
+  barriers.clear();
+}, true);
 
 static void settle(Barrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) {
@@ -178,7 +186,14 @@ static void arrive(unsigned barrier) {
 }
 
 static void await(unsigned barrier, int phase) {
-  while ((host::barriers[barrier].phases & 1) == (phase & 1)) host::yield();
+  while ((host::barriers[barrier].phases & 1) == (phase & 1)) {
+    if (!host::coming.empty()) {
+      const auto copy = std::move(host::coming.front());
+      host::coming.pop_front();
+      copy();
+    }
+    host::yield();
+  }
 }
 
 template <int NUMBER, int THREADS>
@@ -213,6 +228,16 @@ static void take(unsigned (&four)[4], unsigned from) {
   for (int q = 0; q < 4; ++q)
     for (int e = 0; e < 2; ++e)
       memcpy((char*)&four[q] + 2 * e, host::memory + rows[q * 8 + lane % 4 * 2 + e] + lane / 4 * 2, 2);
+}
+
+static void read(unsigned (&four)[4], unsigned from) {
+  const auto rows = host::shared_by_warp(from);
+  const int lane = host::running % 32;
+  for (int q = 0; q < 4; ++q) {
+    const unsigned row = rows[q * 8 + lane / 4];
+    if (row % 16) abort();
+    memcpy(&four[q], host::memory + row + lane % 4 * 4, 4);
+  }
 }
 
 template <int COUNT>
@@ -264,11 +289,14 @@ static void expect(unsigned barrier, int bytes) {
 
 template <typename... Place>
 void fetch(unsigned to, const CUtensorMap& from, unsigned barrier, Place... place) {
-  from.each(to, {place...}, [&](unsigned char* here, const char* there) {
-    there ? memcpy(here, there, from.size) : memset(here, 0, from.size);
+  from.each(to, {place...}, [&](unsigned char* here, const char*) { memset(here, 0xff, from.size); });
+  host::coming.push_back([=] {
+    from.each(to, {place...}, [&](unsigned char* here, const char* there) {
+      there ? memcpy(here, there, from.size) : memset(here, 0, from.size);
+    });
+    host::barriers[barrier].bytes -= from.bytes();
+    host::settle(host::barriers[barrier]);
   });
-  host::barriers[barrier].bytes -= from.bytes();
-  host::settle(host::barriers[barrier]);
 }
 
 static void send(const CUtensorMap& to, unsigned from, int x, int y, int z) {

@@ -30,6 +30,17 @@ PAIRS: dict[str, dict[str, Any]] = {
     "without_matrix": {"ROWS": 33, "RANK": 0, "DIM": 32},
 }
 
+# With the knobs of a launch each; there are more samples than warps, and the last ones are not as many.
+WALKED_PAIRS: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
+    "rows_24": ({"BATCH": 300, "DIM": 128}, (("warps", 1), ("stages", 1))),
+    "rows_40": ({"BATCH": 300, "DIM": 128, "ROWS": 40}, (("warps", 1), ("stages", 2))),
+    "rows_48": ({"BATCH": 600, "DIM": 128, "ROWS": 48}, (("warps", 2), ("stages", 1))),
+    "rows_17": ({"BATCH": 600, "ROWS": 17, "DTYPE": torch.bfloat16}, (("warps", 1), ("stages", 3))),
+    "rows_64": ({"BATCH": 270, "ROWS": 64, "DIM": 96, "RANK": 8}, (("warps", 1), ("stages", 2))),
+    "rows_of_two": ({"BATCH": 300, "ROWS": 40, "OTHERS": 57, "RANK": 0}, (("warps", 1), ("stages", 2))),
+    "in_registers": ({"BATCH": 600, "ROWS": 17}, (("warps", 1), ("persistent", 132), ("loads", "pointers"))),
+}
+
 # With the knobs of a launch each.
 MATMULS: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
     "plain": ({"ROWS": 72}, ()),
@@ -64,7 +75,7 @@ def task(name: str, **sizes: Any) -> Task:
     """By the name of its sizes, with some other than its own."""
     files = {
         "conv": CONVOLUTIONS,
-        "pairs": PAIRS,
+        "pairs": PAIRS | {name: sizes for name, (sizes, _) in WALKED_PAIRS.items()},
         "matmul": {name: sizes for name, (sizes, _) in MATMULS.items()},
     }
     file, own = next((file, cases[name]) for file, cases in files.items() if name in cases)

@@ -32,6 +32,10 @@ TRAVEL = {
     "odd": (False, False),
     "odd_input": (False, True),
     "odd_output": (True, False),
+    "interactions": (True,),
+    "odd_rows": (True,),
+    "two_operands": (True, True),
+    "without_matrix": (True,),
 }
 
 
@@ -44,28 +48,6 @@ def test_modules_compute_the_reference(name: str, tmp_path: Path) -> None:
     inputs = given.inputs("gpu", 3)
     (wanted,) = reference(*inputs)
     torch.testing.assert_close(ran(text, tmp_path, inputs, reference.state), wanted, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_pairs_stay_in_registers(name: str) -> None:
-    made = program(name)
-    work: object = nest_of(made, made.seeds()[0], 0, 0)
-    assert isinstance(work, Pairs)
-    assert work.same == ("OTHERS" not in PAIRS[name]) and (work.after is None) == (name == "without_matrix")
-    for launch in ((("warps", 2),), (("persistent", 132),)):
-        changed = scheduled(program(name, BATCH=6000), launch)
-        assert made.legal(changed)
-
-
-@pytest.mark.parametrize(
-    "sizes", [{"ROWS": 65}, {"DIM": 72}, {"ROWS": 64, "OTHERS": 64, "DIM": 256}], ids=str
-)
-def test_rows_that_registers_do_not_hold_are_tiles_or_stay_with_the_library(sizes: dict[str, int]) -> None:
-    made = program("interactions", **sizes)
-    assert isinstance(nest_of(made, made.seeds()[0], 0, 0), Matmul)
-    for arch in ("sm_80", "sm_90", "sm_100a"):
-        other = made.on(arch)
-        assert "torch.ops.aten.bmm" in other.emit(other.seeds()[0])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100a"])
@@ -107,7 +89,7 @@ def test_modules_compile_without_a_gpu(name: str) -> None:
         state=dict(signature.state["gpu"]),
     )  # fmt: skip
     (launch,) = launches(artifact)
-    assert launch.ctypes.count("CUtensorMap") == sum(TRAVEL.get(name, ()))
+    assert launch.ctypes.count("CUtensorMap") == sum(TRAVEL[name])
     (kernel,) = artifact.report["kernels"]
     assert kernel["stack"] == 0 and kernel["occupancy"] > 0
 

@@ -9,7 +9,7 @@ import torch
 
 from ke_gym.languages.base import Signature
 from tests.codegen.interpret import scheduled
-from tests.codegen.tensor_core_cases import CONVOLUTIONS, MATMULS, PAIRS, program, task
+from tests.codegen.tensor_core_cases import CONVOLUTIONS, MATMULS, PAIRS, WALKED_PAIRS, program, task
 from tests.languages.gpu_modules import built
 
 pytestmark = [
@@ -23,7 +23,9 @@ LAUNCHES = ((), (("loads", "pointers"),), (("m", 64),), (("stages", 1),))
 CASES = [
     *((name, launch) for name in CONVOLUTIONS for launch in LAUNCHES),
     *((name, (("apart", True), ("stages", 1))) for name in ("whole", "odd_input")),
-    *((name, ()) for name in PAIRS),
+    *((name, launch) for name in PAIRS for launch in ((), (("loads", "pointers"),))),
+    *((name, launch) for name, (_, launch) in WALKED_PAIRS.items()),
+    *((name, ()) for name in WALKED_PAIRS),
     *((name, launch) for name, (_, launch) in MATMULS.items()),
 ]
 
