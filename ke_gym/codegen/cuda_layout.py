@@ -108,7 +108,7 @@ def _vector(tiles: Tiles, var: Var, most: int) -> int:
                 if isinstance(n, Load) and n.index
             ]
             if work.place is not None and (work.op is None):
-                places.append((work.node.name, split.index(work.place)))
+                places.append((work.buffer, split.index(work.place)))
             moved += [
                 (kinds[name], together(index, vector))
                 for name, index in places

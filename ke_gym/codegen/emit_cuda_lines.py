@@ -22,6 +22,8 @@ from ke_gym.codegen.tiles import (
 from ke_gym.codegen.triton_text import bare_text
 
 INT = (1 << 31) - (1 << 16)  # 32 bits hold an index below this, the overshoot of a last block included
+Vectors = dict[str, tuple[str, str, Index]]
+"""By node, what is stored as vectors: the tensor, the vector's name, and which of the tensor's vectors it is."""
 _TAKEN = re.compile(
     r"v\d+|\w+_(acc|row|kept|vec)\d*|min|max|float|at|row|col|lane|k|j|top|shift|scanned|total|inf|load|store|Vector|\w*f|log2|log10"
     r"|int|long|short|char|bool|double|signed|unsigned|const|new|this|class|struct|union|enum|register|default|switch"
@@ -98,20 +100,18 @@ class Lines:
             self.text.names[Load(work.node.name, (), dtype)] = name
         return name
 
-    def _store(self, work: Work, place: Index, value: str, stored: dict[str, tuple[str, Index]]) -> None:
+    def _store(self, work: Work, place: Index, value: str, stored: Vectors) -> None:
         kind = work.node.dtype
         text = cast(kind, value) if work.expr.dtype != kind else bare_text(value)
         if work.node.name in stored:
-            self.line(f"{stored[work.node.name][0]}.at[j] = {text};")
+            self.line(f"{stored[work.node.name][1]}.at[j] = {text};")
         else:
-            self.line(f"{self.text.element(work.node.name, place)} = {text};")
+            self.line(f"{self.text.element(work.buffer, place)} = {text};")
 
-    def _open_vector(
-        self, exprs: list[Expr], places: list[tuple[Work, Index | None]]
-    ) -> dict[str, tuple[str, Index]]:
+    def _open_vector(self, exprs: list[Expr], places: list[tuple[Work, Index | None]]) -> Vectors:
         """Load the vectors that the expressions read and open the loop over their elements.
 
-        Returns the vectors to store, by buffer, with where they belong.
+        Returns the vectors to store.
         """
         vector = self.layout.vector
         if vector == 1:
@@ -133,23 +133,25 @@ class Lines:
                 f"const auto {name} = load<{vector}>({self.names[node.buffer]}, {bare_text(self.text.index(which))});"
             )
             loaded[node] = f"{name}.at[j]"
-        stored: dict[str, tuple[str, Index]] = {}
+        stored: Vectors = {}
         for work, place in places:
             which = together(place, vector) if place is not None and work.op is None else None
             if which is not None:
-                name = f"{self.names[work.node.name]}_vec"
+                name = f"{self.names[work.buffer]}_vec"
+                if any(buffer == work.buffer for buffer, _, _ in stored.values()):
+                    name = f"{name}{len(stored)}"
                 self.line(f"Vector<{TYPES[work.node.dtype]}, {vector}> {name};")
-                stored[work.node.name] = name, which
+                stored[work.node.name] = work.buffer, name, which
         self.line("#pragma unroll")
         self.open(f"for (int j = 0; j < {vector}; ++j)")
         self.scope = outside
         self.text.names.update(loaded)
         return stored
 
-    def _close_vector(self, stored: dict[str, tuple[str, Index]]) -> None:
+    def _close_vector(self, stored: Vectors) -> None:
         if self.scope is None:
             return
         self.close(self.scope)
         self.scope = None
-        for name, (values, which) in stored.items():
-            self.line(f"store({self.names[name]}, {bare_text(self.text.index(which))}, {values});")
+        for buffer, values, which in stored.values():
+            self.line(f"store({self.names[buffer]}, {bare_text(self.text.index(which))}, {values});")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ke_gym.codegen.cpp_text import operands_of
 from ke_gym.codegen.cuda_layout import in_vectors
 from ke_gym.codegen.cuda_text import TYPES, cast, constant
-from ke_gym.codegen.emit_cuda_lines import Lines
+from ke_gym.codegen.emit_cuda_lines import Lines, Vectors
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import (
     BYTES,
@@ -148,7 +148,7 @@ class Rows(Lines):
 
     def _open_columns(
         self, columns: int, exprs: list[Expr], places: list[tuple[Work, Index | None]]
-    ) -> tuple[list[dict[Interned, str]], dict[str, tuple[str, Index]]]:
+    ) -> tuple[list[dict[Interned, str]], Vectors]:
         """Open the loops over a row's columns; see ``_open_vector``. What is to be kept is kept."""
         name, count = self._count(columns)
         lanes = self.layout.lanes
@@ -180,7 +180,7 @@ class Rows(Lines):
                 self.filled.add(expr)
         return scopes, stored
 
-    def _close_columns(self, scopes: list[dict[Interned, str]], stored: dict[str, tuple[str, Index]]) -> None:
+    def _close_columns(self, scopes: list[dict[Interned, str]], stored: Vectors) -> None:
         self._close_vector(stored)
         for names in reversed(scopes):
             self.close(names)

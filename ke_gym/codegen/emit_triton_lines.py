@@ -155,7 +155,7 @@ class Lines:
         assert place is not None
         text = self.text.index(place, "")
         mask = self.text.mask(place)
-        buffer = self.text.pointers[work.node.name]
+        buffer = self.text.pointers[work.buffer]
         where = buffer if text == "0" else f"{buffer} + {text}"
         kind = f".to({TYPES[work.node.dtype]})" if work.expr.dtype != work.node.dtype else ""
         given = f"{enclosed(value)}{kind}" if kind else bare_text(value)

@@ -48,7 +48,7 @@ IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 
 @dataclass(frozen=True)
 class Work:
-    """One node: ``expr`` over the row and, if ``columns`` > 1, the column; stored at element ``place``.
+    """One node: ``expr`` over the row and, if ``columns`` > 1, the column; stored at element ``place`` of ``buffer``.
 
     ``op`` is a reduction over the columns or, with ``scan``, a scan along them, from the last one if ``reverse``.
     Works of one ``level`` need only reductions of lower levels, and scans that come before them.
@@ -58,6 +58,7 @@ class Work:
     node: Node
     expr: Expr
     columns: int
+    buffer: str
     place: Index | None
     op: str | None
     scan: bool

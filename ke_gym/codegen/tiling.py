@@ -32,6 +32,8 @@ from ke_gym.codegen.expr import (
 from ke_gym.codegen.graph import Buffer, Graph, Node, contiguous_stride
 from ke_gym.codegen.ranges import folded
 from ke_gym.codegen.reciprocals import magnitudes, multiplied
+from ke_gym.codegen.schedule import Group
+from ke_gym.codegen.slices import Slice, slices
 from ke_gym.codegen.tiles import (
     CACHES,
     WHOLE_ROW,
@@ -57,6 +59,10 @@ class Builder(Binder):
     inner = 0
     splits: tuple[int, ...] = ()
 
+    def __init__(self, graph: Graph, group: Group, visible: frozenset[str]) -> None:
+        super().__init__(graph, group, visible)
+        self.slices: dict[str, Slice] = {}
+
     def _inline(self, load: Load) -> Expr:
         node = self.nodes.get(load.buffer)
         if node is None or not node.pointwise:
@@ -64,6 +70,47 @@ class Builder(Binder):
         return Rewriter(dict(zip(node.vars, load.index))).expr(self.resolved[load.buffer])
 
     def build(self) -> Tiles:
+        """The tiles; what chooses by position is cut into slices only if it does not share the rows as a whole."""
+        builder = self
+        try:
+            tiles = self._drafted()
+        except Illegal:
+            builder = Builder(self.graph, self.group, self.visible)
+            if not builder._cut():
+                raise
+            tiles = builder._drafted()
+        return replace(tiles, blocks=builder._blocks(tiles))
+
+    def _cut(self) -> bool:
+        """Put slices in the place of stored nodes that choose by position; False if there are none."""
+        kept = {}
+        for name, node in self.kept.items():
+            parts = slices(node, self.resolved[name]) if node.pointwise else []
+            if len(parts) < 2:
+                kept[name] = node
+                continue
+            for part in parts:
+                own = part.node.name
+                if own in self.graph.buffers:
+                    raise Illegal(f"another tensor is called {own}")
+                if self._given(part.node.expr):
+                    raise Illegal(f"{own} would be copied")
+                kept[own], self.resolved[own], self.slices[own] = part.node, part.node.expr, part
+        self.kept = kept
+        self.visible |= self.slices.keys()
+        return bool(self.slices)
+
+    def _given(self, value: Expr) -> bool:
+        """Whether the value is an element of an input or of a library call's result: reading it there costs no less."""
+        while isinstance(value, Op) and value.name == "cast":
+            (value,) = value.args
+        return isinstance(value, Load) and not isinstance(self.graph.steps.get(value.buffer), Node)
+
+    def _slice(self, name: str) -> Slice:
+        """What of a tensor the node computes: all of its own, if it is no slice."""
+        return self.slices.get(name) or Slice(self.kept[name], self.kept[name])
+
+    def _drafted(self) -> Tiles:
         if not self.kept:
             raise Illegal("nothing to compute")
         reducing = [n for n in self.kept.values() if not n.pointwise]
@@ -148,17 +195,17 @@ class Builder(Binder):
             work = self._work(name, node, places, levels)
             levels[name] = work.level
             works.append(work)
-        if rows < 128 and any(w.op is None and w.columns > SHARED_COLUMNS for w in works):
+        sizes = [self.graph.buffers[work.buffer].numel for work in works if work.op is None]
+        if rows < 128 and any(size > SHARED_COLUMNS * rows for size in sizes):
             raise Illegal("too few rows for so many columns")
         works.sort(key=lambda w: w.level)
         reads, writes = self._memory_of(works)
         total = sum(b.numel * BYTES[b.dtype] for b in (*reads, *writes))
         origins = tuple(dict.fromkeys(n.origin for n in self.nodes.values()))
-        made = [n for n in self.kept if n in self.visible]
-        if not made:
+        if not writes:
             raise Illegal("nothing is stored")
-        drafted = Tiles(
-            made[-1],
+        return Tiles(
+            writes[-1].name,
             rows,
             tuple(mirrored(distinct(works)) if self.graph.language == "triton" else distinct(works)),
             Blocks(1, 1, 4),
@@ -170,7 +217,6 @@ class Builder(Binder):
             self.splits,
             CACHES if reads and self.graph.language == "triton" else (),
         )
-        return replace(drafted, blocks=self._blocks(drafted))
 
     def _work(self, name: str, node: Node, places: dict[Var, Index], levels: dict[str, int]) -> Work:
         binding = self._complete(node)
@@ -203,11 +249,12 @@ class Builder(Binder):
                 frozenset({column_var(columns) if columns > 1 else row_var(rows)}),
                 magnitudes(self.nodes),
             )
-        flat = constant(0)
-        for var, stride in zip(node.vars, contiguous_stride(node.shape)):
+        part = self._slice(name)
+        flat = constant(part.start)
+        for var, stride in zip(node.vars, contiguous_stride(part.whole.shape)):
             flat = flat + binding[var] * stride
         place = joined(Rewriter(inside).index(flat)) if name in self.visible else None
-        return Work(node, expr, columns, place, node.reduction, scan, level, across=across)
+        return Work(node, expr, columns, part.whole.name, place, node.reduction, scan, level, across=across)
 
     def _follow(self, node: Node, binding: dict[Var, Index]) -> dict[Var, Index]:
         """The loops of a node that reads a scan backwards, turned so that both run over the same columns."""
@@ -245,8 +292,8 @@ class Builder(Binder):
             for node in walk(work.expr):
                 if isinstance(node, (Load, Search)) and node.buffer not in self.nodes:
                     reads[node.buffer] = self.graph.buffers[node.buffer]
-        writes = tuple(self.graph.buffers[n] for n in self.kept if n in self.visible)
-        return tuple(reads.values()), writes
+        writes = dict.fromkeys(self._slice(n).whole.name for n in self.kept if n in self.visible)
+        return tuple(reads.values()), tuple(self.graph.buffers[n] for n in writes)
 
     # ------------------------------------------------------------------------------------------ blocks
 

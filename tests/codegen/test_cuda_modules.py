@@ -38,6 +38,7 @@ COMPILED = (
     "bucketize",
     "rms_norm_backward",
     "rms_norm_bf16",
+    "global_pool",
 )
 EXAMPLES = settings(max_examples=60, deadline=None)
 

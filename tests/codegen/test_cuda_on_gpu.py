@@ -20,7 +20,7 @@ pytestmark = [
 
 NAMES = (
     "softmax", "layer_norm", "column_mean", "cross_entropy", "argmax", "cumsum", "max_pool", "map_id", "bucketize",
-    "matmul_bias_gelu", "rotary_embedding", "rms_norm_backward", "rms_norm_bf16",
+    "matmul_bias_gelu", "rotary_embedding", "rms_norm_backward", "rms_norm_bf16", "global_pool",
 )  # fmt: skip
 CASES = [
     *((name, ()) for name in NAMES),

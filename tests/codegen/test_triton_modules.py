@@ -240,7 +240,7 @@ def test_a_thin_product_is_a_step_of_the_one_it_is_added_to() -> None:
     assert "* 2.0" in last.split("for start")[0], "the scale is the thin operand's"
 
 
-COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal")
+COMPILED = ("softmax", "max_pool", "matmul_bias_gelu", "attention_causal", "global_pool")
 
 
 def compiled(name: str, launch: Any = ()) -> Artifact:

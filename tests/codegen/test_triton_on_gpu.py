@@ -23,7 +23,7 @@ NAMES = (
     "softmax", "layer_norm", "column_mean", "cross_entropy", "argmax", "cumsum", "max_pool", "map_id", "bucketize",
     "matmul_bias_gelu", "matmul_batched", "attention_causal", "attention_gqa_decode", "rms_norm_backward",
     "matmul_low_rank", "matmul_skinny", "layer_norm_backward", "group_norm", "dense_to_jagged", "embedding_bag",
-    "batch_event_truncate", "reverse_cumsum", *HALF,
+    "batch_event_truncate", "reverse_cumsum", "global_pool", *HALF,
 )  # fmt: skip
 CLOSE = {"strict": 2e-4, "tf32": 5e-3, "bf16": 2e-2}
 FORMS: list[tuple[str, Any]] = [
