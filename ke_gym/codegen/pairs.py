@@ -31,8 +31,8 @@ STEP = 32  # elements of a row that a quad of threads loads at once
 BULK = ("sm_90", "sm_90a", "sm_100a")  # GPUs that have bulk copies, and this much shared memory
 PART = 64  # elements of a row of a swizzled tile: 128 bytes
 SUMS = 72  # registers of a thread for sums, at most, where bulk copies bring the operands
-# Those it needs besides sums, the shared matrix and a step's operands, to compile without spills; and if rows do not all
-# have sums at once.
+# Those it needs besides sums, the shared matrix and a step's operands to compile without spills (as NVRTC does),
+# and those it needs more if rows do not all have sums at once.
 WORKING, AGAIN = 20, 36
 RESERVED = 1 << 10  # bytes of shared memory that a block takes besides its own
 
@@ -41,8 +41,8 @@ RESERVED = 1 << 10  # bytes of shared memory that a block takes besides its own
 class Blocks:
     """``warps`` of a block, each of which takes one sample after the other; ``persistent`` blocks, at most.
 
-    ``loads``: "pointers" (a sample is loaded into registers) or "descriptors" (bulk copies bring it into one of its warp's
-    ``stages`` of shared memory).
+    ``loads``: "pointers" (a sample is loaded into registers) or "descriptors" (bulk copies bring it into one of its
+    warp's ``stages`` of shared memory).
     """
 
     warps: int
@@ -56,8 +56,8 @@ class Blocks:
 class Pairs(Kernel):
     """What one kernel does: ``left`` (samples, rows, k) by ``right`` (samples, rows, k), then by ``after`` (rows, columns).
 
-    ``shape`` is that of the first product; ``matrix`` an expression of ``n`` and ``c``, an element of ``after``. ``fetched``:
-    whether bulk copies can bring the operands.
+    ``shape`` is that of the first product; ``matrix`` an expression of ``n`` and ``c``, an element of ``after``.
+    ``fetched``: whether bulk copies can bring the operands.
     """
 
     blocks: Blocks

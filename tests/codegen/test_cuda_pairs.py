@@ -1,4 +1,4 @@
-"""Products of a few rows in CUDA C++: what bulk copies bring and what registers hold, on a CPU and compiled for sm_90a."""
+"""Products of a few rows in CUDA C++, brought by bulk copies or in registers: on a CPU, and compiled for sm_90a."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from ke_gym.codegen import Program, cuda_tensor_cores, rewrites
 from ke_gym.codegen.knobs import knobs
 from ke_gym.codegen.matmuls import Matmul
-from ke_gym.codegen.pairs import FILL, RESERVED, Blocks, Pairs
+from ke_gym.codegen.pairs import Blocks, Pairs
+from ke_gym.codegen.product_blocks import FILL
 from ke_gym.codegen.schedule import Schedule
 from ke_gym.codegen.variants import nest_of
 from ke_gym.codegen.windows import SHARED
@@ -50,7 +51,7 @@ def test_warps_walk_over_samples(name: str, launch: tuple[tuple[str, object], ..
     reference = given.reference("gpu")
     (wanted,) = reference(*inputs)
     got = ran(emitted(made, schedule), tmp_path, inputs, reference.state)
-    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=4e-2)
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("launch", [(), IN_REGISTERS], ids=str)
@@ -61,7 +62,7 @@ def test_infinities_stay_in_their_rows(launch: tuple[tuple[str, object], ...], t
     reference = given.reference("gpu")
     text = emitted(made, scheduled(made, launch) if launch else made.seeds()[0])
     got = ran(text, tmp_path, (x,), reference.state)
-    torch.testing.assert_close(got, reference(x)[0], rtol=2e-2, atol=4e-2, equal_nan=True)
+    torch.testing.assert_close(got, reference(x)[0], rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -104,7 +105,7 @@ def test_shared_memory_holds_as_many_samples_as_go_in(sizes: dict[str, int], blo
     made = program("interactions", **{"DIM": 128, "BATCH": 8192} | sizes)
     work = pairs_of(made, made.seeds()[0])
     assert work.blocks == blocks
-    assert work.slot == sizes["ROWS"] * 256 and work.shared + RESERVED <= SHARED + RESERVED
+    assert work.slot == sizes["ROWS"] * 256 and work.shared <= SHARED
     more = (("warps", 16), ("stages", 4), ("persistent", FILL))
     assert not made.legal(scheduled(made, more))
     assert not made.legal(scheduled(made, (("persistent", 8 * FILL), ("warps", 8))))
@@ -146,6 +147,6 @@ def test_registers_and_shared_memory_hold_it_all(
         state=dict(signature.state["gpu"]),
     )  # fmt: skip
     (kernel,), (launched,) = artifact.report["kernels"], launches(artifact)
-    assert kernel["stack"] == 0 and kernel["shared"] == work.shared == launched.geometry.shared
+    assert kernel["stack"] == 0 and kernel["shared"] == work.shared
     assert kernel["registers"] * work.threads <= 65536
     assert launched.ctypes.count("CUtensorMap") == int(work.bulk)
