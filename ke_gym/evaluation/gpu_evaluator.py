@@ -155,7 +155,8 @@ class GpuEvaluator(Evaluator):
                 evaluation = super()._judged(base, artifact, rival, absent)
                 break
             except OutOfDeviceMemory as error:  # somebody else has it: once more, in an empty process
-                self.judge.close()
+                with self._lanes.all():  # another thread may be at the judge
+                    self.judge.close()
                 evaluation = base.replace(outcome="constraints", log=str(error), rival="")
         if self._too_large:
             remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"

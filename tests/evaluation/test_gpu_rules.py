@@ -255,7 +255,13 @@ def test_memory_that_somebody_else_took_is_an_outcome(
     evaluation = evaluator.evaluate(candidate(evaluator, "fine"))
     assert evaluation.outcome == "constraints" and "does not fit" in evaluation.log
     left[0] = 1  # the second try has an empty process
+    alone: list[bool] = []
+    close = type(evaluator.judge).close
+    monkeypatch.setattr(
+        type(evaluator.judge), "close", lambda s: [alone.append(evaluator._lanes._judging.locked()), close(s)]
+    )
     assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+    assert alone and all(alone)  # no other thread is at the judge when it is closed
 
 
 def test_a_task_s_own_code_that_runs_out_of_memory_does_not_fit() -> None:
