@@ -42,7 +42,11 @@ BY_ITSELF = "compile"
 
 
 class OutOfDeviceMemory(UserError):
-    """A task does not fit on the device."""
+    """A task does not fit on the device, of which other processes have so many bytes ``elsewhere``."""
+
+    def __init__(self, message: str, elsewhere: int = 0) -> None:
+        super().__init__(message)
+        self.elsewhere = elsewhere
 
 
 @dataclass(frozen=True)
@@ -304,7 +308,8 @@ class GpuClient:
         if "out_of_memory" in header:
             raise OutOfDeviceMemory(
                 f"task {self.task.name} does not fit into this GPU's memory ({header['out_of_memory']}); choose "
-                "smaller sizes"
+                "smaller sizes",
+                header.get("elsewhere", 0),
             )
         if "user_error" in header:
             raise UserError(header["user_error"])

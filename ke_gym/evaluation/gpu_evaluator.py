@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,6 +40,7 @@ from ke_gym.languages.plan import Launch, Plan, TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
 
+T = TypeVar("T")
 DISPUTED = 0.25
 """A candidate whose events claim less than the host's clock saw in more than this share of its calls is refused.
 
@@ -51,6 +53,8 @@ FRESH_ROUNDS = 12
 AA_SELDOM = 30
 """A device's calls scatter little and alike on every day: once their floor is on record, a race of equals comes after so
 many evaluations."""
+MEMORY_SECONDS = 120.0
+"""How long memory that other processes have is waited for: other searches' checks come to an end."""
 CONTEXT_BYTES = 1 << 29
 """What a process takes of the device's memory before it has allocated anything."""
 SPARE_SHARE = 0.3
@@ -140,24 +144,27 @@ class GpuEvaluator(Evaluator):
     def prove(self) -> Proof | None:
         """See ``Evaluator.prove``; None, with a warning, for a task whose wrong versions do not fit beside it."""
         try:
-            return super().prove()
+            return self._with_memory(self._prove)
         except OutOfDeviceMemory as error:
             warnings.warn(f"{self.task.name} could not be proven before its search: {error}", stacklevel=2)
             return None
+
+    def _prove(self) -> Proof | None:
+        with self._lanes.all():
+            self._revive()
+        return super().prove()
 
     def _judged(
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str
     ) -> Evaluation:
         """See ``Evaluator._judged``."""
         base = base.replace(machine=self.facts.fingerprint)
-        for _ in range(2):
-            try:
-                evaluation = super()._judged(base, artifact, rival, absent)
-                break
-            except OutOfDeviceMemory as error:  # somebody else has it: once more, in an empty process
-                with self._lanes.all():  # another thread may be at the judge
-                    self.judge.close()
-                evaluation = base.replace(outcome="constraints", log=str(error), rival="")
+        try:
+            evaluation = self._with_memory(
+                lambda: super(GpuEvaluator, self)._judged(base, artifact, rival, absent)
+            )
+        except OutOfDeviceMemory as error:
+            evaluation = base.replace(outcome="constraints", log=str(error), rival="")
         if self._too_large:
             remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"
             evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
@@ -183,11 +190,19 @@ class GpuEvaluator(Evaluator):
 
     def compile_baseline(self, baseline: str) -> None:
         """See ``Evaluator.compile_baseline``; others may race on the device meanwhile."""
-        with self._lanes.all(), self.account.phase("compiling the reference"):
-            self._revive()
-            for name in self.shape_sets:
-                self.judge.compile(name, baseline, self.folder)
+
+        def compile_all() -> None:
+            with self._lanes.all(), self.account.phase("compiling the reference"):
+                self._revive()
+                for name in self.shape_sets:
+                    self.judge.compile(name, baseline, self.folder)
+
+        self._with_memory(compile_all)
         self.baseline = baseline
+
+    def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
+        """See ``Evaluator.race_baseline``."""
+        return self._with_memory(lambda: super(GpuEvaluator, self).race_baseline(candidate))
 
     def _replayed(self, artifact: Artifact) -> Replayed:
         environment = gpu_environment(self.folder)
@@ -211,23 +226,52 @@ class GpuEvaluator(Evaluator):
                 self._signature = b""
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
-            try:
-                judge = self._open_judge(self.hidden)
+            begin, again, tries = time.monotonic(), True, 0
+            while again:
                 try:
-                    self._working_bytes = int(judge.self_verdict(self.contract)["peak"])
-                    return judge
-                except ArmDied as death:
-                    judge.close()
-                    raise UserError(
-                        f"task {self.task.name} cannot be judged on this GPU: {death.log}"
-                    ) from death
-                except BaseException:
-                    judge.close()
-                    raise
-            except OutOfDeviceMemory as error:
-                problem = error
-                self._too_large = self._too_large or f"the shape set {self.contract!r}"
+                    return self._one_that_fits()
+                except OutOfDeviceMemory as error:
+                    problem, tries = error, tries + 1
+                    again = error.elsewhere > 0 and self._again(error, begin, tries)
+            self._too_large = self._too_large or f"the shape set {self.contract!r}"
         raise problem
+
+    def _one_that_fits(self) -> GpuClient:
+        """A judge that has come to a verdict at these sizes. Raises ``OutOfDeviceMemory``."""
+        judge = self._open_judge(self.hidden)
+        try:
+            self._working_bytes = int(judge.self_verdict(self.contract)["peak"])
+            return judge
+        except ArmDied as death:
+            judge.close()
+            raise UserError(f"task {self.task.name} cannot be judged on this GPU: {death.log}") from death
+        except BaseException:
+            judge.close()
+            raise
+
+    def _with_memory(self, attempt: Callable[[], T]) -> T:
+        """``attempt()``; where it lacks memory, once more in an empty process, and as long as others have that memory, up to
+        ``MEMORY_SECONDS``. Raises ``OutOfDeviceMemory``."""
+        begin, tries = time.monotonic(), 0
+        while True:
+            try:
+                return attempt()
+            except OutOfDeviceMemory as error:
+                tries += 1
+                with self._lanes.all():  # another thread may be at the judge
+                    self.judge.close()
+                    if not self._again(error, begin, tries):
+                        raise
+
+    def _again(self, error: OutOfDeviceMemory, begin: float, tries: int) -> bool:
+        """Whether to try again what lacked memory; after a while, if others have it."""
+        if not error.elsewhere:
+            return tries < 2
+        if time.monotonic() - begin > MEMORY_SECONDS:
+            return False
+        with self.account.phase("waiting for memory"):
+            time.sleep(self._rng.uniform(0.5, 1.0) * min(8, tries))
+        return True
 
     def _lock_of(self, uuid: str) -> DeviceLock:
         if self._lock is None:

@@ -36,6 +36,7 @@ from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
 from ke_gym.evaluation.gpu_lock import DeviceLock
+from ke_gym.evaluation.gpu_memory import OVERHEAD, taken_elsewhere
 from ke_gym.evaluation.gpu_stage import Died, Runner, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.race import Rules, race
@@ -431,7 +432,12 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         torch.set_default_device(device)
         judge = GpuJudge(Task.from_bytes(blob), args["baseline"], device, socket.socket(fileno=fds[0]))
     except (UserError, RuntimeError, OSError, AssertionError, CudaError) as error:
-        channel.send({"no_device": first_line(error)})
+        if isinstance(error, RuntimeError) and "out of memory" in str(
+            error
+        ):  # there is no room for a context
+            channel.send({"out_of_memory": first_line(error), "elsewhere": OVERHEAD})
+        else:
+            channel.send({"no_device": first_line(error)})
         return
     channel.send({"uuid": judge.stage.facts.uuid, "reads_host": judge.stage.facts.reads_host})
     while True:
@@ -468,11 +474,11 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         cause = error.__cause__ if isinstance(error, UserError) else error
         if not isinstance(cause, torch.OutOfMemoryError):  # otherwise the task's own code ran out of memory
             return {"user_error": str(error)}
-        full = first_line(cause)
+        full = {"out_of_memory": first_line(cause), "elsewhere": taken_elsewhere()}
     except Exception as error:  # the parent turns it into a clear message about the task
         if isinstance(error, CudaError) and error.sticky:
             return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}
         traceback.print_exc()
         return {"task_error": f"{type(error).__name__}: {first_line(error)}"}
     torch.cuda.empty_cache()  # only now: exceptions hold what was allocated
-    return {"out_of_memory": full}
+    return full

@@ -15,6 +15,8 @@ from ke_gym.targets._memory import view
 
 ALIGNMENT = 256
 RED_ZONE = 4096
+OVERHEAD = 2 << 30
+"""Bytes that a process may have of the device besides what torch knows of: contexts, code, workspaces."""
 SHIFTS = 64
 """A block's tensors may begin at this many multiples of the alignment: pointers are new in every call."""
 
@@ -39,6 +41,13 @@ class Placement:
     def used(self) -> list[tuple[int, int]]:
         """(offset, length) of every tensor, in bytes."""
         return [(offset, spec.storage_bytes) for spec, offset in zip(self.specs, self.offsets)]
+
+
+def taken_elsewhere() -> int:
+    """About how many bytes of the current device other processes have; 0 for little."""
+    free, total = torch.cuda.mem_get_info()
+    taken = total - free - torch.cuda.memory_reserved()
+    return taken if taken > OVERHEAD else 0
 
 
 class Block:

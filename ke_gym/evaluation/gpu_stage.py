@@ -16,7 +16,7 @@ from torch import Tensor
 from ke_gym.errors import UserError
 from ke_gym.evaluation import work
 from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
-from ke_gym.evaluation.gpu_memory import Block, Placement, poison
+from ke_gym.evaluation.gpu_memory import Block, Placement, poison, taken_elsewhere
 from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Plan, TensorSpec
@@ -48,7 +48,7 @@ class Died(Exception):
 def foreign() -> Iterator[None]:
     """Device code of a candidate runs inside: what goes wrong is its fault, and mostly the end of the context.
 
-    Raises ``Died`` for it.
+    Raises ``Died`` for it, or ``torch.OutOfMemoryError`` where others have the memory that it lacks.
     """
     try:
         yield
@@ -57,6 +57,8 @@ def foreign() -> Iterator[None]:
     except PlanError as error:
         raise Died("constraints", str(error), fatal=False) from error
     except torch.OutOfMemoryError as error:
+        if taken_elsewhere():
+            raise
         raise Died("constraints", f"not enough device memory: {first_line(error)}", fatal=False) from error
     except (CudaError, RuntimeError) as error:
         fault = isinstance(error, CudaError) or "CUDA error" in str(error)

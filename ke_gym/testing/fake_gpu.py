@@ -273,6 +273,7 @@ def stand_in(patch: MonkeyPatch) -> None:
         "empty_cache": lambda: None,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
         "mem_get_info": lambda *_: (1 << 34, 1 << 34),
         "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
     }.items():

@@ -25,6 +25,7 @@ from ke_gym.evaluation.account import ALONE, BUILDING, SHARING, together
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.checking import Rejected
 from ke_gym.evaluation.evaluation import BASELINES, HARNESS_VERSION
+from ke_gym.evaluation.gpu_client import OutOfDeviceMemory
 from ke_gym.evaluation.opening import kernel_language, language_for, open_evaluator
 from ke_gym.job import RUN_FILE, read_run
 from ke_gym.search.budget import Budget
@@ -393,6 +394,8 @@ class Suite:
             value, interval = over()
         except (UserError, Rejected, ArmDied) as error:
             console.print(f"{row.task} through {compiler}: {error}", highlight=False, style="red")
+            if isinstance(error, OutOfDeviceMemory) and error.elsewhere:
+                return row  # another run may find room
             return self._write(replace(row, uncompiled={**row.uncompiled, compiler: str(error)}))
         over_ci = {**row.over_ci, compiler: interval}
         return self._write(replace(row, over={**row.over, compiler: value}, over_ci=over_ci))

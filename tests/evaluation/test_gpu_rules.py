@@ -12,7 +12,7 @@ import torch
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation import gpu_evaluator, gpu_judge
+from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_stage
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
@@ -264,6 +264,24 @@ def test_memory_that_somebody_else_took_is_an_outcome(
     assert alone and all(alone)  # no other thread is at the judge when it is closed
 
 
+def test_memory_that_others_have_is_waited_for(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, left, waits = Small.check, [4], []
+
+    def full(self: Small, *arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OutOfDeviceMemory("not now", elsewhere=1 << 34)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Small, "check", full)
+    monkeypatch.setattr(gpu_evaluator.time, "sleep", waits.append)
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+    assert len(waits) == 4 and all(0.5 <= wait <= 4 for wait in waits)
+    assert evaluator.account.spent()["waiting for memory"][1] >= 4
+
+
 def test_a_task_s_own_code_that_runs_out_of_memory_does_not_fit() -> None:
     def reference() -> None:
         try:
@@ -275,7 +293,47 @@ def test_a_task_s_own_code_that_runs_out_of_memory_does_not_fit() -> None:
     stand_in(patch)
     found = gpu_judge.answer_to(reference, {}, b"")
     patch.undo()
-    assert found == {"out_of_memory": "CUDA out of memory. Tried to allocate 16.00 GiB"}
+    assert found == {"out_of_memory": "CUDA out of memory. Tried to allocate 16.00 GiB", "elsewhere": 0}
+
+
+@pytest.mark.parametrize("free", [1 << 30, 14 << 30])
+def test_memory_that_others_have_is_not_the_candidate_s_to_lack(
+    monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1 << 30)
+
+    def plan() -> None:
+        with gpu_stage.foreign():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = gpu_judge.answer_to(plan, {}, b"")
+    if free == 1 << 30:
+        assert found == {"out_of_memory": "CUDA out of memory", "elsewhere": 14 << 30}
+    else:
+        assert found["died"] == "constraints" and not found["fatal"]
+
+
+def test_a_search_opens_at_its_sizes_once_others_have_left_room(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, left, waits = InProcess._exchange, [3], []
+
+    def full(self: Small, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        left[0] -= do == "describe"
+        if do == "describe" and left[0] >= 0:
+            return {"out_of_memory": "16 GiB", "elsewhere": 1 << 34}, b""
+        return plain(self, do, arguments, blob)
+
+    monkeypatch.setattr(Small, "_exchange", full)
+    monkeypatch.setattr(gpu_evaluator.time, "sleep", waits.append)
+    with GpuEvaluator(evaluator.task, folder=evaluator.folder) as opened:
+        assert opened.contract == "gpu" and len(waits) == 3
+    left[0] = 1 << 30  # somebody stays
+    monkeypatch.setattr(gpu_evaluator, "MEMORY_SECONDS", 0.0)
+    with pytest.raises(OutOfDeviceMemory, match="16 GiB"):
+        GpuEvaluator(evaluator.task, folder=evaluator.folder)
 
 
 def test_confirmations_take_a_part_of_the_memory(
