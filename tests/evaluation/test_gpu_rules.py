@@ -235,6 +235,7 @@ def test_a_judge_makes_room_for_one_that_confirms(
         return opened(self, *arguments)
 
     monkeypatch.setattr(GpuEvaluator, "_open_judge", one_at_a_time)
+    monkeypatch.setattr(evaluator, "_maybe_aa", lambda: None)  # it would open one again, now and then
     evaluation = evaluator.evaluate(candidate(evaluator, "fine"), candidate(evaluator, "tardy"))
     assert evaluation.confirmed and evaluation.kernel_coverage == 1.0
     assert not any(judge.alive for judge in OPENED)  # the next candidate's opens again
