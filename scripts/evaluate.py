@@ -56,7 +56,7 @@ class Args:
     again: bool = False
     """Measure again even if this machine has judged this very kernel before."""
     proton: bool = False
-    """On a GPU: also what a call spends in each kernel, the library's too, by Triton's profiler."""
+    """On a GPU: also what a call spends in each kernel, the library's too, by Triton's profiler. Judges anew."""
     json: bool = False
     """Print JSON instead of the table: one object, or a list for several kernels."""
     bundle: Path | None = None
@@ -81,6 +81,10 @@ KEYS = (
 
 def main(args: Args) -> None:
     console = Console(stderr=args.json)
+    if args.proton and (args.target == "cpu" or args.run_bundle or args.serve or args.bundle):
+        raise UserError(
+            "--proton looks at what this machine's GPU judges, without bundles: choose --target cuda"
+        )
     if args.run_bundle is not None:
         race_bundle(args, console)
         return
@@ -105,8 +109,6 @@ def main(args: Args) -> None:
                 f"{packed.label}: {'compiled' if packed.artifact else ' '.join([packed.outcome, *said])}"
             )
         return
-    if args.proton and args.target == "cpu":
-        raise UserError("--proton looks at GPUs alone: choose --target cuda")
     judged = judge(args, task, candidates, console)
     if args.json:
         brief = []
@@ -147,10 +149,10 @@ def judge(args: Args, task: Task, candidates: list[Candidate], console: Console)
             machine = evaluator.facts.fingerprint
             setting = Setting(task.id, args.target, machine, args.baseline, evaluator.threads)
             for candidate in candidates:
-                known = None if args.again else store.evaluation(setting, candidate.id)
+                known = None if args.again or args.proton else store.evaluation(setting, candidate.id)
                 evaluation = known or evaluator.evaluate(candidate)
                 store.add_candidate(candidate)
-                store.add_evaluation(setting, evaluation, replace=args.again)
+                store.add_evaluation(setting, evaluation, replace=args.again or args.proton)
                 judged.append(Judged(machine, known is not None, evaluation))
                 if args.proton and evaluation.correct:
                     try:

@@ -306,10 +306,12 @@ class GpuClient:
         if "no_device" in header:
             raise UserError(NO_DEVICE.format(why=header["no_device"]))
         if "out_of_memory" in header:
+            # Where another process launches kernels, it has memory of this search's own.
+            elsewhere = 0 if self.apart else header.get("elsewhere", 0)
+            where = "beside what others have of this GPU's memory" if elsewhere else "into this GPU's memory"
             raise OutOfDeviceMemory(
-                f"task {self.task.name} does not fit into this GPU's memory ({header['out_of_memory']}); choose "
-                "smaller sizes",
-                header.get("elsewhere", 0),
+                f"task {self.task.name} does not fit {where} ({header['out_of_memory']}); choose smaller sizes",
+                elsewhere,
             )
         if "user_error" in header:
             raise UserError(header["user_error"])

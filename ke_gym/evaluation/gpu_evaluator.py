@@ -53,7 +53,7 @@ FRESH_ROUNDS = 12
 AA_SELDOM = 30
 """A device's calls scatter little and alike on every day: once their floor is on record, a race of equals comes after so
 many evaluations."""
-MEMORY_SECONDS = 120.0
+MEMORY_SECONDS = 30.0
 """How long memory that other processes have is waited for: other searches' checks come to an end."""
 CONTEXT_BYTES = 1 << 29
 """What a process takes of the device's memory before it has allocated anything."""
@@ -66,6 +66,25 @@ class Entry:
 
     number: int
     shape_set: str
+
+
+class Lacking:
+    """What was tried and lacked memory: whether it should be tried again."""
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+        self._first: float | None = None
+
+    def again(self, error: OutOfDeviceMemory) -> bool:
+        """Once at any rate; then, after a while, as long as others have what is lacking."""
+        if self._first is None:
+            self._first = time.monotonic()
+        elif not error.elsewhere or time.monotonic() - self._first > MEMORY_SECONDS:
+            return False
+        if error.elsewhere:
+            with self._account.phase("waiting for memory"):
+                time.sleep(random.uniform(1.0, 4.0))
+        return True
 
 
 class GpuEvaluator(Evaluator):
@@ -202,7 +221,15 @@ class GpuEvaluator(Evaluator):
 
     def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
         """See ``Evaluator.race_baseline``."""
-        return self._with_memory(lambda: super(GpuEvaluator, self).race_baseline(candidate))
+
+        def race() -> tuple[float, tuple[float, float]]:
+            if not self.judge.alive and self.baseline != BASELINES[0]:
+                self.compile_baseline(self.baseline)
+            with self._lanes.all():
+                self._revive()
+            return super(GpuEvaluator, self).race_baseline(candidate)
+
+        return self._with_memory(race)
 
     def _replayed(self, artifact: Artifact) -> Replayed:
         environment = gpu_environment(self.folder)
@@ -226,13 +253,12 @@ class GpuEvaluator(Evaluator):
                 self._signature = b""
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
-            begin, again, tries = time.monotonic(), True, 0
+            lacking, again = Lacking(self.account), True
             while again:
                 try:
                     return self._one_that_fits()
                 except OutOfDeviceMemory as error:
-                    problem, tries = error, tries + 1
-                    again = error.elsewhere > 0 and self._again(error, begin, tries)
+                    problem, again = error, error.elsewhere > 0 and lacking.again(error)
             self._too_large = self._too_large or f"the shape set {self.contract!r}"
         raise problem
 
@@ -252,26 +278,15 @@ class GpuEvaluator(Evaluator):
     def _with_memory(self, attempt: Callable[[], T]) -> T:
         """``attempt()``; where it lacks memory, once more in an empty process, and as long as others have that memory, up to
         ``MEMORY_SECONDS``. Raises ``OutOfDeviceMemory``."""
-        begin, tries = time.monotonic(), 0
+        lacking = Lacking(self.account)
         while True:
             try:
                 return attempt()
             except OutOfDeviceMemory as error:
-                tries += 1
                 with self._lanes.all():  # another thread may be at the judge
                     self.judge.close()
-                    if not self._again(error, begin, tries):
-                        raise
-
-    def _again(self, error: OutOfDeviceMemory, begin: float, tries: int) -> bool:
-        """Whether to try again what lacked memory; after a while, if others have it."""
-        if not error.elsewhere:
-            return tries < 2
-        if time.monotonic() - begin > MEMORY_SECONDS:
-            return False
-        with self.account.phase("waiting for memory"):
-            time.sleep(self._rng.uniform(0.5, 1.0) * min(8, tries))
-        return True
+                if not lacking.again(error):
+                    raise
 
     def _lock_of(self, uuid: str) -> DeviceLock:
         if self._lock is None:

@@ -37,7 +37,7 @@ from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.gpu_memory import OVERHEAD, taken_elsewhere
-from ke_gym.evaluation.gpu_stage import Died, Runner, ShapeSet, Stage, first_line, foreign
+from ke_gym.evaluation.gpu_stage import Crowded, Died, Runner, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.race import Rules, race
 from ke_gym.languages.artifact import Artifact
@@ -432,9 +432,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         torch.set_default_device(device)
         judge = GpuJudge(Task.from_bytes(blob), args["baseline"], device, socket.socket(fileno=fds[0]))
     except (UserError, RuntimeError, OSError, AssertionError, CudaError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(
-            error
-        ):  # there is no room for a context
+        if "out of memory" in str(error).lower().replace("_", " "):  # there is no room for a context
             channel.send({"out_of_memory": first_line(error), "elsewhere": OVERHEAD})
         else:
             channel.send({"no_device": first_line(error)})
@@ -468,13 +466,15 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         answer = request(**header, **({"blob": blob} if blob else {}))
         torch.cuda.synchronize()  # with the answer, others may get the device
         return answer
+    except Crowded as died:
+        full = {"out_of_memory": died.log, "elsewhere": OVERHEAD}
     except Died as died:
         return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
     except (UserError, torch.OutOfMemoryError) as error:
         cause = error.__cause__ if isinstance(error, UserError) else error
         if not isinstance(cause, torch.OutOfMemoryError):  # otherwise the task's own code ran out of memory
             return {"user_error": str(error)}
-        full = {"out_of_memory": first_line(cause), "elsewhere": taken_elsewhere()}
+        full = {"out_of_memory": first_line(cause), "elsewhere": taken_elsewhere(cause)}
     except Exception as error:  # the parent turns it into a clear message about the task
         if isinstance(error, CudaError) and error.sticky:
             return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ ALIGNMENT = 256
 RED_ZONE = 4096
 OVERHEAD = 2 << 30
 """Bytes that a process may have of the device besides what torch knows of: contexts, code, workspaces."""
+_ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)")
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SHIFTS = 64
 """A block's tensors may begin at this many multiples of the alignment: pointers are new in every call."""
 
@@ -43,11 +46,15 @@ class Placement:
         return [(offset, spec.storage_bytes) for spec, offset in zip(self.specs, self.offsets)]
 
 
-def taken_elsewhere() -> int:
-    """About how many bytes of the current device other processes have; 0 for little."""
+def taken_elsewhere(error: BaseException) -> int:
+    """About how many bytes of the current device other processes have; 0 for little, or if what this one has and then lacked
+    would be too much for the whole device."""
     free, total = torch.cuda.mem_get_info()
-    taken = total - free - torch.cuda.memory_reserved()
-    return taken if taken > OVERHEAD else 0
+    own = torch.cuda.memory_reserved()
+    asked = _ASKED.search(str(error))
+    lacked = float(asked[1]) * _UNITS[asked[2]] if asked else 0.0
+    taken = total - free - own
+    return taken if taken > OVERHEAD and own + lacked <= total - OVERHEAD else 0
 
 
 class Block:

@@ -44,11 +44,15 @@ class Died(Exception):
         self.outcome, self.log, self.fatal, self.rival = outcome, log, fatal, False
 
 
+class Crowded(Died):
+    """A candidate lacked memory that other processes have."""
+
+
 @contextmanager
 def foreign() -> Iterator[None]:
     """Device code of a candidate runs inside: what goes wrong is its fault, and mostly the end of the context.
 
-    Raises ``Died`` for it, or ``torch.OutOfMemoryError`` where others have the memory that it lacks.
+    Raises ``Died`` for it, ``Crowded`` where others have the memory that it lacks.
     """
     try:
         yield
@@ -57,9 +61,8 @@ def foreign() -> Iterator[None]:
     except PlanError as error:
         raise Died("constraints", str(error), fatal=False) from error
     except torch.OutOfMemoryError as error:
-        if taken_elsewhere():
-            raise
-        raise Died("constraints", f"not enough device memory: {first_line(error)}", fatal=False) from error
+        kind = Crowded if taken_elsewhere(error) else Died
+        raise kind("constraints", f"not enough device memory: {first_line(error)}", fatal=False) from error
     except (CudaError, RuntimeError) as error:
         fault = isinstance(error, CudaError) or "CUDA error" in str(error)
         raise Died("runtime", first_line(error), fatal=fault) from error

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,21 @@ class Job:
 
     task: bytes
     until: float
+
+
+class CompilerFailed(Exception):
+    """A compiler did not make anything of a reference."""
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What fails within is the compiler's doing, but for what lacks memory that others have."""
+    try:
+        yield
+    except (UserError, ArmDied) as error:
+        if isinstance(error, OutOfDeviceMemory) and error.elsewhere:
+            raise
+        raise CompilerFailed(str(error)) from error
 
 
 class Until(Watch):
@@ -357,7 +373,7 @@ class Suite:
         )
 
     def _compare(self, task: Task, row: Row) -> Row:
-        """Race the best kernel against the reference through each compiler; 1.0 if that one fails."""
+        """Race the best kernel against the reference through each compiler."""
         path = self.out / row.run / "best.py"
         kernel = Candidate.from_file(path, language_for(self.target)(path))
         left = [name for name in self._compilers if name not in row.over and name not in row.uncompiled]
@@ -372,7 +388,8 @@ class Suite:
                 evaluator.account.add("opening", time.perf_counter() - start)
 
                 def race(compiler: str) -> tuple[float, tuple[float, float]]:
-                    evaluator.compile_baseline(compiler)
+                    with compiling():
+                        evaluator.compile_baseline(compiler)
                     return evaluator.race_baseline(kernel)
 
                 for compiler in left:
@@ -384,19 +401,24 @@ class Suite:
         return row
 
     def _over(self, task: Task, kernel: Candidate, compiler: str) -> tuple[float, tuple[float, float]]:
-        with open_evaluator(task, self.target, compiler) as evaluator:
+        with ExitStack() as opened:
+            with compiling():
+                evaluator = opened.enter_context(open_evaluator(task, self.target, compiler))
             judged = evaluator.evaluate(kernel)
-            return judged.speedup or 1.0, judged.speedup_ci or (1.0, 1.0)
+            if judged.speedup is None or judged.speedup_ci is None:
+                raise Rejected(judged.outcome, judged.log)
+            return judged.speedup, judged.speedup_ci
 
     def _with(self, row: Row, compiler: str, over: Callable[[], tuple[float, tuple[float, float]]]) -> Row:
-        """The row, written with what the kernel is over a compiler."""
+        """The row, written with what the kernel is over a compiler; as it was, if the race failed: another run tries again."""
         try:
             value, interval = over()
-        except (UserError, Rejected, ArmDied) as error:
+        except CompilerFailed as error:
             console.print(f"{row.task} through {compiler}: {error}", highlight=False, style="red")
-            if isinstance(error, OutOfDeviceMemory) and error.elsewhere:
-                return row  # another run may find room
             return self._write(replace(row, uncompiled={**row.uncompiled, compiler: str(error)}))
+        except (UserError, Rejected, ArmDied) as error:
+            console.print(f"{row.task} against {compiler}: {error}", highlight=False, style="red")
+            return row
         over_ci = {**row.over_ci, compiler: interval}
         return self._write(replace(row, over={**row.over, compiler: value}, over_ci=over_ci))
 

@@ -216,11 +216,17 @@ def test_a_compiler_that_fails_counts_for_nothing(
     suite: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails() -> Any:
-        raise UserError("it took too long")
+        with suite.compiling():
+            raise UserError("it took too long")
+
+    def lost() -> Any:
+        raise UserError("the device is gone")
 
     made = suite.Suite((), "cuda", out=tmp_path)
     done = made._with(row(suite, target="cuda", over={"compile": 1.5}), "max-autotune", fails)
     assert done.uncompiled == {"max-autotune": "it took too long"} and done.over == {"compile": 1.5}
+    again = row(suite, target="cuda", over={"compile": 1.5})
+    assert made._with(again, "max-autotune", lost) == again and not made._finished(again)
     assert made._finished(done) and made._read() == {"softmax": done}
     other = row(suite, "gelu", target="cuda", over={"compile": 2.0, "max-autotune": 3.0})
     capsys.readouterr()
