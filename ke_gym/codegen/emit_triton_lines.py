@@ -168,4 +168,5 @@ def _counted(work: Work) -> Expr | None:
     expr = work.expr
     if work.op != "sum" or work.scan or work.across or not isinstance(expr, Op) or expr.name != "cast":
         return None
-    return expr.args[0] if expr.args[0].dtype == "bool" and expr.dtype == "i64" else None
+    flags = expr.args[0]
+    return flags if flags.dtype == "bool" and expr.dtype == "i64" and not isinstance(flags, Const) else None

@@ -21,7 +21,7 @@ class Model(nn.Module):
 
 
 def get_inputs():
-    return [torch.randn(3, 10, 14)]
+    return [torch.randn(24, 10, 14)]
 
 
 def get_init_inputs():
