@@ -8,7 +8,6 @@ second product, by a matrix that all samples share, may follow (pairwise interac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,7 +208,8 @@ class Builder(products.Builder):
         )  # fmt: skip
         if max(shape.m, shape.n) > ROWS or drafted.words[0] > WORDS or drafted.words[1] > SHARED_WORDS:
             raise Illegal("more rows than registers hold")
-        drafted = next(drafts(drafted, dict(self.group.launch).get("loads")), drafted)
+        if dict(self.group.launch).get("loads") != "pointers":
+            drafted = brought(drafted)
         found = replace(drafted, blocks=chosen(drafted.blocks, drafted.knobs(), self.group))
         if found.bulk and not found.fits:
             raise Illegal("more than shared memory or registers hold")
@@ -237,18 +237,17 @@ class Builder(products.Builder):
         return View(matrix.buffer, matrix.shape, matrix.stride, matrix.offset)
 
 
-def drafts(pairs: Pairs, loads: str | None) -> Iterator[Pairs]:
-    """``pairs`` with its samples brought by bulk copies, the best guess first: many warps, as many copies under way.
-
-    None if something else is asked for by ``loads``, or they cannot bring them.
-    """
-    if not pairs.fetched or loads == "pointers":
-        return
+def brought(pairs: Pairs) -> Pairs:
+    """``pairs`` with its samples brought by bulk copies, with as many warps and copies under way as fit; as it is, if they
+    cannot bring them."""
+    if not pairs.fetched:
+        return pairs
     for warps in (16, 8, 4, 2, 1):
         for stages in (2, 1):
             draft = replace(pairs, blocks=Blocks(warps, FILL, stages, "descriptors"))
             if draft.fits and (warps == 1 or pairs.shape.batch >= FILL * warps):
-                yield draft
+                return draft
+    return pairs
 
 
 def eights(size: int) -> int:

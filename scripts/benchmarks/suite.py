@@ -238,7 +238,11 @@ class Suite:
         """Whether nothing is left to do for a row; what was refused may be mended by now."""
         if row is None or not row.run or row.cut:
             return False
-        return {*row.over, *row.uncompiled} >= set(self._compilers) or row.best_ms is None
+        return not self._left(row) or row.best_ms is None
+
+    def _left(self, row: Row) -> list[str]:
+        """The compilers that a row's kernel is still to be raced against."""
+        return [name for name in self._compilers if name not in row.over and name not in row.uncompiled]
 
     def _on_all_gpus(self, left: Sequence[Task]) -> Iterator[Row]:
         """The rows as they are finished: what was begun first, then the tasks that take longest."""
@@ -376,9 +380,8 @@ class Suite:
         """Race the best kernel against the reference through each compiler."""
         path = self.out / row.run / "best.py"
         kernel = Candidate.from_file(path, language_for(self.target)(path))
-        left = [name for name in self._compilers if name not in row.over and name not in row.uncompiled]
         if self.target == "cpu":
-            for compiler in left:
+            for compiler in self._left(row):
                 row = self._with(row, compiler, lambda: self._over(task, kernel, compiler))  # noqa: B023
             return row
         # It was confirmed against eager, and every fresh process would have to compile again: one race is enough.
@@ -392,7 +395,7 @@ class Suite:
                         evaluator.compile_baseline(compiler)
                     return evaluator.race_baseline(kernel)
 
-                for compiler in left:
+                for compiler in self._left(row):
                     row = self._with(row, compiler, partial(race, compiler))
                 spent = [row.time, evaluator.account.spent(), {IN_ALL: (time.perf_counter() - start, 1)}]
                 row = self._write(replace(row, time=together(spent)))
