@@ -423,7 +423,9 @@ def remembering(
 def confirm_best(session: Session, evaluator: Evaluator, watch: Watch, inspect: bool = True) -> None:
     """Race the closest challengers against the best, then measure the winner anew, and ``inspect`` it.
 
-    The best of many noisy measurements flatters itself: what is reported was measured after the choice. A
+    A search takes over what is faster by a margin; versions that are level with its best by less than that, or were raced
+    for too short a time, race it once more here, longer. The best of many noisy measurements flatters itself: what is
+    reported was measured after the choice. A
     winner that fails this time gives way to the next fastest; if ``FINALISTS`` in a row fail, nothing is best.
     """
     tree = session.tree
@@ -433,9 +435,10 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch, inspect: 
     ranked = sorted(tree.correct(), key=lambda node: -node.speedup)
     for node in ranked[:FINALISTS]:
         high = (node.evaluation.speedup_ci or (0.0, 0.0))[1]
-        if node.evaluation.binary != champion.evaluation.binary and high > champion.speedup:
+        promising = max(high, node.speedup) > champion.speedup
+        if node.evaluation.binary != champion.evaluation.binary and promising:
             watch.confirming(session, node)
-            if evaluator.evaluate(node.candidate, champion.candidate).improved:
+            if evaluator.ahead(node.candidate, champion.candidate):
                 champion = node
     finalists = [champion, *(node for node in ranked if node is not champion)][:FINALISTS]
     for node in finalists:

@@ -129,7 +129,7 @@ def _seeded(_seeded_module: None) -> None:
 def brief_races() -> Iterator[None]:
     """Races of a dozen rounds, and two processes confirm what is won: for tests of what comes before and after."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RACE", "CONFIRM", "SOAK", "AA"):
+        for name in ("RACE", "CONFIRM", "SOAK", "AA", "RUNOFF"):
             rules = replace(getattr(evaluator, name), min_rounds=10, max_rounds=12, max_seconds=600.0)
             patch.setattr(evaluator, name, rules)
         patch.setattr(evaluator, "planned", lambda *_: 5)

@@ -98,10 +98,9 @@ class TilesPrinter(Passes):
                 value = self._typed(work, self.text.value(work.expr))
                 self._finish(work, value)
             return
-        block = self.tiles.blocks.columns
         axis = Axis(column_var(columns), self._column_name(columns))
         self.text.axes = [self.row, axis]
-        if columns <= block:
+        if self.tiles.at_once(columns):
             self._single(works, axis)
         else:
             self._passes(works, axis)

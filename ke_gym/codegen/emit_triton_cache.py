@@ -15,6 +15,7 @@ from ke_gym.codegen.tiles import Tiles, shared
 _MARK = re.compile(r', eviction_policy="<evict (\w+) (\d+)>"')
 _STORES = {
     "kept": ', eviction_policy="evict_last"',
+    "again": ', eviction_policy="evict_last"',
     "streamed": ', eviction_policy="evict_first"',
     "results": ', cache_modifier=".cs"',
 }

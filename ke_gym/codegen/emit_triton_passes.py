@@ -104,7 +104,7 @@ class Passes(Lines):
         axis.mask = "" if columns % block == 0 else f"{axis.name}_ok"
         axis.first, axis.block = "start", block
         if backward is None:
-            backward = self.passes % 2 == 1
+            backward = self.passes % 2 == 1 and columns > block
         self.passes += 1
         self.step = "back" if backward else "start"
         body = [f"start = {(columns - 1) // block * block} - back"] if backward else []

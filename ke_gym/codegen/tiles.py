@@ -39,9 +39,10 @@ from ke_gym.codegen.schedule import Group
 WHOLE_ROW = 32768  # columns up to which a block may hold a whole row
 PROGRAMS = 1024  # about what fills a GPU several times over
 WALKING = (132, 264, 528, 1056)  # programs that walk over rows
-CACHES = ("plain", "reads", "kept", "streamed", "results")
+CACHES = ("plain", "reads", "kept", "streamed", "results", "again")
 """What the caches are told: nothing; that reads leave first if they are the last, and stay if not; that results stay
-too, or leave first too; that only results leave first, and what is read again stays."""
+too, or leave first too; that only results leave first, and what is read again stays; as "kept", and that rows which
+fit into one block are read again where they are needed again, instead of being held in registers."""
 B = TypeVar("B")
 IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 
@@ -118,6 +119,17 @@ class Tiles:
         """What is summed over the rows."""
         return tuple(work for work in self.works if work.across)
 
+    @property
+    def reducing(self) -> bool:
+        """Whether rows are reduced, and nothing goes on from one column or row to another besides."""
+        reduced = any(work.op is not None for work in self.works)
+        return reduced and not any(work.scan or work.across for work in self.works)
+
+    def at_once(self, columns: int) -> bool:
+        """Whether this many columns are one block's, and held in registers where they are needed twice."""
+        again = self.blocks.cache == "again" and power_above(columns) == self.blocks.columns
+        return columns <= self.blocks.columns and not again
+
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
         whole = power_above(self.columns)
@@ -137,7 +149,7 @@ class Tiles:
         if len(self.splits) > 1:
             choices["inner"] = list(self.splits)
         if self.caches:
-            choices["cache"] = list(self.caches)
+            choices["cache"] = [c for c in self.caches if c != "again" or self.reducing]
         return choices
 
 

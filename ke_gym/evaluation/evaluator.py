@@ -30,6 +30,7 @@ from ke_gym.evaluation.contest import (
     AA,
     CONFIRM,
     RACE,
+    RUNOFF,
     SOAK,
     measured,
     over_sets,
@@ -216,6 +217,18 @@ class Evaluator:
         with self._cores.all(), self._entries() as open_entry:
             entries = {name: open_entry(artifact, name) for name in self.shape_sets}
             return self._race(base, artifact, other, entries)
+
+    def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
+        """Whether a candidate is faster than another by more than equals differ on this machine, be it by less than the
+        margin of a gain: for the choice among proven versions that are level. One race of the two; False if one fails."""
+        try:
+            artifact, other = self.build(candidate), self.build(rival)
+            with self._cores.all(), self.account.phase("racing"):
+                race = self._duel(artifact, other, RUNOFF)
+        except (BuildError, Rejected, RivalFailed, ArmDied):
+            return False
+        low, _ = sign_p_interval(race.test.values)
+        return low > 0 and race.test.median > self.record.spread(race.median("incumbent"))
 
     def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
         """How many times as long as a candidate's the baseline's calls take: the median of one race, and its 95 % interval.
@@ -521,10 +534,14 @@ class Evaluator:
 
     def aa_race(self, artifact: Artifact) -> Race:
         """One race of equals in fresh processes; goes into the machine's record."""
-        with self._entries() as open_entry:
-            own, copy = open_entry(artifact, self.contract), open_entry(artifact, self.contract)
-            result = self._race_set(self.judge, self.contract, own, copy, AA, baseline=False)
+        result = self._duel(artifact, artifact, AA)
         seconds = result.median("candidate")
         wrong = result.ended == "faster"
         self.record.add(self.task.name, self.threads, seconds, result.test.median, result.rounds, wrong)
         return result
+
+    def _duel(self, artifact: Artifact, other: Artifact, rules: Rules) -> Race:
+        """A race of two on the contract's shapes, each loaded afresh, without the baseline."""
+        with self._entries() as open_entry:
+            own, rival = open_entry(artifact, self.contract), open_entry(other, self.contract)
+            return self._race_set(self.judge, self.contract, own, rival, rules, baseline=False)

@@ -99,6 +99,10 @@ class ExchangeEvaluator(Evaluator):
         """See ``Evaluator.evaluate``; many may be under way."""
         return self._order_one(candidate, incumbent)
 
+    def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
+        """See ``Evaluator.ahead``; here by what clears the margin of a gain."""
+        return self._order_one(candidate, rival).improved
+
     def final(self, candidate: Candidate) -> Evaluation:
         """See ``Evaluator.final``."""
         return self._order_one(candidate, None, final=True)

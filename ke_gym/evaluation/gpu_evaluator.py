@@ -219,6 +219,13 @@ class GpuEvaluator(Evaluator):
         self._with_memory(compile_all)
         self.baseline = baseline
 
+    def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
+        """See ``Evaluator.ahead``; False, too, where there is no memory for both."""
+        try:
+            return self._with_memory(lambda: super(GpuEvaluator, self).ahead(candidate, rival))
+        except OutOfDeviceMemory:
+            return False
+
     def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
         """See ``Evaluator.race_baseline``."""
 

@@ -94,6 +94,11 @@ class GpuFleet(Evaluator):
         with self._one(self._first) as member:
             return member.decide(candidate, rival)
 
+    def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
+        """See ``Evaluator.ahead``."""
+        with self._one() as member:
+            return member.ahead(candidate, rival)
+
     def final(self, candidate: Candidate) -> Evaluation:
         """See ``Evaluator.final``."""
         with self._one() as member:

@@ -89,16 +89,20 @@ class MachineRecord:
     def races(self) -> list[AARace]:
         return self._races[-RECENT:]
 
-    def floor(self, seconds: float) -> float:
-        """95th percentile of |log-ratio| between equals, for a mean over ``CONFIRMATIONS`` processes.
+    def spread(self, seconds: float) -> float:
+        """95th percentile of |log-ratio| between equals in one race.
 
         From races whose calls took about as many ``seconds``: ten microseconds of noise are much to a short
         call and nothing to a long one.
         """
         alike = self._alike(seconds)
         if len(alike) < FEW:
-            return UNKNOWN_FLOOR
-        return float(np.quantile([abs(r.log_ratio) for r in alike], 0.95)) / math.sqrt(CONFIRMATIONS)
+            return UNKNOWN_FLOOR * math.sqrt(CONFIRMATIONS)
+        return float(np.quantile([abs(r.log_ratio) for r in alike], 0.95))
+
+    def floor(self, seconds: float) -> float:
+        """``spread`` of a mean over ``CONFIRMATIONS`` processes."""
+        return self.spread(seconds) / math.sqrt(CONFIRMATIONS)
 
     def knows(self, seconds: float) -> bool:
         """Whether there are enough races of such calls to tell their floor."""

@@ -103,6 +103,9 @@ IN_PASSES = {
     "max_pool": (("inner", 2),),
     "rms_norm": (("cache", "reads"), ("columns", 64)),
     "dense_to_jagged": (("cache", "kept"),),
+    "instance_norm": (("cache", "again"), ("rows", 2)),
+    "cross_entropy": (("cache", "again"),),
+    "argmax": (("cache", "again"), ("rows", 4)),
     "matmul_row_max": (("ready", True), ("turned", True)),
     "matmul_low_rank": (("seed", 1),),
     **dict.fromkeys(THIN, (("seed", 1),)),
@@ -205,6 +208,10 @@ def test_caches_are_told_which_reads_are_the_last() -> None:
     draws = [rewrites.apply(made, made.seeds()[0], "cache_hint", draw) for draw in range(4)]
     told = [dict(s.plans[0].groups[0].launch) if s else None for s in draws]
     assert told == [{"cache": name} for name in ("reads", "kept", "streamed", "results")]
+    again = made.emit(scheduled(made, (("cache", "again"),)))
+    reads = [line for line in again.splitlines() if "tl.load(x" in line]
+    assert ["evict_first" in line for line in reads] == [False, True]
+    assert again.count("for start in range(0, ") == 2 and "back" not in again
 
 
 def test_what_changes_nothing_is_not_offered() -> None:

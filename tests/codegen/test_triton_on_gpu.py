@@ -30,6 +30,7 @@ FORMS: list[tuple[str, Any]] = [
     ("rms_norm", (("cache", "reads"), ("columns", 64))),
     ("rotary_embedding", (("cache", "kept"),)),
     ("dense_to_jagged", (("cache", "streamed"),)),
+    *((name, (("cache", "again"), ("rows", 2))) for name in ("layer_norm", "log_softmax", "cross_entropy")),
     *((name, (("seed", 1),)) for name in ("matmul_low_rank", *THIN)),
 ]
 CASES = [*((name, ()) for name in NAMES), *PRODUCTS, *FORMS]

@@ -13,6 +13,8 @@ from ke_gym.evaluation.arms import Arm, open_arm
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.profile import FEEDBACK_LINES, feedback
+from ke_gym.evaluation.race import Race
+from ke_gym.evaluation.record import FEW, MachineRecord
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.targets.cpu import Peaks
@@ -95,6 +97,42 @@ def test_a_clearly_slower_candidate_never_counts_as_a_gain(evaluator: Evaluator)
     evaluation = evaluator.evaluate(slow, incumbent=Candidate(EXAMPLE))
     assert evaluation.outcome == "correct", evaluation.log
     assert not evaluation.improved
+
+
+@pytest.mark.parametrize(
+    ("leads", "ahead"),
+    [
+        (
+            [0.004, 0.006, 0.005, 0.006, 0.004, 0.005] * 4,
+            True,
+        ),  # less than a gain's margin, more than equals differ
+        ([0.0004, 0.0006, 0.0005, 0.0006] * 6, False),  # as equals differ
+        ([0.02, -0.02, 0.03, -0.01, 0.02, -0.03] * 4, False),  # no telling
+    ],
+)
+def test_a_version_is_ahead_by_more_than_equals_differ(
+    evaluator: Evaluator, folder: Path, monkeypatch: pytest.MonkeyPatch, leads: list[float], ahead: bool
+) -> None:
+    record = MachineRecord("quiet", folder)
+    for _ in range(FEW):
+        record.add("softmax", 1, 1e-3, 0.001, 48, False)
+    won = Race({"candidate": [1e-3] * len(leads), "incumbent": [1e-3] * len(leads)})
+    for lead in leads:
+        won.test.add(lead)
+    monkeypatch.setattr(evaluator, "record", record)
+    monkeypatch.setattr(evaluator, "_duel", lambda *_: won)
+    assert evaluator.ahead(Candidate(EXAMPLE), LIBRARY) == ahead
+
+
+def test_who_is_raced_alone_is_ahead_or_not(evaluator: Evaluator) -> None:
+    slow = variant(
+        "float top = a[0];", "for (volatile int k = 0; k < 100000; k = k + 1) {}\n        float top = a[0];"
+    )
+    assert evaluator.ahead(Candidate(EXAMPLE), slow)
+    assert not evaluator.ahead(slow, Candidate(EXAMPLE))
+    assert not evaluator.ahead(later("abort()"), slow)
+    assert not evaluator.ahead(Candidate(EXAMPLE), later("abort()"))
+    assert not evaluator.ahead(variant("float sum = 0;", "float sum = ;"), slow)
 
 
 def later(what: str) -> Candidate:

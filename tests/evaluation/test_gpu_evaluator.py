@@ -100,6 +100,14 @@ def test_the_incumbent_races_its_own_copy_to_no_gain(evaluator: Evaluator) -> No
     assert not evaluator.evaluate(again, best).improved
 
 
+def test_of_two_the_slower_is_not_ahead(evaluator: Evaluator) -> None:
+    alone = Candidate(KERNEL, "triton")
+    thrice = Candidate(IN_THREE, "triton")
+    assert evaluator.ahead(alone, thrice)
+    assert not evaluator.ahead(thrice, alone)
+    assert not evaluator.ahead(alone, alone)
+
+
 def test_the_reference_passes_and_its_mutants_do_not(evaluator: Evaluator) -> None:
     assert evaluator.judge.self_verdict("default")["ok"]
     cases = [(5, "task", 7), (6, "ties", 8), (9, "zeros", 10)]

@@ -158,6 +158,22 @@ def test_races_for_the_record_are_the_first_device_s(
     assert seen == [0, 0, 0] and fleet.record is first.record
 
 
+def test_versions_that_are_level_race_once_more_on_a_device_that_is_free(
+    fleet: GpuFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def ahead(self: GpuEvaluator, candidate: Candidate, rival: Candidate) -> bool:
+        seen.append((self._device, rival.id))
+        return True
+
+    monkeypatch.setattr(GpuEvaluator, "ahead", ahead)
+    _members(fleet)
+    with fleet._one(fleet._first):
+        assert fleet.ahead(candidate(fleet, 1), candidate(fleet, 2))
+    assert seen == [(1, candidate(fleet, 2).id)]
+
+
 def test_what_was_found_fastest_on_one_device_is_known_on_the_other(fleet: GpuFleet) -> None:
     first, second = _members(fleet)
     assert first._settled is second._settled and first._builds is second._builds

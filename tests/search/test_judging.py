@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -40,10 +40,14 @@ class Remeasurer:
 
     failing: int
     measured: list[str] = field(default_factory=list)
+    fastest: str = ""
+    """The candidate that is ahead of any other in a race of two."""
+
+    def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
+        return candidate.id == self.fastest
 
     def evaluate(self, candidate: Candidate, rival: Candidate | None = None) -> Evaluation:
-        if rival is not None:
-            return evaluation(candidate, 1.0)  # no challenger beats the champion
+        assert rival is None
         self.measured.append(candidate.id)
         if len(self.measured) <= self.failing:
             return evaluation(candidate, None, "correctness")
@@ -64,6 +68,26 @@ def test_the_winner_carries_its_last_measurement(tmp_path: Path) -> None:
     assert champion is not None and best is not None
     assert (best.number, best.speedup) == (champion.number, 1.5)
     assert evaluator.measured == [champion.candidate.id]
+
+
+def test_of_versions_that_are_level_the_one_ahead_in_a_longer_race_is_reported_as_measured_then(
+    tmp_path: Path,
+) -> None:
+    session = searched(tmp_path)
+    champion = session.tree.best
+    assert champion is not None
+    # A version whose short race showed a lead, but none beyond the margin.
+    other = max((n for n in session.tree.correct() if n is not champion), key=lambda node: node.speedup)
+    level = replace(other, evaluation=evaluation(other.candidate, 1.005 * champion.speedup))
+    session.tree.nodes[level.number] = level
+    behind = Remeasurer(failing=0)
+    confirm(session, behind)
+    assert session.tree.best is not None and session.tree.best.number == champion.number
+    evaluator = Remeasurer(failing=0, fastest=level.candidate.id)
+    session.tree.best = champion
+    confirm(session, evaluator)
+    assert (session.tree.best.number, session.tree.best.speedup) == (level.number, 1.5)
+    assert evaluator.measured == [level.candidate.id]
 
 
 def test_a_winner_that_fails_gives_way_to_the_next_fastest(tmp_path: Path) -> None:
