@@ -36,7 +36,7 @@ from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
 from ke_gym.evaluation.gpu_lock import DeviceLock
-from ke_gym.evaluation.gpu_memory import OVERHEAD, taken_elsewhere
+from ke_gym.evaluation.gpu_memory import OVERHEAD, lacks_memory, taken_elsewhere
 from ke_gym.evaluation.gpu_stage import Crowded, Died, Runner, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.race import Rules, race
@@ -432,7 +432,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         torch.set_default_device(device)
         judge = GpuJudge(Task.from_bytes(blob), args["baseline"], device, socket.socket(fileno=fds[0]))
     except (UserError, RuntimeError, OSError, AssertionError, CudaError) as error:
-        if "out of memory" in str(error).lower().replace("_", " "):  # there is no room for a context
+        if lacks_memory(error):  # there is no room for a context
             channel.send({"out_of_memory": first_line(error), "elsewhere": OVERHEAD})
         else:
             channel.send({"no_device": first_line(error)})
@@ -470,15 +470,19 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         full = {"out_of_memory": died.log, "elsewhere": OVERHEAD}
     except Died as died:
         return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
-    except (UserError, torch.OutOfMemoryError) as error:
-        cause = error.__cause__ if isinstance(error, UserError) else error
-        if not isinstance(cause, torch.OutOfMemoryError):  # otherwise the task's own code ran out of memory
-            return {"user_error": str(error)}
-        full = {"out_of_memory": first_line(cause), "elsewhere": taken_elsewhere(cause)}
     except Exception as error:  # the parent turns it into a clear message about the task
-        if isinstance(error, CudaError) and error.sticky:
-            return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}
-        traceback.print_exc()
-        return {"task_error": f"{type(error).__name__}: {first_line(error)}"}
+        cause = error.__cause__ or error if isinstance(error, UserError) else error
+        if not lacks_memory(cause):  # otherwise the task's own code ran out of it
+            return _unforeseen(error)
+        full = {"out_of_memory": first_line(cause), "elsewhere": taken_elsewhere(cause)}
     torch.cuda.empty_cache()  # only now: exceptions hold what was allocated
     return full
+
+
+def _unforeseen(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UserError):
+        return {"user_error": str(error)}
+    if isinstance(error, CudaError) and error.sticky:
+        return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}
+    traceback.print_exception(error)
+    return {"task_error": f"{type(error).__name__}: {first_line(error)}"}

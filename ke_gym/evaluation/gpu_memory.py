@@ -18,6 +18,7 @@ ALIGNMENT = 256
 RED_ZONE = 4096
 OVERHEAD = 2 << 30
 """Bytes that a process may have of the device besides what torch knows of: contexts, code, workspaces."""
+_LACKING = re.compile("out.of.memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SHIFTS = 64
@@ -44,6 +45,11 @@ class Placement:
     def used(self) -> list[tuple[int, int]]:
         """(offset, length) of every tensor, in bytes."""
         return [(offset, spec.storage_bytes) for spec, offset in zip(self.specs, self.offsets)]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it is the device's memory that was lacking: torch's allocator, a library's workspace, or the driver says so."""
+    return bool(_LACKING.search(str(error)))
 
 
 def taken_elsewhere(error: BaseException) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ke_gym.errors import UserError
 from ke_gym.evaluation import work
 from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
-from ke_gym.evaluation.gpu_memory import Block, Placement, poison, taken_elsewhere
+from ke_gym.evaluation.gpu_memory import Block, Placement, lacks_memory, poison, taken_elsewhere
 from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Plan, TensorSpec
@@ -60,10 +60,12 @@ def foreign() -> Iterator[None]:
         raise Died("timeout", str(error)) from error
     except PlanError as error:
         raise Died("constraints", str(error), fatal=False) from error
-    except torch.OutOfMemoryError as error:
-        kind = Crowded if taken_elsewhere(error) else Died
-        raise kind("constraints", f"not enough device memory: {first_line(error)}", fatal=False) from error
     except (CudaError, RuntimeError) as error:
+        if lacks_memory(error):
+            kind = Crowded if taken_elsewhere(error) else Died
+            raise kind(
+                "constraints", f"not enough device memory: {first_line(error)}", fatal=False
+            ) from error
         fault = isinstance(error, CudaError) or "CUDA error" in str(error)
         raise Died("runtime", first_line(error), fatal=fault) from error
 

@@ -334,6 +334,36 @@ def test_memory_that_others_have_is_not_the_candidate_s_to_lack(
         assert found["died"] == "constraints" and not found["fatal"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        CudaError("cuModuleLoadData", 2, "out of memory"),
+    ],
+    ids=["library", "driver"],
+)
+def test_libraries_and_the_driver_lack_memory_as_torch_does(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1 << 30)
+
+    def fail() -> None:
+        raise error
+
+    def as_a_candidate() -> None:
+        with gpu_stage.foreign():
+            fail()
+
+    for request in (fail, as_a_candidate):
+        found = gpu_judge.answer_to(request, {}, b"")
+        assert str(error) in found["out_of_memory"] and found["elsewhere"] > 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (14 << 30, 16 << 30))
+    found = gpu_judge.answer_to(as_a_candidate, {}, b"")
+    assert found["died"] == "constraints" and not found["fatal"]
+
+
 def test_a_search_opens_at_its_sizes_once_others_have_left_room(
     evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
