@@ -187,6 +187,65 @@ template <int SIZE, bool RIGHT, typename Row, typename T>
   return first;
 }}
 """,
+    "search_here": f"""\
+// The same, all in so many steps, for a row in shared memory; row[SIZE] is read as well.
+template <int SIZE, bool RIGHT, typename Row, typename T>
+{_DEVICE} long long search_here(const Row* row, T value) {{
+  constexpr bool FULL = (SIZE & (SIZE + 1)) == 0;
+  int first = 0, last = SIZE;
+  #pragma unroll
+  for (int left = SIZE; left > 0; left /= 2) {{
+    const bool open = FULL || first < last;
+    const int middle = first + (last - first) / 2;
+    const T probe = T(row[middle]);
+    const bool beyond = RIGHT ? !(probe > value) : !(probe >= value);
+    if (open && beyond) first = middle + 1;
+    if (!beyond) last = middle;
+  }}
+  return first;
+}}
+""",
+    "probed": f"""\
+// Which element a search among SIZE probes at this node of its tree: 0 is the root, i's children are 2 i + 1 and 2 i + 2.
+template <int SIZE>
+{_DEVICE} int probed(int node) {{
+  int first = 0, last = SIZE, level = 0;
+  while ((node + 1) >> (level + 1)) ++level;
+  while (level-- > 0) {{
+    const int middle = first + (last - first) / 2;
+    if ((node + 1) >> level & 1) first = middle + 1;
+    else last = middle;
+  }}
+  return first + (last - first) / 2;
+}}
+""",
+    "descend": f"""\
+// As search, with the first LEVELS probes among the tree's upper nodes.
+template <int SIZE, int LEVELS, bool RIGHT, typename Row, typename T>
+{_DEVICE} long long descend(const Row* nodes, const Row* row, T value) {{
+  static_assert(SIZE >= (1 << LEVELS) - 1, "all of these levels are full");
+  int first = 0, last = SIZE, node = 0;
+  #pragma unroll
+  for (int level = 0; level < LEVELS; ++level) {{
+    const int middle = first + (last - first) / 2;
+    const T probe = T(nodes[node]);
+    const bool beyond = RIGHT ? !(probe > value) : !(probe >= value);
+    node = 2 * node + 1 + beyond;
+    if (beyond) first = middle + 1;
+    else last = middle;
+  }}
+  #pragma unroll
+  for (int left = SIZE >> LEVELS; left > 0; left /= 2) {{
+    if (first < last) {{
+      const int middle = first + (last - first) / 2;
+      const T probe = T(row[middle]);
+      if (RIGHT ? !(probe > value) : !(probe >= value)) first = middle + 1;
+      else last = middle;
+    }}
+  }}
+  return first;
+}}
+""",
     "sigmoid": f"""\
 template <typename T>
 {_DEVICE} T sigmoid(T x) {{ return T(1) / (T(1) + exp(-x)); }}

@@ -25,7 +25,7 @@ INT = (1 << 31) - (1 << 16)  # 32 bits hold an index below this, the overshoot o
 Vectors = dict[str, tuple[str, str, Index]]
 """By node, what is stored as vectors: the tensor, the vector's name, and which of the tensor's vectors it is."""
 _TAKEN = re.compile(
-    r"v\d+|\w+_(acc|row|kept|vec)\d*|min|max|float|at|row|col|lane|k|j|top|shift|scanned|total|inf|load|store|Vector|\w*f|log2|log10"
+    r"v\d+|\w+_(acc|row|kept|vec)\d*|min|max|float|at|row|col|lane|k|j|memory|table|next|of|top|shift|scanned|total|inf|load|store|Vector|\w*f|log2|log10"
     r"|int|long|short|char|bool|double|signed|unsigned|const|new|this|class|struct|union|enum|register|default|switch"
     r"|case|delete|operator|private|public|protected|template|typename|namespace|using|auto|static|extern|inline"
     r"|virtual|friend|throw|catch|goto|volatile|sizeof|void|true|false|and|or|not|xor|exp|exp2|expm1|log|log1p|tanh"

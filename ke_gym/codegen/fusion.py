@@ -16,6 +16,7 @@ from ke_gym.codegen import (
     matmuls,
     pairs,
     products,
+    searches,
     thin_products,
     tiling,
     windows,
@@ -110,6 +111,8 @@ def _builder(graph: Graph, group: Group) -> Any:
         if count == 2 and called[1].target == flash.KIND:
             return attentions.Builder
         return matmuls.Builder if count == 1 else pairs.Builder
+    if graph.device == "cuda" and not count and dict(group.launch).get("language") == windows.LANGUAGE:
+        return searches.Builder
     if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
         return bags.Builder
     if graph.device == "cuda" and thin_products.apart(graph, called) is not None:
@@ -393,6 +396,16 @@ def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
             )
             if isinstance(nest, (pairs.Pairs, windows.Windowed, attentions.Attention)):
                 plan = changed
+    return plan
+
+
+def in_shared_memory(graph: Graph, plan: Plan) -> Plan:
+    """``plan`` with every search that can begin in shared memory in a kernel in CUDA C++ (see ``searches``)."""
+    for k, group in enumerate(plan.groups):
+        other = replace(group, launch=(("language", windows.LANGUAGE),))
+        changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
+        if searches.searching(graph, group) and legal(graph, changed):
+            plan = changed
     return plan
 
 

@@ -17,6 +17,7 @@ from ke_gym.codegen import (
     emit_cuda_pairs,
     emit_cuda_pairs_bulk,
     emit_cuda_parts,
+    emit_cuda_searches,
     emit_cuda_windows,
     module,
 )
@@ -32,6 +33,7 @@ from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.module_gpu import Printed, functions
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.schedule import Schedule
+from ke_gym.codegen.searches import Searched
 from ke_gym.codegen.tiles import Tiles
 from ke_gym.codegen.windows import Windowed
 
@@ -73,6 +75,10 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
         return _pairs(nest, suffix, used)
     if isinstance(nest, Attention):
         return _attention(nest, suffix, used)
+    if isinstance(nest, Searched):
+        searches = emit_cuda_searches.Printer(nest, used)
+        grid = f"({nest.along}, {nest.across})" if nest.across > 1 else nest.along
+        return _shared(searches, f"compute_{nest.name}{suffix}", grid, [], searches.pointers)
     if not isinstance(nest, Tiles):
         raise Illegal("no kernel in CUDA C++")
     name, shape, names = f"compute_{nest.name}{suffix}", layout(nest), pointers(nest)
@@ -99,11 +105,11 @@ def _windowed(work: Windowed, suffix: str, used: set[str]) -> Printed:
     used |= printer.helpers()
     along, across = min(work.blocks.persistent, work.tiles[1] * work.shape.batch), work.tiles[0]
     grid = f"({along}, {across})" if across > 1 else str(along)
-    return _cores(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
+    return _shared(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
 
 
-def _cores(printer: Any, name: str, grid: object, maps: list[Travelling], listed: list[str]) -> Printed:
-    """A kernel on tensor cores; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
+def _shared(printer: Any, name: str, grid: object, maps: list[Travelling], listed: list[str]) -> Printed:
+    """A kernel that works in shared memory; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
     writes element by element."""
     work = printer.work
     kinds, written = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
@@ -127,11 +133,11 @@ def _matmul(work: Matmul, suffix: str, used: set[str]) -> Printed:
     if blocks.split == 1:
         printer = emit_cuda_matmuls.Printer(work, used)
         used |= printer.helpers()
-        return _cores(printer, name + suffix, grid, printer.maps, printer.pointers)
+        return _shared(printer, name + suffix, grid, printer.maps, printer.pointers)
     part = emit_cuda_parts.partial(work)
     first = emit_cuda_matmuls.Printer(part, used)
     used |= first.helpers()
-    made = _cores(first, f"{name}_parts{suffix}", grid, first.maps, first.pointers)
+    made = _shared(first, f"{name}_parts{suffix}", grid, first.maps, first.pointers)
     (parts,), total = part.writes, emit_cuda_parts.Total(work, used)
     kinds, results = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
     parameters = [f"const float* __restrict__ {parts.name}"]
@@ -153,14 +159,14 @@ def _matmul(work: Matmul, suffix: str, used: set[str]) -> Printed:
 def _pairs(work: Pairs, suffix: str, used: set[str]) -> Printed:
     printer = (emit_cuda_pairs_bulk if work.bulk else emit_cuda_pairs).Printer(work, used)
     blocks = min(work.blocks.persistent, -(-work.shape.batch // work.blocks.warps))
-    return _cores(printer, f"compute_{work.name}{suffix}", blocks, printer.maps, printer.pointers)
+    return _shared(printer, f"compute_{work.name}{suffix}", blocks, printer.maps, printer.pointers)
 
 
 def _attention(work: Attention, suffix: str, used: set[str]) -> Printed:
     """The kernel, and where keys are skipped the one before it that looks for NaN among their values."""
     printer, shape = emit_cuda_flash.Printer(work, suffix, used), work.shape
     grid = (-(-shape.queries // work.blocks.m), shape.batch)
-    made = _cores(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
+    made = _shared(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
     text, lines = f"{printer.weigh()}\n\n{made.text}", made.lines
     if work.visible is not None:
         value, flags, threads = work.tiles[2].buffer, work.flags, emit_cuda_flash.THREADS

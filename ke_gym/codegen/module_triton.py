@@ -1,7 +1,7 @@
 """Schedule -> Triton kernel module text: the kernels, and a ``forward`` that allocates and launches.
 
 Groups that ask for it become kernels in CUDA C++ beside the others (``windows``, ``pairs``, ``matmuls``,
-``attentions``).
+``attentions``, ``searches``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.module_gpu import Printed, functions
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.schedule import Schedule
+from ke_gym.codegen.searches import Searched
 from ke_gym.codegen.triton_launches import printed
 from ke_gym.codegen.triton_text import HELPERS
 from ke_gym.codegen.windows import Windowed
@@ -28,7 +29,7 @@ def emit(name: str, graphs: tuple[Graph, ...], schedule: Schedule) -> str:
     used_there: set[str] = set()
 
     def kernel(nest: Any, suffix: str, ready: frozenset[str]) -> Printed:
-        if not isinstance(nest, (Attention, Matmul, Pairs, Windowed)):
+        if not isinstance(nest, (Attention, Matmul, Pairs, Searched, Windowed)):
             return printed(nest, suffix, ready, used)
         made = module_cuda.kernel(nest, suffix, used_there)
         others.append(made.text)

@@ -89,9 +89,9 @@ class Program:
         """First drafts that differ in kind, the best guess first.
 
         Everything fused with own contractions and attention, convolutions in CUDA C++ where that has a kernel for
-        them; with thin products in the kernels of others; with channels innermost; with weights prepared; with caches
-        told what is read once, and long rows in pieces; all in one language; without attention; with library
-        contractions; each node on its own.
+        them; with searches that begin in shared memory; with thin products in the kernels of others; with channels
+        innermost; with weights prepared; with caches told what is read once, and long rows in pieces; all in one
+        language; without attention; with library contractions; each node on its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
         attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
@@ -105,6 +105,9 @@ class Program:
         if self.language == "triton":
             drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
             drafts[1:1] = streams.drafts(self.graphs, drafts[0])
+        if self.device == "cuda":
+            staged = tuple(map(fusion.in_shared_memory, self.graphs, drafts[0].plans))
+            drafts.insert(1, replace(drafts[0], plans=staged))
         if (ready := preparation.prepared(self.graphs, drafts[0])) is not None:
             drafts.insert(1, ready)
         if self.language == "triton" and any(map(channels_last.useful, self.graphs)):

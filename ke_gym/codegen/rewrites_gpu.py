@@ -17,6 +17,7 @@ from ke_gym.codegen.matmuls import Matmul
 from ke_gym.codegen.pairs import Pairs
 from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
+from ke_gym.codegen.searches import Searched, searching
 from ke_gym.codegen.tiles import Tiles
 from ke_gym.codegen.variants import Variants, either, groups, nest_of, with_group
 from ke_gym.codegen.windows import LANGUAGE, Windowed
@@ -31,7 +32,16 @@ def with_launch(group: Group, knob: str, value: Any) -> Group:
 
 def by_launch(
     *names: str,
-    kinds: tuple[Any, ...] = (Tiles, products.Product, flash.Flash, Pairs, Windowed, Matmul, bags.Bag),
+    kinds: tuple[Any, ...] = (
+        Tiles,
+        products.Product,
+        flash.Flash,
+        Pairs,
+        Windowed,
+        Matmul,
+        bags.Bag,
+        Searched,
+    ),
 ) -> Variants:
     """Variants that set one knob of one kernel, nearest values first."""
 
@@ -96,6 +106,16 @@ def on_tensor_cores(program: Program, schedule: Schedule) -> Iterator[Schedule]:
         order = {n: k for k, n in enumerate(graph.steps)}
         for one, two in fusion.following(graph):
             yield _with_plan(schedule, p, fusion.paired(plan, one, two, order))
+
+
+def in_shared_memory(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+    """A search that begins in shared memory, or goes to memory with every probe again."""
+    for p, g, group in groups(schedule):
+        graph = program.graphs[p]
+        if isinstance(nest_of(program, schedule, p, g), Searched):
+            yield with_group(schedule, p, g, replace(group, launch=()))
+        elif searching(graph, group):
+            yield with_group(schedule, p, g, replace(group, launch=(("language", LANGUAGE),)))
 
 
 def prepare(program: Program, schedule: Schedule) -> Iterator[Schedule]:
@@ -181,7 +201,10 @@ def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
 
 
 REWRITES: dict[str, Variants] = {
-    "tile_block": either(by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles, bags.Bag))),
+    "tile_block": either(
+        by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles, bags.Bag, Searched))
+    ),
+    "stage_local": either(by_launch("levels"), in_shared_memory),
     "vectorize": either(by_launch("rows", kinds=(Tiles, bags.Bag)), by_launch("words")),
     "layout_coalesce": either(by_launch("packed", "turned", "inner"), channels_last),
     "traversal_swizzle": by_launch("group"),

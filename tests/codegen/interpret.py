@@ -27,6 +27,7 @@ SMALL = "ragged"
 FOLDER = Path(__file__).parent
 HALF = [str(path) for path in sorted((FOLDER / "half").glob("*.py"))]
 PASSES = [str(path) for path in sorted((FOLDER / "passes").glob("*.py"))]
+SEARCHED = [str(path) for path in sorted((FOLDER / "searched").glob("*.py"))]
 THIN = [str(path) for path in sorted((FOLDER / "thin").glob("*.py"))]
 # Products that are split, walked over by few programs, fetched by bulk copies or put in order first; convolutions.
 PRODUCTS = [

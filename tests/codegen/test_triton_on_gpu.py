@@ -10,7 +10,7 @@ import torch
 from ke_gym.codegen import Program
 from ke_gym.languages.base import Signature
 from ke_gym.tasks import Task
-from tests.codegen.interpret import HALF, PRODUCTS, SMALL, THIN, case_ids, program, scheduled
+from tests.codegen.interpret import HALF, PRODUCTS, SEARCHED, SMALL, THIN, case_ids, program, scheduled
 from tests.languages.gpu_modules import built
 
 pytest.importorskip("triton")
@@ -32,6 +32,11 @@ FORMS: list[tuple[str, Any]] = [
     ("dense_to_jagged", (("cache", "streamed"),)),
     *((name, (("cache", "again"), ("rows", 2))) for name in ("layer_norm", "log_softmax", "cross_entropy")),
     *((name, (("seed", 1),)) for name in ("matmul_low_rank", *THIN)),
+    *(
+        (name, (("language", "cuda"), *more))
+        for name in SEARCHED
+        for more in ((), (("unroll", 4), ("warps", 4)))
+    ),
 ]
 CASES = [*((name, ()) for name in NAMES), *PRODUCTS, *FORMS]
 
