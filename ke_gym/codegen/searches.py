@@ -24,7 +24,7 @@ from ke_gym.codegen.windows import LANGUAGE, SHARED
 
 SHARED_BEFORE = 99 << 10  # bytes of shared memory that a block may have on GPUs before those with bulk copies
 DEEPEST = 14  # levels of a tree at most
-HALF, MOST_THREADS = 112 << 10, 2048  # of a multiprocessor: of its shared memory, about, and of its threads
+WHOLE, THREADS = 224 << 10, 2048  # of a multiprocessor: bytes of shared memory, about, and threads
 LEAST = 31  # what is searched in, for shared memory to be worth it
 
 
@@ -95,9 +95,7 @@ class Searched:
     @property
     def resident(self) -> int:
         """Blocks that a multiprocessor is to hold at once, at least."""
-        return max(
-            1, min(self.blocks.persistent // FILL, MOST_THREADS // self.threads, 2 * HALF // self.shared)
-        )
+        return max(1, min(self.blocks.persistent // FILL, THREADS // self.threads, WHOLE // self.shared))
 
     @property
     def height(self) -> int:
@@ -195,14 +193,15 @@ class Builder:
 
 
 def _first(searched: Searched) -> Blocks:
-    """As much of the tree as two blocks of a multiprocessor hold; a warp's columns, with all the blocks there is room for."""
+    """As much of the tree as a block may hold, or a warp's columns, and blocks of all the threads there may be.
+
+    On an H200, 2^20 of eight bytes: 14 levels 190 us, 13 in each of two blocks 239, none 311; 128 columns of 255: 32 of them
+    in each of two blocks 141 us, 64 in one 210, none 217.
+    """
     legal = searched.knobs()
-    if searched.by_column:
-        columns = legal["columns"][0]
-        resident = min(HALF * 2 // searched._shared(columns, 1), MOST_THREADS // 512)
-        return Blocks(16, FILL * max(n for n in (1, 2, 4) if n <= max(1, resident)), columns, 1, 2)
-    levels = max([n for n in legal["levels"] if searched._shared(1, n) <= HALF], default=legal["levels"][0])
-    return Blocks(32, 2 * FILL, 1, levels)
+    columns, levels = legal["columns"][0], legal["levels"][-1]
+    resident = min(2, WHOLE // searched._shared(columns, levels))
+    return Blocks(32, FILL * max(1, resident), columns, levels, 4 if searched.by_column else 1)
 
 
 def searching(graph: Graph, group: Group) -> bool:

@@ -87,7 +87,7 @@ def test_each_kind_of_table_takes_what_shared_memory_there_is() -> None:
     assert not at_once.by_column and at_once.blocks.levels == 9 and at_once.shared == 511 * 8
     vocabulary = Program.for_language(Task.load("map_id"), "triton")
     large = searched(vocabulary, staged(vocabulary))
-    assert (large.blocks.levels, large.shared, large.resident) == (13, 8191 * 8, 2)
+    assert (large.blocks.levels, large.shared, large.resident) == (14, 16383 * 8, 1)
     before = vocabulary.on("sm_80")
     assert max(searched(before, staged(before)).knobs()["levels"]) == 13  # 99 KiB
     buckets = Program.for_language(Task.load("bucketize"), "triton")
@@ -122,11 +122,13 @@ def test_they_compile_without_a_gpu_to_kernels_that_fill_one(name: str) -> None:
     task = Task.load(name)
     made = Program.for_language(task, "triton")
     signature = Signature.of(task, ["gpu"])
+    schedule = staged(made)
     artifact = built(
-        made.emit(staged(made)),
+        made.emit(schedule),
         inputs=signature.inputs["gpu"],
         outputs=signature.outputs["gpu"],
         state=dict(signature.state["gpu"]),
     )
     (kernel,) = artifact.report["kernels"]
-    assert kernel["stack"] == 0 and kernel["occupancy"] == 1.0
+    assert kernel["stack"] == 0
+    assert kernel["occupancy"] == searched(made, schedule).resident / 2  # of 1024 threads each
