@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from ke_gym.codegen import Program
+from ke_gym.codegen.schedule import Schedule
 from ke_gym.tasks import Task
 from tests.codegen.interpret import program
 
@@ -89,6 +91,38 @@ def test_large_kernels_have_drafts_that_tell_the_caches() -> None:
             {"cache": "again", "rows": 1, "warps": 16},
         ]
     assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("rms_norm").seeds())
+
+
+@pytest.mark.parametrize(
+    "name, fits, not_these",
+    [
+        # Elements of a thread: 256; those of a norm's backward pass, whose walk fetches two tensors of a row ahead.
+        ("softmax", {"columns": 32768, "warps": 4, "rows": 1}, {"columns": 32768, "warps": 2, "rows": 1}),
+        ("rms_norm_backward", {"stages": 3, "rows": 2}, {"stages": 3, "rows": 4}),
+        ("cumsum", {"columns": 4096, "rows": 4, "stages": 3}, {"columns": 4096, "rows": 8, "stages": 3}),
+    ],
+)
+def test_what_would_spill_or_not_fit_is_not_offered(
+    name: str, fits: dict[str, int], not_these: dict[str, int]
+) -> None:
+    made = Program.for_language(Task.load(name), "triton")
+    plan = made.seeds()[0].plans[0]
+    large = max(plan.groups, key=lambda group: len(group.nodes))
+
+    def legal(knobs: dict[str, int]) -> bool:
+        launch = tuple(sorted((dict(large.launch) | knobs).items()))
+        return made.legal(
+            Schedule(
+                (
+                    replace(
+                        plan,
+                        groups=tuple(replace(g, launch=launch) if g is large else g for g in plan.groups),
+                    ),
+                )
+            )
+        )
+
+    assert legal(fits) and not legal(not_these)
 
 
 def test_what_is_gathered_again_has_a_draft_that_finds_it_in_the_cache() -> None:
