@@ -424,24 +424,26 @@ def confirm_best(session: Session, evaluator: Evaluator, watch: Watch, inspect: 
     """Race the closest challengers against the best, then measure the winner anew, and ``inspect`` it.
 
     A search takes over what is faster by a margin; versions that are level with its best by less than that, or were raced
-    for too short a time, race it once more here, longer. The best of many noisy measurements flatters itself: what is
-    reported was measured after the choice. A
-    winner that fails this time gives way to the next fastest; if ``FINALISTS`` in a row fail, nothing is best.
+    too shortly, race it once more here, two by two. The best of many noisy measurements flatters itself: what is reported was
+    measured after the choice. A winner that fails this time gives way to the one it took the place of, and that to the next
+    fastest; if ``FINALISTS`` in a row fail, nothing is best.
     """
     tree = session.tree
     if tree.best is None:
         return
-    champion = tree.best
+    finalists = [tree.best]
+    raced = {tree.best.evaluation.binary}
     ranked = sorted(tree.correct(), key=lambda node: -node.speedup)
     for node in ranked[:FINALISTS]:
         high = (node.evaluation.speedup_ci or (0.0, 0.0))[1]
-        promising = max(high, node.speedup) > champion.speedup
-        if node.evaluation.binary != champion.evaluation.binary and promising:
+        if node.evaluation.binary not in raced and max(high, node.speedup) > tree.best.speedup:
             watch.confirming(session, node)
-            if evaluator.ahead(node.candidate, champion.candidate):
-                champion = node
-    finalists = [champion, *(node for node in ranked if node is not champion)][:FINALISTS]
-    for node in finalists:
+            raced.add(node.evaluation.binary)
+            if evaluator.ahead(node.candidate, finalists[0].candidate):
+                finalists.insert(0, node)
+    first = {node.number for node in finalists}
+    finalists += [node for node in ranked if node.number not in first]
+    for node in finalists[:FINALISTS]:
         watch.confirming(session, node)
         judge = evaluator.final if inspect else evaluator.evaluate
         final = replace(node, evaluation=judge(node.candidate))

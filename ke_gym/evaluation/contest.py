@@ -25,7 +25,7 @@ CONFIRM = Rules(futile=1000, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 SOAK = Rules(40, 1000, 40, max_seconds=6.0, hopeless=math.inf, slow=math.inf)
 AA = Rules(min_rounds=48, futile=1000, max_rounds=48, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 # Versions that are level, with as many rounds as tell half a percent apart on a quiet device.
-RUNOFF = Rules(min_rounds=96, futile=1000, max_rounds=96, max_seconds=3.0, hopeless=math.inf, slow=math.inf)
+RUNOFF = Rules(min_rounds=96, futile=1000, max_rounds=96, max_seconds=2.0, hopeless=math.inf, slow=math.inf)
 WARM_CALLS, WARM_SECONDS = 4, 0.05
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from ke_gym.evaluation.profile import limiter, profile
 from ke_gym.evaluation.race import Race, Rules, confirm, planned
 from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.selfcheck import Proof, prove
-from ke_gym.evaluation.stats import sign_p_interval
+from ke_gym.evaluation.stats import FEWEST, sign_p_interval
 from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -77,6 +78,8 @@ class Evaluator:
     """
 
     devices = 1
+    watchful = False
+    """Whether outputs are looked at in races without the baseline, too."""
 
     def __init__(
         self,
@@ -220,15 +223,24 @@ class Evaluator:
 
     def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
         """Whether a candidate is faster than another by more than equals differ on this machine, be it by less than the
-        margin of a gain: for the choice among proven versions that are level. One race of the two; False if one fails."""
+        margin of a gain: for the choice among proven versions that are level.
+
+        One race of the two on every public shape set: faster in the mean, and on none of them slower by so much. False if
+        one of the two fails.
+        """
         try:
             artifact, other = self.build(candidate), self.build(rival)
             with self._cores.all(), self.account.phase("racing"):
-                race = self._duel(artifact, other, RUNOFF)
+                races = [
+                    self._duel(name, artifact, other, RUNOFF, not self.watchful) for name in self.shape_sets
+                ]
         except (BuildError, Rejected, RivalFailed, ArmDied):
             return False
-        low, _ = sign_p_interval(race.test.values)
-        return low > 0 and race.test.median > self.record.spread(race.median("incumbent"))
+        medians = [race.test.median for race in races]
+        lows = [sign_p_interval(race.test.values)[0] for race in races]
+        spread = max(self.record.spread(race.median("incumbent")) for race in races)
+        enough = min(race.rounds for race in races) >= FEWEST
+        return enough and fmean(lows) > 0 and fmean(medians) > spread and min(medians) > -spread
 
     def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
         """How many times as long as a candidate's the baseline's calls take: the median of one race, and its 95 % interval.
@@ -534,14 +546,17 @@ class Evaluator:
 
     def aa_race(self, artifact: Artifact) -> Race:
         """One race of equals in fresh processes; goes into the machine's record."""
-        result = self._duel(artifact, artifact, AA)
+        result = self._duel(self.contract, artifact, artifact, AA)
         seconds = result.median("candidate")
         wrong = result.ended == "faster"
         self.record.add(self.task.name, self.threads, seconds, result.test.median, result.rounds, wrong)
         return result
 
-    def _duel(self, artifact: Artifact, other: Artifact, rules: Rules) -> Race:
-        """A race of two on the contract's shapes, each loaded afresh, without the baseline."""
+    def _duel(
+        self, name: str, artifact: Artifact, other: Artifact, rules: Rules, baseline: bool = False
+    ) -> Race:
+        """A race of two on one shape set, each loaded afresh. Without the ``baseline`` outputs are looked at only by who is
+        ``watchful``."""
         with self._entries() as open_entry:
-            own, rival = open_entry(artifact, self.contract), open_entry(other, self.contract)
-            return self._race_set(self.judge, self.contract, own, rival, rules, baseline=False)
+            own, rival = open_entry(artifact, name), open_entry(other, name)
+            return self._race_set(self.judge, name, own, rival, rules, baseline)

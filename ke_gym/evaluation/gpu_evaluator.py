@@ -98,6 +98,7 @@ class GpuEvaluator(Evaluator):
     judge: GpuClient  # type: ignore[assignment]
     facts: cuda.Facts  # type: ignore[assignment]
     peaks: cuda.Peaks  # type: ignore[assignment]
+    watchful = True
 
     def __init__(
         self,

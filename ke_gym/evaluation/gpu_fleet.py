@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
@@ -26,6 +26,8 @@ from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.languages.artifact import Artifact
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
+
+T = TypeVar("T")
 
 
 def open_gpus(task: Task, target: str = "cuda", baseline: str = "eager", **options: Any) -> Evaluator:
@@ -95,14 +97,12 @@ class GpuFleet(Evaluator):
             return member.decide(candidate, rival)
 
     def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
-        """See ``Evaluator.ahead``."""
-        with self._one() as member:
-            return member.ahead(candidate, rival)
+        """See ``Evaluator.ahead``; on the first GPU, whose record this one shows."""
+        return self._on_one(lambda member: member.ahead(candidate, rival), self._first)
 
     def final(self, candidate: Candidate) -> Evaluation:
         """See ``Evaluator.final``."""
-        with self._one() as member:
-            return member.final(candidate)
+        return self._on_one(lambda member: member.final(candidate))
 
     def race_baseline(self, candidate: Candidate) -> tuple[float, tuple[float, float]]:
         """See ``Evaluator.race_baseline``; on the first GPU."""
@@ -128,14 +128,18 @@ class GpuFleet(Evaluator):
     def _judged(
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str
     ) -> Evaluation:
-        while True:
-            with self._one() as member:
-                try:
-                    return member._judged(base, artifact, rival, absent)
-                except UserError as error:  # the device is gone: the candidate goes to another
-                    self._leave(member, error)
+        return self._on_one(lambda member: member._judged(base, artifact, rival, absent))
 
     # -- who is free -----------------------------------------------------------------------------------------
+
+    def _on_one(self, act: Callable[[GpuEvaluator], T], wanted: GpuEvaluator | None = None) -> T:
+        """``act`` on a GPU that is free (see ``_one``); if that one is lost meanwhile, on another."""
+        while True:
+            with self._one(wanted) as member:
+                try:
+                    return act(member)
+                except UserError as error:
+                    self._leave(member, error)
 
     @contextmanager
     def _one(self, wanted: GpuEvaluator | None = None) -> Iterator[GpuEvaluator]:

@@ -471,10 +471,13 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
     except Died as died:
         return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
     except Exception as error:  # the parent turns it into a clear message about the task
-        cause = error.__cause__ or error if isinstance(error, UserError) else error
-        if not lacks_memory(cause):  # otherwise the task's own code ran out of it
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if cause is None or not lacks_memory(cause):  # otherwise the task's own code ran out of it
             return _unforeseen(error)
-        full = {"out_of_memory": first_line(cause), "elsewhere": taken_elsewhere(cause)}
+        taken = taken_elsewhere(cause)
+        if taken is None:
+            return {"died": "runtime", "log": first_line(cause), "fatal": True, "rival": False}
+        full = {"out_of_memory": first_line(cause), "elsewhere": taken}
     torch.cuda.empty_cache()  # only now: exceptions hold what was allocated
     return full
 

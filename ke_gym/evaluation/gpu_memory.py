@@ -13,12 +13,13 @@ from torch import Tensor
 from ke_gym.evaluation.shared import POISON, RED_BYTE, zones
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets._memory import view
+from ke_gym.targets.cuda_driver import OUT_OF_MEMORY, CudaError
 
 ALIGNMENT = 256
 RED_ZONE = 4096
 OVERHEAD = 2 << 30
 """Bytes that a process may have of the device besides what torch knows of: contexts, code, workspaces."""
-_LACKING = re.compile("out.of.memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
+_LACKING = re.compile(r"(CUDA|cu\w+) error: .*(out of memory|ALLOC(ATION)?_FAILED)")
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SHIFTS = 64
@@ -49,13 +50,19 @@ class Placement:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether it is the device's memory that was lacking: torch's allocator, a library's workspace, or the driver says so."""
-    return bool(_LACKING.search(str(error)))
+    if isinstance(error, CudaError):
+        return error.code == OUT_OF_MEMORY
+    text = isinstance(error, RuntimeError) and _LACKING.match(str(error))
+    return isinstance(error, torch.OutOfMemoryError) or bool(text)
 
 
-def taken_elsewhere(error: BaseException) -> int:
+def taken_elsewhere(error: BaseException) -> int | None:
     """About how many bytes of the current device other processes have; 0 for little, or if what this one has and then lacked
-    would be too much for the whole device."""
-    free, total = torch.cuda.mem_get_info()
+    would be too much for the whole device; None if the device says nothing more: its context is lost."""
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError:
+        return None
     own = torch.cuda.memory_reserved()
     asked = _ASKED.search(str(error))
     lacked = float(asked[1]) * _UNITS[asked[2]] if asked else 0.0

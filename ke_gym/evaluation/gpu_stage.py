@@ -61,13 +61,13 @@ def foreign() -> Iterator[None]:
     except PlanError as error:
         raise Died("constraints", str(error), fatal=False) from error
     except (CudaError, RuntimeError) as error:
-        if lacks_memory(error):
-            kind = Crowded if taken_elsewhere(error) else Died
-            raise kind(
-                "constraints", f"not enough device memory: {first_line(error)}", fatal=False
-            ) from error
+        taken = taken_elsewhere(error) if lacks_memory(error) else None
+        # What else was enqueued may still fault; torch's allocator speaks before anything is.
         fault = isinstance(error, CudaError) or "CUDA error" in str(error)
-        raise Died("runtime", first_line(error), fatal=fault) from error
+        if taken is None:
+            raise Died("runtime", first_line(error), fatal=fault) from error
+        kind = Crowded if taken else Died
+        raise kind("constraints", f"not enough device memory: {first_line(error)}", fatal=fault) from error
 
 
 def wait_for(run: Callable[[], object], patience: float, device: torch.device) -> None:

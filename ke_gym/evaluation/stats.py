@@ -17,6 +17,8 @@ from functools import lru_cache
 import numpy as np
 
 ALPHA = 0.05
+FEWEST = 6
+"""Values of which order statistics bound the median with that confidence: the least and the greatest, of fewer, do not."""
 
 
 def log_e_value(wins: int, losses: int) -> float:

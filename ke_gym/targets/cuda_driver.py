@@ -37,6 +37,7 @@ _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 TENSOR_MAP_BYTES = 128
 MEMORY_HANDLE_BYTES = 64
 # After these the context is lost, and with it the process (CUDA Driver API, CUresult).
+OUT_OF_MEMORY = 2
 _STICKY = {214, 220, 700, 702, 709, 710, 712, 713, 714, 715, 716, 717, 718, 719}
 
 
@@ -47,6 +48,11 @@ class CudaError(Exception):
         super().__init__(f"{call}: {name}")
         self.code = code
         self.sticky = code in _STICKY
+
+    @property
+    def not_of_the_plan(self) -> bool:
+        """Whether it says something of the device, whose memory or context is gone, rather than of what was to be run."""
+        return self.sticky or self.code == OUT_OF_MEMORY
 
 
 class _Attribute(ctypes.Structure):

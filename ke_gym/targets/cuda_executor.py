@@ -196,7 +196,7 @@ class CudaRunner(PlanRunner):
         try:
             return self._driver.load(binary)
         except CudaError as error:
-            if error.sticky:
+            if error.not_of_the_plan:
                 raise
             raise PlanError(
                 f"the driver refuses the binary: {error}{_REMEDIES.get(error.code, '')}"
@@ -210,6 +210,8 @@ class CudaRunner(PlanRunner):
         except KeyError:
             raise PlanError(f"kernel {step.kernel} is in binary {step.binary}, which is missing") from None
         except CudaError as error:
+            if error.not_of_the_plan:
+                raise
             raise PlanError(f"kernel {step.kernel} cannot be launched here: {error}") from None
         return function
 
@@ -244,7 +246,7 @@ class CudaRunner(PlanRunner):
         try:
             self._driver.launch(function, config, self._stream, parameters)
         except CudaError as error:
-            if error.sticky:
+            if error.not_of_the_plan:
                 raise
             raise PlanError(f"kernel {kernel} cannot be launched here: {error}") from None
 

@@ -43,7 +43,7 @@ IN_ALL = "in all"
 """What a task's search and comparison took, whatever was done: beside the phases of ``Row.time``."""
 GPU_WORKERS = 4
 # What the last races of searches that are cut short take, in all and a lane; what must be left to begin one.
-RESERVED_SECONDS, CONFIRMING_SECONDS, LEAST_SECONDS = 10.0, 5.0, 15.0
+RESERVED_SECONDS, CONFIRMING_SECONDS, LEAST_SECONDS = 10.0, 8.0, 15.0
 # What the project promises of its families on a CPU, over eager.
 PROMISED = {"pointwise": 2.0, "norm": 2.0, "softmax": 2.0, "ranking": 2.0, "matmul": 1.0}
 

@@ -122,6 +122,42 @@ def test_a_version_is_ahead_by_more_than_equals_differ(
     monkeypatch.setattr(evaluator, "record", record)
     monkeypatch.setattr(evaluator, "_duel", lambda *_: won)
     assert evaluator.ahead(Candidate(EXAMPLE), LIBRARY) == ahead
+    won.test.values = won.test.values[:5]  # too few to tell
+    assert not evaluator.ahead(Candidate(EXAMPLE), LIBRARY)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ahead"), [(0.02, 0.004, True), (0.02, -0.015, False), (0.003, -0.0005, False)]
+)
+def test_a_version_is_ahead_on_all_shape_sets_together_and_behind_on_none(
+    evaluator: Evaluator,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: float,
+    second: float,
+    ahead: bool,
+) -> None:
+    record = MachineRecord("quiet too", folder)
+    for _ in range(FEW):
+        record.add("softmax", 1, 1e-3, 0.002, 48, False)
+
+    def duel(name: str, *_: Any) -> Race:
+        won = Race({"candidate": [1e-3] * 24, "incumbent": [1e-3] * 24})
+        for _ in range(24):
+            won.test.add(first if name == "ragged" else second)
+        return won
+
+    monkeypatch.setattr(evaluator, "record", record)
+    monkeypatch.setattr(evaluator, "shape_sets", ["ragged", "other"])
+    monkeypatch.setattr(evaluator, "_duel", duel)
+    assert evaluator.ahead(Candidate(EXAMPLE), LIBRARY) == ahead
+
+
+def test_what_is_wrong_in_such_a_race_is_not_ahead(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lazy = later("{ out[0] = 7; return; }")
+    assert not evaluator.ahead(lazy, Candidate(EXAMPLE))
 
 
 def test_who_is_raced_alone_is_ahead_or_not(evaluator: Evaluator) -> None:

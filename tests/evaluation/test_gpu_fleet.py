@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,20 +159,27 @@ def test_races_for_the_record_are_the_first_device_s(
     assert seen == [0, 0, 0] and fleet.record is first.record
 
 
-def test_versions_that_are_level_race_once_more_on_a_device_that_is_free(
-    fleet: GpuFleet, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lost", [False, True])
+def test_versions_that_are_level_race_by_the_first_device_s_record_as_long_as_it_is_there(
+    fleet: GpuFleet, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
-    seen: list[tuple[int, str]] = []
+    seen: list[int] = []
 
-    def ahead(self: GpuEvaluator, candidate: Candidate, rival: Candidate) -> bool:
-        seen.append((self._device, rival.id))
+    def raced(self: GpuEvaluator, *_: Any) -> bool:
+        seen.append(self._device)
+        if lost and self._device == 0:
+            raise UserError("the device is gone")
         return True
 
-    monkeypatch.setattr(GpuEvaluator, "ahead", ahead)
+    for name in ("ahead", "final"):
+        monkeypatch.setattr(GpuEvaluator, name, raced)
     _members(fleet)
-    with fleet._one(fleet._first):
-        assert fleet.ahead(candidate(fleet, 1), candidate(fleet, 2))
-    assert seen == [(1, candidate(fleet, 2).id)]
+    first, second = (candidate(fleet, n) for n in (1, 2))
+    with pytest.warns(UserWarning, match="the device is gone") if lost else nullcontext():
+        assert fleet.ahead(first, second)
+    assert fleet.final(first)  # type: ignore[truthy-bool]
+    assert seen[:2] == [0, 1] if lost else seen[0] == 0
+    assert fleet.devices == (1 if lost else 2)
 
 
 def test_what_was_found_fastest_on_one_device_is_known_on_the_other(fleet: GpuFleet) -> None:

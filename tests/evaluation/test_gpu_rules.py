@@ -338,9 +338,11 @@ def test_memory_that_others_have_is_not_the_candidate_s_to_lack(
     "error",
     [
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        CudaError("cuModuleLoadData", 2, "out of memory"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        CudaError("cuModuleLoadData", 2, "CUDA_ERROR_OUT_OF_MEMORY"),
     ],
-    ids=["library", "driver"],
+    ids=["cublas", "cufft", "cudnn", "driver"],
 )
 def test_libraries_and_the_driver_lack_memory_as_torch_does(
     monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -361,7 +363,61 @@ def test_libraries_and_the_driver_lack_memory_as_torch_does(
         assert str(error) in found["out_of_memory"] and found["elsewhere"] > 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (14 << 30, 16 << 30))
     found = gpu_judge.answer_to(as_a_candidate, {}, b"")
-    assert found["died"] == "constraints" and not found["fatal"]
+    assert found["died"] == "constraints"
+
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)  # it lacked more than memory
+    for request in (fail, as_a_candidate):
+        assert gpu_judge.answer_to(request, {}, b"")["died"] == "runtime"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("task out_of_memory_guard: an input is None"),
+        RuntimeError("searchsorted(): side can only be 'left' or 'right' but got out of memory"),
+        FileNotFoundError(2, "No such file or directory", "data/out of memory.pt"),
+    ],
+    ids=["user", "argument", "file"],
+)
+def test_what_only_speaks_of_memory_does_not_lack_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stand_in(monkeypatch)
+
+    def plain() -> None:
+        raise error
+
+    def of_the_task() -> None:
+        try:
+            plain()
+        except Exception as cause:
+            raise UserError("task.py:9: get_inputs failed") from cause
+
+    for request in (plain, of_the_task):
+        assert "out_of_memory" not in gpu_judge.answer_to(request, {}, b"")
+
+
+@pytest.mark.parametrize("call", ["load", "launch"])
+def test_memory_that_the_driver_lacks_for_a_kernel_is_waited_for(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1 << 30)
+    plain, left, waits = getattr(FakeDriver, call), [2], []
+
+    def full(self: FakeDriver, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise CudaError(call, 2, "CUDA_ERROR_OUT_OF_MEMORY")
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(FakeDriver, call, full)
+    monkeypatch.setattr(gpu_evaluator, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+    assert len(waits) == 2
 
 
 def test_a_search_opens_at_its_sizes_once_others_have_left_room(

@@ -43,7 +43,11 @@ class Remeasurer:
     fastest: str = ""
     """The candidate that is ahead of any other in a race of two."""
 
+    raced: list[str] = field(default_factory=list)
+    """The rivals in such races."""
+
     def ahead(self, candidate: Candidate, rival: Candidate) -> bool:
+        self.raced.append(rival.id)
         return candidate.id == self.fastest
 
     def evaluate(self, candidate: Candidate, rival: Candidate | None = None) -> Evaluation:
@@ -88,6 +92,34 @@ def test_of_versions_that_are_level_the_one_ahead_in_a_longer_race_is_reported_a
     confirm(session, evaluator)
     assert (session.tree.best.number, session.tree.best.speedup) == (level.number, 1.5)
     assert evaluator.measured == [level.candidate.id]
+
+
+def test_who_loses_its_place_to_a_version_that_fails_then_gets_it_back(tmp_path: Path) -> None:
+    session = searched(tmp_path)
+    champion = session.tree.best
+    assert champion is not None
+    lucky = sorted((n for n in session.tree.correct() if n is not champion), key=lambda node: -node.speedup)
+    for k, node in enumerate(lucky[:4]):  # faster by single measurements, all four
+        flattered = evaluation(node.candidate, (1.04 - 0.01 * k) * champion.speedup)
+        session.tree.nodes[node.number] = replace(node, evaluation=flattered)
+    evaluator = Remeasurer(failing=1, fastest=lucky[0].candidate.id)
+    confirm(session, evaluator)
+    assert evaluator.measured == [lucky[0].candidate.id, champion.candidate.id]
+    assert session.tree.best is not None and session.tree.best.number == champion.number
+    assert evaluator.raced.count(champion.candidate.id) == 1  # the others raced who had its place
+
+
+def test_versions_of_one_binary_race_once(tmp_path: Path) -> None:
+    session = searched(tmp_path)
+    champion = session.tree.best
+    assert champion is not None
+    twins = [node for node in session.tree.correct() if node is not champion][:2]
+    for node in twins:
+        same = evaluation(node.candidate, 1.02 * champion.speedup).replace(binary="same")
+        session.tree.nodes[node.number] = replace(node, evaluation=same)
+    evaluator = Remeasurer(failing=0)
+    confirm(session, evaluator)
+    assert evaluator.raced == [champion.candidate.id]
 
 
 def test_a_winner_that_fails_gives_way_to_the_next_fastest(tmp_path: Path) -> None:
