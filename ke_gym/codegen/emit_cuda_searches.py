@@ -46,6 +46,11 @@ class Printer(TilesPrinter):
         self.staged.searched = searched
 
     @property
+    def beside(self) -> str:
+        """Which of the blocks along the columns this one is."""
+        return "int(blockIdx.y)" if self.int == "int" else "(long long)blockIdx.y"
+
+    @property
     def pointers(self) -> list[str]:
         """The tensors that the kernel reads or writes element by element."""
         written = {b.name for b in self.work.writes}
@@ -84,9 +89,10 @@ class Printer(TilesPrinter):
         """Copy the rows that this block's columns are searched for in."""
         work, columns, size = self.work, self.work.blocks.columns, self.work.search.size
         col = column_var(work.tiles.columns)
-        self.line(f"const int lane = threadIdx.x % {columns}, col = blockIdx.y * {columns} + lane;")
+        self.line(f"const int lane = threadIdx.x % {columns};")
+        self.line(f"const {self.int} col = {self.beside} * {columns} + lane;")
         copied = self.open(f"for (int at = threadIdx.x; at < {columns * size}; at += {work.threads})")
-        self.line(f"const int of = blockIdx.y * {columns} + at / {size};")
+        self.line(f"const {self.int} of = {self.beside} * {columns} + at / {size};")
         place = self.text.index(
             Rewriter({col: of(Var("of", work.tiles.columns))}).index(work.search.start[0])
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from ke_gym.codegen import tiling
 from ke_gym.codegen.errors import Illegal
-from ke_gym.codegen.expr import BYTES, Search, walk
+from ke_gym.codegen.expr import BYTES, Search, bounds, walk
 from ke_gym.codegen.graph import Buffer, Graph, Node
 from ke_gym.codegen.pairs import BULK
 from ke_gym.codegen.product_blocks import FILL
@@ -25,6 +25,7 @@ from ke_gym.codegen.windows import LANGUAGE, SHARED
 SHARED_BEFORE = 99 << 10  # bytes of shared memory that a block may have on GPUs before those with bulk copies
 DEEPEST = 14  # levels of a tree at most
 WHOLE, THREADS = 224 << 10, 2048  # of a multiprocessor: bytes of shared memory, about, and threads
+SIDE_BY_SIDE = 65535  # blocks along a grid's second dimension, at most
 LEAST = 31  # what is searched in, for shared memory to be worth it
 
 
@@ -126,7 +127,11 @@ class Searched:
         columns, levels = [1], [1]
         if self.by_column:
             columns = [
-                c for c in (32, 64, 128) if c < self.tiles.columns + 32 and self._shared(c, 1) <= self.room
+                c
+                for c in (32, 64, 128)
+                if c < self.tiles.columns + 32
+                and self._shared(c, 1) <= self.room
+                and -(-self.tiles.columns // c) <= SIDE_BY_SIDE
             ]
         else:
             # A tree of so many levels is full: torch's probes halve what is left, less the one probed.
@@ -179,6 +184,9 @@ class Builder:
         own = {column_var(tiles.columns)} if tiles.columns > 1 else set()
         if {atom for atom, _ in search.start[0].terms} != own:
             raise Illegal("a search in something else for every row")
+        low, high = bounds(search.start[0])
+        if low < 0 or high + search.size > table.extent:
+            raise Illegal("a search that is made for some elements only")  # the copy is made for all
         if search.size < LEAST or any(b is table for b in tiles.writes):
             raise Illegal("too little to be searched in")
         room = SHARED if self.graph.arch in BULK else SHARED_BEFORE

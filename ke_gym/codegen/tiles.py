@@ -149,7 +149,9 @@ class Tiles:
         if len(self.splits) > 1:
             choices["inner"] = list(self.splits)
         if self.caches:
-            choices["cache"] = [c for c in self.caches if c != "again" or self.reducing]
+            levels = {work.level for work in self.works if work.columns == self.columns}
+            again = self.reducing and len(levels) > 1
+            choices["cache"] = [c for c in self.caches if c != "again" or again]
         return choices
 
 

@@ -307,6 +307,8 @@ class Builder(Binder):
         elements = blocks.rows * min(blocks.columns, power_above(tiles.columns))
         if elements > 1 << 16:
             raise Illegal("blocks of more than 65536 elements")
+        if blocks.cache == "again" and blocks.columns < tiles.columns:
+            raise Illegal("rows in pieces are read again anyway")
         if self.graph.language == "triton":
             if elements > EACH * 32 * blocks.warps:
                 raise Illegal(f"more than {EACH} elements a thread")

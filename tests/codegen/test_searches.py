@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ke_gym.codegen import Program, fusion, rewrites
+from ke_gym.codegen import Program, fusion, rewrites, searches
 from ke_gym.codegen.legality import nests_of
 from ke_gym.codegen.schedule import Plan, Schedule
 from ke_gym.codegen.searches import Searched
@@ -25,6 +25,7 @@ CASES: list[tuple[str, Any]] = [
     ("columns", ()),
     ("columns", (("columns", 64), ("warps", 4), ("unroll", 4))),
     ("columns", (("persistent", 132), ("unroll", 1))),
+    ("halves", (("warps", 4),)),
     ("tree", ()),
     ("tree", (("levels", 6), ("unroll", 2), ("warps", 4))),
     ("tree", (("levels", 7), ("persistent", 132), ("warps", 8))),
@@ -113,6 +114,25 @@ def test_what_has_no_such_search_has_no_such_draft(name: str) -> None:
     made = program(name)
     plan = made.seeds()[0].plans[0]
     assert fusion.in_shared_memory(made.graphs[0], plan) == plan
+
+
+@pytest.mark.parametrize("name", ["padded", "joined"])
+def test_a_search_that_is_made_for_some_columns_only_is_not_copied_for_all(name: str) -> None:
+    made = program(str(FOLDER / "unsearched" / f"{name}.py"))
+    for seed in made.seeds():
+        staged_too = fusion.in_shared_memory(made.graphs[0], seed.plans[0])
+        assert "__shared__" not in made.emit(Schedule((staged_too,)))
+
+
+def test_columns_beyond_the_last_are_not_copied_and_blocks_side_by_side_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = program(path_of("columns"))
+    source = made.emit(staged(made))
+    assert "if (of < 40) table[" in source and "col < 40" in source
+    assert searched(made, staged(made)).knobs()["columns"] == [32, 64]
+    monkeypatch.setattr(searches, "SIDE_BY_SIDE", 1)
+    assert searched(made, staged(made)).knobs()["columns"] == [64]
 
 
 @pytest.mark.parametrize("name", ["map_id", "bucketize"])

@@ -105,7 +105,7 @@ IN_PASSES = {
     "dense_to_jagged": (("cache", "kept"),),
     "instance_norm": (("cache", "again"), ("rows", 2)),
     "cross_entropy": (("cache", "again"),),
-    "argmax": (("cache", "again"), ("rows", 4)),
+    "rms_norm_bf16": (("cache", "again"), ("rows", 4)),
     "matmul_row_max": (("ready", True), ("turned", True)),
     "matmul_low_rank": (("seed", 1),),
     **dict.fromkeys(THIN, (("seed", 1),)),
