@@ -162,8 +162,9 @@ def mixed(index: int) -> Candidate:
             return Candidate(source, "cuda")
 
 
-def rate(target: str, numbers: range) -> tuple[float, bool]:
-    """Candidates of the mix a minute in one search's evaluator, and whether all verdicts are as they should be.
+def rate(target: str, numbers: range) -> tuple[float, bool, dict[str, float]]:
+    """Candidates of the mix a minute in one search's evaluator, whether all verdicts are as they should be, and the seconds
+    of each phase that a candidate took on average.
 
     By the clock from the first's start to the end of all but one per GPU: the last confirmations keep one busy while
     the others have nothing left.
@@ -179,17 +180,25 @@ def rate(target: str, numbers: range) -> tuple[float, bool]:
         evaluator.ready()
         incumbent = kernel("incumbent", again=100)
         evaluator.evaluate(incumbent)
+        before = evaluator.account.spent()
         start = time.perf_counter()
         with ThreadPoolExecutor(IN_FLIGHT * evaluator.devices) as pool:
             outcomes = list(pool.map(judged, numbers))
         counted = len(numbers) - evaluator.devices
+        spent = {
+            phase: (seconds - before.get(phase, (0.0, 0))[0]) / len(numbers)
+            for phase, (seconds, _) in evaluator.account.spent().items()
+        }
     wanted = ("correct", "correct", "correctness", "compile")
     right = all(outcome == wanted[i % 4] for i, outcome in zip(numbers, outcomes))
-    return 60 * counted / (sorted(ends)[counted - 1] - start), right
+    return 60 * counted / (sorted(ends)[counted - 1] - start), right, spent
 
 
 def throughput(target: str, candidates: int) -> Iterator[Figure]:
-    """``candidates`` of the mix a GPU, a minute: on one GPU, on two, four, … that are here, and as many more cores."""
+    """``candidates`` of the mix a GPU, a minute: on one GPU, on two, four, … that are here, and as many more cores.
+
+    What each phase takes is printed: what takes longer the more GPUs there are is what keeps them from being linear.
+    """
     devices = lanes.gpus() if target == "cuda" else []
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // max(1, len(devices)))
@@ -200,11 +209,15 @@ def throughput(target: str, candidates: int) -> Iterator[Figure]:
         )  # others each time: what was compiled stays so
         if len(devices) > 1:
             with lanes.Lane(lanes.Share(",".join(devices[:n]), tuple(cores[: n * each]))) as lane:
-                found, fine = lane.run(partial(rate, target), numbers)
+                found, fine, spent = lane.run(partial(rate, target), numbers)
         else:
-            found, fine = rate(target, numbers)
+            found, fine, spent = rate(target, numbers)
         one, right = one or found, right and fine
         on = f"{n} GPU{'s' * (n > 1)}, {min(n * each, len(cores))} cores"
+        phases = ", ".join(
+            f"{phase} {seconds:.2f}" for phase, seconds in sorted(spent.items()) if seconds >= 0.005
+        )
+        console.print(f"{on}: seconds a candidate: {phases}", highlight=False)
         if n == 1:
             yield Figure(f"candidates a minute, {on}", f"{found:.0f}", "≥ 100", found >= 100)
         else:

@@ -81,14 +81,17 @@ def test_throughput_of_several_gpus_is_held_against_one_s(
 
     asked = []
 
-    def run(self: Any, function: Any, numbers: range) -> tuple[float, bool]:
+    def run(self: Any, function: Any, numbers: range) -> tuple[float, bool, dict[str, float]]:
         asked.append((self.share.gpu, self.share.cores, numbers))
-        return 100.0 * len(self.share.gpu.split(",")), True
+        gpus = len(self.share.gpu.split(","))
+        return 100.0 * gpus, True, {"racing": 0.1, "starting processes": 0.3 * gpus, "tuning": 0.001}
 
     monkeypatch.setattr(lanes, "gpus", lambda: ["0", "1", "2"])
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: range(7))
     monkeypatch.setattr(lanes.Lane, "run", run)
-    one, two, three, verdicts = gpu.throughput("cuda", 8)
+    with gpu.console.capture() as told:
+        one, two, three, verdicts = gpu.throughput("cuda", 8)
+    assert "2 GPUs, 4 cores: seconds a candidate: racing 0.10, starting processes 0.60\n" in told.get()
     assert one.value == "100" and verdicts.reached
     assert (three.measure, three.value) == ("candidates a minute, 3 GPUs, 6 cores", "300, 3.00 times one's")
     assert three.reached and two.value == "200, 2.00 times one's"
