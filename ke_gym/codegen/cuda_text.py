@@ -351,13 +351,19 @@ class Text(cpp_text.Text):
         if isinstance(expr, Position):
             return cast(expr.dtype, self.index(expr.index))
         if isinstance(expr, Search):
-            self.used.add("search")
-            pointer, start = self.pointers[expr.buffer], self.index(expr.start[0])
-            row = pointer if start == "0" else f"{pointer} + {start}"
-            right = "true" if expr.right else "false"
-            found = f"search<{expr.size}, {right}>({row}, {bare_text(self.expr(expr.value))})"
+            found = self.found(expr, "true" if expr.right else "false", bare_text(self.expr(expr.value)))
             return found if expr.dtype == "i64" else cast(expr.dtype, found)
         return super()._print(expr)
+
+    def found(self, search: Search, right: str, value: str) -> str:
+        """The call that searches for ``value``."""
+        self.used.add("search")
+        return f"search<{search.size}, {right}>({self.row(search)}, {value})"
+
+    def row(self, search: Search) -> str:
+        """Where in memory the row begins that is searched in."""
+        pointer, start = self.pointers[search.buffer], self.index(search.start[0])
+        return pointer if start == "0" else f"{pointer} + {start}"
 
     def _op(self, expr: Op) -> str:
         name, kind, source = expr.name, expr.dtype, expr.args[0].dtype

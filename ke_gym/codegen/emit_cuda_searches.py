@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from ke_gym.codegen.cuda_text import TYPES, Text, cast
+from collections.abc import Mapping
+
+from ke_gym.codegen.cuda_text import TYPES, Text
 from ke_gym.codegen.emit_cuda import TilesPrinter
 from ke_gym.codegen.emit_cuda_lines import INT
-from ke_gym.codegen.expr import Expr, Rewriter, Search, Var, of
+from ke_gym.codegen.expr import Rewriter, Search, Var, of
 from ke_gym.codegen.searches import Searched
 from ke_gym.codegen.tiles import column_var
-from ke_gym.codegen.triton_text import bare_text
 
 
 class _Text(Text):
     """Expressions whose searches begin in shared memory."""
 
-    searched: Searched
+    def __init__(
+        self, used: set[str], sizes: Mapping[str, int], pointers: Mapping[str, str], searched: Searched
+    ) -> None:
+        super().__init__(used, sizes, pointers)
+        self.searched = searched
 
-    def _print(self, expr: Expr) -> str:
-        if not isinstance(expr, Search):
-            return super()._print(expr)
-        right = "true" if expr.right else "false"
-        value = bare_text(self.expr(expr.value))
+    def found(self, search: Search, right: str, value: str) -> str:
         if self.searched.by_column:
             self.used.add("search_here")
-            found = f"search_here<{expr.size}, {right}>(table + lane * {self.searched.pitch}, {value})"
-        else:
-            self.used.add("descend")
-            levels = self.searched.blocks.levels
-            found = f"descend<{expr.size}, {levels}, {right}>(table, {self.row(expr)}, {value})"
-        return found if expr.dtype == "i64" else cast(expr.dtype, found)
-
-    def row(self, search: Search) -> str:
-        """Where in memory the row begins that all values are searched for in."""
-        pointer, start = self.pointers[search.buffer], self.index(search.start[0])
-        return pointer if start == "0" else f"{pointer} + {start}"
+            return f"search_here<{search.size}, {right}>(table + lane * {self.searched.pitch}, {value})"
+        self.used.add("descend")
+        levels = self.searched.blocks.levels
+        return f"descend<{search.size}, {levels}, {right}>(table, {self.row(search)}, {value})"
 
 
 class Printer(TilesPrinter):
@@ -42,8 +36,7 @@ class Printer(TilesPrinter):
     def __init__(self, searched: Searched, used: set[str]) -> None:
         super().__init__(searched.tiles, used)
         self.work = searched
-        self.text = self.staged = _Text(used, self.text.sizes, self.names)
-        self.staged.searched = searched
+        self.text = _Text(used, self.text.sizes, self.names, searched)
 
     @property
     def beside(self) -> str:
@@ -108,5 +101,5 @@ class Printer(TilesPrinter):
             f"for (int at = threadIdx.x; at < {(1 << work.blocks.levels) - 1}; at += {work.threads})"
         )
         self.used.add("probed")
-        self.line(f"table[at] = ({self.staged.row(work.search)})[probed<{size}>(at)];")
+        self.line(f"table[at] = ({self.text.row(work.search)})[probed<{size}>(at)];")
         self.close(copied)

@@ -32,6 +32,7 @@ from ke_gym.codegen.operands import element, position
 from ke_gym.codegen.product_blocks import precisions
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tiles import chosen, depends, joined
+from ke_gym.languages.plan import GRID_LIMITS
 
 KIND = "aten.bmm.default"
 WITHIN = 16  # most queries of different heads in one tile
@@ -134,7 +135,11 @@ class Builder:
         if len(q.shape) != 3 or p.shape != (*q.shape[:2], k.shape[2]) or v.shape[1] != p.shape[2]:
             raise Illegal("products that do not follow each other")
         shape = Shape(q.shape[0], q.shape[1], k.shape[2], q.shape[2], v.shape[2], dtypes.pop())
-        if max(shape.d, shape.dv) > WIDEST or min(shape.d, shape.dv, shape.keys) < 16 or shape.batch > 65535:
+        if (
+            max(shape.d, shape.dv) > WIDEST
+            or min(shape.d, shape.dv, shape.keys) < 16
+            or shape.batch > GRID_LIMITS[1]
+        ):
             raise Illegal("operands too wide or too thin for one tile")
         if out.stride != contiguous_stride(out.shape):
             raise Illegal("the result is stored in another order")

@@ -383,28 +383,28 @@ def on_tensor_cores(graph: Graph, plan: Plan) -> Plan:
     for first, second in following(graph):
         merged = paired(plan, first, second, order)
         plan = merged if legal(graph, merged) else plan
-    for k, group in enumerate(plan.groups):
-        other = replace(group, launch=(("language", windows.LANGUAGE),))
-        changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
-        if (
-            graph.language != windows.LANGUAGE
-            and attend.products_of(graph, group.nodes)
-            and legal(graph, changed)
-        ):
-            nest: Any = cached_nest(
-                graph, other, visible_in(graph, other.nodes, [g.nodes for g in changed.groups])
-            )
-            if isinstance(nest, (pairs.Pairs, windows.Windowed, attentions.Attention)):
-                plan = changed
-    return plan
+    if graph.language == windows.LANGUAGE:
+        return plan
+    return _in_cuda(graph, plan, (pairs.Pairs, windows.Windowed, attentions.Attention))
 
 
 def in_shared_memory(graph: Graph, plan: Plan) -> Plan:
     """``plan`` with every search that can begin in shared memory in a kernel in CUDA C++ (see ``searches``)."""
+    return _in_cuda(graph, plan, (searches.Searched,))
+
+
+def _in_cuda(graph: Graph, plan: Plan, kinds: tuple[type, ...]) -> Plan:
+    """``plan`` with every group in CUDA C++ whose kernel there is of one of these kinds."""
     for k, group in enumerate(plan.groups):
         other = replace(group, launch=(("language", windows.LANGUAGE),))
         changed = Plan((*plan.groups[:k], other, *plan.groups[k + 1 :]))
-        if searches.searching(graph, group) and legal(graph, changed):
+        try:
+            nest: Any = cached_nest(
+                graph, other, visible_in(graph, other.nodes, [g.nodes for g in changed.groups])
+            )
+        except Illegal:
+            continue
+        if isinstance(nest, kinds) and legal(graph, changed):
             plan = changed
     return plan
 

@@ -42,6 +42,7 @@ from ke_gym.codegen.product_blocks import (
 )
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tiles import chosen, depends, joined
+from ke_gym.languages.plan import GRID_LIMITS
 
 if TYPE_CHECKING:
     from ke_gym.codegen.thin_products import Thin
@@ -283,7 +284,7 @@ class Builder:
         if turn:
             made = turned(*made)
         shape, operands, index, value = made
-        if shape.k < 16 or shape.batch > 65535:
+        if shape.k < 16 or shape.batch > GRID_LIMITS[1]:
             raise Illegal("a product of thin operands, or too many")
         after = self._after()
         stores = self._stores(index, value, after)

@@ -21,11 +21,12 @@ from ke_gym.codegen.product_blocks import FILL
 from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.tiles import Tiles, chosen, column_var, depends
 from ke_gym.codegen.windows import LANGUAGE, SHARED
+from ke_gym.languages.plan import GRID_LIMITS
 
 SHARED_BEFORE = 99 << 10  # bytes of shared memory that a block may have on GPUs before those with bulk copies
 DEEPEST = 14  # levels of a tree at most
 WHOLE, THREADS = 224 << 10, 2048  # of a multiprocessor: bytes of shared memory, about, and threads
-SIDE_BY_SIDE = 65535  # blocks along a grid's second dimension, at most
+SIDE_BY_SIDE = GRID_LIMITS[1]  # blocks along a grid's second dimension, at most
 LEAST = 31  # what is searched in, for shared memory to be worth it
 
 

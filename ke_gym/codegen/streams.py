@@ -64,8 +64,7 @@ def _again(tiles: Tiles) -> dict[str, Any] | None:
     if not (tiles.caches and _reduces(tiles) and PIECE < tiles.columns <= WHOLE):
         return None
     stored = any(work.op is None and work.columns == tiles.columns for work in tiles.works)
-    whole = tiles.blocks.columns >= tiles.columns
-    return {"cache": "again", "rows": 1, "warps": FEWER} if stored and whole else None
+    return {"cache": "again", "rows": 1, "warps": FEWER} if stored else None
 
 
 def _single(tiles: Tiles) -> dict[str, Any] | None:

@@ -476,7 +476,7 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
             return _unforeseen(error)
         taken = taken_elsewhere(cause)
         if taken is None:
-            return {"died": "runtime", "log": first_line(cause), "fatal": True, "rival": False}
+            return _lost(cause)
         full = {"out_of_memory": first_line(cause), "elsewhere": taken}
     torch.cuda.empty_cache()  # only now: exceptions hold what was allocated
     return full
@@ -486,6 +486,11 @@ def _unforeseen(error: Exception) -> dict[str, Any]:
     if isinstance(error, UserError):
         return {"user_error": str(error)}
     if isinstance(error, CudaError) and error.sticky:
-        return {"died": "runtime", "log": str(error), "fatal": True, "rival": False}
+        return _lost(error)
     traceback.print_exception(error)
     return {"task_error": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def _lost(error: BaseException) -> dict[str, Any]:
+    """What is said of an error after which the context, and so this process, is of no more use."""
+    return {"died": "runtime", "log": first_line(error), "fatal": True, "rival": False}

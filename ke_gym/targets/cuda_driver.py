@@ -36,8 +36,8 @@ TENSOR_MAP_TYPES = {
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 TENSOR_MAP_BYTES = 128
 MEMORY_HANDLE_BYTES = 64
+OUT_OF_MEMORY = 2  # CUresult
 # After these the context is lost, and with it the process (CUDA Driver API, CUresult).
-OUT_OF_MEMORY = 2
 _STICKY = {214, 220, 700, 702, 709, 710, 712, 713, 714, 715, 716, 717, 718, 719}
 
 
