@@ -8,6 +8,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,35 @@ def test_a_candidate_comes_back_as_it_was(store: Store) -> None:
     store.add_candidate(replace(candidate, proposer="someone else"))
     assert store.candidate(candidate.id) == candidate
     assert store.candidate("unknown") is None
+
+
+class Interrupted(sqlite3.Connection):
+    """A connection on which Ctrl-C comes right after a statement that begins so."""
+
+    after = ""
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        done = super().execute(statement, *values)
+        if self.after and statement.startswith(self.after):
+            self.after = ""
+            raise KeyboardInterrupt
+        return done
+
+
+@pytest.mark.parametrize(("after", "kept"), [("BEGIN", False), ("INSERT", False), ("COMMIT", True)])
+def test_ctrl_c_in_a_transaction_leaves_none_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str, kept: bool
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Interrupted))
+    candidate, other = Candidate("GENES = [1]"), Candidate("GENES = [2]")
+    with Store(tmp_path / "store.db") as store:
+        monkeypatch.setattr(store._db, "after", after)
+        with pytest.raises(KeyboardInterrupt):
+            store.add_candidate(candidate)
+        store.add_candidate(other)
+        assert store.candidate(other.id) == other
+        assert (store.candidate(candidate.id) == candidate) == kept
 
 
 def test_an_evaluation_is_found_by_candidate_and_by_binary(store: Store) -> None:
