@@ -416,11 +416,19 @@ class GpuEvaluator(Evaluator):
     def _race(  # type: ignore[override]
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, entries: dict[str, Entry]
     ) -> Evaluation:
+        """See ``Evaluator._race``; a lead that fresh processes do not confirm ends the one that told of it.
+
+        Where memory and kernels lie in a process is the same at every race and may favour one side for as long as it lasts:
+        seen as 12 leads of 1 to 2 % over one incumbent.
+        """
         try:
-            return super()._race(base, artifact, rival, entries)  # type: ignore[arg-type]
+            raced = super()._race(base, artifact, rival, entries)  # type: ignore[arg-type]
         finally:
             with self.account.phase("ending processes"):
                 self._spares.close()
+        if raced.confirmed and not raced.improved:
+            self.judge.close()
+        return raced
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
         """See ``Evaluator._fresh_race``; a confirmation's processes start together, before it, and end after it."""

@@ -18,8 +18,12 @@ from ke_gym.files import write_whole
 from ke_gym.languages import device
 from ke_gym.targets import cuda
 
-PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH")
-"""Variables that tell where the driver and a toolkit are, which workers therefore keep."""
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+FEW_CONNECTIONS = "2"
+"""A process's queues to its device; 8 unless told, which take most of the quarter of a second that the driver needs to
+make and end a context, one after another for all GPUs of a machine. Work on two streams goes side by side as ever."""
+PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", CONNECTIONS)
+"""Variables that tell where the driver and a toolkit are, and what a user's module runs with: workers keep them."""
 
 
 class Lanes(Cores):
@@ -74,7 +78,12 @@ def gpu_environment(folder: Path) -> dict[str, str]:
     """What workers for a GPU have in their environment besides the usual."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": folder / "inductor", "TRITON_CACHE_DIR": folder / "triton"}
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {**passed, **{name: str(path) for name, path in caches.items()}, "HOME": "/tmp"}
+    return {
+        CONNECTIONS: FEW_CONNECTIONS,
+        **passed,
+        **{k: str(path) for k, path in caches.items()},
+        "HOME": "/tmp",
+    }
 
 
 def arch_of(facts: cuda.Facts) -> str:

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from benchmarks import lanes
+from benchmarks import contexts, lanes
 from benchmarks.figures import Figure, console
 from ke_gym.candidate import Candidate
 from ke_gym.evaluation.opening import open_evaluator
+from ke_gym.evaluation.record import CONFIRMATIONS
 from ke_gym.tasks.task import Task
 
 TASK = '''
@@ -38,6 +39,8 @@ def get_inputs():
 SIZES = {"100 us": (8192, 6144), "5 us": (128, 1024)}
 IN_FLIGHT = 8
 """Candidates per GPU that are under way at once: most of them wait for their turn, compiled."""
+WINNERS = 1 / 16
+"""The share of the mix that beats the incumbent and is confirmed, in so many fresh processes."""
 
 # One block a row, the row in shared memory; so many rows in a thousand are computed twice.
 KERNEL = r'''
@@ -197,7 +200,8 @@ def rate(target: str, numbers: range) -> tuple[float, bool, dict[str, float]]:
 def throughput(target: str, candidates: int) -> Iterator[Figure]:
     """``candidates`` of the mix a GPU, a minute: on one GPU, on two, four, … that are here, and as many more cores.
 
-    What each phase takes is printed: what takes longer the more GPUs there are is what keeps them from being linear.
+    What each phase takes is printed: what takes longer the more GPUs there are is what keeps them from being linear. So is
+    what the driver leaves to confirmations: it makes and ends contexts one after another, whatever GPU they are for.
     """
     devices = lanes.gpus() if target == "cuda" else []
     cores = sorted(os.sched_getaffinity(0))
@@ -226,6 +230,11 @@ def throughput(target: str, candidates: int) -> Iterator[Figure]:
                 f"candidates a minute, {on}", f"{found:.0f}, {times:.2f} times one's", f"≥ {least:.1f} times",
                 times >= least,
             )  # fmt: skip
+        if devices:
+            made = contexts.rate(devices[:n], CONFIRMATIONS)
+            most = 60 * made / (WINNERS * CONFIRMATIONS)
+            value = f"{made:.1f}, enough for {most:.0f} candidates a minute"
+            yield Figure(f"contexts made and ended a second, {n} GPU{'s' * (n > 1)}", value, "", True)
     yield Figure("verdicts of the mix as they should be", "all" if right else "NOT all", "all", right)
 
 

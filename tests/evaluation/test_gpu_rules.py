@@ -14,7 +14,8 @@ import torch
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_stage
+from ke_gym.evaluation import evaluator as evaluator_module
+from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_setting, gpu_stage
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
@@ -202,6 +203,25 @@ def test_where_memory_cannot_be_lent_trust_is_low(
     assert "could reach the judge's memory on this machine: cuIpcGetMemHandle" in evaluation.log
 
 
+def test_a_lead_that_does_not_hold_ends_the_process_that_told_of_it(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirm = evaluator_module.confirm
+    monkeypatch.setattr(evaluator, "_maybe_aa", lambda: None)  # it would open another
+    fine, tardy = candidate(evaluator, "fine"), candidate(evaluator, "tardy")
+    judge = evaluator.judge
+    assert not evaluator.evaluate(tardy, fine).confirmed and judge.alive
+    assert evaluator.evaluate(fine, tardy).improved and judge.alive
+    monkeypatch.setattr(
+        evaluator_module, "confirm", lambda *given, **options: (*confirm(*given, **options)[:2], False)
+    )
+    lost = evaluator.evaluate(fine, tardy)
+    assert lost.correct and lost.confirmed and not lost.improved and lost.kernel_coverage == 1.0
+    assert not judge.alive
+    monkeypatch.undo()
+    assert evaluator.evaluate(fine, tardy).improved and evaluator.judge is not judge
+
+
 def test_a_task_proves_itself_on_its_device(evaluator: GpuEvaluator) -> None:
     proof = evaluator.prove()
     assert proof is not None and proof.ok and proof.mutants > 2
@@ -216,6 +236,15 @@ def test_a_task_whose_wrong_versions_do_not_fit_is_not_proven(
     monkeypatch.setattr(Small, "mutants", full)
     with pytest.warns(UserWarning, match="could not be proven before its search: 4 GiB"):
         assert evaluator.prove() is None
+
+
+def test_workers_have_few_queues_unless_the_user_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(gpu_setting.CONNECTIONS, raising=False)
+    assert gpu_setting.gpu_environment(tmp_path)[gpu_setting.CONNECTIONS] == "2"
+    monkeypatch.setenv(gpu_setting.CONNECTIONS, "8")
+    assert gpu_setting.gpu_environment(tmp_path)[gpu_setting.CONNECTIONS] == "8"
 
 
 def test_peaks_are_measured_once_and_only_ever_raised(tmp_path: Path) -> None:

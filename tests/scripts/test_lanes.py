@@ -89,8 +89,13 @@ def test_throughput_of_several_gpus_is_held_against_one_s(
     monkeypatch.setattr(lanes, "gpus", lambda: ["0", "1", "2"])
     monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: range(7))
     monkeypatch.setattr(lanes.Lane, "run", run)
+    monkeypatch.setattr(gpu.contexts, "rate", lambda gpus, each: len(gpus) * each / 10)
     with gpu.console.capture() as told:
-        one, two, three, verdicts = gpu.throughput("cuda", 8)
+        one, fresh, two, _, three, _, verdicts = gpu.throughput("cuda", 8)
+    assert (fresh.measure, fresh.value) == (
+        "contexts made and ended a second, 1 GPU",
+        "0.5, enough for 96 candidates a minute",
+    )
     assert "2 GPUs, 4 cores: seconds a candidate: racing 0.10, starting processes 0.60\n" in told.get()
     assert one.value == "100" and verdicts.reached
     assert (three.measure, three.value) == ("candidates a minute, 3 GPUs, 6 cores", "300, 3.00 times one's")
