@@ -91,7 +91,7 @@ class Program:
         Everything fused with own contractions and attention, convolutions in CUDA C++ where that has a kernel for
         them; with searches that begin in shared memory; with thin products in the kernels of others; with channels
         innermost; with weights prepared; with caches told what is read once, and long rows in pieces; all in one
-        language; without attention; with library contractions; each node on its own.
+        language; without attention; with library contractions, with caches told beside them; each node on its own.
         """
         loops = [fusion.fused(g) for g in self.graphs]
         attended = [fusion.attended(g, p) for g, p in zip(self.graphs, loops)]
@@ -104,6 +104,7 @@ class Program:
         ]
         if self.language == "triton":
             drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
+            drafts[-1:-1] = streams.told(self.graphs, drafts[-2])
             drafts[1:1] = streams.drafts(self.graphs, drafts[0])
         if self.device == "cuda":
             staged = tuple(map(fusion.in_shared_memory, self.graphs, drafts[0].plans))

@@ -93,6 +93,20 @@ def test_large_kernels_have_drafts_that_tell_the_caches() -> None:
     assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("rms_norm").seeds())
 
 
+def test_reductions_of_what_an_l2_holds_have_them_beside_library_products_too() -> None:
+    task = Task.load("pooled_ffn")
+
+    def told(batch: int) -> list[bool]:
+        """Of each draft that tells caches of reads: whether its products are the library's."""
+        sized = replace(task, name=f"of_{batch}", shapes={"gpu": {**task.shapes["gpu"], "BATCH": batch}})
+        made = Program.for_language(sized, "triton")
+        chosen = [s for s in made.seeds() if ("cache", "reads") in s.plans[0].groups[1].launch]
+        return ["aten.mm.default" in made.emit(seed) for seed in chosen]
+
+    assert told(64) == [False, True]  # 32 MiB
+    assert told(8) == []
+
+
 @pytest.mark.parametrize(
     "name, fits, not_these",
     [
