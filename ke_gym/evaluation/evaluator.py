@@ -438,13 +438,36 @@ class Evaluator:
         races = {}
         for name in self.shape_sets:
             with self._entries(judge) as open_entry:
-                own = entries[name] if entries else open_entry(artifact, name)
-                other = None
-                if rival is not None:
-                    with rivals_fault():
-                        other = open_entry(rival, name)
+                own, other = self._contestants(open_entry, name, artifact, rival, entries)
                 races[name] = self._race_set(judge, name, own, other, rules, baseline)
         return races
+
+    def _contestants(
+        self,
+        open_entry: Any,
+        name: str,
+        artifact: Artifact,
+        rival: Artifact | None,
+        entries: dict[str, Entry] | None = None,
+    ) -> tuple[Entry, Entry | None]:
+        """Contestants of a race, the given one of the candidate's or fresh ones. Raises ``RivalFailed``.
+
+        Where a device's code and memory lie is worth up to a percent, and who comes first lies elsewhere: it is drawn.
+        """
+
+        def own() -> Entry:
+            return entries[name] if entries else open_entry(artifact, name)
+
+        def other() -> Entry:
+            with rivals_fault():
+                return open_entry(rival, name)  # type: ignore[no-any-return]
+
+        if rival is None:
+            return own(), None
+        if self._rng.random() < 0.5:
+            first = other()
+            return own(), first
+        return own(), other()
 
     def _race_set(
         self,
@@ -558,5 +581,5 @@ class Evaluator:
         """A race of two on one shape set, each loaded afresh. Without the ``baseline`` outputs are looked at only by who is
         ``watchful``."""
         with self._entries() as open_entry:
-            own, rival = open_entry(artifact, name), open_entry(other, name)
+            own, rival = self._contestants(open_entry, name, artifact, other)
             return self._race_set(self.judge, name, own, rival, rules, baseline)

@@ -36,7 +36,7 @@ from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
 from ke_gym.evaluation.gpu_lock import DeviceLock
-from ke_gym.evaluation.gpu_memory import OVERHEAD, lacks_memory, taken_elsewhere
+from ke_gym.evaluation.gpu_memory import OVERHEAD, give_back, lacks_memory, taken_elsewhere
 from ke_gym.evaluation.gpu_stage import Crowded, Died, Runner, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.race import Rules, race
@@ -213,7 +213,7 @@ class GpuJudge:
         one = self.arms[arm]
         chosen = self.sets[one.shape_set]
         answer = gpu_check.check(self.stage, chosen, one.artifact, cases, touch_seed, touched, patience)
-        torch.cuda.empty_cache()
+        give_back(self.stage.device, self.stage.facts.memory_bytes)
         return answer
 
     def warm(self, shape_set: str, own: int, other: int | None, baseline: bool) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class GpuJudge:
             margin=margin,
             usable=usable,
         )
-        torch.cuda.empty_cache()
+        give_back(self.stage.device, self.stage.facts.memory_bytes)
         answer = {"seconds": result.seconds, "ended": result.ended, "suspects": sorted(result.suspects)}
         return {**answer, "values": result.test.values, "counts": counts}
 

@@ -19,6 +19,8 @@ ALIGNMENT = 256
 RED_ZONE = 4096
 OVERHEAD = 2 << 30
 """Bytes that a process may have of the device besides what torch knows of: contexts, code, workspaces."""
+KEPT_SHARE = 1 / 32
+"""The share of a device's memory that a process may keep without using it."""
 _LACKING = re.compile(r"(CUDA|cu\w+) error: .*(out of memory|ALLOC(ATION)?_FAILED)")
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -68,6 +70,16 @@ def taken_elsewhere(error: BaseException) -> int | None:
     lacked = float(asked[1]) * _UNITS[asked[2]] if asked else 0.0
     taken = total - free - own
     return taken if taken > OVERHEAD and own + lacked <= total - OVERHEAD else 0
+
+
+def give_back(device: torch.device, size: int) -> None:
+    """Give memory that is not used back to the device, for others to have, if it is more than ``KEPT_SHARE`` of its ``size``.
+
+    Not for every bit of it: to give and take is the driver's work, which waits while it makes any GPU's contexts.
+    """
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if unused > KEPT_SHARE * size:
+        torch.cuda.empty_cache()
 
 
 class Block:

@@ -14,7 +14,7 @@ import torch
 
 from ke_gym.evaluation import gpu_check, gpu_judge
 from ke_gym.evaluation.gpu_judge import GpuJudge
-from ke_gym.evaluation.gpu_memory import Block, Placement
+from ke_gym.evaluation.gpu_memory import Block, Placement, give_back
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules
@@ -262,6 +262,18 @@ def test_short_calls_take_several_in_a_round_and_each_is_looked_at(
     monkeypatch.setattr(gpu_judge, "SHORT_S", 1e-9)
     run_race(judge, "right")
     assert judge.sets["default"].calls == 1
+
+
+def test_what_is_not_used_goes_back_to_the_device_if_it_is_much(
+    judge: GpuJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, cuda = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 if device == cuda else 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(True))
+    for used in (7, 5, 4):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, used=used: used)
+        give_back(cuda, 64)
+    assert given == [True]
 
 
 def test_throttled_rounds_do_not_count(judge: GpuJudge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,25 @@ def test_a_lead_that_does_not_hold_ends_the_process_that_told_of_it(
     assert evaluator.evaluate(fine, tardy).improved and evaluator.judge is not judge
 
 
+def test_who_is_loaded_first_is_drawn(evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine, tardy = candidate(evaluator, "fine"), candidate(evaluator, "tardy")
+    plain, first = evaluator._race_set, []
+
+    def seen(judge: Any, name: str, own: Any, other: Any, *rest: Any, **options: Any) -> Any:
+        first.append((judge is evaluator.judge, own.number < other.number))
+        return plain(judge, name, own, other, *rest, **options)
+
+    monkeypatch.setattr(evaluator, "_race_set", seen)
+    for _ in range(12):
+        assert evaluator.ahead(fine, tardy)  # a race of the two alone
+    assert {own for _, own in first} == {True, False}
+    first.clear()
+    for _ in range(4):
+        assert evaluator.decide(fine, tardy).improved  # and five confirmations
+    assert {own for here, own in first if not here} == {True, False}
+    assert all(own for here, own in first if here)  # the candidate was there for its check
+
+
 def test_a_task_proves_itself_on_its_device(evaluator: GpuEvaluator) -> None:
     proof = evaluator.prove()
     assert proof is not None and proof.ok and proof.mutants > 2
