@@ -70,7 +70,7 @@ class GpuShape:
 
 
 class GpuClient:
-    """A judge process for one task on one GPU, which it has alone while it times, among all of this machine's processes.
+    """A judge process for one task on one GPU, which it has alone while it times, among all processes of one ``KE_GYM_HOME``.
 
     ``signature`` is the task's compile signature, if it is known; ``lock`` is the device's, or gives it by the device's
     UUID, which the first judge has to tell. Raises ``UserError`` where there is no GPU and

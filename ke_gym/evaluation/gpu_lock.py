@@ -1,4 +1,4 @@
-"""Who uses a GPU, of all threads and processes of this project on a machine."""
+"""Who uses a GPU, of all threads and processes on a machine that have one ``KE_GYM_HOME``."""
 
 from __future__ import annotations
 
