@@ -104,7 +104,7 @@ class Program:
         ]
         if self.language == "triton":
             drafts.insert(0, Schedule(tuple(map(fusion.on_tensor_cores, self.graphs, whole))))
-            drafts[-1:-1] = streams.told(self.graphs, drafts[-2])
+            drafts[-1:-1] = streams.told(self.graphs, drafts[-2])  # with the library's contractions
             drafts[1:1] = streams.drafts(self.graphs, drafts[0])
         if self.device == "cuda":
             staged = tuple(map(fusion.in_shared_memory, self.graphs, drafts[0].plans))

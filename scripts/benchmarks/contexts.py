@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -35,7 +36,8 @@ class Client:
 
     def tell(self) -> None:
         assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # what has ended says why when it is asked
+            print(file=self.process.stdin, flush=True)
 
     def done(self) -> None:
         """Wait until it has done what it was told. Raises ``UserError`` if it could not."""

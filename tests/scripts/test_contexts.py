@@ -58,3 +58,12 @@ def test_a_gpu_without_a_context_to_give_is_told(
     driver(2)
     with pytest.raises(UserError, match=r"a context could not be made or ended \(2\)"):
         benchmark_module("contexts").rate(["0"], 1)
+
+
+def test_a_machine_without_a_driver_is_told(
+    benchmark_module: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libcuda.so.1").write_text("no library")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    with pytest.raises(UserError, match="a context could not be made or ended"):
+        benchmark_module("contexts").rate(["0"], 1)
