@@ -42,7 +42,7 @@ def same_settings(path: Path, row: object, asked: object, names: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure and the target it is held against."""
+    """One measured figure and the target it is held against; without one (empty) it is there to be read."""
 
     measure: str
     value: str
@@ -59,7 +59,8 @@ class Figures:
 
     def add(self, figure: Figure) -> None:
         self.figures.append(figure)
-        console.print(f"{figure.measure}: {figure.value} (target {figure.target})", highlight=False)
+        against = f" (target {figure.target})" if figure.target else ""
+        console.print(f"{figure.measure}: {figure.value}{against}", highlight=False)
         if self.path is not None:
             self.path.write_text(json.dumps([asdict(f) for f in self.figures], indent=1))
 
@@ -70,7 +71,8 @@ class Figures:
     def print(self) -> None:
         table = Table("measure", "value", "target", "reached", title=self.name, title_justify="left")
         for figure in self.figures:
-            table.add_row(figure.measure, figure.value, figure.target, "yes" if figure.reached else "NO")
+            reached = ("yes" if figure.reached else "NO") if figure.target or not figure.reached else ""
+            table.add_row(figure.measure, figure.value, figure.target, reached)
         console.print(table)
         console.print(machine(), highlight=False)
 
