@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -93,6 +94,10 @@ def main(args: Args) -> None:
         return
     if args.task is None or not args.kernel:
         raise UserError("name a --task and at least one --kernel, or a bundle with --run-bundle")
+    if args.arch and not args.compile_only:
+        raise UserError(
+            "--arch is for --compile-only: what is judged here is compiled for the GPU that is here"
+        )
     if (args.bundle is None) == args.compile_only:
         raise UserError(
             "--bundle FILE and --compile-only go together: compile now, race with --run-bundle FILE"
@@ -104,10 +109,8 @@ def main(args: Args) -> None:
         made = bundle.compile_bundle([(str(p), task, c) for p, c in zip(args.kernel, candidates)], args.arch)
         made.write(args.bundle)
         for packed in made.packed:
-            said = packed.log.strip().splitlines()[:1]
-            console.print(
-                f"{packed.label}: {'compiled' if packed.artifact else ' '.join([packed.outcome, *said])}"
-            )
+            said = "compiled" if packed.artifact else f"{packed.outcome} {gist(packed.log)}"
+            console.print(f"{packed.label}: {said}", highlight=False, markup=False)
         return
     judged = judge(args, task, candidates, console)
     if args.json:
@@ -162,11 +165,19 @@ def judge(args: Args, task: Task, candidates: list[Candidate], console: Console)
     return judged
 
 
+def gist(log: str) -> str:
+    """A log in one line: the error at a traceback's end, or else how it begins."""
+    lines = log.strip().splitlines() or [""]
+    return lines[-1 if lines[0].lstrip().startswith(("File ", "Traceback ")) else 0]
+
+
 def race_bundle(args: Args, console: Console) -> None:
     """Judge what a bundle holds, and write the results to one file."""
     path = args.run_bundle
     assert path is not None
     read = bundle.Bundle.read(path)
+    if not read.packed:
+        raise UserError(f"{path} holds no kernel; make one with --bundle FILE --compile-only")
     target = "cuda" if args.target == "cpu" else args.target
     facts: dict[str, object] = {}
 
@@ -178,9 +189,8 @@ def race_bundle(args: Args, console: Console) -> None:
     def tell(judged: bundle.Judged) -> None:
         e = judged.evaluation
         speed = f"{e.speedup:.2f}x over {e.baseline}, {e.time_ms:.4f} ms" if e.speedup and e.time_ms else ""
-        console.print(
-            f"{e.task} {judged.label}: {e.outcome} {speed or e.log.splitlines()[:1]}", highlight=False
-        )
+        said = f"{e.task} {judged.label}: {e.outcome} {speed or gist(e.log)}"
+        console.print(said, highlight=False, markup=False)
 
     judged = bundle.run_bundle(read, opened, tell)
     results = args.results or path.with_suffix(".json")
@@ -194,6 +204,8 @@ def serve(args: Args, folder: Path, console: Console) -> None:
     """Judge bundles as they appear, until a file called stop does, or Ctrl-C."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
+    if not torch.cuda.device_count():
+        raise UserError("no NVIDIA GPU can be used here; serve the folder on a machine that has one")
     target = "cuda" if args.target == "cpu" else args.target
     console.print(
         f"judging what appears in {folder}; a file {folder / exchange.STOP} ends it", highlight=False

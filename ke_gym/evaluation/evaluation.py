@@ -53,6 +53,8 @@ class Profile:
     ``flops``, ``gflops_per_s`` and ``arithmetic_share`` count elementwise operators and reductions too, at one
     per element; ``flops_share`` counts products only, which is what a peak of FMA units can be held against.
     ``counters`` are a GPU's own, of best kernels only: names of ``gpu_tools.METRICS``, weighted by the kernels' times.
+    ``registers`` a thread, and ``occupancy``, the share of a multiprocessor's warps that can be resident, are those of
+    the GPU kernel that takes longest, read from its binary.
     """
 
     bytes: float = 0.0
@@ -68,6 +70,8 @@ class Profile:
     steps: tuple[tuple[str, float], ...] = ()
     resources: tuple[str, ...] = ()
     counters: tuple[tuple[str, float], ...] = ()
+    registers: int = 0
+    occupancy: float = 0.0
 
 
 @dataclass(frozen=True)

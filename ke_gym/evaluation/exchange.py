@@ -11,13 +11,14 @@ import json
 import os
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
@@ -28,7 +29,7 @@ from ke_gym.evaluation.builds import Builds, Cores
 from ke_gym.evaluation.bundle import Bundle, Packed, judge, read_results, results, write_file
 from ke_gym.evaluation.evaluation import Cost, Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.evaluation.gpu_client import described_shapes
+from ke_gym.evaluation.gpu_client import GpuShape, described_shapes
 from ke_gym.evaluation.gpu_setting import arch_of
 from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.selfcheck import Proof
@@ -38,6 +39,7 @@ from ke_gym.languages.base import BuildError
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
 
+T = TypeVar("T")
 ORDER, ANSWER, STOP = ".keb", ".json", "stop"
 POLL_SECONDS = 0.1
 PATIENCE = 3600.0
@@ -79,21 +81,25 @@ class ExchangeEvaluator(Evaluator):
         self._lock = threading.Lock()
         self._state = ExitStack()
         try:
-            about = self._order(Bundle("", (task,), (), baseline))
-            self.facts = cuda.Facts(**about["facts"])
-            self.peaks = cuda.Peaks.from_dict(about["peaks"])
-            self.shape_sets, self.hidden = list(about["shape_sets"]), list(about["hidden"])
-            self.contract = self.shape_sets[0]
-            self.devices = int(about["devices"])
-            self.sandbox = str(about["sandbox"])
+            shapes = self._order(Bundle("", (task,), (), baseline), self._introduced)
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
             self.zygote = self._state.enter_context(Zygote(1))
             self.builder = Builder(self.zygote, self.folder / "builds")
             signature = gpu_signature.found(self.zygote, task, [*self.shape_sets, *self.hidden])
-            self.judge = SimpleNamespace(shapes=described_shapes(about["shapes"]), signature=signature)
+            self.judge = SimpleNamespace(shapes=shapes, signature=signature)
         except BaseException:
             self._state.close()
             raise
+
+    def _introduced(self, about: dict[str, Any]) -> dict[str, GpuShape]:
+        """Take what the other side says of itself; the task's shape sets."""
+        self.facts = cuda.Facts(**about["facts"])
+        self.peaks = cuda.Peaks.from_dict(about["peaks"])
+        self.shape_sets, self.hidden = list(about["shape_sets"]), list(about["hidden"])
+        self.contract = self.shape_sets[0]
+        self.devices = int(about["devices"])
+        self.sandbox = str(about["sandbox"])
+        return described_shapes(about["shapes"])
 
     def evaluate(self, candidate: Candidate, incumbent: Candidate | None = None) -> Evaluation:
         """See ``Evaluator.evaluate``; many may be under way."""
@@ -128,8 +134,8 @@ class ExchangeEvaluator(Evaluator):
                 sandbox=self.sandbox, cost=cost,
             )  # fmt: skip
         packed = Packed(candidate.id, 0, candidate, artifact, rival=rival, final=final)
-        answer = self._order(Bundle(artifact.arch, (self.task,), (packed,), self.baseline))
-        (judged,) = read_results(json.dumps(answer))
+        order = Bundle(artifact.arch, (self.task,), (packed,), self.baseline)
+        (judged,) = self._order(order, lambda answer: read_results(json.dumps(answer)))
         spent = Cost(
             self._builds.seconds(candidate.id),
             judged.evaluation.cost.check_s,
@@ -143,8 +149,8 @@ class ExchangeEvaluator(Evaluator):
             multiprocessors=self.facts.cores, timeout=self.build_timeout,
         )  # fmt: skip
 
-    def _order(self, order: Bundle) -> dict[str, Any]:
-        """Leave a bundle and wait for its answer."""
+    def _order(self, order: Bundle, read: Callable[[dict[str, Any]], T]) -> T:
+        """Leave a bundle, wait for its answer and ``read`` it."""
         with self._lock:
             self._orders += 1
             path = self._exchange / f"{self._name}-{self._orders:05d}{ORDER}"
@@ -160,11 +166,14 @@ class ExchangeEvaluator(Evaluator):
             time.sleep(POLL_SECONDS)
         try:
             data: dict[str, Any] = json.loads(answer.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{answer} cannot be read: {error}") from error
-        if "error" in data:
-            raise UserError(str(data["error"]))
-        return data
+            if "error" not in data:
+                return read(data)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"{answer} is no answer that can be read here ({type(error).__name__}: {error}); "
+                "have the same version on both sides"
+            ) from error
+        raise UserError(str(data["error"]))
 
 
 def serve(
@@ -192,13 +201,17 @@ def serve(
             order = min(waiting, key=lambda path: (path.stat().st_mtime_ns, path.name))
             try:
                 bundle = Bundle.read(order)
+                if not bundle.tasks:
+                    raise UserError(
+                        f"{order.name} is for no task; leave what scripts/optimize.py --exchange makes"
+                    )
                 key = (bundle.tasks[0].id, bundle.baseline)
                 if key not in opened:  # two tasks need not fit onto the device
                     wait(under_way.values())
                     _close(opened)
                     opened[key] = open_evaluator(bundle.tasks[0], bundle.baseline)
-            except UserError as error:
-                _reply(order, json.dumps({"error": str(error)}), tell)
+            except Exception as error:
+                _reply(order, _refused(error), tell)
                 continue
             under_way[order] = pool.submit(_serve, order, bundle, opened[key], tell)
 
@@ -216,9 +229,17 @@ def _reply(order: Path, answer: str, tell: Callable[[str], None]) -> None:
 def _serve(order: Path, bundle: Bundle, evaluator: Evaluator, tell: Callable[[str], None]) -> None:
     try:
         answer = _answer(bundle, evaluator)
-    except UserError as error:
-        answer = json.dumps({"error": str(error)})
+    except Exception as error:
+        answer = _refused(error)
     _reply(order, answer, tell)
+
+
+def _refused(error: Exception) -> str:
+    """The answer that tells of an error: whoever ordered it needs to know, and others go on being served."""
+    if isinstance(error, UserError):
+        return json.dumps({"error": str(error)})
+    traceback.print_exception(error)
+    return json.dumps({"error": f"the serving side failed: {type(error).__name__}: {error}"})
 
 
 def _answer(order: Bundle, evaluator: Any) -> str:

@@ -82,11 +82,11 @@ class _Check:
             _, distribution, _ = case
             self._set_state(case)
             stage.hold(chosen)
-            out, arguments, reason = self._call(case, index % 2)
+            outputs, arguments, reason = self._call(case, index % 2)
             if reason:
                 return {"reason": reason, "case": index, "damage": True}
             self._set_state(case)  # again: what belongs to the oracle could have been written to
-            verdict = stage.verdict(chosen, arguments, out.tensors, distribution)
+            verdict = stage.verdict(chosen, arguments, outputs, distribution)
             if verdict is None:
                 continue  # the reference itself has no answer here
             if not verdict.ok:
@@ -107,7 +107,7 @@ class _Check:
         if case[2]:
             self._chosen.reference.randomize(case[2])
 
-    def _call(self, case: Case, pattern: int) -> tuple[Block, list[Any], str]:
+    def _call(self, case: Case, pattern: int) -> tuple[list[Tensor], list[Any], str]:
         """Run on poisoned memory; the outputs, the arguments drawn again afterwards, and what was written where nothing
         may be, in words."""
         stage, chosen, runner = self._stage, self._chosen, self._runner
@@ -126,6 +126,7 @@ class _Check:
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
         stage.finish(runner.run, self._patience)
+        outputs = stage.settled(out.tensors)
         for what, block, kept in (
             ("output", out.bytes, out.placement.used),
             ("intermediate", runner.arena, used),
@@ -135,18 +136,18 @@ class _Check:
             ("preparation's intermediate", self._preparing, self._between),
         ):
             if (byte := damaged(block, kept)) is not None:
-                return out, [], f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
+                return outputs, [], f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
         arguments = stage.draw(chosen.name, seed, distribution)
         for index, (tensor, drawn) in enumerate(zip(given.tensors, tensors_of(arguments))):
             if not same_bits(tensor, drawn):
-                return out, arguments, f"wrote to input {index}, which is read-only"
+                return outputs, arguments, f"wrote to input {index}, which is read-only"
         for name, tensor in chosen.parameters.items():
             if not same_bits(tensor, chosen.reference.state[name]):
-                return out, arguments, f"wrote to parameter {name}, which is read-only"
+                return outputs, arguments, f"wrote to parameter {name}, which is read-only"
         for index, (tensor, prior) in enumerate(zip(made.tensors, prepared)):
             if not same_bits(tensor, prior):
-                return out, arguments, f"wrote to prepared tensor {index}, which is read-only"
-        return out, arguments, ""
+                return outputs, arguments, f"wrote to prepared tensor {index}, which is read-only"
+        return outputs, arguments, ""
 
     def _touched(self, case: Case, touch_seed: int) -> Verdict | None:
         """Twice the same contents, but for one element of every floating input and parameter."""
@@ -162,9 +163,10 @@ class _Check:
         _touch([*given.tensors, *chosen.parameters.values()], touch_seed)
         stage.prepare(chosen, runner, self._patience)
         stage.finish(runner.run, self._patience)
+        outputs = stage.settled(out.tensors)
         arguments = stage.draw(chosen.name, seed, distribution)
         _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
-        return stage.verdict(chosen, arguments, out.tensors, distribution)
+        return stage.verdict(chosen, arguments, outputs, distribution)
 
 
 def _ring(block: Block) -> None:

@@ -426,8 +426,11 @@ class GpuEvaluator(Evaluator):
         finally:
             with self.account.phase("ending processes"):
                 self._spares.close()
-        if raced.confirmed and not raced.improved:
-            self.judge.close()
+        if raced.confirmed and not raced.improved and self.judge.alive:
+            with suppress(OutOfDeviceMemory):  # two do not fit: better this one than none
+                other = self._open_judge(self.hidden)
+                self.judge.close()
+                self.judge = other
         return raced
 
     def _fresh_race(self, artifact: Artifact, rival: Artifact | None, rules: Rules) -> dict[str, Race]:
@@ -498,6 +501,10 @@ class GpuEvaluator(Evaluator):
                 "constraints", "the device's events claim less time than the host's clock measured"
             )
         return result
+
+    def _maybe_aa(self) -> None:
+        with suppress(OutOfDeviceMemory):  # the verdict of the candidate just judged stands
+            super()._maybe_aa()
 
     def _aa_every(self) -> int:
         return AA_SELDOM if self.record.knows(self._steady_s) else super()._aa_every()

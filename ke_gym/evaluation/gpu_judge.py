@@ -426,6 +426,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         cuda.show_only(args["device"])
     try:
         if not torch.cuda.is_available():
+            torch.cuda.init()  # says why
             raise UserError("torch sees none")
         device = torch.device("cuda", 0 if args["only"] else args["device"])
         torch.cuda.set_device(device)

@@ -19,8 +19,8 @@ ALIGNMENT = 256
 RED_ZONE = 4096
 OVERHEAD = 2 << 30
 """Bytes that a process may have of the device besides what torch knows of: contexts, code, workspaces."""
-KEPT_SHARE = 1 / 32
-"""The share of a device's memory that a process may keep without using it."""
+KEPT_SHARE, SCARCE = 1 / 32, 1 / 8
+"""The share of a device's memory that a process may keep without using it, unless less than so much is free."""
 _LACKING = re.compile(r"(CUDA|cu\w+) error: .*(out of memory|ALLOC(ATION)?_FAILED)")
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -73,12 +73,13 @@ def taken_elsewhere(error: BaseException) -> int | None:
 
 
 def give_back(device: torch.device, size: int) -> None:
-    """Give memory that is not used back to the device, for others to have, if it is more than ``KEPT_SHARE`` of its ``size``.
+    """Give memory that is not used back to the device, for others to have, if it is more than ``KEPT_SHARE`` of its ``size``
+    or others are short of it.
 
     Not for every bit of it: to give and take is the driver's work, which waits while it makes any GPU's contexts.
     """
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if unused > KEPT_SHARE * size:
+    if unused > KEPT_SHARE * size or (unused and torch.cuda.mem_get_info(device)[0] < SCARCE * size):
         torch.cuda.empty_cache()
 
 

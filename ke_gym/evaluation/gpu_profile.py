@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ke_gym.evaluation.evaluation import Profile
+from ke_gym.evaluation.gpu_setting import arch_of
 from ke_gym.evaluation.work import Work
+from ke_gym.languages.device import get_arch
 from ke_gym.targets.cuda import Facts, Peaks
 
 _WARP = 32
-_WARPS = 64
 _LATENCY_S = 8e-6
 BUSY = 60.0
 """Percent of its peak from which on a unit counts as what holds a kernel back (as in NVIDIA's own rules)."""
@@ -22,6 +23,11 @@ def described(
 ) -> Profile:
     """The profile from the judge's measurements."""
     rate, flops = work.bytes / seconds, work.arithmetic / seconds
+    resources: dict[str, dict[str, int]] = answer["resources"]
+    longest = max(
+        answer["steps"], key=lambda step: step[1] if step[0] in resources else -1.0, default=("", 0.0)
+    )
+    taken = resources.get(longest[0])
     return Profile(
         bytes=work.bytes,
         flops=work.arithmetic,
@@ -31,19 +37,25 @@ def described(
         flops_share=work.flops / seconds / peaks.flops,
         arithmetic_share=flops / peaks.flops,
         floor_ms=1e3 * floor_s,
-        resources=tuple(_sentence(name, taken) for name, taken in answer["resources"].items()),
+        resources=tuple(_sentence(name, each, facts) for name, each in resources.items()),
         steps=tuple((name, seconds) for name, seconds in answer["steps"]),
+        registers=taken["registers"] if taken else 0,
+        occupancy=_occupancy(taken, facts) if taken else 0.0,
     )
 
 
-def _sentence(kernel: str, taken: dict[str, int]) -> str:
-    warps = -(-taken["threads"] // _WARP) * taken["blocks"]
+def _sentence(kernel: str, taken: dict[str, int], facts: Facts) -> str:
     shared = taken["shared"] + taken["dynamic"]
     spilled = f", {taken['local']} bytes of local memory per thread (spills)" if taken["local"] else ""
     return (
         f"{kernel}: {taken['registers']} registers, {shared} bytes of shared memory, "
-        f"occupancy {100 * warps / _WARPS:.0f} %{spilled}"
+        f"occupancy {100 * _occupancy(taken, facts):.0f} %{spilled}"
     )
+
+
+def _occupancy(taken: dict[str, int], facts: Facts) -> float:
+    """The share of a multiprocessor's warps that a kernel's blocks, as many as fit, make."""
+    return -(-taken["threads"] // _WARP) * taken["blocks"] / get_arch(arch_of(facts)).warps
 
 
 def limiter(profile: Profile, facts: Facts, seconds: float) -> str:

@@ -246,6 +246,11 @@ class Stage:
                 break
         return Called(sample, outputs, seed)
 
+    def settled(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Outputs as they are now, before anything is computed that they will be compared with: another process that
+        launches kernels may still write to those it was lent."""
+        return outputs if self.apart is None else [each.clone() for each in outputs]
+
     def timed(
         self,
         runner: Runner,
@@ -290,7 +295,7 @@ class Stage:
                 runner.place(block.tensors, chosen.parameters, out.tensors)
             self.finish(runner.run, patience)
             due = last or self.rng.random() < SOAK_CHECKS / calls
-            if due and not self.plausible(chosen, seed, out.tensors, full=False):
+            if due and not self.plausible(chosen, seed, self.settled(out.tensors), full=False):
                 return False
             if last:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from ke_gym.tasks.task import Task
 GENERATED = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 """What kernels can be generated in, by kind of target, the default first."""
 UNKNOWN = "target {target!r} is unknown; there are cpu, cuda, and cuda:1 for the second GPU"
-_IMPORTS_TRITON = re.compile(r"^\s*(?:import|from)\s+triton\b", re.MULTILINE)
+_IMPORTS_TRITON = re.compile(r"^\s*(?:import\s.*|from\s+)\btriton\b", re.MULTILINE)
+"""For files that do not parse: the compiler will say so of them."""
 
 
 def open_evaluator(
@@ -76,6 +78,16 @@ def language_for(target: str) -> Callable[[Path], str]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a Python kernel module") from error
-        return "triton" if _IMPORTS_TRITON.search(text) else "cuda"
+        return "triton" if _imports_triton(text) else "cuda"
 
     return language
+
+
+def _imports_triton(text: str) -> bool:
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):
+        return _IMPORTS_TRITON.search(text) is not None
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return any(name.partition(".")[0] == "triton" for name in names)

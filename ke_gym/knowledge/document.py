@@ -36,6 +36,7 @@ TARGETS = ("cpu", "cuda", "hip", "mtia")
 LANGUAGES = ("cpp", "triton", "cuda", "hip", "cute", "flydsl")
 LIMITERS = (
     "latency", "compute", "dram", "l3", "l2", "l1", "instructions", "registers", "occupancy", "parallelism",
+    "launches",
 )  # fmt: skip
 """What an evaluation's profile may name, and the resources that strategies relieve."""
 PHASES = ("draft", "improve", "fix", "tune")

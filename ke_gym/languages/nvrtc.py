@@ -130,7 +130,22 @@ def _read(program: ctypes.c_void_p, what: str) -> bytes:
     return buffer.raw
 
 
+@functools.cache
+def _known() -> frozenset[str]:
+    """The architectures that this NVRTC compiles for, without their suffixes."""
+    count = ctypes.c_int()
+    _call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    _call("nvrtcGetSupportedArchs", found)
+    return frozenset(f"sm_{number}" for number in found)
+
+
 def _with_nvrtc(source: str, flags: Sequence[str], arch: str) -> tuple[bytes, str]:
+    if arch.rstrip("af") not in _known():
+        raise KernelError(
+            f"the NVRTC that is installed here does not know {arch} ({_library()}); install one of a newer CUDA:"
+            " pip install --upgrade 'ke-gym[cuda]'"
+        )
     program = ctypes.c_void_p()
     _call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), SOURCE_NAME.encode(), 0, None, None)
     try:

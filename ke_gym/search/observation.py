@@ -76,6 +76,7 @@ FAMILY_GROUPS = {
 }  # fmt: skip
 
 RECENT = 8
+MOST_REGISTERS = 255  # of a thread, on every GPU here
 LAUNCH_MS = 0.02  # below this a call is all launch and thread start
 
 
@@ -351,7 +352,8 @@ def profile_features(evaluation: Evaluation | None) -> Values:
 
     Shares of measured peaks. A target that does not count something leaves it zero (the CPU: ``l1``,
     ``registers``, ``memory_stall``); the CPU's ``occupancy`` is the share of loops the compiler vectorized. On a GPU
-    ``l1``, ``occupancy`` and ``memory_stall`` are the device's counters, which only best kernels have.
+    ``l1`` and ``memory_stall`` are the device's counters, which only best kernels have, ``occupancy`` is what they say or
+    else what the binary allows, and ``registers`` the share of the 255 that a thread may have.
     """
     if evaluation is None or not evaluation.correct or not evaluation.time_ms:
         return NO_PROFILE
@@ -369,8 +371,10 @@ def profile_features(evaluation: Evaluation | None) -> Values:
             0.0 if cached else shown.bandwidth_share,
             shown.bandwidth_share if cached else 0.0,
             counters.get("l1", 0.0) / 100,
-            counters.get("warps", 0.0) / 100 if counters else len(shown.vectorized) / max(loops, 1),
-            0.0,
+            counters.get("warps", 0.0) / 100
+            if counters
+            else shown.occupancy or len(shown.vectorized) / max(loops, 1),
+            shown.registers / MOST_REGISTERS,
             evaluation.kernel_coverage or 0.0,
             waiting / (1 + waiting),
             min(LAUNCH_MS / evaluation.time_ms, 1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import exchange
+from ke_gym.evaluation.bundle import Bundle
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.exchange import ExchangeEvaluator
 from ke_gym.evaluation.gpu_client import GpuShape
@@ -109,6 +111,48 @@ def test_two_devices_there_judge_at_once(shared: Path, tmp_path: Path) -> None:
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(evaluator.evaluate, map(kernel, ("together_a", "together_b"))))
     assert [e.outcome for e in found] == ["correct", "correct"]
+
+
+def test_who_serves_outlives_what_it_cannot_answer(
+    shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    Bundle("", (), ()).write(shared / f"empty{exchange.ORDER}")
+    (shared / f"torn{exchange.ORDER}").write_bytes(b"no bundle")
+
+    def answer(name: str) -> str:
+        path, end = shared / f"{name}{exchange.ANSWER}", time.monotonic() + 300
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        return str(json.loads(path.read_text())["error"])
+
+    assert "empty.keb is for no task" in answer("empty") and "is no bundle" in answer("torn")
+    with ExchangeEvaluator(Task.load("softmax"), shared, folder=tmp_path) as evaluator:
+        monkeypatch.setattr(Device, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match="the serving side failed: ZeroDivisionError"):
+            evaluator.evaluate(kernel("a"))
+        monkeypatch.undo()
+        assert evaluator.evaluate(kernel("b")).correct
+    assert "ZeroDivisionError" in capfd.readouterr().err  # with where it happened
+
+
+@pytest.mark.parametrize("said", ['{"facts": {}}', "[]", "{", '{"facts": {"unknown": 1}, "peaks": 3}'])
+def test_an_answer_of_another_version_is_told_in_a_sentence(tmp_path: Path, said: str) -> None:
+    stop = threading.Event()
+
+    def answer() -> None:
+        while not stop.wait(0.01):
+            for order in tmp_path.glob(f"*{exchange.ORDER}"):
+                order.with_suffix(exchange.ANSWER).write_text(said)
+
+    other = threading.Thread(target=answer)
+    other.start()
+    try:
+        with pytest.raises(UserError, match="have the same version on both sides"):
+            ExchangeEvaluator(Task.load("softmax"), tmp_path, folder=tmp_path / "home", patience=300)
+    finally:
+        stop.set()
+        other.join()
 
 
 def test_what_the_other_side_says_is_said_here(shared: Path, tmp_path: Path) -> None:

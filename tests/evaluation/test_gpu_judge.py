@@ -270,10 +270,12 @@ def test_what_is_not_used_goes_back_to_the_device_if_it_is_much(
     given, cuda = [], torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 if device == cuda else 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(True))
-    for used in (7, 5, 4):
+    for used, free, returned in ((7, 0, 0), (5, 8, 0), (4, 8, 1), (5, 7, 1)):
+        given.clear()
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, used=used: used)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 64))
         give_back(cuda, 64)
-    assert given == [True]
+        assert len(given) == returned
 
 
 def test_throttled_rounds_do_not_count(judge: GpuJudge, monkeypatch: pytest.MonkeyPatch) -> None:

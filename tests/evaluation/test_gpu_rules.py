@@ -17,10 +17,14 @@ from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import evaluator as evaluator_module
 from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_setting, gpu_stage
+from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+from ke_gym.evaluation.gpu_profile import described
+from ke_gym.evaluation.work import Work
 from ke_gym.languages.plan import Launch, TensorSpec
+from ke_gym.search.observation import PROFILE, profile_features
 from ke_gym.targets import cuda
 from ke_gym.targets.cuda_driver import CudaError
 from ke_gym.tasks.task import Task
@@ -131,6 +135,10 @@ def test_a_right_kernel_is_correct_and_described(evaluator: GpuEvaluator) -> Non
     assert evaluation.correct and evaluation.trust == "plan" and evaluation.kernel_coverage == 1.0
     assert evaluation.machine == FACTS.fingerprint and evaluation.target == "cuda"
     assert evaluation.profile.resources[0].startswith("fine: 32 registers")
+    assert evaluation.profile.registers == 32 and 0 < evaluation.profile.occupancy <= 1
+    features = dict(zip(PROFILE, profile_features(evaluation)))
+    assert features["registers"] == pytest.approx(32 / 255)
+    assert features["occupancy"] == pytest.approx(evaluation.profile.occupancy)
 
 
 def test_a_gain_is_confirmed_by_fresh_judges(evaluator: GpuEvaluator) -> None:
@@ -218,9 +226,16 @@ def test_a_lead_that_does_not_hold_ends_the_process_that_told_of_it(
     )
     lost = evaluator.evaluate(fine, tardy)
     assert lost.correct and lost.confirmed and not lost.improved and lost.kernel_coverage == 1.0
-    assert not judge.alive
-    monkeypatch.undo()
-    assert evaluator.evaluate(fine, tardy).improved and evaluator.judge is not judge
+    assert not judge.alive and evaluator.judge.alive
+    judge, opened = evaluator.judge, evaluator._open_judge
+
+    def no_room(*hidden: Any) -> Any:
+        if hidden:  # not a confirmation's
+            raise OutOfDeviceMemory("others have it", elsewhere=1 << 34)
+        return opened()
+
+    monkeypatch.setattr(evaluator, "_open_judge", no_room)
+    assert evaluator.evaluate(fine, tardy).confirmed and evaluator.judge is judge and judge.alive
 
 
 def test_who_is_loaded_first_is_drawn(evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +272,54 @@ def test_a_task_whose_wrong_versions_do_not_fit_is_not_proven(
     monkeypatch.setattr(Small, "mutants", full)
     with pytest.warns(UserWarning, match="could not be proven before its search: 4 GiB"):
         assert evaluator.prove() is None
+
+
+def test_a_verdict_outlives_the_race_of_equals_that_finds_no_room(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any) -> Any:
+        raise OutOfDeviceMemory("others have it", elsewhere=1 << 34)
+
+    tried: list[None] = []
+    monkeypatch.setattr(Evaluator, "_maybe_aa", lambda self: (tried.append(None), full(self)))
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct and tried == [None]
+
+
+def test_an_incumbent_that_cannot_be_loaded_is_left_out_whoever_is_loaded_first(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine, tardy = candidate(evaluator, "fine"), candidate(evaluator, "tardy")
+    bad, load = evaluator.build(tardy).binary_id, Small.load
+
+    def broken(self: Small, artifact: Any, shape_set: str) -> int:
+        if artifact.binary_id == bad:
+            raise ArmDied("runtime", "no such kernel")
+        return load(self, artifact, shape_set)
+
+    monkeypatch.setattr(Small, "load", broken)
+    for _ in range(6):
+        assert not evaluator.ahead(fine, tardy)
+        judged = evaluator.evaluate(fine, tardy)
+        assert judged.correct and not judged.rival and "the incumbent failed (no such kernel)" in judged.log
+
+
+def test_a_judge_gives_memory_back_after_every_check_and_race(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr(gpu_judge, "give_back", lambda device, size: returned.append(size))
+    evaluator.evaluate(candidate(evaluator, "tardy"), candidate(evaluator, "fine"))
+    sets = 1 + len(evaluator.hidden)
+    assert returned == [FACTS.memory_bytes] * (sets + 1)  # checks, and one race that is lost
+
+
+@pytest.mark.parametrize("arch, percent", [("sm_90", 50), ("sm_89", 67), ("sm_120", 67)])
+def test_occupancy_is_of_what_a_device_s_multiprocessor_holds(arch: str, percent: int) -> None:
+    taken = {"registers": 40, "shared": 0, "dynamic": 0, "local": 0, "threads": 1024, "blocks": 1}
+    answer = {"resources": {"rows": taken}, "steps": [("rows", 1e-5), ("aten.mm", 2e-5)]}
+    shown = described(Work(1e6, 0, 0, 1), PEAKS, replace(FACTS, arch=arch), 1e-4, 1e-5, answer)
+    assert shown.resources[0].endswith(f"occupancy {percent} %")
+    assert round(100 * shown.occupancy) == percent and shown.registers == 40
 
 
 def test_workers_have_few_queues_unless_the_user_says_how_many(

@@ -13,6 +13,7 @@ from ke_gym.languages.base import BuildError
 from ke_gym.languages.cubin import resources
 from ke_gym.languages.cuda import parse_kernels
 from ke_gym.languages.device import arch_of, archs, get_arch
+from ke_gym.languages.launch import KernelError
 from ke_gym.languages.plan import Geometry, Ref, TensorMap, TensorSpec
 from tests.languages.gpu_modules import VECTOR, built, launches
 
@@ -160,6 +161,13 @@ def test_what_is_refused(body: str, outcome: str, message: str) -> None:
 def test_compiler_errors_are_shown() -> None:
     with pytest.raises(BuildError, match=r'kernel.cu\(\d+\): error: identifier "facto" is undefined'):
         built(module().replace("* factor +", "* facto +"), "cuda")
+
+
+def test_an_architecture_that_the_compiler_does_not_know_is_told_with_what_to_do() -> None:
+    if "nvrtc" not in nvrtc.tools():
+        pytest.skip("there is no NVRTC")
+    with pytest.raises(KernelError, match=r"NVRTC .* does not know sm_999a .* newer CUDA"):
+        nvrtc.compile_cubin('extern "C" __global__ void k() {}', (), "sm_999a", "nvrtc")
 
 
 @pytest.mark.parametrize("flags", ["-I/etc", "--options-file=x", "-o", "-ptx"])

@@ -34,6 +34,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], P
         subprocess.run(
             ["g++", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.cpp"], check=True
         )
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
         monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "notes"))  # passed on
         return tmp_path / "notes"

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from ke_gym.evaluation.bundle import Bundle
 from tests.machine import give_peaks
 from tests.scripts.command import here, in_process
 
@@ -140,6 +142,14 @@ def test_a_wrong_kernel_is_a_verdict_too(folder: Path) -> None:
             ["sm_9", "sm_90"],
         ),
         (["--run-bundle", "kernel.py"], ["kernel.py", "no bundle"]),
+        (["--run-bundle", "empty.keb"], ["empty.keb", "holds no kernel"]),
+        (["--task", "chain.py", "--kernel", "kernel.py", "--arch", "sm_90a"], ["--arch", "--compile-only"]),
+        (["--serve", "nowhere"], ["nowhere", "no folder"]),
+        pytest.param(
+            ["--serve", "."],
+            ["no NVIDIA GPU", "serve the folder on a machine that has one"],
+            marks=pytest.mark.skipif(bool(torch.cuda.device_count()), reason="here it would serve"),
+        ),
         (["--task", "chain.py"], ["--kernel"]),
     ],
 )
@@ -147,7 +157,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     folder: Path, arguments: list[str], words: list[str]
 ) -> None:
     (folder / "broken.py").write_text("import torch\n\nclass Model(:\n    pass\n")
+    Bundle("", (), ()).write(folder / "empty.keb")
     done = evaluate(folder, *arguments)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_what_does_not_compile_for_a_gpu_says_its_error_in_a_line(folder: Path) -> None:
+    pytest.importorskip("triton")
+    (folder / "odd.py").write_text("import torch, triton\ndef forward(x):\n    return torch.relux(x)\n")
+    done = evaluate(folder, "--task", "chain.py", "--kernel", "odd.py", "--bundle", "b", "--compile-only")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "odd.py: compile AttributeError: module 'torch' has no attribute 'relux'"
