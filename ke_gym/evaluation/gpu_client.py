@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ke_gym.errors import UserError
@@ -70,7 +69,7 @@ class GpuShape:
 
 
 class GpuClient:
-    """A judge process for one task on one GPU, which it has alone while it times, among all processes of one ``KE_GYM_HOME``.
+    """A judge process for one task on one GPU, which it has alone while it times, among all processes on this machine.
 
     ``signature`` is the task's compile signature, if it is known; ``lock`` is the device's, or gives it by the device's
     UUID, which the first judge has to tell. Raises ``UserError`` where there is no GPU and
@@ -206,12 +205,12 @@ class GpuClient:
             "check", arm=arm, cases=cases, touch_seed=touch_seed, touched=touched, patience=patience
         )[0]
 
-    def compile(self, shape_set: str, baseline: str, folder: Path) -> None:
+    def compile(self, shape_set: str, baseline: str) -> None:
         """Let the baseline of a shape set be the reference through a compiler; others may race meanwhile.
 
-        ``folder`` is where the device's lock lies. The calling thread must not hold it.
+        The calling thread must not hold the device's lock.
         """
-        self._ask(BY_ITSELF, shape_set=shape_set, baseline=baseline, folder=str(folder))
+        self._ask(BY_ITSELF, shape_set=shape_set, baseline=baseline)
 
     def warm(self, shape_set: str, own: int, other: int | None, baseline: bool) -> dict[str, float]:
         """Let everybody run before a race; the seconds of each one's quickest call."""

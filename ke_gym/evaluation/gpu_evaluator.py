@@ -215,7 +215,7 @@ class GpuEvaluator(Evaluator):
             with self._lanes.all(), self.account.phase("compiling the reference"):
                 self._revive()
                 for name in self.shape_sets:
-                    self.judge.compile(name, baseline, self.folder)
+                    self.judge.compile(name, baseline)
 
         self._with_memory(compile_all)
         self.baseline = baseline
@@ -298,7 +298,7 @@ class GpuEvaluator(Evaluator):
 
     def _lock_of(self, uuid: str) -> DeviceLock:
         if self._lock is None:
-            self._lock = DeviceLock(self.folder, uuid, self.account)
+            self._lock = DeviceLock(uuid, self.account)
         return self._lock
 
     @contextmanager

@@ -306,14 +306,13 @@ class GpuJudge:
         answer = {"seconds": result.seconds, "ended": result.ended, "suspects": sorted(result.suspects)}
         return {**answer, "values": result.test.values, "counts": counts}
 
-    def compile(self, shape_set: str, baseline: str, folder: str) -> dict[str, Any]:
+    def compile(self, shape_set: str, baseline: str) -> dict[str, Any]:
         """Let the baseline of a shape set be the reference through a compiler.
 
-        Beside others' races: nobody has the device for it, and what has to be alone takes it by itself. ``folder``
-        is where the device's lock lies.
+        Beside others' races: nobody has the device for it, and what has to be alone takes it by itself.
         """
         chosen, mode = self.sets[shape_set], COMPILE_MODES[baseline]
-        lock = DeviceLock(Path(folder), self.stage.facts.uuid)
+        lock = DeviceLock(self.stage.facts.uuid)
         with lock.shared():
             arguments = self.stage.draw(shape_set, self.stage.rng.getrandbits(60))
             torch.cuda.synchronize(self.stage.device)
@@ -426,7 +425,7 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
         cuda.show_only(args["device"])
     try:
         if not torch.cuda.is_available():
-            torch.cuda.init()  # says why
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # says why
             raise UserError("torch sees none")
         device = torch.device("cuda", 0 if args["only"] else args["device"])
         torch.cuda.set_device(device)

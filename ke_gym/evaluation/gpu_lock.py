@@ -1,4 +1,4 @@
-"""Who uses a GPU, of all threads and processes on a machine that have one ``KE_GYM_HOME``."""
+"""Who uses a GPU, of all threads and processes of this project on a machine, whoever started them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ke_gym.errors import UserError
 from ke_gym.evaluation.account import ALONE, SHARING, WAITING, Account
+
+FOLDER = Path("/tmp/ke_gym-locks")
+"""Where devices' locks lie: in one place for all users, wherever each has its own files."""
 
 
 class DeviceLock:
@@ -19,13 +23,19 @@ class DeviceLock:
     Who times comes first, one after the other in the order in which they came: the fewer changes between the two, the
     less anybody waits for others to end. A thread keeps what it has in inner contexts: alone, it needs no more; one
     that shares the device lets go of it before it gets it alone, and shares it again afterwards. These are file locks,
-    which end with their process.
+    which end with their process. Raises ``UserError`` where there can be none.
     """
 
-    def __init__(self, folder: Path, uuid: str, account: Account | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, uuid: str, account: Account | None = None) -> None:
+        try:
+            FOLDER.mkdir(mode=0o700)
+            FOLDER.chmod(0o1777)  # whatever the umask says
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise _no_lock(error) from error
         self._device, self._wish, self._line = (
-            folder / f"gpu-{uuid}.{name}" for name in ("lock", "wish", "next")
+            FOLDER / f"gpu-{uuid}.{name}" for name in ("lock", "wish", "next")
         )
         self._account = account or Account()
         self._mine = threading.local()
@@ -76,9 +86,30 @@ class DeviceLock:
 
 @contextmanager
 def _locked(path: Path, mode: int) -> Iterator[None]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = _opened(path)
     try:
         fcntl.flock(file, mode)
         yield
     finally:
         os.close(file)
+
+
+def _opened(path: Path) -> int:
+    """A file to lock, which may be another user's: to read is enough. Raises ``UserError``."""
+    problem = OSError()
+    # In such a folder not everybody may ask for what is there already to be made.
+    for making in (0, os.O_CREAT, 0):
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | making, 0o644)
+            if making and os.fstat(file).st_uid == os.geteuid():
+                os.fchmod(file, 0o644)  # whatever the umask says
+            return file
+        except OSError as error:
+            problem = error
+    raise _no_lock(problem)
+
+
+def _no_lock(error: OSError) -> UserError:
+    return UserError(
+        f"a GPU cannot be shared with others on this machine ({error}); let everybody read and write {FOLDER}"
+    )

@@ -6,14 +6,16 @@ from __future__ import annotations
 import ctypes
 import json
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ke_gym.evaluation import gpu_apart, gpu_judge, gpu_launcher, gpu_stage, gpu_timing, race
+from ke_gym.evaluation import gpu_apart, gpu_judge, gpu_launcher, gpu_lock, gpu_stage, gpu_timing, race
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import GpuClient
 from ke_gym.languages.artifact import Artifact
@@ -24,6 +26,7 @@ from ke_gym.targets.cuda_driver import CudaError
 if TYPE_CHECKING:
     from pytest import MonkeyPatch
 
+_LOCKS = tempfile.TemporaryDirectory(prefix="ke_gym-locks-")  # a fake GPU is this process's alone
 FACTS = cuda.Facts(
     model="Fake", arch="sm_90", cores=4, l1_bytes=1 << 16, l2_bytes=1 << 16, memory_bytes=1 << 34,
     shared_bytes=1 << 16, driver=13000, reads_host=False, uuid="GPU-fake", clock_mhz=1000,
@@ -283,6 +286,7 @@ def stand_in(patch: MonkeyPatch) -> None:
         patch.setattr(module, "time", clock)
     patch.setattr(gpu_stage, "SOAK_CALLS", 100)
     patch.setattr(gpu_judge, "Driver", FakeDriver)
+    patch.setattr(gpu_lock, "FOLDER", Path(_LOCKS.name))
     patch.setattr(gpu_stage, "Clocks", FakeClocks)
     patch.setattr(gpu_launcher, "Clocks", FakeClocks)
     patch.setattr(cuda, "facts", lambda _: FACTS)

@@ -12,7 +12,7 @@ import torch
 from torch._inductor import output_code
 from torch._inductor.runtime import benchmarking
 
-from ke_gym.evaluation import gpu_rivals
+from ke_gym.evaluation import gpu_lock, gpu_rivals
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.tasks.task import Task
 from tests.evaluation.test_gpu_sharing import TASK
@@ -21,8 +21,8 @@ from tests.evaluation.test_gpu_sharing import TASK
 class Told(DeviceLock):
     """Tells how the device is held."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "GPU-0")
+    def __init__(self) -> None:
+        super().__init__("GPU-0")
         self.held: list[str] = []
 
     @contextmanager
@@ -41,8 +41,9 @@ class Told(DeviceLock):
 
 
 @pytest.fixture
-def lock(tmp_path: Path) -> Told:
-    return Told(tmp_path / "lock")
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
+    monkeypatch.setattr(gpu_lock, "FOLDER", tmp_path / "locks")
+    return Told()
 
 
 def test_a_reference_is_compiled_and_runs_while_others_only_share(lock: Told, tmp_path: Path) -> None:
