@@ -15,7 +15,7 @@ from ke_gym.evaluation.arms import OPEN_TIMEOUT, attach
 from ke_gym.evaluation.arms import serve as serve_commands
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.shared import Layout
-from ke_gym.languages import cpp, launch, module
+from ke_gym.languages import cpp, extensions, launch, module
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
@@ -62,6 +62,8 @@ def _use_binaries(artifact: Artifact) -> None:
         return paths[unit.name]
 
     cpp.cached = cached
+    if extensions.mentioned(artifact.source):
+        extensions.prebuilt(paths)
 
 
 def _instantiate(

@@ -220,7 +220,7 @@ def _first_errors(said: str) -> str:
     keeping = False
     for line in said.splitlines():
         if re.match(r"\S+:(\d+:)* ", line) or line.startswith(("In file", "cc1plus", "collect2", "/")):
-            keeping = "error" in line or "undefined reference" in line
+            keeping = any(words in line for words in ("error", "undefined reference", "cannot find"))
         if keeping:
             kept.append(line[:200])
     return "\n".join((kept or said.splitlines())[:_ERROR_LINES])

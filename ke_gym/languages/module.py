@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ke_gym.errors import UserError
+from ke_gym.languages import extensions
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildOptions, Signature, digest
 from ke_gym.languages.cubin import examine
@@ -40,6 +41,15 @@ def load(source: str) -> ModuleType:
     sys.modules[name] = module  # classes and dataclasses look their module up
     exec(compile(source, FILE, "exec"), module.__dict__)
     return module
+
+
+def _loaded(source: str) -> ModuleType:
+    try:
+        return load(source)
+    except NotTraceable as reason:
+        raise BuildError(
+            "constraints", f"the module cannot be imported for tracing: {reason}; call it in forward"
+        ) from reason
 
 
 def construct(module: ModuleType, init_inputs: Sequence[Any], seed: int) -> nn.Module | None:
@@ -99,11 +109,13 @@ class ModuleLanguage:
         """See ``ke_gym.languages.base.build``."""
         arch = _arch(options) if self.device == "cuda" else None
         around = self.environment(arch) if arch is not None else nullcontext()
-        with collecting() as units, around:
+        building = extensions.building(source, arch.name if arch is not None else "", options.seconds)
+        public = [name for name in signature.shape_sets if name not in signature.hidden]
+        with collecting() as units, around, building as checked:
             try:
-                module = load(source)
-                public = [name for name in signature.shape_sets if name not in signature.hidden]
-                traces = {name: _trace(module, signature, name, self.device) for name in public}
+                with checked:
+                    module = _loaded(source)
+                    traces = {name: _trace(module, signature, name, self.device) for name in public}
             except BuildError:
                 raise
             except NotTraceable as reason:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,28 @@ def test_a_module_that_does_not_compute_in_plan_is_in_the_host_lane(evaluator: E
     source = "def forward(x):\n    return x.softmax(-1) if float(x.sum()) != 1.5 else x\n"
     evaluation = evaluator.evaluate(Candidate(source))
     assert (evaluation.outcome, evaluation.trust) == ("correct", "host")
+
+
+INLINE = """
+import torch
+from torch.utils.cpp_extension import load_inline
+
+SOURCE = "at::Tensor rows(at::Tensor x) { return x.softmax(-1); }"
+extension = load_inline(name="rows_of_its_own", cpp_sources=[SOURCE], functions=["rows"], verbose=True)
+
+class ModelNew(torch.nn.Module):
+    def forward(self, x):
+        return extension.rows(x)
+"""
+
+
+@pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="Python's headers are not installed"
+)
+def test_a_module_that_builds_itself_with_load_inline_is_in_the_host_lane(evaluator: Evaluator) -> None:
+    """The one build against torch's headers: half a minute."""
+    evaluation = evaluator.evaluate(Candidate(INLINE))
+    assert (evaluation.outcome, evaluation.trust) == ("correct", "host"), evaluation.log
 
 
 def test_aten_calls_are_allowed_and_reported(evaluator: Evaluator) -> None:
