@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from ke_gym.languages import extensions
+from ke_gym.languages import cpp, extensions
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError, BuildOptions, Signature, build
 from ke_gym.languages.launch import KernelError
@@ -188,7 +188,7 @@ def test_gpu_code_is_for_the_architecture_that_is_asked_for(monkeypatch: pytest.
         Path(folder, command[-1]).write_bytes(b"\x7fELF")
         return ""
 
-    monkeypatch.setattr(extensions.cpp, "_execute", execute)
+    monkeypatch.setattr(cpp, "_execute", execute)
     monkeypatch.setattr(extensions, "_nvcc", lambda: "/opt/cuda/bin/nvcc")
 
     def asked(arch: str, more: str = "") -> list[str]:
