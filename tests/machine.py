@@ -1,16 +1,23 @@
-"""What tests say of this machine instead of measuring it."""
+"""What tests say of this machine instead of measuring it, and what they need of it."""
 
 from __future__ import annotations
 
 import os
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from ke_gym.evaluation.record import MachineRecord
 from ke_gym.targets import cpu
 
 # Beyond what any processor of today does, so that no honest kernel is too fast to be true.
 PEAKS = cpu.Peaks(1, ((1 << 18, 4e12), (1 << 29, 1e12)), 2e13, 1e13)
+
+PYTHON_HEADERS = pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="Python's headers are not installed"
+)
 
 
 def give_peaks(home: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-import shutil
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,13 +24,12 @@ from unittest import mock
 
 import torch
 
-from ke_gym.languages import cpp, recording
+from ke_gym.languages import cpp, nvrtc, recording
 from ke_gym.languages.errors import BuildError
 from ke_gym.languages.launch import KernelError
 from ke_gym.languages.recording import Built
 from ke_gym.languages.trace import NotTraceable
 
-_TOOLKIT = Path("/usr/local/cuda")
 _NVCC_FLAGS = (
     "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
     "-D__CUDA_NO_HALF2_OPERATORS__", "--expt-relaxed-constexpr", "--compiler-options", "-fPIC",
@@ -299,26 +297,22 @@ def _gcc() -> str:
 
 
 def _nvcc() -> str:
-    places = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    named = [Path(place, "bin", "nvcc") for place in places if place]
-    if found := next((path for path in named if os.access(path, os.X_OK)), None):
-        return str(found)
-    usual = shutil.which("nvcc") or shutil.which(str(_TOOLKIT / "bin" / "nvcc"))
-    if usual is None:
+    named = [str(root / "bin" / "nvcc") for root in nvrtc.named_toolkits()]
+    found = next((path for path in named if os.access(path, os.X_OK)), "") or nvrtc.nvcc()
+    if not found:
         raise BuildError(
             "constraints",
-            f"load_inline needs nvcc for cuda_sources, and there is none on the PATH or in {_TOOLKIT}/bin: install the "
+            f"load_inline needs nvcc for cuda_sources, and there is none on the PATH or in {nvrtc.TOOLKIT}/bin: install the "
             "CUDA toolkit, or write the kernels with lang.cuda, which needs no nvcc",
         )
-    return usual
+    return found
 
 
 def _toolkit(nvcc: str, folder: str) -> list[str]:
     """Such folders of nvcc's toolkit, or of the one in the usual place where its nvcc is called by a script."""
-    roots = [Path(nvcc).resolve().parents[1], _TOOLKIT] if nvcc else []
-    roots = [
-        root for root in roots if root != Path("/usr")
-    ]  # compilers look there anyway, in an order of their own
+    roots = [Path(nvcc).resolve().parents[1], nvrtc.TOOLKIT] if nvcc else []
+    # Compilers look into /usr anyway, in an order of their own.
+    roots = [root for root in roots if root != Path("/usr")]
     if root := next((root for root in roots if (root / "include" / "cuda_runtime.h").exists()), None):
         return [str(root / folder)] if (root / folder).is_dir() else []
     return []

@@ -17,6 +17,8 @@ from pathlib import Path
 from ke_gym.languages.launch import KernelError
 
 TOOLS = ("nvrtc", "nvcc")
+TOOLKIT = Path("/usr/local/cuda")
+"""Where CUDA's toolkit usually lies."""
 FLAGS = ("--std=c++17", "-default-device", "--extra-device-vectorization")
 SOURCE_NAME = "kernel.cu"
 _ERROR_LINES = 30
@@ -41,7 +43,7 @@ def parse_flags(flags: str | Sequence[str]) -> tuple[str, ...]:
 def tools() -> tuple[str, ...]:
     """Which of ``TOOLS`` are at hand."""
     found = ["nvrtc"] if _library() else []
-    return (*found, "nvcc") if _nvcc() else tuple(found)
+    return (*found, "nvcc") if nvcc() else tuple(found)
 
 
 def compile_cubin(
@@ -76,11 +78,15 @@ def _packages() -> list[Path]:
     ]
 
 
+def named_toolkits() -> list[Path]:
+    """Those that the user names."""
+    return [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+
+
 def _toolkits() -> list[Path]:
-    named = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    found = [Path(name) for name in (*named, "/usr/local/cuda") if name]
-    if nvcc := _nvcc():
-        found.append(Path(nvcc).resolve().parents[1])
+    found = [*named_toolkits(), TOOLKIT]
+    if compiler := nvcc():
+        found.append(Path(compiler).resolve().parents[1])
     return [folder for folder in dict.fromkeys(found) if folder.is_dir()]
 
 
@@ -164,18 +170,16 @@ def _with_nvrtc(source: str, flags: Sequence[str], arch: str) -> tuple[bytes, st
 # ------------------------------------------------------------------------------------------------- nvcc
 
 
-@functools.cache
-def _nvcc() -> str:
-    return shutil.which("nvcc") or next(
-        (p for p in ("/usr/local/cuda/bin/nvcc",) if os.access(p, os.X_OK)), ""
-    )
+def nvcc() -> str:
+    """The compiler on the PATH, or in the usual place; "" if there is none."""
+    return shutil.which("nvcc") or shutil.which(str(TOOLKIT / "bin" / "nvcc")) or ""
 
 
 def _with_nvcc(source: str, flags: Sequence[str], arch: str, seconds: float) -> tuple[bytes, str]:
     with tempfile.TemporaryDirectory(prefix="ke_gym_") as folder:
         Path(folder, SOURCE_NAME).write_text(source, encoding="utf-8")
         code = f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}"
-        command = [_nvcc(), "-cubin", code, "-O3", "--std=c++17", "--extra-device-vectorization", *flags]
+        command = [nvcc(), "-cubin", code, "-O3", "--std=c++17", "--extra-device-vectorization", *flags]
         try:
             done = subprocess.run(
                 [*command, SOURCE_NAME, "-o", "kernel.cubin"],

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ke_gym.evaluation.zygote import Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.targets.cpu import Peaks
 from ke_gym.tasks.task import Task
+from tests.machine import PYTHON_HEADERS
 
 LIBRARY = Candidate("def forward(x):\n    return x.softmax(-1)\n")
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "softmax.py").read_text()
@@ -90,9 +90,7 @@ class ModelNew(torch.nn.Module):
 """
 
 
-@pytest.mark.skipif(
-    not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="Python's headers are not installed"
-)
+@PYTHON_HEADERS
 def test_a_module_that_builds_itself_with_load_inline_is_in_the_host_lane(evaluator: Evaluator) -> None:
     """The one build against torch's headers: half a minute."""
     evaluation = evaluator.evaluate(Candidate(INLINE))

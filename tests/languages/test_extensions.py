@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,15 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from ke_gym.languages import cpp, extensions
+from ke_gym.languages import cpp, extensions, nvrtc
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError, BuildOptions, Signature, build
 from ke_gym.languages.launch import KernelError
 from ke_gym.languages.module import load
 from ke_gym.languages.plan import TensorSpec
+from tests.machine import PYTHON_HEADERS
 
-pytestmark = pytest.mark.skipif(
-    not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="Python's headers are not installed"
-)
+pytestmark = PYTHON_HEADERS
 SPEC = TensorSpec((4, 4), (4, 1), "float32")
 SIGNATURE = Signature("t", {"cpu": (SPEC,)}, {"cpu": (SPEC,)}, {"cpu": {}}, {"cpu": {}}, {"cpu": ()})
 
@@ -161,7 +159,7 @@ def test_a_missing_nvcc_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(extensions, "_TOOLKIT", tmp_path)
+    monkeypatch.setattr(nvrtc, "TOOLKIT", tmp_path)
     error = fails(changed('"plain", SOURCE,', '"plain", SOURCE, "__global__ void f() {}",'), "cuda")
     assert error.outcome == "constraints"
     assert error.log.startswith("load_inline needs nvcc for cuda_sources, and there is none on the PATH")
