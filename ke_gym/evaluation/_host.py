@@ -32,22 +32,22 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     outputs = Layout.from_dict(args["outputs"]).views(buffers[1])
     try:
         artifact = Artifact.from_bytes(blob)
-        _use_binaries(artifact)
-        forward = _instantiate(
-            artifact.source, Signature.from_bytes(signature), args["shape_set"], inputs, state
-        )
+        use_binaries(artifact)
+        specs = Signature.from_bytes(signature)
+        forward = instantiate(artifact.source, specs, args["shape_set"], inputs, state, torch.device("cpu"))
     except Exception as error:
         channel.send({"error": f"{type(error).__name__}: {error}"})
         return
     channel.send({})
 
     def run() -> None:
-        _store(forward(), outputs)
+        for tensor, output in zip(answers(forward(), outputs), outputs):
+            output.copy_(tensor)
 
     serve_commands(channel, run, run, lambda: _profile(run))
 
 
-def _use_binaries(artifact: Artifact) -> None:
+def use_binaries(artifact: Artifact) -> None:
     """Kernels were built in the compile sandbox; here there is no compiler."""
     folder = tempfile.mkdtemp()
     paths = {}
@@ -66,14 +66,16 @@ def _use_binaries(artifact: Artifact) -> None:
         extensions.prebuilt(paths)
 
 
-def _instantiate(
+def instantiate(
     source: str,
     signature: Signature,
     shape_set: str,
     tensors: Sequence[torch.Tensor],
     state: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> Callable[[], Any]:
-    """``forward`` bound to its inputs and state; a ``ModelNew`` gets the state where it stands for it."""
+    """``forward`` bound to its inputs and state; a ``ModelNew`` gets the state where it stands for it, and whatever else it
+    holds goes to ``device``."""
     given = iter(tensors)
     inputs = [next(given) if isinstance(v, TensorSpec) else v for v in signature.inputs[shape_set]]
     specs = signature.state[shape_set]
@@ -82,23 +84,29 @@ def _instantiate(
     if model is not None:
         for name, tensor in module._bindings(model, specs, signature.digests[shape_set]):
             tensor.data = state[name]
+        model.to(device)
         return lambda: model(*inputs)
     held = {name: state[name] for name in module.named(loaded, len(inputs), specs)}
     return lambda: loaded.forward(*inputs, **held)
 
 
-def _store(result: Any, outputs: Sequence[torch.Tensor]) -> None:
-    """Copy what ``forward`` returned to where it is read from; nothing lazy, nothing of the wrong shape."""
+def answers(result: Any, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that ``forward`` returned: as many as ``wanted`` and like them, none lazy. Raises ``ValueError`` and
+    ``TypeError``."""
     tensors = tree_leaves(result)
-    if len(tensors) != len(outputs):
-        raise ValueError(f"forward returned {len(tensors)} tensors, the reference returns {len(outputs)}")
-    for index, (tensor, output) in enumerate(zip(tensors, outputs)):
+    if len(tensors) != len(wanted):
+        raise ValueError(f"forward returned {len(tensors)} tensors, the reference returns {len(wanted)}")
+    for index, (tensor, want) in enumerate(zip(tensors, wanted)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise TypeError(f"output {index} is a {type(tensor).__name__}, not a torch.Tensor")
-        if tensor.shape != output.shape or tensor.dtype != output.dtype:
-            got, want = TensorSpec.of(tensor), TensorSpec.of(output)
-            raise ValueError(f"output {index} is {got.dtype} {got.shape}, expected {want.dtype} {want.shape}")
-        output.copy_(tensor)
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            got, expected = TensorSpec.of(tensor), TensorSpec.of(want)
+            raise ValueError(
+                f"output {index} is {got.dtype} {got.shape}, expected {expected.dtype} {expected.shape}"
+            )
+        if tensor.device != want.device:
+            raise ValueError(f"output {index} is on {tensor.device}, expected {want.device}")
+    return tensors
 
 
 def _profile(run: Callable[[], None]) -> list[tuple[str, str, float]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
+from ke_gym.languages.module import runtime
 from ke_gym.languages.plan import Alloc, Plan, TensorSpec
 
 STEPS = 10_000
@@ -38,6 +39,13 @@ def admit(
     if problem := _report_problem(artifact.report):
         raise BuildError("constraints", f"the build's report is malformed: {problem}")
     if artifact.lane == "host":
+        built_for = artifact.report.get("built_for")
+        if artifact.binaries and built_for != runtime():
+            raise BuildError(
+                "constraints",
+                f"forward cannot be traced, and its extensions were built for {built_for}, here is {runtime()}: build it "
+                "where it runs",
+            )
         return
     if missing := [name for name in shapes if name not in artifact.plans]:
         raise BuildError("constraints", f"the build gave no plan for {len(missing)} of the task's shape sets")

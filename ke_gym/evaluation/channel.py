@@ -107,12 +107,16 @@ class Channel:
 
     def recv_byte(self, timeout: float) -> bytes:
         """One byte, the fast path of a timed call; ``b""`` when the peer is gone."""
-        if not self._poll.poll(timeout * 1e3):
-            raise TimeoutError(f"no answer within {timeout:g} s")
+        self.wait(timeout)
         try:
             return self.sock.recv(1)
         except ConnectionResetError:
             return b""
+
+    def wait(self, timeout: float) -> None:
+        """Return as soon as something has come that nobody has read yet, or the peer is gone; raises ``TimeoutError``."""
+        if not self._poll.poll(timeout * 1e3):
+            raise TimeoutError(f"no answer within {timeout:g} s")
 
     def readable(self) -> bool:
         """Whether something has come that nobody has read yet."""

@@ -165,7 +165,12 @@ class Evaluator:
             except RivalFailed as failure:
                 absent = str(failure)
         base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
-        return self._judged(base, artifact, rival, absent)
+        judged = self._judged(base, artifact, rival, absent)
+        if artifact.lane == "host":
+            reason = artifact.report.get("host_reason", "it cannot be traced")
+            said = f"its Python runs with its kernels (host lane): {reason}"
+            judged = judged.replace(log="\n".join(filter(None, (judged.log, said))))
+        return judged
 
     def _judged(
         self, base: Evaluation, artifact: Artifact, rival: Artifact | None, absent: str

@@ -222,6 +222,19 @@ class ApartRunner:
         assert self._memory is not None
         return self._memory
 
+    @property
+    def patience(self) -> float:
+        """Seconds that the next run may take."""
+        return self._apart.patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._apart.patience = seconds
+
+    def timed(self, what: str, patience: float, mhz: int, over: Callable[[], object] = int) -> Sample:
+        """See ``Apart.time``."""
+        return self._apart.time(self, what, patience, mhz, over)
+
     def run(self) -> None:
         self._apart.ask("run", number=self.number, patience=self._apart.patience)
 

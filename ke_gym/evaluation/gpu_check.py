@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ke_gym.evaluation.acceptance import Verdict
+from ke_gym.evaluation.gpu_host import HostRunner
 from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, ring, same_bits
 from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, copy_all, foreign, tensors_of
 from ke_gym.evaluation.shared import POISON
@@ -45,6 +46,20 @@ def check(
     answer = _Check(stage, chosen, runner, made, preparing, patience).run(cases, touch_seed, touched)
     runner.close()  # not after a fault: unloading waits for a kernel that hangs
     return answer
+
+
+def check_host(
+    stage: Stage,
+    chosen: ShapeSet,
+    runner: HostRunner,
+    cases: list[Case],
+    touch_seed: int,
+    touched: bool,
+    patience: float,
+) -> dict[str, Any]:
+    """See ``check``; of a module of the host lane, in the process in which it is raced, too."""
+    nothing = Block(Placement.of(()), stage.device)
+    return _Check(stage, chosen, runner, nothing, None, patience).run(cases, touch_seed, touched)
 
 
 def _apart(stage: Stage, plan: Plan) -> tuple[Tensor, MemoryPlan]:
@@ -125,7 +140,7 @@ class _Check:
         runner.fill_scratch(POISON[pattern])
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
-        stage.finish(runner.run, self._patience)
+        stage.run(runner, self._patience)
         outputs = stage.settled(out.tensors)
         for what, block, kept in (
             ("output", out.bytes, out.placement.used),
@@ -159,10 +174,10 @@ class _Check:
         given, out = stage.fill(chosen, seed, distribution), stage.blank(chosen, runner.plan)
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
-        stage.finish(runner.run, self._patience)
+        stage.run(runner, self._patience)
         _touch([*given.tensors, *chosen.parameters.values()], touch_seed)
         stage.prepare(chosen, runner, self._patience)
-        stage.finish(runner.run, self._patience)
+        stage.run(runner, self._patience)
         outputs = stage.settled(out.tensors)
         arguments = stage.draw(chosen.name, seed, distribution)
         _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.arms import ArmDied, RivalFailed
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.race import Race, Rules
+from ke_gym.evaluation.sandbox import Sandbox
 from ke_gym.evaluation.stats import SignTest
 from ke_gym.evaluation.work import Work
-from ke_gym.evaluation.zygote import Worker, Zygote
+from ke_gym.evaluation.zygote import SpawnError, Worker, Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets.cuda import Facts
 from ke_gym.tasks.task import Task
 
+GONE = "the process of its Python ended"
 START_SECONDS = 120.0
 REQUEST_SECONDS = 180.0
 APART = "KE_GYM_APART"
@@ -36,6 +38,8 @@ NO_DEVICE = (
 
 TIMED = frozenset({"measure", "tune", "warm", "race", "profile"})
 """Requests for which the judge has its device alone. During all others it shares it."""
+LOADING = -1
+"""What a module's process goes by before the judge has a number for it."""
 BY_ITSELF = "compile"
 """The request for which the judge takes its device itself, now and then."""
 
@@ -94,6 +98,9 @@ class GpuClient:
         self.apart, self.why_not_apart = False, ""
         self.launcher: Worker | None = None
         self._link: socket.socket | None = None
+        self._zygote = zygote
+        self._hosts: dict[int, Worker] = {}
+        """Processes of modules' own Python, by arm."""
         self._exposed = False
         self.device = device
         self.patience = patience
@@ -185,11 +192,61 @@ class GpuClient:
         return self._ask("measure")[0]
 
     def load(self, artifact: Artifact, shape_set: str) -> int:
-        """Load an artifact's kernels; the number they go by."""
+        """Load an artifact's kernels, or its Python into a process of its own; the number they go by."""
+        if artifact.lane == "host":
+            return self._load_host(artifact, shape_set)
         return int(self._ask("load", artifact.to_bytes(), shape_set=shape_set)[0]["arm"])
 
     def unload(self, arm: int) -> None:
-        self._ask("unload", arm=arm)
+        try:
+            self._ask("unload", arm=arm)
+        finally:
+            self._end_host(arm)
+
+    def _load_host(self, artifact: Artifact, shape_set: str) -> int:
+        assert self.lock is not None
+        packed = artifact.to_bytes()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, self.lock.shared():  # it begins on the device as soon as it is there
+            host = self._start_host(theirs)
+            self._hosts[LOADING] = host
+            try:
+                fds = [ours.fileno(), host.leash.pidfd, host.leash.stat]
+                request = {"shape_set": shape_set, "artifact_bytes": len(packed)}
+                answer = self._ask("load_host", packed + self.signature, fds, **request)[0]
+            except BaseException:
+                self._end_host(LOADING)
+                raise
+            number = int(answer["arm"])
+            self._hosts[number] = self._hosts.pop(LOADING)
+        return number
+
+    def _start_host(self, link: socket.socket) -> Worker:
+        """Start a process for a module's own Python. Raises ``ArmDied`` where it cannot be locked in."""
+        try:
+            host = self._zygote.spawn(
+                "ke_gym.evaluation._gpu_host:serve",
+                {
+                    "device": self.device,
+                    "cores": sorted(os.sched_getaffinity(0)),
+                    "relaxed": self.task.precision != "strict",
+                },
+                fds=[link.fileno()],
+                sandbox=Sandbox("device"),
+            )
+        except SpawnError as error:
+            why = f"forward cannot be traced, and its Python cannot be locked in beside a GPU here: {error}"
+            raise ArmDied("constraints", why) from error
+        if host.leash.stat < 0:
+            host.close()
+            raise ArmDied("runtime", GONE)
+        return host
+
+    def _end_host(self, arm: int) -> None:
+        if (host := self._hosts.pop(arm, None)) is not None:
+            assert self.lock is not None
+            with self.lock.shared():  # its context is torn down on the device
+                host.close()
 
     def tune(self, arm: int, shape_set: str) -> tuple[dict[int, int], bool]:
         """Choose among the alternatives of the arm's launches by time: step → pick; and whether as a CUDA graph."""
@@ -264,12 +321,14 @@ class GpuClient:
 
     # -- plumbing --------------------------------------------------------------------------------------------
 
-    def _ask(self, do: str, blob: bytes = b"", **arguments: Any) -> tuple[dict[str, Any], bytes]:
+    def _ask(
+        self, do: str, blob: bytes = b"", fds: Sequence[int] = (), **arguments: Any
+    ) -> tuple[dict[str, Any], bytes]:
         assert self.lock is not None
         held = self.lock.alone() if do in TIMED else nullcontext() if do == BY_ITSELF else self.lock.shared()
         with held:
             try:
-                header, answer = self._exchange(do, arguments, blob)
+                header, answer = self._exchange(do, arguments, blob, fds)
             except BaseException:
                 self.close()  # whatever it still does there, it must not do beside others' races
                 raise
@@ -278,9 +337,11 @@ class GpuClient:
         self._raise_what_is_said(header)
         return header, answer
 
-    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+    def _exchange(
+        self, do: str, arguments: dict[str, Any], blob: bytes, fds: Sequence[int]
+    ) -> tuple[dict[str, Any], bytes]:
         """One request and its answer, as they go over the channel."""
-        self.worker.channel.send({"do": do, **arguments}, blob)
+        self.worker.channel.send({"do": do, **arguments}, blob, fds)
         return self._receive(do, WARM_SECONDS if do in ("warm", BY_ITSELF) else REQUEST_SECONDS)
 
     def _receive(self, do: str, timeout: float) -> tuple[dict[str, Any], bytes]:
@@ -301,7 +362,7 @@ class GpuClient:
             self.alive = self.alive and not header["fatal"]
             if header["rival"]:
                 raise RivalFailed(header["log"])
-            raise ArmDied(header["died"], header["log"])
+            raise ArmDied(header["died"], self._with_the_end(header["log"]))
         if "no_device" in header:
             raise UserError(NO_DEVICE.format(why=header["no_device"]))
         if "out_of_memory" in header:
@@ -317,10 +378,22 @@ class GpuClient:
         if "task_error" in header:
             raise UserError(f"task {self.task.name}: its reference fails on the GPU: {header['task_error']}")
 
+    def _with_the_end(self, log: str) -> str:
+        """How the process of a module's Python ended, if that is what the judge tells of, and its last words."""
+        if log != GONE:
+            return log
+        for host in self._hosts.values():
+            with suppress(TimeoutError):
+                how = host.wait(0.5)
+                return "\n".join(filter(None, (f"{GONE}: {how}", host.log(1500).strip())))
+        return log
+
     def close(self) -> None:
         """End the process, whatever it does; beside no race, since its context is torn down on the device."""
         self.alive = False
         with self.lock.shared() if self.lock is not None else nullcontext():
+            for arm in list(self._hosts):
+                self._end_host(arm)
             for owned in (getattr(self, "worker", None), self.launcher, self._link):
                 if owned is not None:
                     owned.close()

@@ -36,6 +36,7 @@ from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.record import CONFIRMATIONS, MachineRecord, home
 from ke_gym.evaluation.selfcheck import Proof
 from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.cubin import is_cubin
 from ke_gym.languages.plan import Launch, Plan, TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
@@ -188,7 +189,7 @@ class GpuEvaluator(Evaluator):
         if self._too_large:
             remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"
             evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
-        if evaluation.improved and rival is not None:
+        if evaluation.improved and rival is not None and artifact.lane == "plan":
             evaluation = self._inspector.glance(evaluation, artifact)
         if self.facts.reads_host and not self.judge.apart:
             # Such kernels could have read and written the judge's own memory.
@@ -202,11 +203,18 @@ class GpuEvaluator(Evaluator):
         evaluation = self.evaluate(candidate)
         if not evaluation.correct:
             return evaluation
-        return self._inspector.final(evaluation, self.build(candidate))
+        artifact = self.build(candidate)
+        if artifact.lane == "host":
+            said = "not looked at by compute-sanitizer or ncu: its own Python would have to run under them"
+            return evaluation.replace(log="\n".join(filter(None, (evaluation.log, said))))
+        return self._inspector.final(evaluation, artifact)
 
     def kernel_times(self, candidate: Candidate) -> dict[str, float]:
         """See ``Evaluator.kernel_times``."""
-        return self._inspector.times(self.build(candidate))
+        artifact = self.build(candidate)
+        if artifact.lane == "host":
+            raise UserError("Proton looks at plans alone, and this module's Python cannot be traced to one")
+        return self._inspector.times(artifact)
 
     def compile_baseline(self, baseline: str) -> None:
         """See ``Evaluator.compile_baseline``; others may race on the device meanwhile."""
@@ -352,10 +360,12 @@ class GpuEvaluator(Evaluator):
 
         def open_entry(artifact: Artifact, shape_set: str) -> Entry:
             if artifact.lane == "host":
-                reason = artifact.report.get("host_reason", "its Python depends on data")
-                raise Rejected(
-                    "constraints", f"forward cannot be traced, which a GPU kernel must be: {reason}"
-                )
+                if any(is_cubin(binary) for binary in artifact.binaries.values()):
+                    raise Rejected(
+                        "constraints", "kernels of lang.cuda and Triton need a forward that can be traced"
+                    )
+                loaded.append(judge.load(artifact, shape_set))
+                return Entry(loaded[-1], shape_set)
             settled = self._settled.get(artifact.binary_id, artifact)
             number = judge.load(settled, shape_set)
             loaded.append(number)

@@ -35,10 +35,12 @@ from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
+from ke_gym.evaluation.gpu_host import HostRunner
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.gpu_memory import OVERHEAD, give_back, lacks_memory, taken_elsewhere
 from ke_gym.evaluation.gpu_stage import Crowded, Died, Runner, ShapeSet, Stage, first_line, foreign
 from ke_gym.evaluation.gpu_timing import Hung, Sample
+from ke_gym.evaluation.leash import Leash
 from ke_gym.evaluation.race import Rules, race
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Call, Launch, Plan
@@ -123,10 +125,29 @@ class GpuJudge:
         artifact = Artifact.from_bytes(blob)
         with foreign():
             runner = self.stage.runner(artifact, self.sets[shape_set])
+        return {"arm": self._kept(Arm(artifact, shape_set, runner))}
+
+    def load_host(self, shape_set: str, artifact_bytes: int, fds: list[int], blob: bytes) -> dict[str, Any]:
+        """Load a module of the host lane into its process; ``fds``: the connection to it, what it is stopped by.
+
+        ``blob``: the artifact and the task's signature.
+        """
+        link, pidfd, stat = fds
+        chosen = self.sets[shape_set]
+        runner = HostRunner(Channel(socket.socket(fileno=link)), Leash(pidfd, stat), self.stage, chosen)
+        try:
+            runner.load(blob, artifact_bytes, shape_set, list(chosen.state))
+        except BaseException:
+            runner.close()
+            raise
+        artifact = Artifact.from_bytes(blob[:artifact_bytes])
+        return {"arm": self._kept(Arm(replace(artifact, plans={shape_set: runner.plan}), shape_set, runner))}
+
+    def _kept(self, arm: Arm) -> int:
         number = self._next
         self._next += 1
-        self.arms[number] = Arm(artifact, shape_set, runner)
-        return {"arm": number}
+        self.arms[number] = arm
+        return number
 
     def unload(self, arm: int) -> dict[str, Any]:
         gone = self.arms.pop(arm, None)
@@ -209,10 +230,14 @@ class GpuJudge:
     def check(
         self, arm: int, cases: list[gpu_check.Case], touch_seed: int, touched: bool, patience: float
     ) -> dict[str, Any]:
-        """See ``gpu_check.check``; with kernels loaded for it alone."""
+        """See ``gpu_check``; with kernels loaded for it alone."""
         one = self.arms[arm]
         chosen = self.sets[one.shape_set]
-        answer = gpu_check.check(self.stage, chosen, one.artifact, cases, touch_seed, touched, patience)
+        rest = cases, touch_seed, touched, patience
+        if isinstance(one.runner, HostRunner):
+            answer = gpu_check.check_host(self.stage, chosen, one.runner, *rest)
+        else:
+            answer = gpu_check.check(self.stage, chosen, one.artifact, *rest)
         give_back(self.stage.device, self.stage.facts.memory_bytes)
         return answer
 
@@ -440,9 +465,11 @@ def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     channel.send({"uuid": judge.stage.facts.uuid, "reads_host": judge.stage.facts.reads_host})
     while True:
         try:
-            header, blob = channel.recv(timeout=None)
+            header, blob = channel.recv(timeout=None, accept_fds=True)
         except EOFError:
             return
+        if fds := channel.take_fds():
+            header["fds"] = fds
         request = getattr(judge, header.pop("do"))
         answer = answer_to(request, header, blob)
         channel.send(*answer) if isinstance(answer, tuple) else channel.send(answer)

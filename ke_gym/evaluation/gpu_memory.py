@@ -86,11 +86,17 @@ def give_back(device: torch.device, size: int) -> None:
 class Block:
     """Memory for the tensors of a placement, which lie elsewhere in it after every ``shift``."""
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
+    def __init__(self, placement: Placement, device: torch.device, raw: Tensor | None = None) -> None:
+        """``raw``: the ``room`` bytes to take for it, which are the caller's; new ones if None."""
         self.placement = placement
-        slack = SHIFTS * ALIGNMENT
-        self._raw = torch.empty(placement.size + slack, dtype=torch.uint8, device=device)
+        room = self.room(placement)
+        self._raw = torch.empty(room, dtype=torch.uint8, device=device) if raw is None else raw
         self.shift(0)
+
+    @staticmethod
+    def room(placement: Placement) -> int:
+        """The bytes that a block takes."""
+        return placement.size + SHIFTS * ALIGNMENT
 
     def shift(self, steps: int) -> None:
         """Let the tensors begin ``steps`` (below ``SHIFTS``) times 256 bytes into the memory."""

@@ -28,9 +28,10 @@ from ke_gym.tasks.task import Reference, Task
 
 if TYPE_CHECKING:
     from ke_gym.evaluation.gpu_apart import Apart, ApartRunner
+    from ke_gym.evaluation.gpu_host import HostRunner
 
-Runner = Union[CudaRunner, "ApartRunner"]
-"""What runs a candidate's plan, here or in a process of its own."""
+Runner = Union[CudaRunner, "ApartRunner", "HostRunner"]
+"""What runs a candidate: its plan here or in a process of its own, or its Python there."""
 SAMPLED_BLOCKS, BLOCK = 32, 128
 TRIES = 4
 SOAK_CALLS, SOAK_CHECKS, SOAK_SECONDS = 600, 12, 1.0
@@ -206,10 +207,13 @@ class Stage:
             **options,
         )  # fmt: skip
 
-    def finish(self, run: Callable[[], object], patience: float) -> None:
-        """Run device code of a candidate to its end. Raises ``Died``."""
-        if self.apart is not None:
-            self.apart.patience = patience
+    def run(self, runner: Runner, patience: float) -> None:
+        """Run a candidate to its end. Raises ``Died``."""
+        self._finish(runner, runner.run, patience)
+
+    def _finish(self, runner: Runner, run: Callable[[], object], patience: float) -> None:
+        if not isinstance(runner, CudaRunner):
+            runner.patience = patience
         with foreign():
             wait_for(run, patience, self.device)
 
@@ -219,7 +223,7 @@ class Stage:
         Before the contents of a call are drawn, so that nothing of them can be in it. Raises ``Died``.
         """
         if runner.plan.preparation is not None:
-            self.finish(lambda: runner.prepare(chosen.parameters), patience)
+            self._finish(runner, lambda: runner.prepare(chosen.parameters), patience)
 
     def call(self, chosen: ShapeSet, runner: Runner | None, patience: float) -> Called:
         """One timed call of a candidate or, without a runner, of the baseline, on contents of its own.
@@ -261,8 +265,7 @@ class Stage:
         """Time one run of a candidate, or of its preparation, on what it has; ``over`` is called right after it."""
         if isinstance(runner, CudaRunner):
             return self.watch.time(getattr(runner, what), patience, over=over)
-        assert self.apart is not None
-        return self.apart.time(runner, what, patience, self.watch.mhz(), over)
+        return runner.timed(what, patience, self.watch.mhz(), over)
 
     def _timed_outputs(
         self, runner: Runner, outputs: list[Tensor], patience: float
@@ -293,7 +296,7 @@ class Stage:
             out.bytes.fill_(0xFF)
             with foreign():
                 runner.place(block.tensors, chosen.parameters, out.tensors)
-            self.finish(runner.run, patience)
+            self.run(runner, patience)
             due = last or self.rng.random() < SOAK_CHECKS / calls
             if due and not self.plausible(chosen, seed, self.settled(out.tensors), full=False):
                 return False

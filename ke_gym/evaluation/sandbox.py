@@ -1,8 +1,9 @@
 """What a worker process may do: the kinds of sandbox, and how a process locks itself into one.
 
-Three kinds. ``trusted``: our own code; nothing is taken away. ``compile``: may run compilers. ``run``: may
-compute, and nothing else: no new process, no program, no file outside a private ``/tmp``. Both of the latter
-get a minimal read-only root, no network, no capability, limits and a system-call filter.
+Four kinds. ``trusted``: our own code; nothing is taken away. ``compile``: may run compilers. ``run``: may
+compute, and nothing else: no new process, no program, no file outside a private ``/tmp``. ``device``: as ``run``, on
+NVIDIA's GPUs too. All but the first get a minimal read-only root, no network, no capability, limits and a
+system-call filter.
 
 Where the kernel refuses namespaces (many containers do), limits, filter and the change of user remain; the
 level says so and every evaluation carries it.
@@ -11,13 +12,11 @@ level says so and every evaluation carries it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import os
 import resource
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Literal
 from ke_gym.evaluation import _seccomp
 from ke_gym.evaluation._libc import LIBC, PR_CAPBSET_DROP, check, prctl
 
-Kind = Literal["trusted", "compile", "run"]
+Kind = Literal["trusted", "compile", "run", "device"]
 
 NOBODY = 65534
 GIB = 1 << 30
@@ -44,7 +43,8 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
 
 @dataclass(frozen=True)
 class Sandbox:
-    """The limits of one worker. Memory is on top of what the process has mapped when it starts."""
+    """The limits of one worker. Memory is on top of what the process has mapped when it starts; of kind ``device``, whose
+    driver reserves address space by the terabyte, only what can be written to counts."""
 
     kind: Kind = "run"
     memory_bytes: int = 8 * GIB
@@ -79,16 +79,21 @@ def enter(sandbox: Sandbox, isolated: bool) -> None:
     """
     if sandbox.kind == "trusted":
         return
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    pages = [int(number) for number in Path("/proc/self/statm").read_text().split()]
+    mapped, written = (pages[which] * resource.getpagesize() for which in (0, 5))
     Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this is what has to go
     if isolated:
         _minimal_root(sandbox)
-    _limits(sandbox, size)
+    if sandbox.kind == "device":
+        _limits(sandbox, resource.RLIMIT_DATA, written)
+    else:
+        _limits(sandbox, resource.RLIMIT_AS, mapped)
     _drop_privileges()
 
 
 def seal(sandbox: Sandbox) -> None:
-    """The last step: from here on the system-call filter holds."""
+    """The last step: from here on the system-call filter holds. Of kind ``device`` the worker takes it itself, once it has a
+    context: to make one, the driver uses what the filter refuses."""
     if sandbox.kind != "trusted":
         _seccomp.install(may_spawn=sandbox.kind == "compile")
 
@@ -137,8 +142,14 @@ def _minimal_root(sandbox: Sandbox) -> None:
     os.mkdir("/dev")
     for path in paths:
         _bind(path)
-    for device in ("null", "zero", "random", "urandom"):
-        _bind(f"/dev/{device}")
+    for name in ("null", "zero", "random", "urandom"):
+        _bind(f"/dev/{name}")
+    if sandbox.kind == "device":
+        # The driver does not start without; a candidate there is given nothing by descriptor but its connections.
+        for device in sorted(Path("/old/dev").glob("nvidia*")):
+            _bind(f"/dev/{device.name}")
+        os.mkdir("/proc")
+        _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     if sandbox.kind == "compile":
         # Only compilers need it (clang finds its headers through /proc/self/exe); containers that mask
         # parts of /proc refuse it, and g++ does without. The run kind must not have it: through
@@ -179,9 +190,10 @@ def _bind(path: str) -> None:
     check(result, f"read-only mount of {path}")
 
 
-def _limits(sandbox: Sandbox, size: int) -> None:
+def _limits(sandbox: Sandbox, memory: int, taken: int) -> None:
+    """``memory``: the limit that bounds it; ``taken``: bytes that count for it already."""
     limits = {
-        resource.RLIMIT_AS: size + sandbox.memory_bytes,
+        memory: taken + sandbox.memory_bytes,
         resource.RLIMIT_NPROC: sandbox.processes,
         resource.RLIMIT_FSIZE: sandbox.file_bytes,
         resource.RLIMIT_NOFILE: sandbox.open_files,
@@ -209,20 +221,6 @@ def _drop_privileges() -> None:
         os.setresuid(user, user, user)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     check(LIBC.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)())), "capset")
-
-
-@functools.cache
-def sandbox_level() -> str:
-    """How well candidates can be locked in on this machine: ``"full"`` or ``"partial: <why>"``.
-
-    Found by trying, in a process of its own; a zygote that runs already knows its ``sandbox_level``.
-    """
-    code = "from ke_gym.evaluation._zygote_main import probe_level; print(probe_level())"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
 
 
 def compiler_paths() -> tuple[str, ...]:

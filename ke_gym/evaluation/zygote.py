@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +23,14 @@ from types import TracebackType
 from typing import Any
 
 from ke_gym.evaluation.channel import Channel, ProtocolError
+from ke_gym.evaluation.leash import Leash
 from ke_gym.evaluation.sandbox import Sandbox
 
 LOG_BYTES = 64 << 10
 START_TIMEOUT = 120.0
 SPAWN_TIMEOUT = 30.0
-STOP_SECONDS, END_SECONDS = 10.0, 30.0
-"""How long a process may take to stand still, and to be gone once it is killed."""
+END_SECONDS = 30.0
+"""How long a process may take to be gone once it is killed."""
 SPIN = "1000"  # loops that an idle OpenMP thread waits before it sleeps, some 15 us
 
 
@@ -57,41 +56,29 @@ class Worker:
     def __init__(self, pid: int, pidfd: int, channel: Channel, status: Channel, log_fd: int) -> None:
         self.pid = pid
         self.channel = channel
-        self._pidfd = pidfd
         self._status = status
         self._log_fd = log_fd
         self._exit: Exit | None = None
-        self._frozen = False
+        self.leash = Leash(pidfd, -1)
         # The number could only have been reused if the process were gone: then the pidfd is readable.
-        try:
-            self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._stat = -1
-        if not self._alive() and self._stat >= 0:
-            os.close(self._stat)
-            self._stat = -1
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            if self.leash.alive():
+                self.leash.stat = stat
+            else:
+                os.close(stat)
 
     def freeze(self) -> None:
         """Stop every thread of the worker; returns once it has stopped (or died)."""
-        self._signal(signal.SIGSTOP)
-        self._frozen = True
-        deadline = time.monotonic() + STOP_SECONDS
-        while self._stat >= 0 and time.monotonic() < deadline:
-            try:
-                state = os.pread(self._stat, 512, 0).rpartition(b")")[2][1:2]
-            except ProcessLookupError:
-                return
-            if state in b"TtZX":
-                return
+        self.leash.freeze()
 
     def thaw(self) -> None:
         """Let a frozen worker go on."""
-        self._frozen = False
-        self._signal(signal.SIGCONT)
+        self.leash.thaw()
 
     def kill(self) -> None:
         """Kill the worker and everything it started. Does not wait."""
-        self._signal(signal.SIGKILL)
+        self.leash.kill()
 
     def wait(self, timeout: float | None = None) -> Exit:
         """How the worker ended. Raises ``TimeoutError`` if it has not within ``timeout`` seconds."""
@@ -107,7 +94,7 @@ class Worker:
 
     @property
     def frozen(self) -> bool:
-        return self._frozen
+        return self.leash.frozen
 
     def log(self, limit: int = 4000) -> str:
         """What the worker wrote to its standard error (the first 64 KiB of it), untrusted text."""
@@ -118,24 +105,16 @@ class Worker:
 
     def close(self) -> None:
         """Kill the worker if it still lives, wait for its end, release everything."""
-        if self._pidfd < 0:
+        if self._log_fd < 0:
             return
         self.kill()
         with contextlib.suppress(TimeoutError, ProtocolError):
             self.wait(END_SECONDS)
-        for fd in (self._pidfd, self._log_fd, self._stat):
-            if fd >= 0:
-                os.close(fd)
-        self._pidfd = -1
+        self.leash.close()
+        os.close(self._log_fd)
+        self._log_fd = -1
         self.channel.close()
         self._status.close()
-
-    def _alive(self) -> bool:
-        return not select.select([self._pidfd], [], [], 0)[0]
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, number)
 
     def __enter__(self) -> Worker:
         return self

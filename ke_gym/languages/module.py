@@ -146,6 +146,7 @@ class ModuleLanguage:
         """The artifact of a module whose Python has to run with its kernels."""
         binaries, report = _compiled(units, options)
         report["host_reason"] = reason
+        report["built_for"] = runtime()
         return Artifact(self.name, "host", source, binaries, report=report, general=_general(module))
 
 
@@ -307,6 +308,12 @@ def _compiled(units: Sequence[Unit], options: BuildOptions) -> tuple[dict[str, b
         report["vectorization"] += built.remarks
         report["units"].append({"name": unit.name, **built.settings})
     return binaries, report
+
+
+def runtime() -> str:
+    """What a module that runs with its kernels is built for: its extensions load in no other."""
+    version = sys.version_info
+    return f"Python {version.major}.{version.minor} with torch {torch.__version__.partition('+')[0]}"
 
 
 def _general(module: ModuleType) -> bool:

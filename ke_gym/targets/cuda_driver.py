@@ -36,6 +36,7 @@ TENSOR_MAP_TYPES = {
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 TENSOR_MAP_BYTES = 128
 MEMORY_HANDLE_BYTES = 64
+ALLOCATION_UNIT = 2 << 20
 OUT_OF_MEMORY = 2  # CUresult
 # After these the context is lost, and with it the process (CUDA Driver API, CUresult).
 _STICKY = {214, 220, 700, 702, 709, 710, 712, 713, 714, 715, 716, 717, 718, 719}
@@ -226,12 +227,30 @@ class Driver:
         self._call("cuDeviceGetAttribute", byref(value), c_int(_PAGEABLE_ACCESS), c_int(device))
         return bool(value.value)
 
+    def allocate(self, size: int) -> int:
+        """The address of at least ``size`` bytes of device memory that share their allocation with nothing else: who opens a
+        part of an allocation has all of it (CUDA Driver API, ``cuIpcGetMemHandle``)."""
+        address = c_uint64()
+        whole = max(1, -(-size // ALLOCATION_UNIT)) * ALLOCATION_UNIT
+        self._call("cuMemAlloc_v2", byref(address), ctypes.c_size_t(whole))
+        return address.value
+
+    def release(self, address: int) -> None:
+        """Give back what ``allocate`` gave."""
+        self._call("cuMemFree_v2", c_uint64(address))
+
+    def extent(self, address: int) -> tuple[int, int]:
+        """Where the allocation around a device address begins, and its size."""
+        begin, size = c_uint64(), ctypes.c_size_t()
+        self._call("cuMemGetAddressRange_v2", byref(begin), byref(size), c_uint64(address))
+        return begin.value, size.value
+
     def share(self, address: int) -> tuple[bytes, int]:
         """What another process opens the allocation around a device address by, and where in it the address lies."""
-        begin, handle = c_uint64(), _MemoryHandle()
-        self._call("cuMemGetAddressRange_v2", byref(begin), None, c_uint64(address))
+        handle = _MemoryHandle()
+        begin, _ = self.extent(address)
         self._call("cuIpcGetMemHandle", byref(handle), c_uint64(address))
-        return bytes(handle.bytes), address - begin.value
+        return bytes(handle.bytes), address - begin
 
     def open_shared(self, handle: bytes) -> int:
         """Where another process's allocation begins in this one."""

@@ -3,21 +3,36 @@ nothing. With them the executor's and the judge's logic runs everywhere."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import os
 import socket
+import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ke_gym.evaluation import gpu_apart, gpu_judge, gpu_launcher, gpu_lock, gpu_stage, gpu_timing, race
+from ke_gym.evaluation import (
+    _gpu_host,
+    gpu_apart,
+    gpu_host,
+    gpu_judge,
+    gpu_launcher,
+    gpu_lock,
+    gpu_stage,
+    gpu_timing,
+    race,
+)
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import GpuClient
+from ke_gym.evaluation.leash import Leash
+from ke_gym.languages import cpp
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Alloc, Geometry, Launch, Plan, PlanInput, Ref, TensorSpec
 from ke_gym.targets import cuda
@@ -45,6 +60,7 @@ class FakeDriver:
         self.launches: list[tuple[str, Geometry, int]] = []
         self.maps: list[tuple[int, tuple[int, ...]]] = []
         self.graphs: list[str] = []
+        self.allocated: dict[int, Any] = {}
         self._functions: list[tuple[int, str]] = []
         self._recorded: list[list[tuple[int, Any, Any]]] = []
         self._recording: list[tuple[int, Any, Any]] | None = None
@@ -135,10 +151,24 @@ class FakeDriver:
     def forget_persisting_lines(self) -> None:
         pass
 
+    def allocate(self, size: int) -> int:
+        memory = ctypes.create_string_buffer(size + 256)
+        address = -(-ctypes.addressof(memory) // 256) * 256
+        self.allocated[address] = memory
+        return address
+
+    def release(self, address: int) -> None:
+        del self.allocated[address]
+
+    def extent(self, address: int) -> tuple[int, int]:
+        return address, 1 << 40
+
     def share(self, address: int) -> tuple[bytes, int]:
         return (address - 64).to_bytes(64, "little"), 64
 
     def open_shared(self, handle: bytes) -> int:
+        if not any(handle):
+            raise CudaError("cuIpcOpenMemHandle_v2", 1, "CUDA_ERROR_INVALID_VALUE")
         return int.from_bytes(handle, "little")
 
     def close_shared(self, begin: int) -> None:
@@ -200,6 +230,37 @@ class FakeLauncher(gpu_launcher.Launcher):
         pass
 
 
+class FakeHost(_gpu_host.Host):
+    """One in a thread of this process, which does not stop when it should; it ends when the other end of ``sock`` is
+    closed."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(Channel(sock), FakeDriver(), torch.device("cpu"))  # type: ignore[arg-type]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with self._link, contextlib.suppress(OSError):
+            self._link.send({})
+            super().serve()
+
+
+class Sleeper:
+    """A process for whoever must stop one, in the place of a module's own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["sleep", "600"])
+        number = self._process.pid
+        self.leash = Leash(os.pidfd_open(number), os.open(f"/proc/{number}/stat", os.O_RDONLY))
+
+    def wait(self, timeout: float) -> str:
+        raise TimeoutError
+
+    def close(self) -> None:
+        self.leash.close()
+        self._process.kill()
+        self._process.wait()
+
+
 class InProcess(GpuClient):
     """A client whose judge is an object of this process; whatever it says goes through JSON all the same.
 
@@ -218,10 +279,19 @@ class InProcess(GpuClient):
         self.server._link, theirs = self._link, _ = socket.socketpair()
         FakeLauncher(theirs)
 
-    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+    def _start_host(self, link: socket.socket) -> Any:
+        FakeHost(link.dup())
+        return Sleeper()
+
+    def _exchange(
+        self, do: str, arguments: dict[str, Any], blob: bytes, fds: Sequence[int] = ()
+    ) -> tuple[dict[str, Any], bytes]:
         assert self.alive
+        request = json.loads(json.dumps(arguments))
+        if fds:
+            request["fds"] = [os.dup(fd) for fd in fds]
         with self._turn:
-            answer = gpu_judge.answer_to(getattr(self.server, do), json.loads(json.dumps(arguments)), blob)
+            answer = gpu_judge.answer_to(getattr(self.server, do), request, blob)
         header, data = answer if isinstance(answer, tuple) else (answer, b"")
         return json.loads(json.dumps(header)), data
 
@@ -281,11 +351,14 @@ def stand_in(patch: MonkeyPatch) -> None:
         "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
     }.items():
         patch.setattr(torch.cuda, name, fake)
-    clock = SimpleNamespace(perf_counter=lambda: FakeEvent.now, sleep=idle)
-    for module in (gpu_apart, gpu_stage, gpu_timing, race):
+    clock = SimpleNamespace(
+        perf_counter=lambda: FakeEvent.now, perf_counter_ns=lambda: int(1e9 * FakeEvent.now), sleep=idle
+    )
+    for module in (gpu_apart, gpu_host, gpu_stage, gpu_timing, race):
         patch.setattr(module, "time", clock)
     patch.setattr(gpu_stage, "SOAK_CALLS", 100)
     patch.setattr(gpu_judge, "Driver", FakeDriver)
+    patch.setattr(cpp, "cached", cpp.cached)  # a module's process has its own
     patch.setattr(gpu_lock, "FOLDER", Path(_LOCKS.name))
     patch.setattr(gpu_stage, "Clocks", FakeClocks)
     patch.setattr(gpu_launcher, "Clocks", FakeClocks)

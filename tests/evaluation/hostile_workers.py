@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.sandbox import Sandbox, seal
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -90,6 +91,8 @@ def daemonize(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
 
 def attempt(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Try ``args["what"]``; answer with an errno name, or ``"ok"`` and what was found."""
+    if args.get("kind") == "device":
+        seal(Sandbox("device"))
     try:
         found = ATTEMPTS[args["what"]](args, fds)
     except OSError as error:

@@ -17,6 +17,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import APART
 from ke_gym.evaluation.gpu_tools import ToolFailed
 from ke_gym.evaluation.opening import open_evaluator
+from ke_gym.languages.nvrtc import nvcc
 from ke_gym.tasks.task import Reference, Task
 
 TASK = """
@@ -217,3 +218,86 @@ def test_a_compiled_reference_takes_the_baseline_s_place(task: Task, tmp_path: P
             opened.compile_baseline(baseline)
             assert opened.baseline == baseline and opened.race_baseline(Candidate(KERNEL, "triton"))[0] > 0
         assert {"compiling the reference", "racing"} <= opened.account.spent().keys()
+
+
+INLINE = """
+import torch
+from torch.utils.cpp_extension import load_inline
+
+CUDA = r'''
+#include <torch/extension.h>
+#include <c10/cuda/CUDAStream.h>
+
+__global__ void rows(const float* x, const float* scale, float* out, int n) {
+  extern __shared__ float part[];
+  const float* in = x + (long)blockIdx.x * n;
+  const float s = *scale;
+  float top = -INFINITY;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) top = isnan(in[i] * s) ? NAN : isnan(top) ? top : fmaxf(top, in[i] * s);
+  part[threadIdx.x] = top;
+  __syncthreads();
+  for (int half = blockDim.x / 2; half; half /= 2) {
+    if (threadIdx.x < half) {
+      const float a = part[threadIdx.x], b = part[threadIdx.x + half];
+      part[threadIdx.x] = isnan(a) ? a : isnan(b) ? b : fmaxf(a, b);
+    }
+    __syncthreads();
+  }
+  top = part[0];
+  __syncthreads();
+  float sum = 0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) sum += expf(in[i] * s - top);
+  part[threadIdx.x] = sum;
+  __syncthreads();
+  for (int half = blockDim.x / 2; half; half /= 2) {
+    if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+    __syncthreads();
+  }
+  sum = part[0];
+  for (int i = threadIdx.x; i < n; i += blockDim.x) out[(long)blockIdx.x * n + i] = expf(in[i] * s - top) / sum;
+}
+
+torch::Tensor softmax(torch::Tensor x, torch::Tensor scale) {
+  auto out = torch::empty_like(x);
+  rows<<<x.size(0), 256, 256 * sizeof(float), c10::cuda::getCurrentCUDAStream()>>>(
+      x.data_ptr<float>(), scale.data_ptr<float>(), out.data_ptr<float>(), x.size(1));
+  return out;
+}
+'''
+extension = load_inline(
+    name="scaled_rows",
+    cpp_sources="torch::Tensor softmax(torch::Tensor x, torch::Tensor scale);",
+    cuda_sources=CUDA,
+    functions=["softmax"],
+    verbose=True,
+)
+
+class ModelNew(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return extension.softmax(x.contiguous(), self.scale)
+"""
+
+
+@pytest.fixture(scope="module")
+def patient(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluator]:
+    """Compiling against torch's headers takes a minute and more."""
+    if not torch.cuda.is_available() or not nvcc():
+        pytest.skip("no GPU, or no nvcc")
+    with open_evaluator(task, "cuda", folder=tmp_path_factory.mktemp("home"), build_timeout=600) as opened:
+        yield opened
+
+
+def test_a_module_that_builds_itself_with_load_inline_is_in_the_host_lane(
+    patient: Evaluator, evaluator: Evaluator
+) -> None:
+    inline = patient.evaluate(Candidate(INLINE, "cuda"))
+    assert (inline.outcome, inline.trust) == ("correct", "host"), inline.log
+    assert "it calls scaled_rows.softmax, which load_inline built" in inline.log
+    assert inline.kernel_coverage == 0.0 and inline.time_ms is not None
+    # Its calls are timed as a whole, with its Python: a little more than a plan's that does the same.
+    traced = patient.evaluate(Candidate(KERNEL, "triton"), Candidate(INLINE, "cuda"))
+    assert traced.correct and traced.rival, traced.log

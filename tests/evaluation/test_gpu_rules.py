@@ -63,10 +63,10 @@ class Small(InProcess):
         OPENED.append(self)
         return super()._start(zygote, baseline)
 
-    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+    def _exchange(self, do: str, arguments: dict[str, Any], *rest: Any) -> tuple[dict[str, Any], bytes]:
         if do == "describe" and set(arguments["shape_sets"]) & {"gpu", "default"}:
             return {"out_of_memory": "4096 rows are too many"}, b""
-        return super()._exchange(do, arguments, blob)
+        return super()._exchange(do, arguments, *rest)
 
 
 def compute(x: int, out: int, n: int) -> torch.Tensor:
@@ -538,11 +538,11 @@ def test_a_search_opens_at_its_sizes_once_others_have_left_room(
 ) -> None:
     plain, left, waits = InProcess._exchange, [3], []
 
-    def full(self: Small, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+    def full(self: Small, do: str, arguments: dict[str, Any], *rest: Any) -> tuple[dict[str, Any], bytes]:
         left[0] -= do == "describe"
         if do == "describe" and left[0] >= 0:
             return {"out_of_memory": "16 GiB", "elsewhere": 1 << 34}, b""
-        return plain(self, do, arguments, blob)
+        return plain(self, do, arguments, *rest)
 
     monkeypatch.setattr(Small, "_exchange", full)
     monkeypatch.setattr(gpu_evaluator, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))

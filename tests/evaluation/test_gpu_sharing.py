@@ -59,7 +59,7 @@ class Watched(InProcess):
     side_by_side = 0
     meeting: threading.Barrier | None = None
 
-    def _exchange(self, do: str, arguments: dict[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+    def _exchange(self, do: str, arguments: dict[str, Any], *rest: Any) -> tuple[dict[str, Any], bytes]:
         with self.lock_:
             Watched.at_work.append(do)
             if len(self.at_work) > 1 and TIMED & set(self.at_work):
@@ -67,7 +67,7 @@ class Watched(InProcess):
         if do == "check" and self.meeting is not None:
             self.meeting.wait(300)  # nobody goes on before both check
         try:
-            return super()._exchange(do, arguments, blob)
+            return super()._exchange(do, arguments, *rest)
         finally:
             with self.lock_:
                 Watched.at_work.remove(do)

@@ -14,26 +14,32 @@ import pytest
 
 import ke_gym
 from ke_gym.evaluation import sandbox as module
-from ke_gym.evaluation.sandbox import Sandbox, readable_paths, sandbox_level
+from ke_gym.evaluation.sandbox import Sandbox, readable_paths
 from ke_gym.evaluation.shared import SharedBuffer
 from ke_gym.evaluation.zygote import Exit, Zygote
 
 PATIENCE = 300.0
-LOCKED = ("compile", "run")
+LOCKED = ("compile", "run", "device")
 CHECKOUT = Path(ke_gym.__file__).parents[1]
 
 
 def attempt(zygote: Zygote, what: str, kind: str = "run", fds: tuple[int, ...] = (), **args: Any) -> Any:
     """What the worker answered: an errno name, or ("ok", what it found)."""
     box = Sandbox(kind, tmp_bytes=8 << 20, file_bytes=64 << 20)  # type: ignore[arg-type]
-    with zygote.spawn("hostile_workers:attempt", {"what": what, **args}, fds=fds, sandbox=box) as worker:
+    with zygote.spawn(
+        "hostile_workers:attempt", {"what": what, "kind": kind, **args}, fds=fds, sandbox=box
+    ) as worker:
         answer, _ = worker.channel.recv(PATIENCE)
     return ("ok", answer["found"]) if answer["result"] == "ok" else answer["result"]
 
 
-needs_namespaces = pytest.mark.skipif(
-    not sandbox_level().startswith("full"), reason=f"this machine offers {sandbox_level()}"
-)
+@pytest.fixture
+def namespaces(zygote: Zygote) -> None:
+    if zygote.sandbox_level != "full":
+        pytest.skip(f"this machine offers {zygote.sandbox_level}")
+
+
+needs_namespaces = pytest.mark.usefixtures("namespaces")
 
 
 @pytest.mark.parametrize("what", ["fork", "vfork", "exec", "clone3", "memfd", "chmod"])
@@ -148,11 +154,12 @@ def test_a_read_only_input_stays_read_only(zygote: Zygote) -> None:
         assert attempt(zygote, "truncate", fds=(buffer.fd,)) == "EPERM"
 
 
-def test_memory_and_time_run_out(zygote: Zygote) -> None:
-    with zygote.spawn("hostile_workers:bomb", sandbox=Sandbox("run", memory_bytes=256 << 20)) as worker:
+@pytest.mark.parametrize("kind", ["run", "device"])
+def test_memory_and_time_run_out(zygote: Zygote, kind: Any) -> None:
+    with zygote.spawn("hostile_workers:bomb", sandbox=Sandbox(kind, memory_bytes=256 << 20)) as worker:
         assert worker.wait(PATIENCE) == Exit(code=1)
         assert "MemoryError" in worker.log()
-    with zygote.spawn("hostile_workers:burn", sandbox=Sandbox("run", cpu_seconds=1)) as worker:
+    with zygote.spawn("hostile_workers:burn", sandbox=Sandbox(kind, cpu_seconds=1)) as worker:
         assert worker.wait(PATIENCE) == Exit(signal=signal.SIGXCPU)
 
 

@@ -1,0 +1,160 @@
+"""The host lane for a GPU inside its sandbox: a module's ``forward`` or ``ModelNew``, run for real.
+
+Until a module is loaded this process can be trusted; then nothing that it does or says. What keeps it honest is the
+other side, ``gpu_host``: inputs and parameters lie in memory that the judge lends, filled while this process is stopped;
+it tells where its outputs lie, and the judge copies them while it is stopped again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ke_gym.evaluation._host import answers, instantiate, use_binaries
+from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.gpu_launcher import GO, READY
+from ke_gym.evaluation.gpu_memory import lacks_memory
+from ke_gym.evaluation.gpu_stage import first_line
+from ke_gym.evaluation.sandbox import Sandbox, seal
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import Signature
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.targets import cuda
+from ke_gym.targets._memory import view
+from ke_gym.targets.cuda_driver import CudaError, Driver, at_address
+
+ERROR_CHARACTERS = 4000
+
+
+class Host:
+    """Answers the judge's requests over ``link``, one method each, until the judge is gone."""
+
+    def __init__(self, link: Channel, driver: Driver, device: torch.device) -> None:
+        self._link, self._driver, self._device = link, driver, device
+        self._opened: dict[str, int] = {}
+        one = torch.zeros(1, device=device)
+        self._forward: Callable[[], Any] = lambda: one.add_(1)
+        """Before a module is loaded: as little as a call can be."""
+        self._wanted: list[Tensor] = [one]
+        self._results: list[Tensor] = []
+        self.call()
+
+    def serve(self) -> None:
+        """Answer until the judge is gone."""
+        with contextlib.suppress(EOFError):
+            while True:
+                header, blob = self._link.recv(timeout=None)
+                request = getattr(self, header.pop("do"))
+                try:
+                    answer = request(**header, **({"blob": blob} if blob else {}))
+                except Exception as error:
+                    answer = {"error": _told(error), "lacks_memory": lacks_memory(error)}
+                self._link.send(answer)
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def load(
+        self, artifact_bytes: int, shape_set: str, inputs: list[Any], state: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        """Let calls run an artifact's module on memory of the judge's; ``blob``: the artifact and the task's signature."""
+        artifact = Artifact.from_bytes(blob[:artifact_bytes])
+        signature = Signature.from_bytes(blob[artifact_bytes:])
+        given = [self._tensor(each) for each in inputs]
+        held = {name: self._tensor(each) for name, each in state.items()}
+        specs = signature.outputs[shape_set]
+        self._results = []
+        self._wanted = [_like(spec, self._device) for spec in specs]
+        use_binaries(artifact)
+        self._forward = instantiate(artifact.source, signature, shape_set, given, held, self._device)
+        torch.cuda.synchronize(self._device)
+        return {}
+
+    def timed(self) -> dict[str, Any]:
+        """One call, between the judge's ``GO`` and the answer."""
+        self._forget()
+        self._link.sock.send(READY)
+        self._await_go()
+        return self.call()
+
+    def call(self) -> dict[str, Any]:
+        """Run to the end; where the outputs lie."""
+        self._results = answers(self._forward(), self._wanted)
+        outputs = [self._described(index) for index in range(len(self._results))]
+        torch.cuda.synchronize(self._device)
+        return {"outputs": outputs}
+
+    # -- plumbing --------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Let go of the last call's outputs; whoever leaves out what is already right there shall not find it."""
+        for tensor in self._results:
+            with contextlib.suppress(RuntimeError):  # one that overlaps itself
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+        self._results = []
+        torch.cuda.synchronize(self._device)
+
+    def _described(self, index: int) -> list[Any]:
+        """What the judge opens an output by: its allocation's handle, where in it, stride."""
+        tensor = self._results[index]
+        if not tensor.numel():
+            return ["", 0, list(tensor.stride())]
+        try:
+            handle, offset = self._driver.share(tensor.data_ptr())
+        except CudaError:  # an input, or from a pool that cannot be lent
+            self._results[index] = tensor = tensor.clone()
+            handle, offset = self._driver.share(tensor.data_ptr())
+        return [handle.hex(), offset, list(tensor.stride())]
+
+    def _tensor(self, described: Sequence[Any]) -> Tensor:
+        handle, offset, shape, stride, dtype = described
+        spec = TensorSpec(tuple(shape), tuple(stride), dtype)
+        if not handle:
+            return _like(spec, self._device)
+        if handle not in self._opened:
+            self._opened[handle] = self._driver.open_shared(bytes.fromhex(handle))
+        return view(at_address(self._opened[handle] + offset, spec.storage_bytes, self._device), spec, 0)
+
+    def _await_go(self) -> None:
+        while True:  # it is stopped as soon as it is ready, and GO is there when it goes on
+            try:
+                if self._link.sock.recv(1) != GO:
+                    raise EOFError("the judge is gone")
+                return
+            except BlockingIOError:
+                continue
+
+
+def _like(spec: TensorSpec, device: torch.device) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=device)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+
+
+def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
+    """Entry of the process; ``fds`` holds its end of the connection to the judge, the only one that it listens to."""
+    os.sched_setaffinity(0, args["cores"])
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = args["relaxed"]
+    torch.backends.cudnn.allow_tf32 = args["relaxed"]
+    link = Channel(socket.socket(fileno=fds[0]))
+    cuda.show_only(args["device"])
+    try:
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+        host = Host(link, Driver(), device)
+    except (RuntimeError, OSError, AssertionError, CudaError) as error:
+        link.send({"error": first_line(error), "lacks_memory": lacks_memory(error)})
+        return
+    seal(Sandbox("device"))
+    link.send({})
+    host.serve()
+    os._exit(0)

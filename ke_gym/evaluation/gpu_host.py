@@ -1,0 +1,286 @@
+"""The judge's side of the host lane on a GPU: a module's own Python in a locked-in process, on memory lent to it.
+
+That process (``_gpu_host``) may do what it likes, so nothing it says is believed:
+
+- it is stopped whenever the clock does not run, and inputs are put into the memory it works on only then;
+- before they are, its device is seen to be idle: no kernel of its may wait there for what comes;
+- the clock is the judge's, from when it goes on until it has stopped and the judge has run something on the device
+  itself, so that what it left behind there is over or in the way; less what a call that does nothing takes, the
+  shortest of several before the module is loaded;
+- where its outputs lie it tells; what they are the judge looks at while it is stopped.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ke_gym.evaluation.arms import elapsed
+from ke_gym.evaluation.channel import Channel, ProtocolError
+from ke_gym.evaluation.gpu_client import GONE
+from ke_gym.evaluation.gpu_launcher import GO, READY
+from ke_gym.evaluation.gpu_memory import Block, Placement, damaged, poison
+from ke_gym.evaluation.gpu_stage import Crowded, Died, ShapeSet, Stage, copy_all
+from ke_gym.evaluation.gpu_timing import Sample
+from ke_gym.evaluation.leash import Leash
+from ke_gym.languages.plan import Plan, TensorSpec
+from ke_gym.targets._memory import MemoryPlan, view
+from ke_gym.targets.cuda_driver import CudaError, at_address
+
+START_SECONDS, LOAD_SECONDS, GRACE_SECONDS = 60.0, 60.0, 10.0
+NULL_CALLS = 15
+BUSY_S, BUSY_TRIES = 0.5e-3, 4
+"""A device that does nothing answers in less; one whose kernel does not end lets others have it a slice of time each."""
+MAPPINGS = 16
+"""Allocations of the process that are kept open at the most."""
+
+
+class HostRunner:
+    """A module of the host lane with the face of a ``CudaRunner``; ``link`` and ``leash`` lead to its process.
+
+    It has outputs of its own and no intermediates that anybody knows. Raises ``Died``, after which it only can be closed;
+    the judge lives on.
+    """
+
+    capturable = False
+
+    def __init__(self, link: Channel, leash: Leash, stage: Stage, chosen: ShapeSet) -> None:
+        self._link, self._leash = link, leash
+        self._driver, self._device, self._watch = stage.driver, stage.device, stage.watch
+        self.patience = GRACE_SECONDS
+        """Seconds that the next run may take."""
+        self.plan = Plan((), (), (), chosen.outputs, "cuda")
+        self.arena = torch.empty(0, dtype=torch.uint8, device=stage.device)
+        self.memory = MemoryPlan({}, {}, 0)
+        self.step_names: list[str] = []
+        self._mark = torch.zeros(1, device=stage.device)
+        self._mapped: dict[str, tuple[int, int]] = {}
+        self._lost: tuple[str, str] | None = None
+        self._loaded = False
+        self._given: list[Tensor] = []
+        self._outputs = [self._mark.clone()]  # of a call that does nothing
+        placement = Placement.of((*chosen.inputs, *chosen.state.values()))
+        size = Block.room(placement)
+        self._address = self._driver.allocate(size)
+        try:
+            self._lent = Block(placement, stage.device, at_address(self._address, size, stage.device))
+            self._lent.jump(stage.rng)
+            poison(self._lent.bytes, placement.used, 0)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        try:
+            self._receive(START_SECONDS)
+        except Died as died:
+            kind = Crowded if isinstance(died, Crowded) else Died
+            said = f"forward cannot be traced, and its Python cannot be run on this GPU: {died.log}"
+            raise kind("constraints", said, fatal=False) from died
+        self._null_s = min(self._call(GRACE_SECONDS, timed=True) for _ in range(NULL_CALLS))
+
+    def load(self, blob: bytes, artifact_bytes: int, shape_set: str, names: Sequence[str]) -> None:
+        """Load the module: ``blob`` holds artifact and signature; ``names`` are the state's."""
+        described = [self._described(tensor) for tensor in self._lent.tensors]
+        inputs = described[: len(described) - len(names)]
+        state = dict(zip(names, described[len(inputs) :]))
+        torch.cuda.synchronize(self._device)
+        self._leash.thaw()
+        request = {"artifact_bytes": artifact_bytes, "shape_set": shape_set, "inputs": inputs, "state": state}
+        self._send({"do": "load", **request}, blob)
+        self._loaded = True
+        self._receive(LOAD_SECONDS)
+        self._leash.freeze()
+
+    # -- as a CudaRunner -------------------------------------------------------------------------------------
+
+    def place(self, inputs: Sequence[Tensor], state: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
+        """Where contents come from and outputs go to: memory of the judge's, which the process never sees."""
+        self._given, self._outputs = [*inputs, *state.values()], list(outputs)
+
+    def run(self) -> None:
+        """One call that nobody times; what it wrote to its inputs is written to those it was given."""
+        self._call(self.patience, timed=False)
+        lent = self._lent
+        if damaged(lent.bytes, lent.placement.used) is not None:
+            raise Died("correctness", "wrote outside of its inputs and parameters", fatal=False)
+        copy_all(self._given, lent.tensors)
+
+    def timed(self, what: str, patience: float, mhz: int, over: Callable[[], object] = int) -> Sample:
+        """One timed call; ``over`` is called once its outputs are there, while the process stands still."""
+        seconds = max(1e-9, self._call(patience, timed=True) - self._null_s)
+        over()
+        return Sample(seconds, seconds, None, True, mhz)
+
+    def prepare(self, state: Mapping[str, Tensor]) -> None:
+        """There is nothing to prepare."""
+
+    def fill_scratch(self, byte: int) -> None:
+        """Nobody knows what it keeps between calls."""
+
+    def step_times(self) -> list[tuple[str, float]]:
+        return []
+
+    def resources(self) -> dict[str, dict[str, int]]:
+        return {}
+
+    def close(self) -> None:
+        """Let go of the process, which whoever started it ends, and of what was lent."""
+        self._unmap()
+        self._driver.release(self._address)
+        self._link.close()
+        self._leash.close()
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    def _call(self, patience: float, timed: bool) -> float:
+        """One call on fresh contents, and where the outputs go; the seconds until the device was free again."""
+        if self._lost is not None:
+            raise Died(*self._lost, fatal=False)
+        self._ready(patience)
+        if timed:
+            self._await_idle()
+        if self._given:
+            copy_all(self._lent.tensors, self._given)
+        if timed:
+            self._watch.flush()
+        torch.cuda.synchronize(self._device)
+        seconds = self._go(patience)
+        answer = self._receive(GRACE_SECONDS)
+        described = answer.get("outputs")
+        if not isinstance(described, list) or len(described) != len(self._outputs):
+            raise self._nonsense()
+        for each, output in zip(described, self._outputs):
+            output.copy_(self._opened(each, TensorSpec.of(output)))
+        torch.cuda.synchronize(self._device)
+        return seconds
+
+    def _ready(self, patience: float) -> None:
+        """Let the process come to where it waits for ``GO``, and stop it there."""
+        self._leash.thaw()
+        self._send({"do": "timed"})
+        try:
+            self._link.wait(patience + GRACE_SECONDS)
+        except TimeoutError:
+            raise self._timed_out(patience) from None
+        if self._link.sock.recv(1, socket.MSG_PEEK) != READY:
+            self._receive(GRACE_SECONDS)  # raises what went wrong
+            raise self._nonsense()
+        self._link.sock.recv(1)
+        self._leash.freeze()
+
+    def _go(self, patience: float) -> float:
+        clock, link, leash = time.perf_counter_ns, self._link, self._leash
+        if link.readable():
+            raise self._nonsense()  # an answer to a call that has not been made
+        try:
+            link.sock.send(GO)
+        except OSError:
+            raise self._end("runtime", GONE) from None
+        begin = clock()
+        leash.thaw()
+        try:
+            link.wait(patience)
+        except TimeoutError:
+            raise self._timed_out(patience) from None
+        said = clock()
+        leash.freeze()
+        stopped = clock()
+        self._touch_device()
+        return elapsed(begin, said, stopped) + (clock() - stopped) / 1e9
+
+    def _await_idle(self) -> None:
+        for _ in range(BUSY_TRIES):
+            begin = time.perf_counter_ns()
+            self._touch_device()
+            if time.perf_counter_ns() - begin < BUSY_S * 1e9:
+                return
+        raise self._end("constraints", "it keeps the device busy between calls")
+
+    def _touch_device(self) -> None:
+        """The least that can be done there, to its end."""
+        self._mark.add_(1)
+        torch.cuda.synchronize(self._device)
+
+    # -- plumbing --------------------------------------------------------------------------------------------
+
+    def _described(self, tensor: Tensor) -> list[Any]:
+        spec = TensorSpec.of(tensor)
+        handle, offset = self._driver.share(tensor.data_ptr()) if tensor.numel() else (b"", 0)
+        return [handle.hex(), offset, list(spec.shape), list(spec.stride), spec.dtype]
+
+    def _opened(self, described: Any, wanted: TensorSpec) -> Tensor:
+        """The output that the process tells of, whatever it says, as the judge sees it."""
+        try:
+            handle, offset, stride = described
+            seen = TensorSpec(wanted.shape, tuple(int(step) for step in stride), wanted.dtype)
+            if len(seen.stride) != len(seen.shape) or min(seen.stride, default=0) < 0:
+                raise ValueError("not its strides")
+            if not seen.storage_bytes:
+                return torch.empty_strided(
+                    seen.shape, seen.stride, dtype=seen.torch_dtype, device=self._device
+                )
+            begin, size = self._mapping(str(handle))
+            at = int(offset)
+            if at < 0 or at % seen.torch_dtype.itemsize or at + seen.storage_bytes > size:
+                raise ValueError("outside of its allocation")
+        except (CudaError, OverflowError, TypeError, ValueError) as error:
+            raise self._nonsense() from error
+        return view(at_address(begin + at, seen.storage_bytes, self._device), seen, 0)
+
+    def _mapping(self, handle: str) -> tuple[int, int]:
+        """Where an allocation of the process's begins here, and its size."""
+        if handle not in self._mapped:
+            if len(self._mapped) >= MAPPINGS:
+                self._unmap()
+            begin = self._driver.open_shared(bytes.fromhex(handle))
+            self._mapped[handle] = begin, self._driver.extent(begin)[1]
+        return self._mapped[handle]
+
+    def _unmap(self) -> None:
+        for begin, _ in self._mapped.values():
+            self._driver.close_shared(begin)
+        self._mapped.clear()
+
+    def _send(self, header: dict[str, Any], blob: bytes = b"") -> None:
+        try:
+            self._link.send(header, blob)
+        except TimeoutError as error:
+            raise self._timed_out(GRACE_SECONDS) from error
+        except EOFError as error:
+            raise self._end("runtime", GONE) from error
+
+    def _receive(self, timeout: float) -> dict[str, Any]:
+        try:
+            answer, _ = self._link.recv(timeout, limit=0)
+        except TimeoutError as error:
+            raise self._timed_out(timeout) from error
+        except EOFError as error:
+            raise self._end("runtime", GONE) from error
+        except ProtocolError as error:
+            raise self._nonsense() from error
+        if "error" in answer:
+            log = str(answer["error"])[:4000]
+            if answer.get("lacks_memory") is not True:
+                raise self._end("runtime", log)
+            died = self._end("constraints", f"not enough device memory: {log}")
+            raise died if self._loaded else Crowded(died.outcome, died.log, fatal=False)
+        return answer
+
+    def _timed_out(self, seconds: float) -> Died:
+        self._leash.kill()
+        return self._end("timeout", f"no answer within {seconds:.3g} s")
+
+    def _nonsense(self) -> Died:
+        return self._end("runtime", "the process of its Python answered out of turn, or nonsense")
+
+    def _end(self, outcome: str, log: str) -> Died:
+        """What every call comes to from now on."""
+        self._lost = outcome, log
+        return Died(outcome, log, fatal=False)

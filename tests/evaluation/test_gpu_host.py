@@ -1,0 +1,320 @@
+"""The host lane on a GPU: modules' own Python, in processes that may say what they like, on a GPU that is none."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ke_gym.candidate import Candidate
+from ke_gym.evaluation import gpu_evaluator, gpu_host, gpu_judge
+from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.gpu_client import GpuClient
+from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
+from ke_gym.evaluation.gpu_host import HostRunner
+from ke_gym.evaluation.gpu_stage import Died, Stage
+from ke_gym.languages.artifact import Artifact
+from ke_gym.languages.base import BuildError
+from ke_gym.languages.module import runtime
+from ke_gym.languages.plan import TensorSpec
+from ke_gym.tasks.task import Task
+from ke_gym.testing.fake_gpu import (
+    PEAKS,
+    FakeDriver,
+    FakeEvent,
+    FakeHost,
+    InProcess,
+    Sleeper,
+    idle,
+    one_launch,
+    stand_in,
+)
+
+ROWS, COLS = 6, 40
+SPEC = TensorSpec((ROWS, COLS), (COLS, 1), "float32")
+TASK = f"""
+import torch
+import torch.nn as nn
+ROWS, COLS = {ROWS}, {COLS}
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(COLS))
+    def forward(self, x):
+        return torch.sin(3 * x) * self.scale
+def get_inputs():
+    return [torch.randn(ROWS, COLS)]
+"""
+FORWARD = "def forward(x, scale):\n    return torch.sin(3 * x) * scale\n"
+MODEL = """
+class ModelNew(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(40))
+    def forward(self, x):
+        return torch.sin(3 * x) * self.scale
+"""
+STRAY = "    __import__('ctypes').memset(x.data_ptr() + 4 * x.numel(), 1, 4)\n    return"
+SECONDS = 0.02
+MEMORY = torch.zeros(ROWS * COLS)
+HANDLE = MEMORY.data_ptr().to_bytes(64, "little").hex()
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuEvaluator]:
+    folder = tmp_path_factory.mktemp("home")
+    path = folder / "wave.py"
+    path.write_text(TASK)
+    patch = pytest.MonkeyPatch()
+    stand_in(patch)
+    patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
+    patch.setattr(gpu_evaluator, "GpuClient", InProcess)
+    with GpuEvaluator(Task.from_file(path), folder=folder) as opened:
+        yield opened
+    patch.undo()
+
+
+def candidate(evaluator: GpuEvaluator, source: str, **options: Any) -> Candidate:
+    """A module that could not be traced, as if it had been built."""
+    found = Candidate(f"import torch\n{source}", "cuda")
+    report = {"host_reason": "it asks what a tensor holds", "built_for": runtime()}
+    evaluator.adopt(found, Artifact("cuda", "host", found.source, report=report, **options))
+    return found
+
+
+@pytest.mark.parametrize("source", [FORWARD, MODEL])
+def test_a_right_module_is_correct_and_marked(evaluator: GpuEvaluator, source: str) -> None:
+    evaluation = evaluator.evaluate(candidate(evaluator, source))
+    assert evaluation.correct, evaluation.log
+    assert (evaluation.trust, evaluation.kernel_coverage) == ("host", 0.0)
+    assert evaluation.log.endswith(
+        "its Python runs with its kernels (host lane): it asks what a tensor holds"
+    )
+    assert not evaluation.profile.resources and evaluation.preparation_ms is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "outcome", "words"),
+    [
+        ("3 * x", "2.99 * x", "correctness", "relative L2 error"),
+        ("    return", "    x[0, 0] = 1\n    return", "correctness", "wrote to input 0"),
+        ("    return", "    scale.zero_()\n    return", "correctness", "wrote to parameter scale"),
+        ("    return", STRAY, "correctness", "outside of"),
+        (
+            "torch.sin(3 * x) * scale",
+            "x[1:]",
+            "runtime",
+            "output 0 is float32 (5, 40), expected float32 (6, 40)",
+        ),
+        ("    return", "    1 / 0\n    return", "runtime", "ZeroDivisionError"),
+        ("    return", "    raise EOFError\n    return", "runtime", "EOFError"),
+        ("    return", "    torch.empty(1 << 60)\n    return", "runtime", "RuntimeError"),
+    ],
+)
+def test_what_is_wrong_is_said(evaluator: GpuEvaluator, old: str, new: str, outcome: str, words: str) -> None:
+    evaluation = evaluator.evaluate(candidate(evaluator, FORWARD.replace(old, new, 1)))
+    assert (evaluation.outcome, evaluation.trust) == (outcome, "host"), evaluation.log
+    assert words in evaluation.log and evaluation.speedup is None
+
+
+def test_what_the_last_call_left_is_gone(evaluator: GpuEvaluator) -> None:
+    """Memory is used again: a module that leaves out what is there already must not get away with it."""
+    kept = "kept = torch.empty(6, 40)\ndef forward(x, scale):\n    right = torch.sin(3 * x) * scale\n    "
+    kept += "kept[:] = torch.where(kept.isnan(), 0.0, right)\n    return kept\n"
+    assert evaluator.evaluate(candidate(evaluator, kept)).outcome == "correctness"
+
+
+def test_it_races_a_plan_and_is_raced_by_one(evaluator: GpuEvaluator) -> None:
+    slow = "import ke_gym.testing.fake_gpu as gpu\n" + FORWARD.replace(
+        "    return", "    gpu.idle(0.02)\n    return"
+    )
+    fast, slow_one = candidate(evaluator, FORWARD), candidate(evaluator, slow)
+    assert evaluator.evaluate(fast, slow_one).improved
+    lost = evaluator.evaluate(slow_one, fast)
+    assert lost.correct and not lost.improved and (lost.gain or 1.0) < 0.5
+
+
+def test_extensions_of_another_torch_and_kernels_that_need_a_trace_are_refused(
+    evaluator: GpuEvaluator,
+) -> None:
+    cubin = b"\x7fELF" + bytes(14) + (190).to_bytes(2, "little")
+    found = candidate(evaluator, f"# with kernels\n{FORWARD}", binaries={"k": cubin})
+    refused = evaluator.evaluate(found)
+    assert refused.outcome == "constraints" and "need a forward that can be traced" in refused.log
+    elsewhere = Artifact(
+        "cuda", "host", found.source, {"ext": b"library"}, report={"built_for": "Python 3.8 with torch 1.0"}
+    )
+    with pytest.raises(BuildError, match=r"built for Python 3\.8 with torch 1\.0, here is Python"):
+        evaluator.adopt(found, elsewhere)
+
+
+def test_what_cannot_be_locked_in_is_refused(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise gpu_client.SpawnError("mount /proc: not permitted")
+
+    from ke_gym.evaluation import gpu_client
+
+    monkeypatch.setattr(InProcess, "_start_host", GpuClient._start_host)
+    monkeypatch.setattr(evaluator.zygote, "spawn", refuse)
+    refused = evaluator.evaluate(candidate(evaluator, f"# locked in\n{FORWARD}"))
+    assert refused.outcome == "constraints" and "locked in beside a GPU" in refused.log
+
+
+# -- processes that lie ------------------------------------------------------------------------------------------
+
+
+class Frames(FakeHost):
+    """Calls what it was told to in the place of its module; ``answer`` is what it says of it."""
+
+    answer: Any = None
+
+    def call(self) -> dict[str, Any]:
+        said = super().call()
+        return said if self.answer is None or not hasattr(self, "loaded") else self.answer
+
+    def load(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        self.loaded = True
+        return {}
+
+
+class Hasty(Frames):
+    """Says that it is done before it is."""
+
+    def timed(self) -> dict[str, Any]:
+        if hasattr(self, "loaded"):
+            self._link.sock.send(b"r")
+            self._link.send({"outputs": []})
+        return super().timed()
+
+
+class Occupied(FakeDriver):
+    """A device that somebody keeps busy: whoever wants it waits for a slice of time."""
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stand_in(monkeypatch)
+    path = tmp_path / "wave.py"
+    path.write_text(TASK)
+    return Stage(Task.from_file(path), torch.device("cpu"), FakeDriver())  # type: ignore[arg-type]
+
+
+def opened(stage: Stage, host: Callable[[socket.socket], FakeHost]) -> tuple[HostRunner, list[torch.Tensor]]:
+    ours, theirs = socket.socketpair()
+    host(theirs)
+    chosen = stage.shape_set("default")
+    runner = HostRunner(Channel(ours), Sleeper().leash, stage, chosen)
+    runner.load(b"", 0, "default", list(chosen.state))
+    out = torch.zeros(ROWS, COLS)
+    runner.place([torch.randn(ROWS, COLS)], chosen.parameters, [out])
+    return runner, [out]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"outputs": []},
+        {"outputs": "all of them"},
+        {"outputs": [["00", 0, [COLS, 1]]]},
+        {"outputs": [["zz" * 64, 0, [COLS, 1]]]},
+        {"outputs": [["00" * 64, 0, [COLS, 1]]]},
+        {"outputs": [[HANDLE, -4, [COLS, 1]]]},
+        {"outputs": [[HANDLE, 2, [COLS, 1]]]},
+        {"outputs": [[HANDLE, 1 << 60, [COLS, 1]]]},
+        {"outputs": [[HANDLE, 0, [1 << 60, 1]]]},
+        {"outputs": [[HANDLE, 0, [-COLS, 1]]]},
+        {"outputs": [[HANDLE, 0, [1]]]},
+        {"outputs": [[HANDLE, "here", [COLS, 1]]]},
+        {"outputs": [None]},
+    ],
+)
+def test_nonsense_ends_the_candidate_and_not_the_judge(stage: Stage, answer: dict[str, Any]) -> None:
+    runner, _ = opened(stage, type("Liar", (Frames,), {"answer": answer}))
+    with pytest.raises(Died, match="nonsense") as died:
+        runner.run()
+    assert not died.value.fatal
+    with pytest.raises(Died, match="nonsense"):  # nothing is asked of it any more
+        runner.run()
+    runner.close()
+
+
+def test_an_answer_to_a_call_that_was_not_made_is_the_last(stage: Stage) -> None:
+    runner, _ = opened(stage, Hasty)
+    with pytest.raises(Died, match="out of turn"):
+        runner.timed("run", 5.0, 1000)
+
+
+def test_the_time_is_the_judge_s_less_what_a_call_that_does_nothing_takes(stage: Stage) -> None:
+    class Slow(Frames):
+        def call(self) -> dict[str, Any]:
+            idle(SECONDS if hasattr(self, "loaded") else SECONDS / 4)
+            self._wanted = [torch.zeros(ROWS, COLS)] if hasattr(self, "loaded") else self._wanted
+            self._forward = lambda: torch.ones(ROWS, COLS) if hasattr(self, "loaded") else self._wanted[0]
+            return super().call()
+
+    runner, (out,) = opened(stage, Slow)
+    sample = runner.timed("run", 5.0, 1000)
+    assert sample.seconds == pytest.approx(0.75 * SECONDS) and not sample.disputed
+    assert torch.equal(out, torch.ones(ROWS, COLS))
+
+
+def test_whoever_keeps_the_device_busy_between_calls_is_refused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = opened(stage, Frames)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: idle(2 * gpu_host.BUSY_S))
+    before = FakeEvent.now
+    with pytest.raises(Died, match="busy between calls"):
+        runner.timed("run", 5.0, 1000)
+    assert FakeEvent.now > before
+
+
+def test_one_that_is_gone_or_hangs_is_told_apart(stage: Stage) -> None:
+    class Gone(Frames):
+        def timed(self) -> dict[str, Any]:
+            if hasattr(self, "loaded"):
+                self._link.sock.shutdown(socket.SHUT_RDWR)
+            return super().timed()
+
+    runner, _ = opened(stage, Gone)
+    with pytest.raises(Died, match=gpu_host.GONE) as died:
+        runner.run()
+    assert died.value.outcome == "runtime"
+
+    class Hangs(Frames):
+        def call(self) -> dict[str, Any]:
+            return super().call() if not hasattr(self, "loaded") else threading.Event().wait()  # type: ignore[return-value]
+
+    import threading
+
+    runner, _ = opened(stage, Hangs)
+    with pytest.raises(Died, match="no answer within") as died:
+        runner.timed("run", 0.2, 1000)
+    assert died.value.outcome == "timeout" and not died.value.fatal
+
+
+def test_a_process_that_does_not_start_says_why(stage: Stage) -> None:
+    class Broken(FakeHost):
+        def serve(self) -> None:
+            self._link.send({"error": "CUDA error: no kernel image", "lacks_memory": False})
+
+    with pytest.raises(
+        Died, match="its Python cannot be run on this GPU: CUDA error: no kernel image"
+    ) as died:
+        opened(stage, Broken)
+    assert died.value.outcome == "constraints" and not died.value.fatal
+
+
+def test_plans_are_judged_as_before(evaluator: GpuEvaluator) -> None:
+    made = one_launch("absent", SPEC)
+    found = Candidate("x = 'absent'", "cuda")
+    evaluator.adopt(found, replace(made, source=found.source))
+    assert evaluator.evaluate(found).outcome == "constraints"
