@@ -38,8 +38,8 @@ NO_DEVICE = (
 
 TIMED = frozenset({"measure", "tune", "warm", "race", "profile"})
 """Requests for which the judge has its device alone. During all others it shares it."""
-LOADING = -1
-"""What a module's process goes by before the judge has a number for it."""
+LOADING, NULL = -1, -2
+"""What a module's process goes by before the judge has a number for it, and the one whose calls do nothing."""
 BY_ITSELF = "compile"
 """The request for which the judge takes its device itself, now and then."""
 
@@ -204,22 +204,27 @@ class GpuClient:
             self._end_host(arm)
 
     def _load_host(self, artifact: Artifact, shape_set: str) -> int:
-        assert self.lock is not None
+        if NULL not in self._hosts:
+            self._with_host("keep_null", NULL)
         packed = artifact.to_bytes()
+        request = {"shape_set": shape_set, "artifact_bytes": len(packed)}
+        answer = self._with_host("load_host", LOADING, packed + self.signature, **request)
+        number = int(answer["arm"])
+        self._hosts[number] = self._hosts.pop(LOADING)
+        return number
+
+    def _with_host(self, do: str, name: int, blob: bytes = b"", **arguments: Any) -> dict[str, Any]:
+        """Start a process, which goes by ``name``, and hand it to the judge with a request; what that answers."""
+        assert self.lock is not None
         ours, theirs = socket.socketpair()
         with ours, theirs, self.lock.shared():  # it begins on the device as soon as it is there
-            host = self._start_host(theirs)
-            self._hosts[LOADING] = host
+            host = self._hosts[name] = self._start_host(theirs)
             try:
                 fds = [ours.fileno(), host.leash.pidfd, host.leash.stat]
-                request = {"shape_set": shape_set, "artifact_bytes": len(packed)}
-                answer = self._ask("load_host", packed + self.signature, fds, **request)[0]
+                return self._ask(do, blob, fds, **arguments)[0]
             except BaseException:
-                self._end_host(LOADING)
+                self._end_host(name)
                 raise
-            number = int(answer["arm"])
-            self._hosts[number] = self._hosts.pop(LOADING)
-        return number
 
     def _start_host(self, link: socket.socket) -> Worker:
         """Start a process for a module's own Python. Raises ``ArmDied`` where it cannot be locked in."""

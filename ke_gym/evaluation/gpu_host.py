@@ -5,8 +5,8 @@ That process (``_gpu_host``) may do what it likes, so nothing it says is believe
 - it is stopped whenever the clock does not run, and inputs are put into the memory it works on only then;
 - before they are, its device is seen to be idle: no kernel of its may wait there for what comes;
 - the clock is the judge's, from when it goes on until it has stopped and the judge has run something on the device
-  itself, so that what it left behind there is over or in the way; less what a call that does nothing takes, the
-  shortest of several before the module is loaded;
+  itself, so that what it left behind there is over or in the way; less what a call that does nothing takes in a process
+  beside it, which nothing foreign is ever loaded into;
 - where its outputs lie it tells; what they are the judge looks at while it is stopped.
 """
 
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,110 +36,45 @@ from ke_gym.targets.cuda_driver import CudaError, at_address
 
 START_SECONDS, LOAD_SECONDS, GRACE_SECONDS = 60.0, 60.0, 10.0
 NULL_CALLS = 15
+RESOLUTION_S = 20e-6
+"""A call that takes less cannot be told from one that does nothing, and counts as this."""
 BUSY_S, BUSY_TRIES = 0.5e-3, 4
 """A device that does nothing answers in less; one whose kernel does not end lets others have it a slice of time each."""
 MAPPINGS = 16
 """Allocations of the process that are kept open at the most."""
 
 
-class HostRunner:
-    """A module of the host lane with the face of a ``CudaRunner``; ``link`` and ``leash`` lead to its process.
+class HostProcess:
+    """One such process; ``link`` and ``leash`` lead to it. Methods raise ``Died``: nothing is asked of it then any more,
+    and the judge lives on.
 
-    It has outputs of its own and no intermediates that anybody knows. Raises ``Died``, after which it only can be closed;
-    the judge lives on.
+    Until something is loaded, its calls do nothing.
     """
 
-    capturable = False
-
-    def __init__(self, link: Channel, leash: Leash, stage: Stage, chosen: ShapeSet) -> None:
+    def __init__(self, link: Channel, leash: Leash, stage: Stage) -> None:
         self._link, self._leash = link, leash
         self._driver, self._device, self._watch = stage.driver, stage.device, stage.watch
-        self.patience = GRACE_SECONDS
-        """Seconds that the next run may take."""
-        self.plan = Plan((), (), (), chosen.outputs, "cuda")
-        self.arena = torch.empty(0, dtype=torch.uint8, device=stage.device)
-        self.memory = MemoryPlan({}, {}, 0)
-        self.step_names: list[str] = []
         self._mark = torch.zeros(1, device=stage.device)
         self._mapped: dict[str, tuple[int, int]] = {}
         self._lost: tuple[str, str] | None = None
         self._loaded = False
-        self._given: list[Tensor] = []
-        self._outputs = [self._mark.clone()]  # of a call that does nothing
-        placement = Placement.of((*chosen.inputs, *chosen.state.values()))
-        size = Block.room(placement)
-        self._address = self._driver.allocate(size)
-        try:
-            self._lent = Block(placement, stage.device, at_address(self._address, size, stage.device))
-            self._lent.jump(stage.rng)
-            poison(self._lent.bytes, placement.used, 0)
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self) -> None:
+        self._outputs = [self._mark.clone()]
         try:
             self._receive(START_SECONDS)
         except Died as died:
+            self.close()
             kind = Crowded if isinstance(died, Crowded) else Died
             said = f"forward cannot be traced, and its Python cannot be run on this GPU: {died.log}"
             raise kind("constraints", said, fatal=False) from died
-        self._null_s = min(self._call(GRACE_SECONDS, timed=True) for _ in range(NULL_CALLS))
-
-    def load(self, blob: bytes, artifact_bytes: int, shape_set: str, names: Sequence[str]) -> None:
-        """Load the module: ``blob`` holds artifact and signature; ``names`` are the state's."""
-        described = [self._described(tensor) for tensor in self._lent.tensors]
-        inputs = described[: len(described) - len(names)]
-        state = dict(zip(names, described[len(inputs) :]))
-        torch.cuda.synchronize(self._device)
-        self._leash.thaw()
-        request = {"artifact_bytes": artifact_bytes, "shape_set": shape_set, "inputs": inputs, "state": state}
-        self._send({"do": "load", **request}, blob)
-        self._loaded = True
-        self._receive(LOAD_SECONDS)
-        self._leash.freeze()
-
-    # -- as a CudaRunner -------------------------------------------------------------------------------------
-
-    def place(self, inputs: Sequence[Tensor], state: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
-        """Where contents come from and outputs go to: memory of the judge's, which the process never sees."""
-        self._given, self._outputs = [*inputs, *state.values()], list(outputs)
-
-    def run(self) -> None:
-        """One call that nobody times; what it wrote to its inputs is written to those it was given."""
-        self._call(self.patience, timed=False)
-        lent = self._lent
-        if damaged(lent.bytes, lent.placement.used) is not None:
-            raise Died("correctness", "wrote outside of its inputs and parameters", fatal=False)
-        copy_all(self._given, lent.tensors)
-
-    def timed(self, what: str, patience: float, mhz: int, over: Callable[[], object] = int) -> Sample:
-        """One timed call; ``over`` is called once its outputs are there, while the process stands still."""
-        seconds = max(1e-9, self._call(patience, timed=True) - self._null_s)
-        over()
-        return Sample(seconds, seconds, None, True, mhz)
-
-    def prepare(self, state: Mapping[str, Tensor]) -> None:
-        """There is nothing to prepare."""
-
-    def fill_scratch(self, byte: int) -> None:
-        """Nobody knows what it keeps between calls."""
-
-    def step_times(self) -> list[tuple[str, float]]:
-        return []
-
-    def resources(self) -> dict[str, dict[str, int]]:
-        return {}
 
     def close(self) -> None:
-        """Let go of the process, which whoever started it ends, and of what was lent."""
+        """Let go of the process, which whoever started it ends."""
         self._unmap()
-        self._driver.release(self._address)
         self._link.close()
         self._leash.close()
 
-    # -- calls -----------------------------------------------------------------------------------------------
+    def _fill(self) -> None:
+        """Put a call's contents where it takes them from. It stands still."""
 
     def _call(self, patience: float, timed: bool) -> float:
         """One call on fresh contents, and where the outputs go; the seconds until the device was free again."""
@@ -146,8 +83,7 @@ class HostRunner:
         self._ready(patience)
         if timed:
             self._await_idle()
-        if self._given:
-            copy_all(self._lent.tensors, self._given)
+        self._fill()
         if timed:
             self._watch.flush()
         torch.cuda.synchronize(self._device)
@@ -209,11 +145,6 @@ class HostRunner:
         torch.cuda.synchronize(self._device)
 
     # -- plumbing --------------------------------------------------------------------------------------------
-
-    def _described(self, tensor: Tensor) -> list[Any]:
-        spec = TensorSpec.of(tensor)
-        handle, offset = self._driver.share(tensor.data_ptr()) if tensor.numel() else (b"", 0)
-        return [handle.hex(), offset, list(spec.shape), list(spec.stride), spec.dtype]
 
     def _opened(self, described: Any, wanted: TensorSpec) -> Tensor:
         """The output that the process tells of, whatever it says, as the judge sees it."""
@@ -284,3 +215,107 @@ class HostRunner:
         """What every call comes to from now on."""
         self._lost = outcome, log
         return Died(outcome, log, fatal=False)
+
+
+class NullHost(HostProcess):
+    """One that nothing is ever loaded into: what there is to a call besides what is called.
+
+    Mostly the device's way from the judge's context to another and back, 0.2 ms each, which changes with what the machine
+    does. So it is measured again before every call that is timed.
+    """
+
+    def __init__(self, link: Channel, leash: Leash, stage: Stage) -> None:
+        super().__init__(link, leash, stage)
+        self._seen: deque[float] = deque(maxlen=NULL_CALLS)
+
+    def seconds(self) -> float:
+        """The median of the last few calls, one of them made now."""
+        while len(self._seen) < NULL_CALLS:
+            self._seen.append(self._call(GRACE_SECONDS, timed=True))
+        self._seen.append(self._call(GRACE_SECONDS, timed=True))
+        return median(self._seen)
+
+
+class HostRunner(HostProcess):
+    """A module of the host lane with the face of a ``CudaRunner``; its outputs and intermediates are its own.
+
+    ``null`` is a process beside it.
+    """
+
+    capturable = False
+
+    def __init__(self, link: Channel, leash: Leash, stage: Stage, chosen: ShapeSet, null: NullHost) -> None:
+        super().__init__(link, leash, stage)
+        self._null = null
+        self.patience = GRACE_SECONDS
+        """Seconds that the next run may take."""
+        self.plan = Plan((), (), (), chosen.outputs, "cuda")
+        self.arena = torch.empty(0, dtype=torch.uint8, device=stage.device)
+        self.memory = MemoryPlan({}, {}, 0)
+        self.step_names: list[str] = []
+        self._given: list[Tensor] = []
+        self._names = list(chosen.state)
+        placement = Placement.of((*chosen.inputs, *chosen.state.values()))
+        size = Block.room(placement)
+        self._address = self._driver.allocate(size)
+        self._lent = Block(placement, stage.device, at_address(self._address, size, stage.device))
+        self._lent.jump(stage.rng)
+        poison(self._lent.bytes, placement.used, 0)
+
+    def load(self, blob: bytes, artifact_bytes: int, shape_set: str) -> None:
+        """Load the module; ``blob``: its artifact and the task's signature."""
+        lent = [self._lending(tensor) for tensor in self._lent.tensors]
+        first = len(lent) - len(self._names)
+        places = {"inputs": lent[:first], "state": dict(zip(self._names, lent[first:]))}
+        torch.cuda.synchronize(self._device)
+        self._send({"do": "load", "artifact_bytes": artifact_bytes, "shape_set": shape_set, **places}, blob)
+        self._loaded = True
+        self._receive(LOAD_SECONDS)
+        self._leash.freeze()
+
+    # -- as a CudaRunner -------------------------------------------------------------------------------------
+
+    def place(self, inputs: Sequence[Tensor], state: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
+        """Where contents come from and outputs go to: memory of the judge's, which the process never sees."""
+        self._given, self._outputs = [*inputs, *state.values()], list(outputs)
+
+    def run(self) -> None:
+        """One call that nobody times; what it wrote to its inputs is written to those it was given."""
+        self._call(self.patience, timed=False)
+        lent = self._lent
+        if damaged(lent.bytes, lent.placement.used) is not None:
+            raise Died("correctness", "wrote outside of its inputs and parameters", fatal=False)
+        copy_all(self._given, lent.tensors)
+
+    def timed(self, what: str, patience: float, mhz: int, over: Callable[[], object] = int) -> Sample:
+        """One timed call; ``over`` is called once its outputs are there, while the process stands still."""
+        nothing = self._null.seconds()
+        seconds = max(RESOLUTION_S, self._call(patience, timed=True) - nothing)
+        over()
+        return Sample(seconds, seconds, None, True, mhz)
+
+    def prepare(self, state: Mapping[str, Tensor]) -> None:
+        """There is nothing to prepare."""
+
+    def fill_scratch(self, byte: int) -> None:
+        """Nobody knows what it keeps between calls."""
+
+    def step_times(self) -> list[tuple[str, float]]:
+        return []
+
+    def resources(self) -> dict[str, dict[str, int]]:
+        return {}
+
+    def close(self) -> None:
+        """See ``HostProcess``; what was lent is the judge's again."""
+        super().close()
+        if hasattr(self, "_lent"):
+            self._driver.release(self._address)
+
+    def _fill(self) -> None:
+        copy_all(self._lent.tensors, self._given)
+
+    def _lending(self, tensor: Tensor) -> list[Any]:
+        spec = TensorSpec.of(tensor)
+        handle, offset = self._driver.share(tensor.data_ptr()) if tensor.numel() else (b"", 0)
+        return [handle.hex(), offset, list(spec.shape), list(spec.stride), spec.dtype]

@@ -35,7 +35,7 @@ from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
-from ke_gym.evaluation.gpu_host import HostRunner
+from ke_gym.evaluation.gpu_host import HostRunner, NullHost
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.gpu_memory import OVERHEAD, give_back, lacks_memory, taken_elsewhere
 from ke_gym.evaluation.gpu_stage import Crowded, Died, Runner, ShapeSet, Stage, first_line, foreign
@@ -85,6 +85,7 @@ class GpuJudge:
         self.sets: dict[str, ShapeSet] = {}
         self.arms: dict[int, Arm] = {}
         self._link = link
+        self._null: NullHost | None = None
         self._next = 0
 
     def describe(self, shape_sets: list[str], signature: bool = True) -> tuple[dict[str, Any], bytes]:
@@ -127,16 +128,20 @@ class GpuJudge:
             runner = self.stage.runner(artifact, self.sets[shape_set])
         return {"arm": self._kept(Arm(artifact, shape_set, runner))}
 
+    def keep_null(self, fds: list[int]) -> dict[str, Any]:
+        """Keep a process for calls that do nothing, which those of host lanes are timed beside; see ``load_host``."""
+        self._null = NullHost(*_reached_by(fds), self.stage)
+        return {}
+
     def load_host(self, shape_set: str, artifact_bytes: int, fds: list[int], blob: bytes) -> dict[str, Any]:
         """Load a module of the host lane into its process; ``fds``: the connection to it, what it is stopped by.
 
         ``blob``: the artifact and the task's signature.
         """
-        link, pidfd, stat = fds
-        chosen = self.sets[shape_set]
-        runner = HostRunner(Channel(socket.socket(fileno=link)), Leash(pidfd, stat), self.stage, chosen)
+        assert self._null is not None
+        runner = HostRunner(*_reached_by(fds), self.stage, self.sets[shape_set], self._null)
         try:
-            runner.load(blob, artifact_bytes, shape_set, list(chosen.state))
+            runner.load(blob, artifact_bytes, shape_set)
         except BaseException:
             runner.close()
             raise
@@ -425,6 +430,11 @@ class GpuJudge:
         peak = int(torch.cuda.max_memory_allocated(self.stage.device))
         found = verdict or Verdict(False, "most of what it computes is not finite")
         return {**found.to_dict(), "peak": peak}
+
+
+def _reached_by(fds: list[int]) -> tuple[Channel, Leash]:
+    link, pidfd, stat = fds
+    return Channel(socket.socket(fileno=link)), Leash(pidfd, stat)
 
 
 def compiler_settings() -> None:

@@ -16,8 +16,9 @@ from ke_gym.evaluation import gpu_evaluator, gpu_host, gpu_judge
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
-from ke_gym.evaluation.gpu_host import HostRunner
+from ke_gym.evaluation.gpu_host import HostRunner, NullHost
 from ke_gym.evaluation.gpu_stage import Died, Stage
+from ke_gym.evaluation.leash import Leash
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
 from ke_gym.languages.module import runtime
@@ -62,6 +63,7 @@ class ModelNew(torch.nn.Module):
 STRAY = "    __import__('ctypes').memset(x.data_ptr() + 4 * x.numel(), 1, 4)\n    return"
 SECONDS = 0.02
 MEMORY = torch.zeros(ROWS * COLS)
+SLEEPERS: list[Sleeper] = []
 HANDLE = MEMORY.data_ptr().to_bytes(64, "little").hex()
 
 
@@ -199,19 +201,27 @@ class Occupied(FakeDriver):
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     stand_in(monkeypatch)
     path = tmp_path / "wave.py"
     path.write_text(TASK)
-    return Stage(Task.from_file(path), torch.device("cpu"), FakeDriver())  # type: ignore[arg-type]
+    yield Stage(Task.from_file(path), torch.device("cpu"), FakeDriver())  # type: ignore[arg-type]
+    while SLEEPERS:
+        SLEEPERS.pop().close()
+
+
+def reached(host: Callable[[socket.socket], FakeHost]) -> tuple[Channel, Leash]:
+    ours, theirs = socket.socketpair()
+    host(theirs)
+    SLEEPERS.append(Sleeper())
+    return Channel(ours), SLEEPERS[-1].leash
 
 
 def opened(stage: Stage, host: Callable[[socket.socket], FakeHost]) -> tuple[HostRunner, list[torch.Tensor]]:
-    ours, theirs = socket.socketpair()
-    host(theirs)
     chosen = stage.shape_set("default")
-    runner = HostRunner(Channel(ours), Sleeper().leash, stage, chosen)
-    runner.load(b"", 0, "default", list(chosen.state))
+    null = NullHost(*reached(FakeHost), stage)
+    runner = HostRunner(*reached(host), stage, chosen, null)
+    runner.load(b"", 0, "default")
     out = torch.zeros(ROWS, COLS)
     runner.place([torch.randn(ROWS, COLS)], chosen.parameters, [out])
     return runner, [out]
@@ -252,18 +262,27 @@ def test_an_answer_to_a_call_that_was_not_made_is_the_last(stage: Stage) -> None
         runner.timed("run", 5.0, 1000)
 
 
-def test_the_time_is_the_judge_s_less_what_a_call_that_does_nothing_takes(stage: Stage) -> None:
-    class Slow(Frames):
-        def call(self) -> dict[str, Any]:
-            idle(SECONDS if hasattr(self, "loaded") else SECONDS / 4)
-            self._wanted = [torch.zeros(ROWS, COLS)] if hasattr(self, "loaded") else self._wanted
-            self._forward = lambda: torch.ones(ROWS, COLS) if hasattr(self, "loaded") else self._wanted[0]
-            return super().call()
+class Slow(Frames):
+    """Takes ``SECONDS``."""
 
+    def call(self) -> dict[str, Any]:
+        idle(SECONDS)
+        if hasattr(self, "loaded"):
+            self._wanted = [torch.zeros(ROWS, COLS)]
+            self._forward = lambda: torch.ones(ROWS, COLS)
+        return super().call()
+
+
+def test_the_time_is_the_judge_s_less_what_a_call_that_does_nothing_takes(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner, (out,) = opened(stage, Slow)
     sample = runner.timed("run", 5.0, 1000)
-    assert sample.seconds == pytest.approx(0.75 * SECONDS) and not sample.disputed
+    assert sample.seconds == pytest.approx(SECONDS) and not sample.disputed
     assert torch.equal(out, torch.ones(ROWS, COLS))
+    # What is shorter than nothing is not worth more than nothing.
+    monkeypatch.setattr(NullHost, "seconds", lambda self: 2 * SECONDS)
+    assert runner.timed("run", 5.0, 1000).seconds == gpu_host.RESOLUTION_S
 
 
 def test_whoever_keeps_the_device_busy_between_calls_is_refused(
