@@ -36,6 +36,7 @@ from ke_gym.proposers.base import NOTHING, Context, EditMode, Kind, Proposal, Pr
 from ke_gym.proposers.prices import Purse
 from ke_gym.search import observation, parents
 from ke_gym.search.budget import Budget, Spent
+from ke_gym.search.limits import worthwhile
 from ke_gym.search.observation import Observation, Surroundings, Values
 from ke_gym.search.store import Expense, NodeRecord, Purpose, Setting, Store
 from ke_gym.search.tree import Node, Tree
@@ -276,7 +277,7 @@ class Session:
         """The legal actions, shape (25,), if the next candidate were made from ``parent``."""
         mask = np.zeros(len(ACTIONS), dtype=np.bool_)
         if parent is not None:
-            mask[: len(STRATEGIES)] = self.proposer.mask(parent.candidate)
+            mask[: len(STRATEGIES)] = self.proposer.mask(parent.candidate) & worthwhile(parent.evaluation)
             for strategy in STRATEGIES:
                 if self._count(parent.number, strategy).exhausted:
                     mask[strategy.id] = False

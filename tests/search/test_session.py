@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ke_gym.search.run import Transition, Watch, run
 from ke_gym.search.session import Ask, Session
 from ke_gym.search.store import Store
 from ke_gym.search.tree import Node
-from ke_gym.strategies import FIX, RESTART, STOP, get
+from ke_gym.strategies import FIX, RESTART, STOP, STRATEGIES, get
 from tests.search.fakes import SETTING, FakeProposer, Judge, evaluation, judge
 
 
@@ -63,6 +64,40 @@ def test_illegal_actions_and_stop_are_refused_without_cost(store: Store) -> None
     assert searched.stopped() is None and searched.spent.evaluations == 0
     assert isinstance(searched.ask(STOP.id), Refusal)
     assert searched.stopped() == "STOP"
+
+
+@pytest.mark.parametrize(
+    ("limiter", "floor", "left"),
+    [
+        ("dram", 0.97, {"dram", "all"}),
+        ("compute", 0.97, {"compute", "all"}),
+        ("dram", 0.90, None),
+        ("l2", 0.97, None),
+        ("", 0.0, None),
+    ],
+)
+def test_only_what_relieves_a_unit_at_its_peak_is_legal(
+    store: Store, limiter: str, floor: float, left: set[str] | None
+) -> None:
+    searched = session(store)
+    ask = searched.ask(RESTART.id)
+    assert isinstance(ask, Ask)
+    judged = judge(ask.candidate)
+    assert judged.time_ms is not None
+    profile = replace(judged.profile, floor_ms=floor * judged.time_ms)
+    searched.tell(ask, judged.replace(limiter=limiter, profile=profile))
+    situation = searched.situation()
+    assert situation.parent is not None
+    offered = [s for s in STRATEGIES if searched.proposer.mask(ask.candidate)[s.id]]
+    assert [s for s in STRATEGIES if situation.mask[s.id]] == [
+        s for s in offered if not left or s.resource in left
+    ]
+    for strategy in offered:
+        if left and strategy.resource not in left:
+            assert isinstance(searched.ask(strategy.id), Refusal)
+            break
+    else:
+        assert left is None
 
 
 def test_a_node_is_durable_the_moment_it_is_told(store: Store) -> None:
