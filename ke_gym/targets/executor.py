@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryPlan", "PlanError", "PlanRunner", "plan_memory"]
 
 Closure = Callable[[], object]
+_NEVER_INTO = (torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 AS_STRIDED = ("aten.as_strided.default", "aten.as_strided_copy.default")
 
 
@@ -74,6 +75,8 @@ class PlanRunner:
         self._memory = memory or plan_memory(self.plan)
         self._arena = arena if arena is not None else self._bytes(self._memory.size)
         self._roots = alias_roots(self.plan)
+        self._fitting: set[int] = set()
+        """Values that came out as the outputs they are: from then on calls write these in place."""
         # Kernels read inputs through pointers, which are easily replaced; ATen calls hold the tensors.
         calls = [step for step in self.plan.steps if isinstance(step, Call)]
         self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in uses(step))
@@ -233,6 +236,10 @@ class PlanRunner:
                 raise PlanError(
                     f"output {position} came out as {TensorSpec.of(tensor)}, the plan says {spec}"
                 )
+            if self._outputs is not None and tensor is self._outputs[position]:
+                results.append(tensor)
+                continue
+            self._fitting.add(value)
             if self._outputs is not None:
                 results.append(self._outputs[position].copy_(tensor))
             elif self._is_own(value, tensor) and self.plan.returns.index(value) == position:
@@ -318,6 +325,7 @@ class PlanRunner:
         overload = resolve(step.target)
         values, outs = self._values, step.outs
         cells = [self._cells.setdefault(out, ctypes.c_void_p()) for out in outs]
+        position, variant = self._destination(step)
         made = {v for v in uses(step) if v not in values}
         slots = [(i, a.value) for i, a in enumerate(step.args) if isinstance(a, Ref) and a.value in made]
         nested = [i for i, a in enumerate(step.args) if isinstance(a, tuple) and made & set(refs(a))]
@@ -333,7 +341,10 @@ class PlanRunner:
                 args[i] = self._concrete(step.args[i])
             for name in named:
                 kwargs[name] = self._concrete(step.kwargs[name])
-            result = overload(*args, **kwargs)
+            if variant is not None and outs[0] in self._fitting and self._outputs is not None:
+                result = variant(*args, **kwargs, out=self._outputs[position])
+            else:
+                result = overload(*args, **kwargs)
             results = [result] if isinstance(result, torch.Tensor) else flatten(result)
             for out, cell, tensor in zip(outs, cells, results, strict=True):
                 values[out] = tensor
@@ -344,6 +355,17 @@ class PlanRunner:
                 values.pop(value, None)
 
         return call
+
+    def _destination(self, step: Call) -> tuple[int, Any]:
+        """Which output is what a call makes, and the overload that writes it there; None where it has to be copied.
+
+        A copy would be counted as the plan's time, and whoever deploys it gets the tensor itself.
+        """
+        if len(step.outs) != 1 or self._roots[step.outs[0]] != step.outs[0]:
+            return -1, None
+        if step.outs[0] not in self.plan.returns:
+            return -1, None
+        return self.plan.returns.index(step.outs[0]), _out_variant(resolve(step.target))
 
     def _positional(self, step: Call, skip: Collection[int] = ()) -> list[Any]:
         """The arguments of a call but those in ``skip``, which a run makes.
@@ -426,3 +448,25 @@ def _last_uses(plan: Plan, roots: dict[int, int]) -> dict[int, int]:
             last[root] = max(last.get(root, 0), last[value])
     kept = {roots[r] for r in plan.returns} | set(plan.returns)
     return {v: i for v, i in last.items() if v in made and v not in kept}
+
+
+@functools.cache
+def _out_variant(overload: Any) -> Any:
+    """The overload with the same arguments that writes its one result to ``out``, or None."""
+    schema = overload._schema
+    if any(tag in overload.tags for tag in _NEVER_INTO) or [str(r.type) for r in schema.returns] != [
+        "Tensor"
+    ]:
+        return None
+    packet = overload.overloadpacket
+    for name in packet.overloads():
+        found = getattr(packet, name)
+        taken = found._schema.arguments
+        outs = [argument for argument in taken if argument.is_out]
+        if [argument.name for argument in outs] == ["out"] and _asked(schema.arguments) == _asked(taken[:-1]):
+            return found
+    return None
+
+
+def _asked(arguments: Sequence[Any]) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in arguments]

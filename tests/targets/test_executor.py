@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ke_gym.languages import cpp
 from ke_gym.languages.artifact import Artifact
@@ -106,12 +107,71 @@ def test_outputs_share_memory_with_nothing(given: bool) -> None:
     ]
     returns, specs = [2, 3, 2, 4, 5, 6, 0], [SPEC, TURNED, SPEC, SPEC, SPEC, TURNED, SPEC]
     outputs = [torch.empty_strided(s.shape, s.stride) for s in specs] if given else None
-    results = PlanRunner(artifact(steps, returns, specs), "cpu", inputs, state, outputs=outputs).run()
+    runner = PlanRunner(artifact(steps, returns, specs), "cpu", inputs, state, outputs=outputs)
     x, w = inputs[0], state["w"]
-    for got, want in zip(results, [2 * x, 2 * x.t(), 2 * x, -w, -w, x.t(), x], strict=True):
-        assert torch.equal(got, want)
-    pointers = {t.untyped_storage().data_ptr() for t in (*results, x, w)}
-    assert len(pointers) == len(results) + 2
+    for _ in range(3):  # later runs write some of them in place
+        results = runner.run()
+        for got, want in zip(results, [2 * x, 2 * x.t(), 2 * x, -w, -w, x.t(), x], strict=True):
+            assert torch.equal(got, want)
+        pointers = {t.untyped_storage().data_ptr() for t in (*results, x, w)}
+        assert len(pointers) == len(results) + 2
+        x.normal_()
+        w.normal_()
+
+
+class Called(TorchDispatchMode):
+    """Lists the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+ROW = TensorSpec((6,), (1,), "float32")
+
+
+@pytest.mark.parametrize(
+    ("made", "spec", "written"),
+    [
+        (call("sin.default", Ref(0), out=2), SPEC, "aten.sin.out"),
+        (call("mm.default", Ref(0), Ref(3), out=2), TensorSpec((4, 4), (4, 1), "float32"), "aten.mm.out"),
+        (call("sum.dim_IntList", Ref(0), (0,), out=2), ROW, "aten.sum.IntList_out"),
+        (call("mul.Tensor", Ref(0), Ref(1), out=2), SPEC, "aten.mul.out"),
+        (call("rand_like.default", Ref(0), out=2), SPEC, None),  # draws as its reference does
+        (call("t.default", Ref(0), out=2), TURNED, None),
+    ],
+)
+def test_a_last_call_writes_its_output_in_place(made: Call, spec: TensorSpec, written: str | None) -> None:
+    """A copy would count as the plan's time."""
+    inputs, state = tensors()
+    steps: list[Step] = [call("t.default", Ref(1), out=3), made]
+    out = torch.empty_strided(spec.shape, spec.stride)
+    runner = PlanRunner(artifact(steps, [2], [spec]), "cpu", inputs, state, outputs=[out])
+    fresh = PlanRunner(artifact(steps, [2], [spec]), "cpu", inputs, state)
+    runner.run()
+    for _ in range(2):
+        inputs[0].normal_()
+        with Called() as seen:
+            runner.run()
+        assert (seen.names == [written]) if written else ("aten.copy_.default" in seen.names)
+        if made.target != "aten.rand_like.default":
+            torch.testing.assert_close(out, fresh.run()[0], rtol=0, atol=0)
+
+
+def test_outputs_can_be_others_in_every_run() -> None:
+    """As a GPU's are."""
+    inputs, state = tensors()
+    runner = PlanRunner(
+        artifact([call("sin.default", Ref(0), out=2)], [2]), "cpu", inputs, state, outputs=[torch.empty(4, 6)]
+    )
+    for _ in range(3):
+        runner._outputs = [torch.empty(4, 6)]
+        (got,) = runner.run()
+        assert got is runner._outputs[0] and torch.equal(got, torch.sin(inputs[0]))
 
 
 def test_views_of_fixed_memory_cost_nothing_in_a_run() -> None:
