@@ -217,7 +217,7 @@ class GpuClient:
         """Start a process, which goes by ``name``, and hand it to the judge with a request; what that answers."""
         assert self.lock is not None
         ours, theirs = socket.socketpair()
-        with ours, theirs, self.lock.shared():  # it begins on the device as soon as it is there
+        with ours, theirs, self.lock.alone():  # it begins on the device as soon as it is there
             host = self._hosts[name] = self._start_host(theirs)
             try:
                 fds = [ours.fileno(), host.leash.pidfd, host.leash.stat]
@@ -330,13 +330,18 @@ class GpuClient:
         self, do: str, blob: bytes = b"", fds: Sequence[int] = (), **arguments: Any
     ) -> tuple[dict[str, Any], bytes]:
         assert self.lock is not None
-        held = self.lock.alone() if do in TIMED else nullcontext() if do == BY_ITSELF else self.lock.shared()
+        # What a module's own process still does on the device when it says that it is done can be told only there.
+        alone = do in TIMED or any(arm != NULL for arm in self._hosts)
+        held = self.lock.alone() if alone else nullcontext() if do == BY_ITSELF else self.lock.shared()
         with held:
             try:
                 header, answer = self._exchange(do, arguments, blob, fds)
             except BaseException:
                 self.close()  # whatever it still does there, it must not do beside others' races
                 raise
+            if "died" in header:
+                header["log"] = self._with_the_end(header["log"])
+                self._end_hosts()
             if header.get("fatal"):
                 self.close()
         self._raise_what_is_said(header)
@@ -367,7 +372,7 @@ class GpuClient:
             self.alive = self.alive and not header["fatal"]
             if header["rival"]:
                 raise RivalFailed(header["log"])
-            raise ArmDied(header["died"], self._with_the_end(header["log"]))
+            raise ArmDied(header["died"], header["log"])
         if "no_device" in header:
             raise UserError(NO_DEVICE.format(why=header["no_device"]))
         if "out_of_memory" in header:
@@ -383,6 +388,11 @@ class GpuClient:
         if "task_error" in header:
             raise UserError(f"task {self.task.name}: its reference fails on the GPU: {header['task_error']}")
 
+    def _end_hosts(self) -> None:
+        """End all processes of modules' own Python: what one of them left on the device goes with it."""
+        for arm in [arm for arm in self._hosts if arm != NULL]:
+            self._end_host(arm)
+
     def _with_the_end(self, log: str) -> str:
         """How the process of a module's Python ended, if that is what the judge tells of, and its last words."""
         if log != GONE:
@@ -397,8 +407,8 @@ class GpuClient:
         """End the process, whatever it does; beside no race, since its context is torn down on the device."""
         self.alive = False
         with self.lock.shared() if self.lock is not None else nullcontext():
-            for arm in list(self._hosts):
-                self._end_host(arm)
+            self._end_hosts()
+            self._end_host(NULL)
             for owned in (getattr(self, "worker", None), self.launcher, self._link):
                 if owned is not None:
                     owned.close()

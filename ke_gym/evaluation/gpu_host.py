@@ -3,7 +3,8 @@
 That process (``_gpu_host``) may do what it likes, so nothing it says is believed:
 
 - it is stopped whenever the clock does not run, and inputs are put into the memory it works on only then;
-- before they are, its device is seen to be idle: no kernel of its may wait there for what comes;
+- before they are, and when a call is over, its device is seen to be idle: no kernel of its may wait there for what comes,
+  or be in the way of whoever has the device next;
 - the clock is the judge's, from when it goes on until it has stopped and the judge has run something on the device
   itself, so that what it left behind there is over or in the way; less what a call that does nothing takes in a process
   beside it, which nothing foreign is ever loaded into;
@@ -275,6 +276,7 @@ class HostRunner(HostProcess):
         self._loaded = True
         self._receive(LOAD_SECONDS)
         self._leash.freeze()
+        self._await_idle()
 
     # -- as a CudaRunner -------------------------------------------------------------------------------------
 
@@ -285,6 +287,7 @@ class HostRunner(HostProcess):
     def run(self) -> None:
         """One call that nobody times; what it wrote to its inputs is written to those it was given."""
         self._call(self.patience, timed=False)
+        self._await_idle()
         lent = self._lent
         if damaged(lent.bytes, lent.placement.used) is not None:
             raise Died("correctness", "wrote outside of its inputs and parameters", fatal=False)
@@ -295,6 +298,7 @@ class HostRunner(HostProcess):
         nothing = self._null.seconds()
         seconds = max(RESOLUTION_S, self._call(patience, timed=True) - nothing)
         over()
+        self._await_idle()
         return Sample(seconds, seconds, None, True, mhz)
 
     def prepare(self, state: Mapping[str, Tensor]) -> None:

@@ -51,6 +51,8 @@ PRODUCTS = [
         ("conv1d", (("words", True), ("m", 16), ("n", 32), ("k", 16), ("loads", "descriptors"))),
         ("conv2d", (("warps", 2),)),
         ("conv2d_even", (("words", True),)),
+        ("conv3d", (("warps", 2),)),
+        ("conv3d", (("channels_last", True), ("warps", 2))),
         ("pointwise", (("loads", "descriptors"),)),
         ("pointwise_single", (("packed", True), ("turned", True))),
         ("depthwise", (("rows", 256),)),

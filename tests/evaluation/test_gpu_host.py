@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from ke_gym.candidate import Candidate
 from ke_gym.evaluation import gpu_evaluator, gpu_host, gpu_judge
 from ke_gym.evaluation.channel import Channel
-from ke_gym.evaluation.gpu_client import GpuClient
+from ke_gym.evaluation.gpu_client import NULL, GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_host import HostRunner, NullHost
 from ke_gym.evaluation.gpu_stage import Died, Stage
@@ -294,6 +295,8 @@ def test_whoever_keeps_the_device_busy_between_calls_is_refused(
     with pytest.raises(Died, match="busy between calls"):
         runner.timed("run", 5.0, 1000)
     assert gpu_host.BUSY_S <= FakeEvent.now - before < 2 * gpu_host.BUSY_S
+    with pytest.raises(Died, match="busy between calls"):  # nor may what was loaded leave anything there
+        opened(stage, Frames)
 
 
 def test_one_that_is_gone_or_hangs_is_told_apart(stage: Stage) -> None:
@@ -330,6 +333,29 @@ def test_a_process_that_does_not_start_says_why(stage: Stage) -> None:
     ) as died:
         opened(stage, Broken)
     assert died.value.outcome == "constraints" and not died.value.fatal
+
+
+def test_what_a_module_left_on_the_device_ends_before_others_have_it(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a module's process is there, its judge has the device alone, and a module that fails is ended so."""
+    modes: dict[str, Any] = {}
+    exchange, end = InProcess._exchange, Sleeper.close
+
+    def watched(self: InProcess, do: str, *rest: Any) -> Any:
+        modes[do] = self.lock._mine.mode  # type: ignore[union-attr]
+        return exchange(self, do, *rest)
+
+    def ended(self: Sleeper) -> None:
+        modes["end"] = evaluator.judge.lock._mine.mode  # type: ignore[union-attr]
+        end(self)
+
+    monkeypatch.setattr(InProcess, "_exchange", watched)
+    monkeypatch.setattr(Sleeper, "close", ended)
+    lying = FORWARD.replace("    return", "    1 / 0\n    return")
+    assert evaluator.evaluate(candidate(evaluator, f"# left\n{lying}")).outcome == "runtime"
+    assert modes["load_host"] == modes["check"] == modes["end"] == fcntl.LOCK_EX
+    assert list(evaluator.judge._hosts) == [NULL]
 
 
 def test_plans_are_judged_as_before(evaluator: GpuEvaluator) -> None:
