@@ -105,6 +105,8 @@ def _builder(graph: Graph, group: Group) -> Any:
         kinds = (tiling.Builder, products.Builder, flash.Builder)
     called = attend.products_of(graph, group.nodes)
     count = min(len(called), 2)
+    if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
+        return bags.Builder
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
         if called[0].target == products.CONVOLUTION:
             return windows.Builder
@@ -113,8 +115,6 @@ def _builder(graph: Graph, group: Group) -> Any:
         return matmuls.Builder if count == 1 else pairs.Builder
     if graph.device == "cuda" and not count and dict(group.launch).get("language") == windows.LANGUAGE:
         return searches.Builder
-    if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
-        return bags.Builder
     if graph.device == "cuda" and thin_products.apart(graph, called) is not None:
         return thin_products.Builder
     if group.one_pass and kinds[count] is not Builder:

@@ -1,7 +1,7 @@
 """Schedule -> CUDA C++ kernel module text: one source with the kernels, and a ``forward`` that launches them.
 
 Calls of the library stay products that are none of ``matmuls`` or ``pairs``, convolutions that are none of ``windows``,
-and attention that is none of ``attentions``.
+attention that is none of ``attentions``, and bags that are none of ``bags``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from ke_gym.codegen import cuda_tensor_cores as cores
 from ke_gym.codegen import (
+    emit_cuda_bags,
     emit_cuda_flash,
     emit_cuda_matmuls,
     emit_cuda_pairs,
@@ -22,6 +23,7 @@ from ke_gym.codegen import (
     module,
 )
 from ke_gym.codegen.attentions import Attention
+from ke_gym.codegen.bags import Bag
 from ke_gym.codegen.cuda_layout import layout
 from ke_gym.codegen.cuda_text import TYPES, helpers
 from ke_gym.codegen.emit_cuda import print_tiles
@@ -75,6 +77,8 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
         return _pairs(nest, suffix, used)
     if isinstance(nest, Attention):
         return _attention(nest, suffix, used)
+    if isinstance(nest, Bag):
+        return _bag(nest, suffix, used)
     if isinstance(nest, Searched):
         searches = emit_cuda_searches.Printer(nest, used)
         grid = f"({nest.along}, {nest.across})" if nest.across > 1 else nest.along
@@ -92,6 +96,20 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
     block = module._tuple(shape.block) if len(shape.block) > 1 else str(shape.block[0])
     launch = f"kernels.{name}[{shape.grid(nest)}, {block}]({arguments})"
     return Printed(f"// {module.computes(nest)}\n{signature}\n{body}\n}}", [launch])
+
+
+def _bag(bag: Bag, suffix: str, used: set[str]) -> Printed:
+    printer, name = emit_cuda_bags.Printer(bag, used), f"compute_{bag.name}{suffix}"
+    parameters = [
+        f"{'' if listed == bag.name else 'const '}{printer.kinds[listed]}* __restrict__ {printer.names[listed]}"
+        for listed in printer.pointers
+    ]
+    body = textwrap.indent("\n".join(printer.body()), "  ")
+    along, across = printer.grid
+    grid = f"({along}, {across})" if across > 1 else str(along)
+    launch = f"kernels.{name}[{grid}, {printer.threads}]({', '.join(printer.pointers)})"
+    signature = _signature(name, str(printer.threads), parameters)
+    return Printed(f"// {module.computes(bag)}\n{signature}\n{body}\n}}", [launch])
 
 
 def _signature(name: str, bounds: str, parameters: list[str]) -> str:

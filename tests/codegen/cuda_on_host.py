@@ -40,6 +40,20 @@ IN_VECTORS = [
 ]
 
 
+IN_BAGS = [
+    (name if name == "embedding_bag" else str(HERE / "bags" / f"{name}.py"), launch)
+    for name, launch in (
+        ("embedding_bag", ()),
+        ("embedding_bag", (("rows", 1), ("columns", 32), ("warps", 1))),
+        ("mean", ()),
+        ("mean", (("rows", 64), ("warps", 8))),
+        ("wide", ()),
+        ("wide", (("columns", 128), ("rows", 2), ("warps", 4))),
+        ("wide", (("columns", 512), ("rows", 4), ("warps", 2))),
+    )
+]
+
+
 _MEMORY = "extern __shared__ __align__(1024) unsigned char memory[];"
 _ON_HOST = "unsigned char* const memory = host::memory;"
 

@@ -19,8 +19,8 @@ from ke_gym.languages import nvrtc
 from ke_gym.languages.cuda import parse_kernels
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.tasks import Task
-from tests.codegen.cuda_on_host import IN_PASSES, IN_VECTORS, VECTORS, check, program
-from tests.codegen.interpret import SMALL, with_launch
+from tests.codegen.cuda_on_host import IN_BAGS, IN_PASSES, IN_VECTORS, VECTORS, check, program
+from tests.codegen.interpret import SMALL, case_ids, with_launch
 from tests.languages.gpu_modules import built, launches
 
 NAMES = [task.name for task in tasks.resolve("suite") if SMALL in task.shapes]
@@ -39,6 +39,7 @@ COMPILED = (
     "rms_norm_backward",
     "rms_norm_bf16",
     "global_pool",
+    "embedding_bag",
 )
 EXAMPLES = settings(max_examples=60, deadline=None)
 
@@ -80,6 +81,16 @@ def test_vectors_compute_the_reference(name: str, launch: Any, loaded: str, tmp_
     assert made.legal(schedule)
     assert loaded in made.emit(schedule)
     check(path, schedule, tmp_path)
+
+
+@pytest.mark.parametrize("name, launch", IN_BAGS, ids=case_ids)
+def test_bags_compute_the_reference(name: str, launch: Any, tmp_path: Path) -> None:
+    made = program(name)
+    schedule = with_launch(made.seeds()[0], launch)
+    assert made.legal(schedule)
+    text = made.emit(schedule)
+    assert "torch.ops.aten" not in text and ("load<4>" in text) == ("wide" not in name)
+    check(name, schedule, tmp_path)
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -9,7 +9,7 @@ import torch
 
 from ke_gym.languages.base import Signature
 from ke_gym.tasks import Task
-from tests.codegen.cuda_on_host import IN_PASSES, IN_VECTORS, VECTORS, program
+from tests.codegen.cuda_on_host import IN_BAGS, IN_PASSES, IN_VECTORS, VECTORS, program
 from tests.codegen.interpret import SMALL, with_launch
 from tests.languages.gpu_modules import built
 
@@ -26,6 +26,7 @@ CASES = [
     *((name, ()) for name in NAMES),
     *IN_PASSES.items(),
     *((str(VECTORS / f"{name}.py"), launch) for name, launch, _ in IN_VECTORS),
+    *IN_BAGS,
 ]
 
 
