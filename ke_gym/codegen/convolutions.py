@@ -84,12 +84,16 @@ class Convolution:
         return Window(self.w.shape[1], math.prod(self.w.shape[2:]))
 
     def input(self, element: Element, batch: Index, n: Index, k: Index) -> Expr:
-        """What position ``n`` sees at ``k``: zero outside the input."""
+        """What position ``n`` sees at ``k``, channels innermost: zero outside the input."""
         channels = self.w.shape[1]
-        index, tests = [batch, k % channels], []
-        for d, (size, tap) in enumerate(zip(self.x.shape[2:], self._taps(k // channels))):
+        return self.seen(element, batch, n, k % channels, k // channels)
+
+    def seen(self, element: Element, batch: Index, n: Index, channel: Index, tap: Index) -> Expr:
+        """What position ``n`` sees of a channel at a tap: zero outside the input."""
+        index, tests = [batch, channel], []
+        for d, (size, step) in enumerate(zip(self.x.shape[2:], self._taps(tap))):
             at = (n // math.prod(self.out[3 + d :])) % self.out[2 + d]
-            index.append(at * self.stride[d] + tap * self.dilation[d] - self.padding[d])
+            index.append(at * self.stride[d] + step * self.dilation[d] - self.padding[d])
             tests.append(in_range(index[-1], 0, size))
         value = element(self.x, tuple(index))
         for test in tests:

@@ -322,6 +322,8 @@ class Text(cpp_text.Text):
     def literal(self, value: float | int | bool, dtype: str) -> str:
         if dtype == "i64":
             return "(-9223372036854775807LL - 1)" if value == -(2**63) else f"{int(value)}LL"
+        if dtype in ("f16", "bf16"):
+            return f"{TYPES[dtype]}({self.literal(value, 'f32')})"
         if dtype == "i32" and value == -(2**31):
             return "(-2147483647 - 1)"
         if is_float(dtype) and not math.isfinite(value):

@@ -108,8 +108,6 @@ def _builder(graph: Graph, group: Group) -> Any:
     if graph.device == "cuda" and count == 1 and called[0].target in bags.KINDS:
         return bags.Builder
     if count and windows.LANGUAGE in (graph.language, dict(group.launch).get("language")):
-        if called[0].target == products.CONVOLUTION:
-            return windows.Builder
         if count == 2 and called[1].target == flash.KIND:
             return attentions.Builder
         return matmuls.Builder if count == 1 else pairs.Builder

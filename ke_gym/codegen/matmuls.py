@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ke_gym.codegen import pairs, products
+from ke_gym.codegen import pairs, products, windows
+from ke_gym.codegen.convolutions import Convolution
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import BYTES, Expr, Index, Load, constant, of
-from ke_gym.codegen.graph import contiguous_stride
+from ke_gym.codegen.graph import View, contiguous_stride
 from ke_gym.codegen.operands import Described, Shape, described, variables
 from ke_gym.codegen.product_blocks import DEEP, FILL, SHARE, SPLITS
-from ke_gym.codegen.products import turned
+from ke_gym.codegen.products import Made, places_of, turned
 from ke_gym.codegen.tensor_cores import Kernel, around
 from ke_gym.codegen.tiles import chosen, depends, joined
 from ke_gym.codegen.windows import LANGUAGE, REGISTERS, SHARED, needs_hopper
@@ -183,14 +184,17 @@ class Matmul(Kernel):
 
 
 class Builder(products.Builder):
-    """Builds the ``Pairs`` of a group of one product, or else its ``Matmul``; raises ``Illegal`` if it is the library's."""
+    """Builds the ``Pairs`` of a group of one product, or a convolution's ``Windowed``, or else a ``Matmul``; raises ``Illegal``
+    if it is the library's."""
 
     def build(self) -> Any:
+        convolves = self.step.target == products.CONVOLUTION
         with contextlib.suppress(Illegal):
-            return pairs.Builder(self.graph, self.group, self.visible).build()
+            first = windows.Builder if convolves else pairs.Builder
+            return first(self.graph, self.group, self.visible).build()
         needs_hopper(self.graph)
-        if self.step.target == products.CONVOLUTION or self.step.kwargs:
-            raise Illegal("a scaled product, or a convolution, as a product of matrices in CUDA C++")
+        if self.step.kwargs:
+            raise Illegal("a scaled product as a product of matrices in CUDA C++")
         a, b = self.step.args[1:3] if self.step.target == products.BIASED else self.step.args[:2]
         dtypes = {self.graph.buffers[v.buffer].dtype for v in (a, b)}
         if len(dtypes) != 1 or not dtypes <= {"f32", "bf16", "f16"}:
@@ -199,7 +203,7 @@ class Builder(products.Builder):
             raise Illegal("products in full fp32 are the library's in CUDA C++")
         if self.product.stride != contiguous_stride(self.product.shape):
             raise Illegal("the product is stored in another order")
-        made = self._matrices(a, b, dtypes.pop())
+        made = self._windows(dtypes.pop()) if convolves else self._matrices(a, b, dtypes.pop())
         turn = dict(self.group.launch).get("turned", made[0].m < 64 <= made[0].n)
         shape, operands, index, value = turned(*made) if turn else made
         if shape.k < 16:
@@ -208,22 +212,59 @@ class Builder(products.Builder):
         if not stores or any(store.op for store in stores):
             raise Illegal("nothing is stored, or rows are reduced")
         drafted = Matmul(
-            **around(self, [self.step], shape, stores, operands), operands=operands, tiles=tiled(operands, shape),
+            **around(self, [self.step], shape, stores, operands), operands=operands, tiles=tiled(operands, shape, convolves),
             blocks=replace(DRAFTS[-1], k=ROW // BYTES[shape.dtype]),
         )  # fmt: skip
         drafted = replace(drafted, blocks=replace(heuristic(drafted), turned=turn))
         return checked(replace(drafted, blocks=chosen(drafted.blocks, drafted.knobs(), self.group)))
 
+    def _windows(self, dtype: str) -> Made:
+        """A convolution as the product of its weights, as they lie, and what positions see: taps innermost."""
+        call = Convolution.of(self.step)
+        window, (count, *_) = call.window, call.w.shape
+        deep = window.taps * window.channels
+        if call.w.stride != contiguous_stride(call.w.shape):
+            raise Illegal("weights that are stored in another order")
+        shape = Shape(call.out[0], count, call.positions, deep, dtype)
+        batch, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
+        left = self._element(View(call.w.buffer, (count, deep), (deep, 1), call.w.offset), (m, k))
+        seen = self._points(call)
+        right = (
+            self._element(seen, (batch, k, n))
+            if seen is not None
+            else call.seen(self._element, batch, n, k // window.taps, k % window.taps)
+        )
+        places = (batch, m, *places_of(n, call.out[2:]))
+        return shape, (left, right), places, self._biased(self.step.args[2], (m,))
 
-def tiled(operands: tuple[Expr, Expr], shape: Shape) -> tuple[Described | None, Described | None]:
-    """The operands as tensors of three dimensions, (batch, outer, inner), that bulk copies take tiles of."""
+    def _points(self, call: Convolution) -> View | None:
+        """The input as a matrix for each image, where every position sees itself alone."""
+        sizes = call.x.shape[2:]
+        alone = call.window.taps == 1 and set(call.stride) == {1} and not any(call.padding)
+        if not alone or call.x.stride[2:] != contiguous_stride(sizes) or call.x.buffer in self.nodes:
+            return None
+        return View(
+            call.x.buffer, (*call.x.shape[:2], math.prod(sizes)), (*call.x.stride[:2], 1), call.x.offset
+        )
+
+
+def tiled(
+    operands: tuple[Expr, Expr], shape: Shape, scattered: bool = False
+) -> tuple[Described | None, Described | None]:
+    """The operands as tensors of three dimensions, (batch, outer, inner), that bulk copies take tiles of.
+
+    ``scattered``: one that lies otherwise in memory is brought element by element.
+    """
     found: list[Described | None] = []
     for operand, axes in zip(operands, ("mk", "kn")):
         view, begin = None, 0
         if isinstance(operand, Load):
             begin = operand.index[0].const
             view = described(Load(operand.buffer, (operand.index[0] - begin,), operand.dtype), axes, shape, 1)
-            if view is None or begin * BYTES[shape.dtype] % 16:
+            apart = view is None or begin * BYTES[shape.dtype] % 16
+            if apart and scattered:
+                view = None
+            elif apart:
                 raise Illegal("an operand whose rows do not begin at multiples of 16 bytes")
         if view is None or (shape.dtype == "f32" and view.axes[-1] != "k"):
             found.append(None)

@@ -1,7 +1,7 @@
 """Schedule -> CUDA C++ kernel module text: one source with the kernels, and a ``forward`` that launches them.
 
-Calls of the library stay products that are none of ``matmuls`` or ``pairs``, convolutions that are none of ``windows``,
-attention that is none of ``attentions``, and bags that are none of ``bags``.
+Calls of the library stay products that are none of ``matmuls`` or ``pairs``, convolutions that are none of ``matmuls`` or
+``windows``, attention that is none of ``attentions``, and bags that are none of ``bags``.
 """
 
 from __future__ import annotations

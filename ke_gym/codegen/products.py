@@ -383,7 +383,7 @@ class Builder:
         return (
             shape,
             (left, right),
-            (batch, m, *_places(n, call.out[2:])),
+            (batch, m, *places_of(n, call.out[2:])),
             self._biased(self.step.args[2], (m,)),
         )
 
@@ -397,7 +397,7 @@ class Builder:
         shape = Shape(1, call.out[1], call.out[0] * call.positions, window.taps * window.channels, dtype)
         _, m, n, k = (of(v) if v.size != 1 else constant(0) for v in variables(shape))
         operands = call.weight(self._element, m, k), call.input(self._element, n // call.positions, n, k)
-        index = (n // call.positions, m, *_places(n, call.out[2:]))
+        index = (n // call.positions, m, *places_of(n, call.out[2:]))
         return shape, operands, index, self._biased(self.step.args[2], (m,))
 
     def _element(self, view: View, index: tuple[Index, ...]) -> Expr:
@@ -490,7 +490,7 @@ Made = tuple[Shape, tuple[Expr, Expr], tuple[Index, ...], Expr]
 """The product's sizes, its operands, its element's index in the result, and its value with the bias."""
 
 
-def _places(n: Index, sizes: tuple[int, ...]) -> list[Index]:
+def places_of(n: Index, sizes: tuple[int, ...]) -> list[Index]:
     """Where the position ``n`` lies in each spatial dimension."""
     return [(n // math.prod(sizes[d + 1 :])) % size for d, size in enumerate(sizes)]
 

@@ -71,16 +71,39 @@ MATMULS: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
 }
 
 
+# Convolutions as products of matrices, with the knobs of a launch each.
+WINDOWS: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any], ...]]] = {
+    "points": ({"TAPS": 1, "PADDING": 0, "OUTPUTS": 72}, ()),
+    "points_apart": ({"TAPS": 1, "PADDING": 0, "STRIDE": 2, "SIZES": (11, 13)}, (("n", 32), ("stages", 2))),
+    "image": ({"STRIDE": (1, 2), "PADDING": (2, 1), "DILATION": (2, 1), "BIAS": False}, (("stages", 2),)),
+    "image_parts": ({"INPUTS": 64, "SIZES": (7, 9)}, (("split", 2),)),
+    "volume": (
+        {
+            "SIZES": (6, 9, 7),
+            "STRIDE": (1, 2, 1),
+            "PADDING": (1, 0, 2),
+            "DILATION": (1, 1, 2),
+            "DTYPE": torch.bfloat16,
+        },
+        (),
+    ),
+    "signal_apart": ({"SIZES": (53,), "STRIDE": 2}, ()),
+    "image_tf32": ({"DTYPE": torch.float32}, (("m", 64), ("n", 64))),
+    "points_tf32": ({"DTYPE": torch.float32, "TAPS": 1, "PADDING": 0}, ()),
+}
+
+
 def task(name: str, **sizes: Any) -> Task:
     """By the name of its sizes, with some other than its own."""
     files = {
         "conv": CONVOLUTIONS,
         "pairs": PAIRS | {name: sizes for name, (sizes, _) in WALKED_PAIRS.items()},
         "matmul": {name: sizes for name, (sizes, _) in MATMULS.items()},
+        "window": {name: sizes for name, (sizes, _) in WINDOWS.items()},
     }
     file, own = next((file, cases[name]) for file, cases in files.items() if name in cases)
     made = Task.from_file(Path(__file__).parent / "tensor_cores" / f"{file}.py")
-    precision = "tf32" if name == "single" else made.precision
+    precision = "tf32" if name == "single" or name.endswith("tf32") else made.precision
     return replace(made, name=name, precision=precision, shapes={"cpu": own | sizes, "gpu": own | sizes})
 
 

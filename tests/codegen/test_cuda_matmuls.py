@@ -25,8 +25,10 @@ from ke_gym.languages.base import Signature
 from ke_gym.testing import fake_gpu
 from tests.codegen.cuda_on_host import ran
 from tests.codegen.interpret import scheduled
-from tests.codegen.tensor_core_cases import MATMULS, program, task
+from tests.codegen.tensor_core_cases import MATMULS, WINDOWS, program, task
 from tests.languages.gpu_modules import built, launches
+
+ALL = MATMULS | WINDOWS
 
 
 def kernel(made: Program, schedule: Schedule) -> Matmul:
@@ -49,9 +51,9 @@ def check(name: str, schedule: Schedule, folder: Path, **sizes: Any) -> None:
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", MATMULS)
+@pytest.mark.parametrize("name", ALL)
 def test_modules_compute_the_reference(name: str, tmp_path: Path) -> None:
-    check(name, scheduled(program(name), MATMULS[name][1]), tmp_path)
+    check(name, scheduled(program(name), ALL[name][1]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_any_sizes_layouts_and_blocks(sizes: dict[str, Any], launch: dict[str, A
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(list(MATMULS)), LAUNCHES)
+@given(st.sampled_from(list(ALL)), LAUNCHES)
 def test_what_is_legal_fits(name: str, launch: dict[str, Any]) -> None:
     made = program(name)
     schedule = scheduled(made, listed(launch))
@@ -128,22 +130,23 @@ def test_what_is_legal_fits(name: str, launch: dict[str, Any]) -> None:
     assert not found.sent or (found.shape.n % 8 == 0 and found.blocks.n % 64 == 0)
 
 
-@pytest.mark.parametrize("name", ["large", "across", "split", "single"])
+@pytest.mark.parametrize(
+    "name", ["large", "across", "split", "single", "points", "image", "volume", "image_tf32"]
+)
 def test_modules_compile_without_a_gpu(name: str) -> None:
     if not nvrtc.tools():
         pytest.skip("needs NVRTC or nvcc")
     made = program(name)
     signature = Signature.of(task(name), ["gpu"])
     artifact = built(
-        made.emit(scheduled(made, MATMULS[name][1])), "cuda", inputs=signature.inputs["gpu"],
+        made.emit(scheduled(made, ALL[name][1])), "cuda", inputs=signature.inputs["gpu"],
         outputs=signature.outputs["gpu"], state=dict(signature.state["gpu"]),
     )  # fmt: skip
     # Two blocks share the registers: a word or two of an epilogue may be spilled.
     assert all(k["stack"] <= 16 and k["occupancy"] > 0 for k in artifact.report["kernels"])
     first, *rest = launches(artifact)
-    assert first.ctypes.count("CUtensorMap") >= (1 if name == "single" else 2) and len(rest) == (
-        name == "split"
-    )
+    one = name in ("single", "image", "volume", "image_tf32")  # an operand is computed, or lies across
+    assert first.ctypes.count("CUtensorMap") >= (1 if one else 2) and len(rest) == (name == "split")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +157,11 @@ def test_modules_compile_without_a_gpu(name: str) -> None:
 def test_the_rest_stays_with_the_library(sizes: dict[str, Any]) -> None:
     made = program("plain", **sizes)
     assert "torch.ops.aten.mm" in made.emit(made.seeds()[0])
+
+
+def test_convolutions_that_cannot_be_fetched_stay_with_the_library() -> None:
+    made = program("image", INPUTS=3)  # rows of weights begin at no multiple of 16 bytes
+    assert "torch.ops.aten.convolution" in made.emit(made.seeds()[0])
 
 
 def test_other_architectures_leave_products_to_the_library() -> None:

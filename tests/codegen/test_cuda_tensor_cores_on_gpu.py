@@ -9,7 +9,7 @@ import torch
 
 from ke_gym.languages.base import Signature
 from tests.codegen.interpret import scheduled
-from tests.codegen.tensor_core_cases import CONVOLUTIONS, MATMULS, PAIRS, WALKED_PAIRS, program, task
+from tests.codegen.tensor_core_cases import CONVOLUTIONS, MATMULS, PAIRS, WALKED_PAIRS, WINDOWS, program, task
 from tests.languages.gpu_modules import built
 
 pytestmark = [
@@ -26,7 +26,7 @@ CASES = [
     *((name, launch) for name in PAIRS for launch in ((), (("loads", "pointers"),))),
     *((name, launch) for name, (_, launch) in WALKED_PAIRS.items()),
     *((name, ()) for name in WALKED_PAIRS),
-    *((name, launch) for name, (_, launch) in MATMULS.items()),
+    *((name, launch) for name, (_, launch) in (MATMULS | WINDOWS).items()),
 ]
 
 
