@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ke_gym import tasks
 from ke_gym.codegen import CodegenError, rewrites
+from ke_gym.codegen.bags import Bag
 from ke_gym.codegen.cuda_layout import layout, together
 from ke_gym.codegen.expr import Var, constant, of
 from ke_gym.codegen.variants import groups, nest_of
@@ -145,7 +146,11 @@ def test_threads_of_a_block_are_whole_warps() -> None:
         made = program(name)
         seed = made.seeds()[0]
         for p, g, _ in groups(seed):
-            shape = layout(nest_of(made, seed, p, g))  # type: ignore[arg-type]
+            nest: Any = nest_of(made, seed, p, g)
+            if isinstance(nest, Bag):
+                assert nest.blocks.warps <= 32
+                continue
+            shape = layout(nest)
             assert shape.threads % 32 == 0
             assert shape.threads <= 1024
             assert shape.lanes & (shape.lanes - 1) == 0
