@@ -26,7 +26,7 @@ _SPLIT: dict[str, tuple[int | None, int | None]] = {
     "adjtimex": (159, 171), "bind": (49, 200), "bpf": (321, 280), "chmod": (90, None), "chroot": (161, 51),
     "clock_adjtime": (305, 266), "clock_settime": (227, 112), "clone": (56, 220), "connect": (42, 203),
     "delete_module": (176, 106), "execve": (59, 221), "execveat": (322, 281), "fanotify_init": (300, 262),
-    "fchmod": (91, 52), "fchmodat": (268, 53),
+    "fchmod": (91, 52), "fchmodat": (268, 53), "fcntl": (72, 25),
     "finit_module": (313, 273), "fork": (57, None), "init_module": (175, 105), "ioperm": (173, None),
     "iopl": (172, None), "kcmp": (312, 272), "kexec_file_load": (320, 294), "kexec_load": (246, 104),
     "keyctl": (250, 219), "kill": (62, 129), "listen": (50, 201), "memfd_create": (319, 279),
@@ -38,13 +38,13 @@ _SPLIT: dict[str, tuple[int | None, int | None]] = {
     "seccomp": (317, 277), "semget": (64, 190), "setdomainname": (171, 162), "sethostname": (170, 161),
     "setns": (308, 268), "settimeofday": (164, 170), "shmat": (30, 196), "shmget": (29, 194),
     "socket": (41, 198), "socketpair": (53, 199), "swapoff": (168, 225), "swapon": (167, 224),
-    "syslog": (103, 116), "tgkill": (234, 131), "tkill": (200, 130), "umount2": (166, 39),
+    "syslog": (103, 116), "tgkill": (234, 131), "timer_create": (222, 107), "tkill": (200, 130), "umount2": (166, 39),
     "unshare": (272, 97), "uselib": (134, None), "userfaultfd": (323, 282), "vfork": (58, None),
 }  # fmt: skip
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _SIGNALS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
-_SPECIAL = ("clone", "clone3", "prctl", "prlimit64", "sched_setaffinity", *_SIGNALS)
+_SPECIAL = ("clone", "clone3", "fcntl", "prctl", "prlimit64", "sched_setaffinity", *_SIGNALS)
 _SPAWN = ("fork", "vfork", "execve", "execveat")
 # Compilers need these. Where users do not differ, only its mode protects a shared input from being opened again.
 _CHMOD = ("chmod", "fchmod", "fchmodat", "fchmodat2")
@@ -56,7 +56,13 @@ _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NR, _ARCH, _ARG0 = 0, 4, 16  # offsets in struct seccomp_data; the low half of the first argument
+_NR, _ARCH, _ARG0, _ARG1 = (
+    0,
+    4,
+    16,
+    24,
+)  # offsets in struct seccomp_data; the low halves of the first arguments
+_F_SETSIG = 10
 
 
 def supported() -> bool:
@@ -106,6 +112,8 @@ def _program(may_spawn: bool) -> bytes:
         deny,
         allow,
     )
+    # What is stopped must not be sent SIGCONT: by a timer (refused below) or when something comes on a descriptor.
+    when("fcntl", _op(_LOAD, _ARG1), _op(_JEQ, _F_SETSIG, 0, 1), deny, allow)
     when("prlimit64", _op(_LOAD, _ARG0), _op(_JEQ, 0, 1, 0), deny, allow)
     for name in (*_COMMON, *_SPLIT):
         if name not in _SPECIAL and not (may_spawn and name in (*_SPAWN, *_CHMOD)):

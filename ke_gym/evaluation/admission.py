@@ -39,8 +39,8 @@ def admit(
     if problem := _report_problem(artifact.report):
         raise BuildError("constraints", f"the build's report is malformed: {problem}")
     if artifact.lane == "host":
-        built_for = artifact.report.get("built_for")
-        if artifact.binaries and built_for != runtime():
+        built_for = artifact.report.get("built_for", runtime())
+        if built_for != runtime():
             raise BuildError(
                 "constraints",
                 f"forward cannot be traced, and its extensions were built for {built_for}, here is {runtime()}: build it "

@@ -30,7 +30,7 @@ NICE = 10
 END_SECONDS = 5.0
 """How long a build that has closed its connection may take to end."""
 # Part of every key. Raise it when tracing or compiling would give another artifact for the same source.
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 _OUTCOMES = ("compile", "constraints", "correctness")
 
 

@@ -24,6 +24,8 @@ from ke_gym.tasks.task import Task
 
 GONE = "the process of its Python ended"
 START_SECONDS = 120.0
+CPU_SECONDS = 86_400
+"""Of a module's process: one that hangs is ended by the clock, the one whose calls do nothing lives as long as its judge."""
 REQUEST_SECONDS = 180.0
 APART = "KE_GYM_APART"
 """A variable that has kernels launched by a process of their own, as where they could reach their launcher's memory."""
@@ -237,14 +239,17 @@ class GpuClient:
                     "relaxed": self.task.precision != "strict",
                 },
                 fds=[link.fileno()],
-                sandbox=Sandbox("device"),
+                sandbox=Sandbox("device", cpu_seconds=CPU_SECONDS),
             )
         except SpawnError as error:
             why = f"forward cannot be traced, and its Python cannot be locked in beside a GPU here: {error}"
             raise ArmDied("constraints", why) from error
         if host.leash.stat < 0:
+            said = host.log(1500)
             host.close()
-            raise ArmDied("runtime", GONE)
+            raise ArmDied(
+                "constraints", f"forward cannot be traced, and {GONE} before it began\n{said}".strip()
+            )
         return host
 
     def _end_host(self, arm: int) -> None:
@@ -332,7 +337,7 @@ class GpuClient:
         assert self.lock is not None
         # What a module's own process still does on the device when it says that it is done can be told only there.
         alone = do in TIMED or any(arm != NULL for arm in self._hosts)
-        held = self.lock.alone() if alone else nullcontext() if do == BY_ITSELF else self.lock.shared()
+        held = nullcontext() if do == BY_ITSELF else self.lock.alone() if alone else self.lock.shared()
         with held:
             try:
                 header, answer = self._exchange(do, arguments, blob, fds)
@@ -395,12 +400,12 @@ class GpuClient:
 
     def _with_the_end(self, log: str) -> str:
         """How the process of a module's Python ended, if that is what the judge tells of, and its last words."""
-        if log != GONE:
+        if not log.endswith(GONE):
             return log
-        for host in self._hosts.values():
+        for arm, host in self._hosts.items():
             with suppress(TimeoutError):
-                how = host.wait(0.5)
-                return "\n".join(filter(None, (f"{GONE}: {how}", host.log(1500).strip())))
+                how = host.wait(0.0 if arm == NULL else 0.5)
+                return "\n".join(filter(None, (f"{log}: {how}", host.log(1500).strip())))
         return log
 
     def close(self) -> None:

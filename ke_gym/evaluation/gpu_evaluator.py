@@ -1,4 +1,4 @@
-"""The evaluator for one NVIDIA GPU: the same rules as on the CPU, with everybody in the judge's process."""
+"""The evaluator for one NVIDIA GPU: the same rules as on the CPU, with all device code in the judge's process."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ class GpuEvaluator(Evaluator):
         def open_entry(artifact: Artifact, shape_set: str) -> Entry:
             if artifact.lane == "host":
                 if any(is_cubin(binary) for binary in artifact.binaries.values()):
-                    raise Rejected(
+                    raise ArmDied(
                         "constraints", "kernels of lang.cuda and Triton need a forward that can be traced"
                     )
                 loaded.append(judge.load(artifact, shape_set))

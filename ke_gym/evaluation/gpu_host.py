@@ -5,14 +5,15 @@ That process (``_gpu_host``) may do what it likes, so nothing it says is believe
 - it is stopped whenever the clock does not run, and inputs are put into the memory it works on only then;
 - before they are, and when a call is over, its device is seen to be idle: no kernel of its may wait there for what comes,
   or be in the way of whoever has the device next;
-- the clock is the judge's, from when it goes on until it has stopped and the judge has run something on the device
-  itself, so that what it left behind there is over or in the way; less what a call that does nothing takes in a process
-  beside it, which nothing foreign is ever loaded into;
+- the clock is the judge's, from when it goes on until it has stopped and the device does nothing any more, which shows in
+  how quickly the judge's own work is done there; less what a call that does nothing takes in a process beside it, which
+  nothing foreign is ever loaded into;
 - where its outputs lie it tells; what they are the judge looks at while it is stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections import deque
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ke_gym.evaluation.arms import elapsed
 from ke_gym.evaluation.channel import Channel, ProtocolError
 from ke_gym.evaluation.gpu_client import GONE
 from ke_gym.evaluation.gpu_launcher import GO, READY
@@ -84,7 +84,7 @@ class HostProcess:
             raise Died(*self._lost, fatal=False)
         self._ready(patience)
         if timed:
-            self._await_idle()
+            self._idle()
         self._fill()
         if timed:
             self._watch.flush()
@@ -107,41 +107,43 @@ class HostProcess:
             self._link.wait(patience + GRACE_SECONDS)
         except TimeoutError:
             raise self._timed_out(patience) from None
-        if self._link.sock.recv(1, socket.MSG_PEEK) != READY:
+        try:
+            ready = self._link.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            raise self._end("runtime", GONE) from None
+        if ready != READY:
             self._receive(GRACE_SECONDS)  # raises what went wrong
             raise self._nonsense()
         self._link.sock.recv(1)
         self._leash.freeze()
 
     def _go(self, patience: float) -> float:
-        clock, link, leash = time.perf_counter_ns, self._link, self._leash
+        link, leash = self._link, self._leash
         if link.readable():
             raise self._nonsense()  # an answer to a call that has not been made
         try:
             link.sock.send(GO)
         except OSError:
             raise self._end("runtime", GONE) from None
-        begin = clock()
+        begin = time.perf_counter()
         leash.thaw()
         try:
             link.wait(patience)
         except TimeoutError:
             raise self._timed_out(patience) from None
-        said = clock()
         leash.freeze()
-        stopped = clock()
-        self._touch_device()
-        return elapsed(begin, said, stopped) + (clock() - stopped) / 1e9
+        return self._idle() - begin
 
-    def _await_idle(self) -> None:
+    def _idle(self) -> float:
+        """Wait until the device does nothing; when that was, by the clock here."""
         now = start = time.perf_counter()
         while now < start + BUSY_S:
             before = now
             self._touch_device()
             now = time.perf_counter()
             if now - before < IDLE_S:
-                return
-        raise self._end("constraints", "it keeps the device busy between calls")
+                return before
+        raise self._end("constraints", "it keeps the device busy when its calls are over")
 
     def _touch_device(self) -> None:
         """The least that can be done there, to its end."""
@@ -165,9 +167,9 @@ class HostProcess:
             at = int(offset)
             if at < 0 or at % seen.torch_dtype.itemsize or at + seen.storage_bytes > size:
                 raise ValueError("outside of its allocation")
-        except (CudaError, OverflowError, TypeError, ValueError) as error:
+            return view(at_address(begin + at, seen.storage_bytes, self._device), seen, 0)
+        except (CudaError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise self._nonsense() from error
-        return view(at_address(begin + at, seen.storage_bytes, self._device), seen, 0)
 
     def _mapping(self, handle: str) -> tuple[int, int]:
         """Where an allocation of the process's begins here, and its size."""
@@ -180,7 +182,8 @@ class HostProcess:
 
     def _unmap(self) -> None:
         for begin, _ in self._mapped.values():
-            self._driver.close_shared(begin)
+            with contextlib.suppress(CudaError):
+                self._driver.close_shared(begin)
         self._mapped.clear()
 
     def _send(self, header: dict[str, Any], blob: bytes = b"") -> None:
@@ -247,6 +250,8 @@ class HostRunner(HostProcess):
     """
 
     capturable = False
+    _address = 0
+    """Where what is lent begins."""
 
     def __init__(self, link: Channel, leash: Leash, stage: Stage, chosen: ShapeSet, null: NullHost) -> None:
         super().__init__(link, leash, stage)
@@ -261,10 +266,14 @@ class HostRunner(HostProcess):
         self._names = list(chosen.state)
         placement = Placement.of((*chosen.inputs, *chosen.state.values()))
         size = Block.room(placement)
-        self._address = self._driver.allocate(size)
-        self._lent = Block(placement, stage.device, at_address(self._address, size, stage.device))
-        self._lent.jump(stage.rng)
-        poison(self._lent.bytes, placement.used, 0)
+        try:
+            self._address = self._driver.allocate(size)
+            self._lent = Block(placement, stage.device, at_address(self._address, size, stage.device))
+            self._lent.jump(stage.rng)
+            poison(self._lent.bytes, placement.used, 0)
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, blob: bytes, artifact_bytes: int, shape_set: str) -> None:
         """Load the module; ``blob``: its artifact and the task's signature."""
@@ -276,7 +285,7 @@ class HostRunner(HostProcess):
         self._loaded = True
         self._receive(LOAD_SECONDS)
         self._leash.freeze()
-        self._await_idle()
+        self._idle()
 
     # -- as a CudaRunner -------------------------------------------------------------------------------------
 
@@ -287,7 +296,6 @@ class HostRunner(HostProcess):
     def run(self) -> None:
         """One call that nobody times; what it wrote to its inputs is written to those it was given."""
         self._call(self.patience, timed=False)
-        self._await_idle()
         lent = self._lent
         if damaged(lent.bytes, lent.placement.used) is not None:
             raise Died("correctness", "wrote outside of its inputs and parameters", fatal=False)
@@ -295,10 +303,15 @@ class HostRunner(HostProcess):
 
     def timed(self, what: str, patience: float, mhz: int, over: Callable[[], object] = int) -> Sample:
         """One timed call; ``over`` is called once its outputs are there, while the process stands still."""
-        nothing = self._null.seconds()
+        try:
+            nothing = self._null.seconds()
+        except (
+            Died
+        ) as died:  # nobody's fault: as if there had been no room, it is tried again in other processes
+            said = f"the process that calls are timed beside was lost: {died.log}"
+            raise Crowded("constraints", said) from died
         seconds = max(RESOLUTION_S, self._call(patience, timed=True) - nothing)
         over()
-        self._await_idle()
         return Sample(seconds, seconds, None, True, mhz)
 
     def prepare(self, state: Mapping[str, Tensor]) -> None:
@@ -316,7 +329,7 @@ class HostRunner(HostProcess):
     def close(self) -> None:
         """See ``HostProcess``; what was lent is the judge's again."""
         super().close()
-        if hasattr(self, "_lent"):
+        if self._address:
             self._driver.release(self._address)
 
     def _fill(self) -> None:

@@ -1,7 +1,7 @@
 """The GPU's judge: one trusted process per device that draws inputs, runs everybody, and holds oracle and clock.
 
-Candidates are device code only, so they share this process's context (unless they could reach its host memory: then
-``gpu_apart``), and nothing of it that could help them:
+Candidates are device code, so they share this process's context (unless they could reach its host memory: then
+``gpu_apart``; a module's own Python has a process of its own: ``gpu_host``), and nothing of it that could help them:
 
 - contents are new in every single call, each contestant's its own, drawn on the device from a seed in host
   memory; what belongs to them (reference, oracle) is computed only after the candidate has finished;
@@ -130,6 +130,8 @@ class GpuJudge:
 
     def keep_null(self, fds: list[int]) -> dict[str, Any]:
         """Keep a process for calls that do nothing, which those of host lanes are timed beside; see ``load_host``."""
+        if self._null is not None:
+            self._null.close()
         self._null = NullHost(*_reached_by(fds), self.stage)
         return {}
 

@@ -20,7 +20,7 @@ class Leash:
         self.frozen = False
 
     def freeze(self) -> None:
-        """Stop every thread of the process; returns once it has stopped (or died)."""
+        """Stop every thread of the process; returns once it has stopped, or died: one that does not stop is killed."""
         self._signal(signal.SIGSTOP)
         self.frozen = True
         deadline = time.monotonic() + STOP_SECONDS
@@ -31,6 +31,7 @@ class Leash:
                 return
             if state in b"TtZX":
                 return
+        self.kill()
 
     def thaw(self) -> None:
         """Let a frozen process go on."""

@@ -49,12 +49,12 @@ class _Section:
     info: int
 
 
-@lru_cache(maxsize=256)
 def is_cubin(binary: bytes) -> bool:
     """Whether a binary is device code, rather than a library for the processor."""
     return binary[:4] == b"\x7fELF" and binary[18:20] == _MACHINE.to_bytes(2, "little")
 
 
+@lru_cache(maxsize=256)
 def resources(cubin: bytes) -> dict[str, Resources]:
     """The kernels of a cubin by name. Raises ``ValueError`` if the bytes are no cubin."""
     try:

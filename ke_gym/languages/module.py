@@ -146,7 +146,8 @@ class ModuleLanguage:
         """The artifact of a module whose Python has to run with its kernels."""
         binaries, report = _compiled(units, options)
         report["host_reason"] = reason
-        report["built_for"] = runtime()
+        if extensions.mentioned(source):
+            report["built_for"] = runtime()
         return Artifact(self.name, "host", source, binaries, report=report, general=_general(module))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import NULL, GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_host import HostRunner, NullHost
-from ke_gym.evaluation.gpu_stage import Died, Stage
+from ke_gym.evaluation.gpu_stage import Crowded, Died, Stage
 from ke_gym.evaluation.leash import Leash
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
@@ -197,10 +199,6 @@ class Hasty(Frames):
         return super().timed()
 
 
-class Occupied(FakeDriver):
-    """A device that somebody keeps busy: whoever wants it waits for a slice of time."""
-
-
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     stand_in(monkeypatch)
@@ -241,6 +239,7 @@ def opened(stage: Stage, host: Callable[[socket.socket], FakeHost]) -> tuple[Hos
         {"outputs": [[HANDLE, 2, [COLS, 1]]]},
         {"outputs": [[HANDLE, 1 << 60, [COLS, 1]]]},
         {"outputs": [[HANDLE, 0, [1 << 60, 1]]]},
+        {"outputs": [[HANDLE, 0, [1 << 70, 1]]]},
         {"outputs": [[HANDLE, 0, [-COLS, 1]]]},
         {"outputs": [[HANDLE, 0, [1]]]},
         {"outputs": [[HANDLE, "here", [COLS, 1]]]},
@@ -291,11 +290,16 @@ def test_whoever_keeps_the_device_busy_between_calls_is_refused(
 ) -> None:
     runner, _ = opened(stage, Frames)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: idle(2 * gpu_host.IDLE_S))
+    with pytest.raises(
+        Crowded, match="timed beside was lost: it keeps the device busy"
+    ):  # not the candidate's fault
+        runner.timed("run", 5.0, 1000)
+    monkeypatch.setattr(NullHost, "seconds", lambda self: 0.0)
     before = FakeEvent.now
-    with pytest.raises(Died, match="busy between calls"):
+    with pytest.raises(Died, match="keeps the device busy"):
         runner.timed("run", 5.0, 1000)
     assert gpu_host.BUSY_S <= FakeEvent.now - before < 2 * gpu_host.BUSY_S
-    with pytest.raises(Died, match="busy between calls"):  # nor may what was loaded leave anything there
+    with pytest.raises(Died, match="keeps the device busy"):  # nor may what was loaded leave anything there
         opened(stage, Frames)
 
 
@@ -356,6 +360,29 @@ def test_what_a_module_left_on_the_device_ends_before_others_have_it(
     assert evaluator.evaluate(candidate(evaluator, f"# left\n{lying}")).outcome == "runtime"
     assert modes["load_host"] == modes["check"] == modes["end"] == fcntl.LOCK_EX
     assert list(evaluator.judge._hosts) == [NULL]
+
+
+def test_a_process_that_does_nothing_and_is_lost_is_nobody_s_fault(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge makes room for another, with everything around it."""
+    module = candidate(evaluator, f"# beside one that is lost\n{FORWARD}")
+    assert evaluator.evaluate(module).correct
+    monkeypatch.setattr(
+        gpu_evaluator, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: None)
+    )
+    lost = evaluator.judge.server._null._link  # type: ignore[attr-defined]
+    lost.sock.shutdown(socket.SHUT_RDWR)
+    assert evaluator.evaluate(module).correct
+
+
+def test_an_incumbent_that_cannot_be_loaded_is_left_out(evaluator: GpuEvaluator) -> None:
+    cubin = b"\x7fELF" + bytes(14) + (190).to_bytes(2, "little")
+    module = candidate(evaluator, FORWARD)
+    beside = evaluator.evaluate(
+        module, candidate(evaluator, f"kernels = 1\n{FORWARD}", binaries={"k": cubin})
+    )
+    assert beside.correct and "the incumbent failed (kernels of lang.cuda" in beside.log
 
 
 def test_plans_are_judged_as_before(evaluator: GpuEvaluator) -> None:

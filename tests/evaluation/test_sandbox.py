@@ -73,7 +73,17 @@ def test_no_thread_moves_to_another_core() -> None:
 @pytest.mark.parametrize("kind", LOCKED)
 @pytest.mark.parametrize(
     "what",
-    ["socket", "unix socket", "ptrace", "unshare", "mount", "io_uring", "death signal"],
+    [
+        "socket",
+        "unix socket",
+        "ptrace",
+        "unshare",
+        "mount",
+        "io_uring",
+        "death signal",
+        "timer",
+        "signal of a descriptor",
+    ],
 )
 def test_no_locked_worker_gets_near_the_kernel(zygote: Zygote, kind: str, what: str) -> None:
     assert attempt(zygote, what, kind) == "EPERM"

@@ -67,7 +67,7 @@ def test_illegal_actions_and_stop_are_refused_without_cost(store: Store) -> None
 
 
 @pytest.mark.parametrize(
-    ("limiter", "floor", "left"),
+    ("limiter", "share", "left"),
     [
         ("dram", 0.97, {"dram", "all"}),
         ("compute", 0.97, {"compute", "all"}),
@@ -77,14 +77,13 @@ def test_illegal_actions_and_stop_are_refused_without_cost(store: Store) -> None
     ],
 )
 def test_only_what_relieves_a_unit_at_its_peak_is_legal(
-    store: Store, limiter: str, floor: float, left: set[str] | None
+    store: Store, limiter: str, share: float, left: set[str] | None
 ) -> None:
     searched = session(store)
     ask = searched.ask(RESTART.id)
     assert isinstance(ask, Ask)
     judged = judge(ask.candidate)
-    assert judged.time_ms is not None
-    profile = replace(judged.profile, floor_ms=floor * judged.time_ms)
+    profile = replace(judged.profile, bandwidth_share=share, flops_share=share)
     searched.tell(ask, judged.replace(limiter=limiter, profile=profile))
     situation = searched.situation()
     assert situation.parent is not None
