@@ -135,8 +135,13 @@ class HostProcess:
         return self._idle() - begin
 
     def _idle(self) -> float:
-        """Wait until the device does nothing; when that was, by the clock here."""
-        now = start = time.perf_counter()
+        """Wait until the device does nothing; when that was, by the clock here.
+
+        The first touch brings the judge's context back and tells nothing.
+        """
+        start = time.perf_counter()
+        self._touch_device()
+        now = time.perf_counter()
         while now < start + BUSY_S:
             before = now
             self._touch_device()
