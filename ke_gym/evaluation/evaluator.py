@@ -57,6 +57,7 @@ AA_EVERY = 10
 CALL_SECONDS = 10.0
 """One call may take so long at least, however little its task has to do: a machine may stand still for seconds."""
 COVERAGE_ROUNDS = 12
+REASON_CHARACTERS = 300
 
 
 class Evaluator:
@@ -167,7 +168,7 @@ class Evaluator:
         base = base.replace(trust=artifact.lane, binary=artifact.binary_id)
         judged = self._judged(base, artifact, rival, absent)
         if artifact.lane == "host":
-            reason = artifact.report.get("host_reason", "it cannot be traced")
+            reason = str(artifact.report.get("host_reason", "it cannot be traced"))[:REASON_CHARACTERS]
             said = f"its Python runs with its kernels (host lane): {reason}"
             judged = judged.replace(log="\n".join(filter(None, (judged.log, said))))
         return judged
