@@ -46,6 +46,11 @@ class Bag:
     group: Group
     origins: tuple[str, ...] = ("embedding_bag",)
 
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.blocks.warps
+
     def knobs(self) -> dict[str, list[Any]]:
         """Legal values of the launch's knobs here."""
         whole = power_above(self.problem.dim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 from ke_gym.codegen.bags import Bag
-from ke_gym.codegen.cuda_text import TYPES
 from ke_gym.codegen.emit_cuda_products import indented
 
 VECTOR = 4  # floats that a thread brings at once, where rows begin at multiples of 16 bytes
@@ -17,7 +16,6 @@ class Printer:
     def __init__(self, work: Bag, used: set[str]) -> None:
         self.work = work
         self.names = {b.name: f"{b.name}_ptr" for b in (*work.reads, *work.writes)}
-        self.kinds = {b.name: TYPES[b.dtype] for b in (*work.reads, *work.writes)}
         if self.vector > 1:
             used.add("vector")
 
@@ -28,14 +26,10 @@ class Printer:
         whole = all(count % VECTOR == 0 for count in (problem.dim, problem.row_stride, table.offset))
         return VECTOR if whole else 1
 
-    @property
-    def threads(self) -> int:
-        return 32 * self.work.blocks.warps
-
     @cached_property
     def across(self) -> int:
         """Threads that share a row."""
-        return min(self.work.blocks.columns // self.vector, self.threads)
+        return min(self.work.blocks.columns // self.vector, self.work.threads)
 
     @property
     def pieces(self) -> int:
@@ -45,7 +39,7 @@ class Printer:
     @property
     def down(self) -> int:
         """Rows that are brought side by side."""
-        return self.threads // self.across
+        return self.work.threads // self.across
 
     @property
     def each(self) -> int:
@@ -133,10 +127,8 @@ class Printer:
 
     def _together(self) -> list[str]:
         """Add up what was brought side by side, always in the same order."""
-        columns, flat = (
-            self.work.blocks.columns,
-            f"lane * {self.vector} + p * {self.across * self.vector} + v",
-        )
+        columns = self.work.blocks.columns
+        flat = f"lane * {self.vector} + p * {self.across * self.vector} + v"
         every = f"for (int p = 0; p < {self.pieces}; ++p) for (int v = 0; v < {self.vector}; ++v)"
         lines = [
             f"__shared__ float part[{self.down}][{columns}];",

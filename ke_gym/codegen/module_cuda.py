@@ -78,10 +78,11 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
     if isinstance(nest, Attention):
         return _attention(nest, suffix, used)
     if isinstance(nest, Bag):
-        return _bag(nest, suffix, used)
+        bags = emit_cuda_bags.Printer(nest, used)
+        return _shared(bags, f"compute_{nest.name}{suffix}", _grid(*bags.grid), [], bags.pointers)
     if isinstance(nest, Searched):
         searches = emit_cuda_searches.Printer(nest, used)
-        grid = f"({nest.along}, {nest.across})" if nest.across > 1 else nest.along
+        grid = _grid(nest.along, nest.across)
         return _shared(searches, f"compute_{nest.name}{suffix}", grid, [], searches.pointers)
     if not isinstance(nest, Tiles):
         raise Illegal("no kernel in CUDA C++")
@@ -98,18 +99,8 @@ def kernel(nest: Any, suffix: str, used: set[str]) -> Printed:
     return Printed(f"// {module.computes(nest)}\n{signature}\n{body}\n}}", [launch])
 
 
-def _bag(bag: Bag, suffix: str, used: set[str]) -> Printed:
-    printer, name = emit_cuda_bags.Printer(bag, used), f"compute_{bag.name}{suffix}"
-    parameters = [
-        f"{'' if listed == bag.name else 'const '}{printer.kinds[listed]}* __restrict__ {printer.names[listed]}"
-        for listed in printer.pointers
-    ]
-    body = textwrap.indent("\n".join(printer.body()), "  ")
-    along, across = printer.grid
-    grid = f"({along}, {across})" if across > 1 else str(along)
-    launch = f"kernels.{name}[{grid}, {printer.threads}]({', '.join(printer.pointers)})"
-    signature = _signature(name, str(printer.threads), parameters)
-    return Printed(f"// {module.computes(bag)}\n{signature}\n{body}\n}}", [launch])
+def _grid(along: int, across: int) -> str:
+    return f"({along}, {across})" if across > 1 else str(along)
 
 
 def _signature(name: str, bounds: str, parameters: list[str]) -> str:
@@ -122,12 +113,12 @@ def _windowed(work: Windowed, suffix: str, used: set[str]) -> Printed:
     printer = emit_cuda_windows.Printer(work, used)
     used |= printer.helpers()
     along, across = min(work.blocks.persistent, work.tiles[1] * work.shape.batch), work.tiles[0]
-    grid = f"({along}, {across})" if across > 1 else str(along)
+    grid = _grid(along, across)
     return _shared(printer, f"compute_{work.name}{suffix}", grid, printer.maps, printer.pointers)
 
 
 def _shared(printer: Any, name: str, grid: object, maps: list[Travelling], listed: list[str]) -> Printed:
-    """A kernel that works in shared memory; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
+    """A kernel whose blocks work together; ``maps`` are the tensors that travel as tiles, ``listed`` those that it reads or
     writes element by element."""
     work = printer.work
     kinds, written = {b.name: b.dtype for b in (*work.reads, *work.writes)}, {b.name for b in work.writes}
@@ -139,8 +130,10 @@ def _shared(printer: Any, name: str, grid: object, maps: list[Travelling], liste
         arguments.append(buffer)
     body = textwrap.indent("\n".join(printer.body()), "  ")
     given = ",\n    ".join(arguments)
-    launch = f"kernels.{name}[{grid}, {work.threads}, {work.shared}](\n    {given},\n)"
-    resident = getattr(work, "resident", 1)
+    shared = getattr(work, "shared", 0)
+    sizes = f"{grid}, {work.threads}, {shared}" if shared else f"{grid}, {work.threads}"
+    launch = f"kernels.{name}[{sizes}](\n    {given},\n)"
+    resident = getattr(work, "resident", 1 if shared else 0)
     signature = _signature(name, f"{work.threads}, {resident}" if resident else str(work.threads), parameters)
     return Printed(f"// {module.computes(work)}\n{signature}\n{body}\n}}", [launch])
 

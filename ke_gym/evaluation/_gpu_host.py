@@ -18,16 +18,13 @@ from torch import Tensor
 
 from ke_gym.evaluation._host import answers, instantiate, use_binaries
 from ke_gym.evaluation.channel import Channel
-from ke_gym.evaluation.gpu_launcher import GO, READY
+from ke_gym.evaluation.gpu_lending import await_go, lent, take_device
 from ke_gym.evaluation.gpu_memory import lacks_memory
 from ke_gym.evaluation.gpu_stage import first_line
 from ke_gym.evaluation.sandbox import Sandbox, seal
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
-from ke_gym.languages.plan import TensorSpec
-from ke_gym.targets import cuda
-from ke_gym.targets._memory import view
-from ke_gym.targets.cuda_driver import CudaError, Driver, at_address
+from ke_gym.targets.cuda_driver import CudaError, Driver
 
 ERROR_CHARACTERS = 4000
 
@@ -69,7 +66,10 @@ class Host:
         held = {name: self._tensor(each) for name, each in state.items()}
         specs = signature.outputs[shape_set]
         self._results = []
-        self._wanted = [_like(spec, self._device) for spec in specs]
+        self._wanted = [
+            torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=self._device)
+            for spec in specs
+        ]
         use_binaries(artifact)
         self._forward = instantiate(artifact.source, signature, shape_set, given, held, self._device)
         torch.cuda.synchronize(self._device)
@@ -78,8 +78,7 @@ class Host:
     def timed(self) -> dict[str, Any]:
         """One call, between the judge's ``GO`` and the answer."""
         self._forget()
-        self._link.sock.send(READY)
-        self._await_go()
+        await_go(self._link.sock)  # it is stopped as soon as it is ready, and goes on with GO
         return self.call()
 
     def call(self) -> dict[str, Any]:
@@ -112,26 +111,7 @@ class Host:
         return [handle.hex(), offset, list(tensor.stride())]
 
     def _tensor(self, described: Sequence[Any]) -> Tensor:
-        handle, offset, shape, stride, dtype = described
-        spec = TensorSpec(tuple(shape), tuple(stride), dtype)
-        if not handle:
-            return _like(spec, self._device)
-        if handle not in self._opened:
-            self._opened[handle] = self._driver.open_shared(bytes.fromhex(handle))
-        return view(at_address(self._opened[handle] + offset, spec.storage_bytes, self._device), spec, 0)
-
-    def _await_go(self) -> None:
-        while True:  # it is stopped as soon as it is ready, and GO is there when it goes on
-            try:
-                if self._link.sock.recv(1) != GO:
-                    raise EOFError("the judge is gone")
-                return
-            except BlockingIOError:
-                continue
-
-
-def _like(spec: TensorSpec, device: torch.device) -> Tensor:
-    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=device)
+        return lent(self._driver, self._device, self._opened, described)
 
 
 def _told(error: Exception) -> str:
@@ -140,15 +120,9 @@ def _told(error: Exception) -> str:
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Entry of the process; ``fds`` holds its end of the connection to the judge, the only one that it listens to."""
-    os.sched_setaffinity(0, args["cores"])
     torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = args["relaxed"]
-    torch.backends.cudnn.allow_tf32 = args["relaxed"]
-    link = Channel(socket.socket(fileno=fds[0]))
-    cuda.show_only(args["device"])
+    link, device = Channel(socket.socket(fileno=fds[0])), take_device(args)
     try:
-        device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
         host = Host(link, Driver(), device)
     except (RuntimeError, OSError, AssertionError, CudaError) as error:

@@ -56,12 +56,8 @@ _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NR, _ARCH, _ARG0, _ARG1 = (
-    0,
-    4,
-    16,
-    24,
-)  # offsets in struct seccomp_data; the low halves of the first arguments
+# Offsets in struct seccomp_data; the low halves of the first arguments.
+_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
 _F_SETSIG = 10
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ke_gym.evaluation.channel import Channel, ProtocolError
-from ke_gym.evaluation.gpu_launcher import GO, OVER, READY
+from ke_gym.evaluation.gpu_launcher import OVER
+from ke_gym.evaluation.gpu_lending import GO, READY, described
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Hung, Sample, settled, spin_s
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import Plan, TensorSpec
+from ke_gym.languages.plan import Plan
 from ke_gym.targets._memory import MemoryPlan
 from ke_gym.targets.cuda_driver import CudaError, Driver
 
@@ -137,10 +138,8 @@ class Apart:
         }
 
     def described(self, tensor: Tensor) -> list[Any]:
-        """What the launcher opens a tensor by: its allocation's handle, where in it, shape, stride, dtype."""
-        spec = TensorSpec.of(tensor)
-        handle, offset = (b"", 0) if not tensor.numel() else self._driver.share(tensor.data_ptr())
-        return [handle.hex(), offset, list(spec.shape), list(spec.stride), spec.dtype]
+        """See ``gpu_lending.described``."""
+        return described(self._driver, tensor)
 
     def ask(self, do: str, blob: bytes = b"", **arguments: Any) -> dict[str, Any]:
         torch.cuda.synchronize(self._device)  # what is in the memory lent is what was put there

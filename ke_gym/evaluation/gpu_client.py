@@ -11,6 +11,7 @@ from typing import Any
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.arms import ArmDied, RivalFailed
+from ke_gym.evaluation.gpu_lending import worker_arguments
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.evaluation.race import Race, Rules
 from ke_gym.evaluation.sandbox import Sandbox
@@ -170,11 +171,7 @@ class GpuClient:
         with self._link:
             self.launcher = zygote.spawn(
                 "ke_gym.evaluation.gpu_launcher:serve",
-                {
-                    "device": self.device,
-                    "cores": sorted(os.sched_getaffinity(0)),
-                    "relaxed": self.task.precision != "strict",
-                },
+                worker_arguments(self.device, self.task.precision != "strict"),
                 fds=[self._link.fileno()],
             )
 
@@ -233,11 +230,7 @@ class GpuClient:
         try:
             host = self._zygote.spawn(
                 "ke_gym.evaluation._gpu_host:serve",
-                {
-                    "device": self.device,
-                    "cores": sorted(os.sched_getaffinity(0)),
-                    "relaxed": self.task.precision != "strict",
-                },
+                worker_arguments(self.device, self.task.precision != "strict"),
                 fds=[link.fileno()],
                 sandbox=Sandbox("device", cpu_seconds=CPU_SECONDS),
             )

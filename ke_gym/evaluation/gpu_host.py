@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ke_gym.evaluation.channel import Channel, ProtocolError
 from ke_gym.evaluation.gpu_client import GONE
-from ke_gym.evaluation.gpu_launcher import GO, READY
+from ke_gym.evaluation.gpu_lending import GO, READY, described
 from ke_gym.evaluation.gpu_memory import Block, Placement, damaged, poison
 from ke_gym.evaluation.gpu_stage import Crowded, Died, ShapeSet, Stage, copy_all
 from ke_gym.evaluation.gpu_timing import Sample
@@ -91,10 +91,10 @@ class HostProcess:
         torch.cuda.synchronize(self._device)
         seconds = self._go(patience)
         answer = self._receive(GRACE_SECONDS)
-        described = answer.get("outputs")
-        if not isinstance(described, list) or len(described) != len(self._outputs):
+        told = answer.get("outputs")
+        if not isinstance(told, list) or len(told) != len(self._outputs):
             raise self._nonsense()
-        for each, output in zip(described, self._outputs):
+        for each, output in zip(told, self._outputs):
             output.copy_(self._opened(each, TensorSpec.of(output)))
         torch.cuda.synchronize(self._device)
         return seconds
@@ -157,10 +157,10 @@ class HostProcess:
 
     # -- plumbing --------------------------------------------------------------------------------------------
 
-    def _opened(self, described: Any, wanted: TensorSpec) -> Tensor:
+    def _opened(self, told: Any, wanted: TensorSpec) -> Tensor:
         """The output that the process tells of, whatever it says, as the judge sees it."""
         try:
-            handle, offset, stride = described
+            handle, offset, stride = told
             seen = TensorSpec(wanted.shape, tuple(int(step) for step in stride), wanted.dtype)
             if len(seen.stride) != len(seen.shape) or min(seen.stride, default=0) < 0:
                 raise ValueError("not its strides")
@@ -282,7 +282,7 @@ class HostRunner(HostProcess):
 
     def load(self, blob: bytes, artifact_bytes: int, shape_set: str) -> None:
         """Load the module; ``blob``: its artifact and the task's signature."""
-        lent = [self._lending(tensor) for tensor in self._lent.tensors]
+        lent = [described(self._driver, tensor) for tensor in self._lent.tensors]
         first = len(lent) - len(self._names)
         places = {"inputs": lent[:first], "state": dict(zip(self._names, lent[first:]))}
         torch.cuda.synchronize(self._device)
@@ -310,9 +310,8 @@ class HostRunner(HostProcess):
         """One timed call; ``over`` is called once its outputs are there, while the process stands still."""
         try:
             nothing = self._null.seconds()
-        except (
-            Died
-        ) as died:  # nobody's fault: as if there had been no room, it is tried again in other processes
+        except Died as died:
+            # Nobody's fault: as if there had been no room, it is tried again in other processes.
             said = f"the process that calls are timed beside was lost: {died.log}"
             raise Crowded("constraints", said) from died
         seconds = max(RESOLUTION_S, self._call(patience, timed=True) - nothing)
@@ -339,8 +338,3 @@ class HostRunner(HostProcess):
 
     def _fill(self) -> None:
         copy_all(self._lent.tensors, self._given)
-
-    def _lending(self, tensor: Tensor) -> list[Any]:
-        spec = TensorSpec.of(tensor)
-        handle, offset = self._driver.share(tensor.data_ptr()) if tensor.numel() else (b"", 0)
-        return [handle.hex(), offset, list(spec.shape), list(spec.stride), spec.dtype]

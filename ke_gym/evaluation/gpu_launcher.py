@@ -19,17 +19,17 @@ from torch import Tensor
 
 from ke_gym.evaluation import _seccomp
 from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.gpu_lending import await_go, lent, take_device
 from ke_gym.evaluation.gpu_stage import Died, first_line, foreign, wait_for
 from ke_gym.evaluation.gpu_timing import Stopwatch
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cuda
-from ke_gym.targets._memory import MemoryPlan, view
-from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, at_address
+from ke_gym.targets._memory import MemoryPlan
+from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver
 from ke_gym.targets.cuda_executor import CudaRunner
 
-READY, GO, OVER, FAILED = b"r", b"g", b"o", b"f"
-"""The bytes around a timed call: the launcher can begin, shall begin, has ended; or could not, and says why."""
+OVER, FAILED = b"o", b"f"
+"""The bytes after a timed call: it has ended; or could not begin, and the launcher says why."""
 
 
 @dataclass
@@ -181,29 +181,15 @@ class Launcher:
         return loaded.runner
 
     def _tensor(self, loaded: _Loaded, described: list[Any]) -> Tensor:
-        """The tensor that ``Apart.described`` tells of, opened for ``loaded``."""
-        handle, offset, shape, stride, dtype = described
-        spec = TensorSpec(tuple(shape), tuple(stride), dtype)
-        if not handle:
-            return torch.empty_strided(spec.shape, spec.stride, dtype=spec.torch_dtype, device=self._device)
-        if handle not in loaded.opened:
-            loaded.opened[handle] = self._driver.open_shared(bytes.fromhex(handle))
-        return view(at_address(loaded.opened[handle] + offset, spec.storage_bytes, self._device), spec, 0)
+        """The tensor that ``gpu_lending.described`` tells of, opened for ``loaded``."""
+        return lent(self._driver, self._device, loaded.opened, described)
 
     def _close(self, loaded: _Loaded) -> None:
         for begin in loaded.opened.values():
             self._driver.close_shared(begin)
 
     def _begin(self) -> None:
-        sock = self._channel.sock
-        sock.send(READY)
-        while True:  # without sleeping: the judge's clock runs from when it sends
-            try:
-                if sock.recv(1) != GO:
-                    raise EOFError("the judge is gone")
-                return
-            except BlockingIOError:
-                continue
+        await_go(self._channel.sock)
 
     def _over(self) -> None:
         self._channel.sock.send(OVER)
@@ -220,14 +206,8 @@ def _memory_plan(data: dict[str, Any]) -> MemoryPlan:
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Entry of the process; ``fds`` holds its end of the connection to the judge."""
-    os.sched_setaffinity(0, args["cores"])
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = args["relaxed"]
-    torch.backends.cudnn.allow_tf32 = args["relaxed"]
-    link = Channel(socket.socket(fileno=fds[0]))
-    cuda.show_only(args["device"])
+    link, device = Channel(socket.socket(fileno=fds[0])), take_device(args)
     try:
-        device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
         torch.set_default_device(device)
         launcher = Launcher(link, Driver(), device)

@@ -271,7 +271,7 @@ class Stage:
         self, runner: Runner, outputs: list[Tensor], patience: float
     ) -> tuple[Sample, list[Tensor]]:
         """A timed run and its outputs; of one launched apart as they were when it said that it had ended."""
-        if isinstance(runner, CudaRunner):
+        if self.apart is None:  # what these are is the judge's alone
             return self.timed(runner, patience), outputs
         kept: list[Tensor] = []
         sample = self.timed(runner, patience, over=lambda: kept.extend(each.clone() for each in outputs))

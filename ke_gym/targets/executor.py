@@ -361,11 +361,10 @@ class PlanRunner:
 
         A copy would be counted as the plan's time, and whoever deploys it gets the tensor itself.
         """
-        if len(step.outs) != 1 or self._roots[step.outs[0]] != step.outs[0]:
+        value = step.outs[0] if len(step.outs) == 1 else -1
+        if value not in self.plan.returns or self._roots[value] != value:
             return -1, None
-        if step.outs[0] not in self.plan.returns:
-            return -1, None
-        return self.plan.returns.index(step.outs[0]), _out_variant(resolve(step.target))
+        return self.plan.returns.index(value), _out_variant(resolve(step.target))
 
     def _positional(self, step: Call, skip: Collection[int] = ()) -> list[Any]:
         """The arguments of a call but those in ``skip``, which a run makes.
@@ -454,9 +453,8 @@ def _last_uses(plan: Plan, roots: dict[int, int]) -> dict[int, int]:
 def _out_variant(overload: Any) -> Any:
     """The overload with the same arguments that writes its one result to ``out``, or None."""
     schema = overload._schema
-    if any(tag in overload.tags for tag in _NEVER_INTO) or [str(r.type) for r in schema.returns] != [
-        "Tensor"
-    ]:
+    returned = [str(result.type) for result in schema.returns]
+    if any(tag in overload.tags for tag in _NEVER_INTO) or returned != ["Tensor"]:
         return None
     packet = overload.overloadpacket
     for name in packet.overloads():

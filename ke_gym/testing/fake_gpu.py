@@ -351,9 +351,7 @@ def stand_in(patch: MonkeyPatch) -> None:
         "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
     }.items():
         patch.setattr(torch.cuda, name, fake)
-    clock = SimpleNamespace(
-        perf_counter=lambda: FakeEvent.now, perf_counter_ns=lambda: int(1e9 * FakeEvent.now), sleep=idle
-    )
+    clock = SimpleNamespace(perf_counter=lambda: FakeEvent.now, sleep=idle)
     for module in (gpu_apart, gpu_host, gpu_stage, gpu_timing, race):
         patch.setattr(module, "time", clock)
     patch.setattr(gpu_stage, "SOAK_CALLS", 100)
