@@ -21,6 +21,7 @@ import torch
 from ke_gym.evaluation import (
     _gpu_host,
     gpu_apart,
+    gpu_evaluator,
     gpu_host,
     gpu_judge,
     gpu_launcher,
@@ -337,8 +338,11 @@ def one_launch(name: str, spec: TensorSpec, **options: Any) -> Artifact:
     return Artifact("cuda", "plan", "", {"k": name.encode()}, {"default": plan}, arch="sm_90a")
 
 
-def stand_in(patch: MonkeyPatch) -> None:
-    """Let the judge of a GPU find this one: its driver, clocks, facts, time, and what it calls in ``torch.cuda``."""
+def stand_in(patch: MonkeyPatch, client: type[GpuClient] = InProcess) -> None:
+    """Let the judge of a GPU find this one: its driver, clocks, facts, peaks, time, and what it calls in ``torch.cuda``.
+
+    Evaluators that are opened reach their judges through ``client``.
+    """
     for name, fake in {
         "Event": FakeEvent,
         "synchronize": lambda *_: None,
@@ -360,5 +364,7 @@ def stand_in(patch: MonkeyPatch) -> None:
     patch.setattr(gpu_lock, "FOLDER", Path(_LOCKS.name))
     patch.setattr(gpu_stage, "Clocks", FakeClocks)
     patch.setattr(gpu_launcher, "Clocks", FakeClocks)
+    patch.setattr(gpu_evaluator, "GpuClient", client)
+    patch.setattr(cuda, "measure", lambda _: PEAKS)
     patch.setattr(cuda, "facts", lambda _: FACTS)
     patch.setattr(cuda, "alike", lambda _: [0])

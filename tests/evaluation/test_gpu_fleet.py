@@ -14,7 +14,6 @@ import pytest
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation import gpu_evaluator, gpu_judge
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import OutOfDeviceMemory
@@ -24,7 +23,7 @@ from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cuda
 from ke_gym.tasks.task import Task
-from ke_gym.testing.fake_gpu import FACTS, PEAKS, InProcess, floats, integer, kernel, one_launch, stand_in
+from ke_gym.testing.fake_gpu import FACTS, floats, integer, kernel, one_launch, stand_in
 
 SPEC = TensorSpec((8, 16), (16, 1), "float32")
 TASK = """
@@ -70,8 +69,6 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     stand_in(monkeypatch)
     monkeypatch.setattr(cuda, "alike", lambda _: [0, 1])
-    monkeypatch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
-    monkeypatch.setattr(gpu_evaluator, "GpuClient", InProcess)
     found = Recorder()
 
     def race(self: GpuEvaluator, base: Evaluation, *_: Any) -> Evaluation:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ke_gym.candidate import Candidate
-from ke_gym.evaluation import gpu_evaluator, gpu_host, gpu_judge
+from ke_gym.evaluation import gpu_evaluator, gpu_host
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import NULL, GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
@@ -28,7 +28,6 @@ from ke_gym.languages.module import runtime
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
-    PEAKS,
     FakeDriver,
     FakeEvent,
     FakeHost,
@@ -77,8 +76,6 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuEvaluator
     path.write_text(TASK)
     patch = pytest.MonkeyPatch()
     stand_in(patch)
-    patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
-    patch.setattr(gpu_evaluator, "GpuClient", InProcess)
     with GpuEvaluator(Task.from_file(path), folder=folder) as opened:
         yield opened
     patch.undo()

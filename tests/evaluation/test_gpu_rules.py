@@ -101,9 +101,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuEvaluator
     path = folder / "wave.py"
     path.write_text(TASK)
     patch = pytest.MonkeyPatch()
-    stand_in(patch)
-    patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
-    patch.setattr(gpu_evaluator, "GpuClient", Small)
+    stand_in(patch, Small)
     OPENED.clear()
     with GpuEvaluator(Task.from_file(path), folder=folder) as opened:
         yield opened
@@ -422,7 +420,7 @@ def test_a_task_s_own_code_that_runs_out_of_memory_does_not_fit() -> None:
             raise UserError("task.py:23: the forward pass failed") from error
 
     patch = pytest.MonkeyPatch()
-    stand_in(patch)
+    stand_in(patch, Small)
     found = gpu_judge.answer_to(reference, {}, b"")
     patch.undo()
     assert found == {"out_of_memory": "CUDA out of memory. Tried to allocate 16.00 GiB", "elsewhere": 0}
@@ -432,7 +430,7 @@ def test_a_task_s_own_code_that_runs_out_of_memory_does_not_fit() -> None:
 def test_memory_that_others_have_is_not_the_candidate_s_to_lack(
     monkeypatch: pytest.MonkeyPatch, free: int, asked: str
 ) -> None:
-    stand_in(monkeypatch)
+    stand_in(monkeypatch, Small)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free << 30, 16 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1 << 30)
 
@@ -460,7 +458,7 @@ def test_memory_that_others_have_is_not_the_candidate_s_to_lack(
 def test_libraries_and_the_driver_lack_memory_as_torch_does(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    stand_in(monkeypatch)
+    stand_in(monkeypatch, Small)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 16 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1 << 30)
 
@@ -498,7 +496,7 @@ def test_libraries_and_the_driver_lack_memory_as_torch_does(
 def test_what_only_speaks_of_memory_does_not_lack_it(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    stand_in(monkeypatch)
+    stand_in(monkeypatch, Small)
 
     def plain() -> None:
         raise error

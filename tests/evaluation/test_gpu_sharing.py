@@ -16,14 +16,14 @@ import torch
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
-from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_rivals
+from ke_gym.evaluation import gpu_judge, gpu_rivals
 from ke_gym.evaluation.account import ALONE, SHARING
 from ke_gym.evaluation.gpu_client import APART, TIMED, GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_lock import DeviceLock
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.tasks.task import Task
-from ke_gym.testing.fake_gpu import PEAKS, InProcess, floats, idle, integer, kernel, one_launch, stand_in
+from ke_gym.testing.fake_gpu import InProcess, floats, idle, integer, kernel, one_launch, stand_in
 
 SPEC = TensorSpec((8, 16), (16, 1), "float32")
 TASK = """
@@ -83,9 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Iterator[list[GpuEvaluator]]:
     patch = pytest.MonkeyPatch()
-    stand_in(patch)
-    patch.setattr(gpu_judge.cuda, "measure", lambda _: PEAKS)
-    patch.setattr(gpu_evaluator, "GpuClient", Watched)
+    stand_in(patch, Watched)
     task = Task.from_file(folder / "wave.py")
     with GpuEvaluator(task, folder=folder) as first, GpuEvaluator(task, folder=folder) as second:
         yield [first, second]
