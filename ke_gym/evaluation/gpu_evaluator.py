@@ -447,7 +447,7 @@ class GpuEvaluator(Evaluator):
         """See ``Evaluator._fresh_race``; a confirmation's processes start together, before it, and end after it."""
         with self.account.phase("starting processes"):
             if rules is SOAK:
-                self._spares = Spares(self._open_spare, self._spare_count())
+                self._spares = Spares(self._open_spare, self._spare_count(artifact, rival))
             spare = self._spares.take()
             judge = spare or self._fresh_judge()
         try:
@@ -478,11 +478,17 @@ class GpuEvaluator(Evaluator):
             judge.close()
             raise
 
-    def _spare_count(self) -> int:
-        """As many judges as a confirmation needs, or as fit into a part of what is free of the device's memory."""
+    def _spare_count(self, artifact: Artifact, rival: Artifact | None) -> int:
+        """As many judges as a confirmation needs, or as fit into a part of what is free of the device's memory.
+
+        A module of the host lane has a process for every shape set, with contents and outputs of its own, and one beside
+        them that does nothing.
+        """
         specs = [spec for name in self.shape_sets for spec in self._specs(name)]
         kept = sum(2 * spec.storage_bytes for spec in specs)
-        each = max(kept, self._working_bytes) + CONTEXT_BYTES * (2 if self.judge.apart else 1)
+        modules = sum(one is not None and one.lane == "host" for one in (artifact, rival))
+        contexts = (2 if self.judge.apart else 1) + bool(modules) + modules * len(self.shape_sets)
+        each = max(kept, self._working_bytes) + modules * kept + contexts * CONTEXT_BYTES
         return min(CONFIRMATIONS, int(SPARE_SHARE * self.judge.free_bytes() / each))
 
     def _race_set(  # type: ignore[override]

@@ -4,7 +4,8 @@ That process (``_gpu_host``) may do what it likes, so nothing it says is believe
 
 - it is stopped whenever the clock does not run, and inputs are put into the memory it works on only then;
 - before they are, and when a call is over, its device is seen to be idle: no kernel of its may wait there for what comes,
-  or be in the way of whoever has the device next;
+  or be in the way of whoever has the device next; what begins once they are there, as a stream may that waits for memory,
+  is part of the call;
 - the clock is the judge's, from when it goes on until it has stopped and the device does nothing any more, which shows in
   how quickly the judge's own work is done there; less what a call that does nothing takes in a process beside it, which
   nothing foreign is ever loaded into;
@@ -27,7 +28,7 @@ from torch import Tensor
 from ke_gym.evaluation.channel import Channel, ProtocolError
 from ke_gym.evaluation.gpu_client import GONE
 from ke_gym.evaluation.gpu_lending import GO, READY, described
-from ke_gym.evaluation.gpu_memory import Block, Placement, damaged, poison
+from ke_gym.evaluation.gpu_memory import Block, Placement, damaged, poison, taken_elsewhere
 from ke_gym.evaluation.gpu_stage import Crowded, Died, ShapeSet, Stage, copy_all
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.leash import Leash
@@ -42,6 +43,9 @@ RESOLUTION_S = 20e-6
 IDLE_S, BUSY_S = 0.15e-3, 0.1
 """A device that does nothing answers in less at the second try; for up to 14 ms not, while the driver makes contexts. One
 where somebody's kernel does not end takes 0.2 ms at the least, mostly 1 to 2.4, which is its slice of time (an H200)."""
+QUIET = 15
+"""So often in a row a device must answer quickly for nothing to have begun there: 0.3 ms, longer than it takes to change
+from one context to another."""
 MAPPINGS = 16
 """Allocations of the process that are kept open at the most."""
 
@@ -60,6 +64,7 @@ class HostProcess:
         self._mapped: dict[str, tuple[int, int]] = {}
         self._lost: tuple[str, str] | None = None
         self._loaded = False
+        self._early_s = 0.0
         self._outputs = [self._mark.clone()]
         try:
             self._receive(START_SECONDS)
@@ -86,10 +91,12 @@ class HostProcess:
         if timed:
             self._idle()
         self._fill()
+        torch.cuda.synchronize(self._device)
+        self._early_s = self._begun() if timed else 0.0
         if timed:
             self._watch.flush()
-        torch.cuda.synchronize(self._device)
-        seconds = self._go(patience)
+            torch.cuda.synchronize(self._device)
+        seconds = self._early_s + self._go(patience)
         answer = self._receive(GRACE_SECONDS)
         told = answer.get("outputs")
         if not isinstance(told, list) or len(told) != len(self._outputs):
@@ -121,11 +128,11 @@ class HostProcess:
         link, leash = self._link, self._leash
         if link.readable():
             raise self._nonsense()  # an answer to a call that has not been made
+        begin = time.perf_counter()
         try:
             link.sock.send(GO)
         except OSError:
             raise self._end("runtime", GONE) from None
-        begin = time.perf_counter()
         leash.thaw()
         try:
             link.wait(patience)
@@ -148,7 +155,25 @@ class HostProcess:
             now = time.perf_counter()
             if now - before < IDLE_S:
                 return before
-        raise self._end("constraints", "it keeps the device busy when its calls are over")
+        raise self._busy()
+
+    def _begun(self) -> float:
+        """Seconds that the device takes for what began when contents were put there; mostly nothing did, and it is 0.
+
+        The judge's context has the device, so every touch tells.
+        """
+        start = now = last = time.perf_counter()
+        quick = 0
+        while quick < QUIET:
+            before = now
+            self._touch_device()
+            now = time.perf_counter()
+            quick += 1
+            if now - before >= IDLE_S:
+                last, quick = now, 0
+            if now > start + BUSY_S:
+                raise self._busy()
+        return last - start
 
     def _touch_device(self) -> None:
         """The least that can be done there, to its end."""
@@ -213,8 +238,20 @@ class HostProcess:
             if answer.get("lacks_memory") is not True:
                 raise self._end("runtime", log)
             died = self._end("constraints", f"not enough device memory: {log}")
-            raise died if self._loaded else Crowded(died.outcome, died.log, fatal=False)
+            raise Crowded(died.outcome, died.log, fatal=False) if self._others_have_it() else died
         return answer
+
+    def _others_have_it(self) -> bool:
+        """Whether other processes have memory of the device that this one says it lacks: of one that a module is loaded into
+        not its word counts, but what is taken when it has ended."""
+        if not self._loaded:
+            return True
+        self._leash.kill()
+        self._leash.alive(GRACE_SECONDS)
+        return bool(taken_elsewhere(RuntimeError()))
+
+    def _busy(self) -> Died:
+        return self._end("constraints", "it keeps the device busy when its calls are over")
 
     def _timed_out(self, seconds: float) -> Died:
         self._leash.kill()
@@ -316,7 +353,7 @@ class HostRunner(HostProcess):
             raise Crowded("constraints", said) from died
         seconds = max(RESOLUTION_S, self._call(patience, timed=True) - nothing)
         over()
-        return Sample(seconds, seconds, None, True, mhz)
+        return Sample(seconds, seconds, None, not self._early_s, mhz)
 
     def prepare(self, state: Mapping[str, Tensor]) -> None:
         """There is nothing to prepare."""

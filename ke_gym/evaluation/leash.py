@@ -42,8 +42,9 @@ class Leash:
         """Kill the process. Does not wait."""
         self._signal(signal.SIGKILL)
 
-    def alive(self) -> bool:
-        return not select.select([self.pidfd], [], [], 0)[0]
+    def alive(self, seconds: float = 0.0) -> bool:
+        """Whether it has not ended; waits for its end so long at the most."""
+        return not select.select([self.pidfd], [], [], seconds)[0]
 
     def close(self) -> None:
         """Let go of the process, which stays as it is."""

@@ -11,6 +11,8 @@ import torch
 from ke_gym.languages.plan import Alloc, Call, Plan, Ref, TensorSpec, uses
 
 ALIGNMENT = 64
+_UNSAFE_VIEW = "aten._unsafe_view.default"
+"""A view of which the schema says that it is none."""
 
 
 class PlanError(Exception):
@@ -96,6 +98,8 @@ def _aliased_operand(schema: Any, step: Call) -> int | None:
 
     An in-place or ``out=`` operator returns its operand too.
     """
+    if step.target == _UNSAFE_VIEW and isinstance(step.args[0], Ref):
+        return step.args[0].value
     if not any(r.alias_info is not None for r in schema.returns):
         return None
     for position, argument in enumerate(schema.arguments):

@@ -75,8 +75,9 @@ class PlanRunner:
         self._memory = memory or plan_memory(self.plan)
         self._arena = arena if arena is not None else self._bytes(self._memory.size)
         self._roots = alias_roots(self.plan)
-        self._fitting: set[int] = set()
-        """Values that came out as the outputs they are: from then on calls write these in place."""
+        self._fitting: dict[int, TensorSpec] = {}
+        """Values that came out as the memory of the outputs that they are, or are views of, and as what tensors: from then on
+        calls write these in place."""
         # Kernels read inputs through pointers, which are easily replaced; ATen calls hold the tensors.
         calls = [step for step in self.plan.steps if isinstance(step, Call)]
         self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in uses(step))
@@ -236,21 +237,28 @@ class PlanRunner:
                 raise PlanError(
                     f"output {position} came out as {TensorSpec.of(tensor)}, the plan says {spec}"
                 )
-            if self._outputs is not None and tensor is self._outputs[position]:
-                results.append(tensor)
+            if self._outputs is not None and tensor.data_ptr() == self._outputs[position].data_ptr():
+                results.append(self._outputs[position])
                 continue
-            self._fitting.add(value)
+            root = self._roots[value]
+            made = self._values.get(root)
+            if made is not None and _covers(tensor, made):
+                self._fitting[root] = TensorSpec.of(made)
             if self._outputs is not None:
                 results.append(self._outputs[position].copy_(tensor))
-            elif self._is_own(value, tensor) and self.plan.returns.index(value) == position:
+            elif self._is_own(root, tensor) and self._position(root) == position:
                 results.append(tensor)
             else:
                 results.append(self._empty(spec).copy_(tensor))
         return tuple(results)
 
-    def _is_own(self, value: int, tensor: torch.Tensor) -> bool:
+    def _is_own(self, root: int, tensor: torch.Tensor) -> bool:
         """Whether an ATen call made this tensor and shares its memory with nothing the caller gave."""
-        return value in self._owned and tensor.untyped_storage().data_ptr() not in self._borrowed
+        return root in self._owned and tensor.untyped_storage().data_ptr() not in self._borrowed
+
+    def _position(self, root: int) -> int:
+        """The first output that is a value or a view of it; -1 if none is."""
+        return next((p for p, value in enumerate(self.plan.returns) if self._roots[value] == root), -1)
 
     def _compile(self) -> list[tuple[str, Closure]]:
         steps: list[tuple[str, Closure]] = []
@@ -342,12 +350,15 @@ class PlanRunner:
             for name in named:
                 kwargs[name] = self._concrete(step.kwargs[name])
             if variant is not None and outs[0] in self._fitting and self._outputs is not None:
-                result = variant(*args, **kwargs, out=self._outputs[position])
+                spec, out = self._fitting[outs[0]], self._outputs[position]
+                if spec != self.plan.return_specs[position]:
+                    out = out.as_strided(spec.shape, spec.stride)
+                result = variant(*args, **kwargs, out=out)
             else:
                 result = overload(*args, **kwargs)
             results = [result] if isinstance(result, torch.Tensor) else flatten(result)
-            for out, cell, tensor in zip(outs, cells, results, strict=True):
-                values[out] = tensor
+            for number, cell, tensor in zip(outs, cells, results, strict=True):
+                values[number] = tensor
                 cell.value = tensor.data_ptr()
             for i in skip:
                 args[i] = None
@@ -362,9 +373,9 @@ class PlanRunner:
         A copy would be counted as the plan's time, and whoever deploys it gets the tensor itself.
         """
         value = step.outs[0] if len(step.outs) == 1 else -1
-        if value not in self.plan.returns or self._roots[value] != value:
+        if self._roots.get(value) != value or (position := self._position(value)) < 0:
             return -1, None
-        return self.plan.returns.index(value), _out_variant(resolve(step.target))
+        return position, _out_variant(resolve(step.target))
 
     def _positional(self, step: Call, skip: Collection[int] = ()) -> list[Any]:
         """The arguments of a call but those in ``skip``, which a run makes.
@@ -428,6 +439,12 @@ def _matches(tensor: torch.Tensor, spec: TensorSpec) -> bool:
     if math.prod(spec.shape) == 0:
         return True
     return all(n == 1 or a == b for n, a, b in zip(spec.shape, tensor.stride(), spec.stride))
+
+
+def _covers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is all the memory of another, in another shape if need be."""
+    same = one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
+    return same and TensorSpec.of(one).storage_bytes == TensorSpec.of(other).storage_bytes
 
 
 def _same_places(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

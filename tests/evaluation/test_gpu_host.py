@@ -300,6 +300,37 @@ def test_whoever_keeps_the_device_busy_between_calls_is_refused(
         opened(stage, Frames)
 
 
+@pytest.mark.parametrize("pauses", [0, 1, gpu_host.QUIET - 1])
+def test_what_begins_when_contents_come_is_part_of_the_call(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, pauses: int
+) -> None:
+    """As a stream's work does that waits for memory, which is no kernel's work: the judge's own has to wait for it."""
+    runner, _ = opened(stage, Slow)
+    monkeypatch.setattr(NullHost, "seconds", lambda self: 0.0)
+    work: list[float] = []
+    fill, touch = runner._fill, runner._touch_device
+
+    def filled() -> None:
+        fill()
+        work.extend([0.0] * pauses + [SECONDS])
+
+    def touched() -> None:
+        touch()
+        idle(work.pop(0) if work else 0.0)
+
+    monkeypatch.setattr(runner, "_fill", filled)
+    monkeypatch.setattr(runner, "_touch_device", touched)
+    for _ in range(2):
+        sample = runner.timed("run", 5.0, 1000)
+        assert sample.seconds == pytest.approx(2 * SECONDS) and not sample.hidden
+    monkeypatch.setattr(runner, "_fill", fill)
+    sample = runner.timed("run", 5.0, 1000)
+    assert sample.seconds == pytest.approx(SECONDS) and sample.hidden
+    monkeypatch.setattr(runner, "_fill", lambda: work.extend([SECONDS] * 99))
+    with pytest.raises(Died, match="keeps the device busy"):
+        runner.timed("run", 5.0, 1000)
+
+
 def test_one_that_is_gone_or_hangs_is_told_apart(stage: Stage) -> None:
     class Gone(Frames):
         def timed(self) -> dict[str, Any]:
@@ -334,6 +365,20 @@ def test_a_process_that_does_not_start_says_why(stage: Stage) -> None:
     ) as died:
         opened(stage, Broken)
     assert died.value.outcome == "constraints" and not died.value.fatal
+
+
+@pytest.mark.parametrize(("free", "kind"), [(1 << 34, Died), (1 << 30, Crowded)])
+def test_who_has_the_memory_that_a_module_says_it_lacks_is_seen_when_it_has_ended(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, free: int, kind: type[Died]
+) -> None:
+    runner, _ = opened(
+        stage, type("Large", (Frames,), {"answer": {"error": "no room", "lacks_memory": True}})
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 1 << 34))
+    with pytest.raises(Died, match="not enough device memory: no room") as died:
+        runner.run()
+    assert died.type is kind and died.value.outcome == "constraints"
+    assert not SLEEPERS[-1].leash.alive()
 
 
 def test_what_a_module_left_on_the_device_ends_before_others_have_it(

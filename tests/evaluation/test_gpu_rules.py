@@ -23,6 +23,7 @@ from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_profile import described
 from ke_gym.evaluation.work import Work
+from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, TensorSpec
 from ke_gym.search.observation import PROFILE, profile_features
 from ke_gym.targets import cuda
@@ -555,9 +556,12 @@ def test_a_search_opens_at_its_sizes_once_others_have_left_room(
 def test_confirmations_take_a_part_of_the_memory(
     evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = evaluator._spare_count()
+    plan, module = Artifact("cuda", "plan", ""), Artifact("cuda", "host", "")
+    assert evaluator._spare_count(plan, None) == 5
+    assert evaluator._spare_count(module, plan) == 3  # a module has processes, and so contexts, of its own
+    assert evaluator._spare_count(module, module) == 2
     monkeypatch.setattr(evaluator, "_working_bytes", FACTS.memory_bytes)
-    assert (few, evaluator._spare_count()) == (5, 0)
+    assert evaluator._spare_count(plan, plan) == 0
 
 
 def test_kernels_are_built_for_the_device_that_is_there() -> None:

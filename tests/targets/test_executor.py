@@ -162,6 +162,40 @@ def test_a_last_call_writes_its_output_in_place(made: Call, spec: TensorSpec, wr
             torch.testing.assert_close(out, fresh.run()[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("reshape", "written"), [("view", True), ("_unsafe_view", True), ("t", True), ("slice", False)]
+)
+def test_so_does_one_behind_a_view(reshape: str, written: bool) -> None:
+    """As a linear layer of three dimensions ends."""
+    inputs, state = tensors()
+    views: dict[str, tuple[Call, TensorSpec]] = {
+        "view": (call("view.default", Ref(3), (2, 2, 4), out=4), TensorSpec((2, 2, 4), (8, 4, 1), "float32")),
+        "_unsafe_view": (
+            call("_unsafe_view.default", Ref(3), (16,), out=4),
+            TensorSpec((16,), (1,), "float32"),
+        ),
+        "t": (call("t.default", Ref(3), out=4), TensorSpec((4, 4), (1, 4), "float32")),
+        "slice": (call("slice.Tensor", Ref(3), 0, 0, 2, out=4), TensorSpec((2, 4), (4, 1), "float32")),
+    }
+    last, spec = views[reshape]
+    steps: list[Step] = [
+        call("t.default", Ref(1), out=2), call("mm.default", Ref(0), Ref(2), out=3), last,
+    ]  # fmt: skip
+    out = torch.empty_strided(spec.shape, spec.stride)
+    runner = PlanRunner(artifact(steps, [4], [spec]), "cpu", inputs, state, outputs=[out])
+    fresh = PlanRunner(artifact(steps, [4], [spec]), "cpu", inputs, state)
+    runner.run()
+    for _ in range(2):
+        inputs[0].normal_()
+        with Called() as seen:
+            (got,) = runner.run()
+        assert got is out and ("aten.copy_.default" not in seen.names) == written
+        with Called() as seen:
+            (got,) = fresh.run()
+        assert "aten.copy_.default" not in seen.names  # whoever deploys it gets what the call made
+        assert torch.equal(out, got)
+
+
 def test_outputs_can_be_others_in_every_run() -> None:
     """As a GPU's are."""
     inputs, state = tensors()
