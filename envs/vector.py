@@ -54,7 +54,7 @@ class TrainingVecEnv(VecEnvWrapper):
         seed: int = 0,
         hide: float = 0.5,
         hidden: slice = IDENTITY,
-        penalties: bool = False,
+        penalties: bool = True,
     ) -> None:
         super().__init__(venv)
         self.hide, self.hidden, self.penalties = hide, hidden, penalties

@@ -78,13 +78,19 @@ class RunSettings:
     warm_start: float = 0.0
     prices: str = ""
     language: str = ""
+    limits: dict[str, Any] | None = None
+
+    @property
+    def budget(self) -> Budget | None:
+        """The limits that were last given; None for runs from before they were kept."""
+        return None if self.limits is None else Budget(**self.limits)
 
 
 def optimize(
     task: Task | nn.Module | str | Path,
     example_inputs: Any = None,
     *,
-    budget: int | None = 60,
+    budget: int | None = None,
     seconds: float | None = None,
     dollars: float | None = None,
     target: str = "cpu",
@@ -109,7 +115,8 @@ def optimize(
     Args:
         task: a live ``nn.Module`` (with ``example_inputs``: a tensor or a sequence of positional arguments),
             or a suite task's name, a KernelBench-format file, or a ``Task``.
-        budget, seconds, dollars: limits; the first that is reached ends the search.
+        budget, seconds, dollars: limits (``budget``: evaluations); the first that is reached ends the search. Left out,
+            they are what they were for a run that is resumed, and 60 evaluations for a new one.
         target: the device to optimize for.
         language: what kernels are generated in: ``"cpp"`` on a CPU; on a GPU ``"triton"`` (the default) or ``"cuda"``.
         baseline: what speedups are against: ``"eager"``, ``"compile"`` (``torch.compile``) or ``"max-autotune"``
@@ -134,11 +141,12 @@ def optimize(
     Raises:
         UserError: for bad input, in one sentence.
     """
-    limits = Budget(budget, seconds, dollars)
+    limits = Budget.asked(budget, seconds, dollars)
     warm.check(warm_start)
     loaded = _task(task, example_inputs)
     if resume is not None:
         run_dir, settings = read_run(resume)
+        limits = Budget.asked(budget, seconds, dollars, settings.budget)
         loaded = _recorded_task(loaded, run_dir, settings)
         settings = replace(settings, prices=(llm.prices if llm else "") or settings.prices)
         if settings.llm is not None:
@@ -263,7 +271,7 @@ def _search(
         store.add_task(task)
         if task.payload:
             write_whole(run_dir / TASK_FILE, task.to_bytes())
-        write_run(run_dir, RunSettings(**{**asdict(settings), "store": str(store.path.absolute())}))
+        write_run(run_dir, replace(settings, store=str(store.path.absolute()), limits=asdict(limits)))
         evaluate = remembering(store, setting, evaluator)
         workers = settings.workers * evaluator.devices
         if evaluator.devices > 1:
@@ -553,7 +561,8 @@ def read_run(path: str | Path) -> tuple[Path, RunSettings]:
         )
     try:
         settings = RunSettings(**data)
-    except TypeError as error:
+        settings.budget  # noqa: B018
+    except (TypeError, UserError) as error:
         raise UserError(f"{folder / RUN_FILE} is damaged: {error}; start a new run") from error
     # Runs from before there was a choice have the target's default.
     return folder, replace(settings, language=kernel_language(settings.target, settings.language))

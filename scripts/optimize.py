@@ -93,8 +93,8 @@ class Args:
     """For openai: keep the conversation in this file, a cassette."""
     replay: str = ""
     """For openai: answer from this cassette instead of asking anyone."""
-    budget: int = 60
-    """Evaluations per task, failures included."""
+    budget: int | None = None
+    """Evaluations per task, failures included; 60 by default."""
     seconds: float | None = None
     """Seconds per task; the first limit that is reached ends the search."""
     seed: int | None = None
@@ -109,7 +109,8 @@ class Args:
     out: Path = Path("runs")
     """The folder that gets a folder per run."""
     resume: Path | None = None
-    """The folder of an earlier run: continue that search as it was (give a larger --budget to extend it)."""
+    """The folder of an earlier run: continue that search as it was, to its own limits (give a larger --budget to extend
+    it)."""
     wandb: Mode = "disabled"
     """Report every search to Weights & Biases, as a run of its own: online, offline, or disabled."""
     json: bool = False
@@ -224,7 +225,8 @@ def search(args: Args, task: Task, limits: Budget, llm: LLM, view: LiveView | Pl
 
 
 def main(args: Args) -> int:
-    limits = Budget(args.budget, args.seconds, args.max_dollars)
+    before = None if args.resume is None else read_run(args.resume)[1].budget
+    limits = Budget.asked(args.budget, args.seconds, args.max_dollars, before)
     warm.check(args.warm_start)
     if args.resume is None:
         kernel_language(settings(args)["target"], settings(args)["language"])

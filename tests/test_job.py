@@ -295,6 +295,11 @@ def test_bad_input_is_refused_in_one_sentence(result: ke_gym.Result, tmp_path: P
         ke_gym.optimize("softmax", resume=result.run_dir)
     with pytest.raises(UserError, match="not a run's folder"):
         ke_gym.optimize("softmax", resume=tmp_path)
+    recorded = json.loads((result.run_dir / "run.json").read_text())
+    for limits in ({"evaluations": -1}, {"euros": 5}, [60]):
+        (tmp_path / "run.json").write_text(json.dumps(recorded | {"limits": limits}))
+        with pytest.raises(UserError, match="is damaged"):
+            ke_gym.optimize("softmax", resume=tmp_path)
     (tmp_path / "run.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match="another version"):
         ke_gym.optimize("softmax", resume=tmp_path)

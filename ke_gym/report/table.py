@@ -18,7 +18,7 @@ def summary(results: Sequence[Result]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_footer=several, pad_edge=False)
     gains = [math.log(result.speedup) if result.faster else 0.0 for result in results]
     table.add_column("task", footer="geometric mean" if several else "", no_wrap=True)
-    table.add_column("time [ms]", justify="right", no_wrap=True)
+    table.add_column(r"time \[ms]", justify="right", no_wrap=True)
     table.add_column("speedup", footer=f"{math.exp(statistics.fmean(gains)):.2f}x", no_wrap=True)
     for heading in ("over", "own code", "tried", "valid", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)

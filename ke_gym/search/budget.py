@@ -35,6 +35,23 @@ class Budget:
             if limit is not None and not limit > 0:
                 raise UserError(f"a budget of {limit} {name} buys nothing; give a positive number")
 
+    @classmethod
+    def asked(
+        cls,
+        evaluations: int | None,
+        seconds: float | None,
+        dollars: float | None,
+        before: Budget | None = None,
+    ) -> Budget:
+        """The limits that are given; in the place of those left out (None) what a search that is resumed had ``before``,
+        and of a new one 60 evaluations."""
+        usual = before or cls()
+        return cls(
+            usual.evaluations if evaluations is None else evaluations,
+            usual.seconds if seconds is None else seconds,
+            usual.dollars if dollars is None else dollars,
+        )
+
     def _shares(self, spent: Spent) -> dict[str, float]:
         pairs = {
             "evaluations": (spent.evaluations, self.evaluations),

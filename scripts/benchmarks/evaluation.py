@@ -65,7 +65,8 @@ def kernel(variant: str, again: int = 0, repeat: int = 1, scale: float = 1.0) ->
 class Evaluation:
     """A/A false positives, resolution of 5 % differences, early rejection, throughput, memory, exploits.
 
-    On a GPU: A/A, resolution of 2 % differences at 100 us, throughput (of all GPUs, where there are several), exploits.
+    On a GPU: A/A, resolution of 2 % differences at 100 us, the host lane's clock, throughput (of all GPUs, where there are
+    several), exploits.
     """
 
     target: str = "cpu"
@@ -78,6 +79,8 @@ class Evaluation:
     """Candidates of the throughput mix; 0 leaves it out."""
     evaluations: int = 1000
     """Evaluations over which the parent's memory is watched; 0 leaves it out."""
+    host_lane: bool = True
+    """Time eager PyTorch in a GPU's host lane too."""
     exploits: bool = True
     """Run the exploit suite and the honest kernels too."""
     json: Path | None = None
@@ -88,6 +91,8 @@ class Evaluation:
         if self.target != "cpu":
             if self.races:
                 figures.extend(gpu.resolution(self.target, self.races))
+            if self.host_lane:
+                figures.extend(gpu.host_lane(self.target))
             if self.candidates:
                 figures.extend(gpu.throughput(self.target, self.candidates))
             if self.exploits:

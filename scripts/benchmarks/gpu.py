@@ -21,7 +21,7 @@ from ke_gym.evaluation.record import CONFIRMATIONS
 from ke_gym.tasks.task import Task
 
 TASK = '''
-"""Softmax of {rows} rows of {cols}."""
+"""{call} of {rows} rows of {cols}."""
 
 import torch
 import torch.nn as nn
@@ -29,7 +29,7 @@ import torch.nn as nn
 
 class Model(nn.Module):
     def forward(self, x):
-        return torch.softmax(x, dim=-1)
+        return {call}
 
 
 def get_inputs():
@@ -37,6 +37,20 @@ def get_inputs():
 '''
 # The middle one takes about 100 us on a large GPU, the small one about 5.
 SIZES = {"100 us": (8192, 6144), "5 us": (128, 1024)}
+SOFTMAX = "torch.softmax(x, dim=-1)"
+# What eager PyTorch is called with in the host lane, from what takes no time there to what takes long.
+HOST_CALLS = {
+    "sine of 128 x 256": ("x.sin()", 128, 256),
+    "sine of 4096 x 4096": ("x.sin()", 4096, 4096),
+    "sine of 8192 x 8192": ("x.sin()", 8192, 8192),
+    "softmax of 8192 x 8192": (SOFTMAX, 8192, 8192),
+    "five calls of 8192 x 8192": ("(2 * (x.sin() * x + x)).cos()", 8192, 8192),
+    "two products of 4096 x 4096": ("(x @ x) @ x", 4096, 4096),
+}
+# Where a tensor lies cannot be traced.
+HOST_LANE = "import torch\n\n\ndef forward(x):\n    x.data_ptr()\n    return {call}\n"
+ACCURATE_FROM_MS, ACCURACY = 0.03, 0.25
+"""Calls that take so long are to be found to take what they do, but for this share."""
 IN_FLIGHT = 8
 """Candidates per GPU that are under way at once: most of them wait for their turn, compiled."""
 WINNERS = 1 / 16
@@ -112,11 +126,35 @@ def kernel(variant: str, again: int = 0, scale: float = 1.0) -> Candidate:
 
 def task(size: str) -> Task:
     """The softmax whose honest kernel takes about that long."""
-    rows, cols = SIZES[size]
+    return called(SOFTMAX, *SIZES[size])
+
+
+def called(call: str, rows: int, cols: int) -> Task:
+    """The task whose reference is one expression of ``x``."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "softmax.py"
-        path.write_text(TASK.format(rows=rows, cols=cols))
+        path = Path(folder) / "call.py"
+        path.write_text(TASK.format(call=call, rows=rows, cols=cols))
         return Task.from_file(path)
+
+
+def host_lane(target: str) -> Iterator[Figure]:
+    """What eager PyTorch is found to take in the host lane, where a process's clock counts, against itself by device events.
+
+    It is never faster than itself.
+    """
+    for name, (call, rows, cols) in HOST_CALLS.items():
+        with open_evaluator(called(call, rows, cols), target) as evaluator:
+            judged = evaluator.evaluate(Candidate(HOST_LANE.format(call=call), "cuda"))
+        if not judged.correct or judged.time_ms is None or judged.reference_ms is None:
+            yield Figure(f"host lane, {name}", f"{judged.outcome}: {judged.log}", "correct", False)
+            continue
+        share = judged.time_ms / judged.reference_ms
+        near = judged.reference_ms < ACCURATE_FROM_MS or abs(share - 1) <= ACCURACY
+        value = f"{1e3 * judged.time_ms:.1f} us, {1e3 * judged.reference_ms:.1f} by events"
+        least = f"within {100 * ACCURACY:.0f} % from {1e3 * ACCURATE_FROM_MS:.0f} us on, no gain"
+        yield Figure(
+            f"host lane, {name}", value, least, near and not judged.improved and judged.trust == "host"
+        )
 
 
 def resolution(target: str, races: int) -> Iterator[Figure]:

@@ -192,9 +192,9 @@ def test_failures_are_fined_unless_penalties_are_left_out() -> None:
     from ke_gym.envs.vector import FlatVecObservation, TrainingVecEnv
 
     paid: dict[bool, list[float]] = {}
-    for penalties in (True, False):
+    for penalties, options in {True: {}, False: {"penalties": False}}.items():
         made = make_vec_env(REPLAY, 8, seed=0, tables=tables(), horizon=12)
-        envs = TrainingVecEnv(FlatVecObservation(made), penalties=penalties)
+        envs = TrainingVecEnv(FlatVecObservation(made), **options)
         envs.reset()
         rng = np.random.default_rng(0)
         paid[penalties] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,29 @@ def test_visible_gpus_keep_their_names(lanes: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lanes.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="no NVIDIA GPU"):
         lanes.gpus()
+
+
+def test_the_host_lane_is_held_against_eager_itself(lanes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu
+
+    judged: list[Any] = []
+
+    @contextmanager
+    def opened(task: Any, target: str) -> Iterator[Any]:
+        yield SimpleNamespace(evaluate=lambda candidate: judged.pop(0))
+
+    def took(time_ms: float, reference_ms: float, **more: Any) -> Any:
+        known = {"correct": True, "improved": False, "trust": "host", "time_ms": time_ms}
+        return SimpleNamespace(**known | {"reference_ms": reference_ms} | more)
+
+    judged += [
+        took(0.02, 0.004), took(0.04, 0.036), took(0.2, 0.13), took(0.2, 0.25, improved=True),
+        took(0.7, 0.7, trust="plan"), SimpleNamespace(correct=False, outcome="runtime", log="gone"),
+    ]  # fmt: skip
+    monkeypatch.setattr(gpu, "open_evaluator", opened)
+    figures = list(gpu.host_lane("cuda"))
+    assert [figure.reached for figure in figures] == [True, True, False, False, False, False]
+    assert figures[0].value == "20.0 us, 4.0 by events" and figures[5].value == "runtime: gone"
 
 
 def test_throughput_of_several_gpus_is_held_against_one_s(

@@ -148,7 +148,7 @@ def test_kill_9_then_resume_continues_the_search(tmp_path: Path, task: Path) -> 
     (run_dir,) = (tmp_path / "runs").iterdir()
     before = recorded(tmp_path, run_dir)
     assert before
-    done = in_process("optimize", "--resume", str(run_dir), "--budget", "3", "--seed", "0", home=tmp_path)
+    done = in_process("optimize", "--resume", str(run_dir), "--seed", "0", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
     after = recorded(tmp_path, run_dir)

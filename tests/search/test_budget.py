@@ -19,6 +19,16 @@ def test_a_budget_without_any_limit_is_refused() -> None:
         Budget(evaluations=None)
 
 
+def test_limits_that_are_left_out_are_those_of_before() -> None:
+    assert Budget.asked(None, None, None) == Budget(60)
+    assert Budget.asked(None, 5.0, None) == Budget(60, 5.0)
+    before = Budget(100, None, 2.0)
+    assert Budget.asked(None, None, None, before) == before
+    assert Budget.asked(200, 9.0, None, before) == Budget(200, 9.0, 2.0)
+    with pytest.raises(UserError, match="buys nothing"):
+        Budget.asked(0, None, None, before)
+
+
 def test_the_first_reached_limit_is_named() -> None:
     budget = Budget(evaluations=10, seconds=5.0, dollars=1.0)
     assert budget.exhausted(Spent(9, 4.9, 0.9)) is None
