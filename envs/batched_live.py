@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from ke_gym.envs import render, spaces
+from ke_gym.envs.batched import BatchedVecEnv
 from ke_gym.envs.episode import Episode, Rules, Step
 from ke_gym.envs.kernel_opt import KernelOptEnv, TaskSpec, resolve, sample
 from ke_gym.envs.pool import EvaluationPool, LostEvaluation, OpenEvaluator
@@ -27,7 +27,7 @@ from ke_gym.search.session import Ask
 from ke_gym.tasks import Task
 
 
-class BatchedLiveVecEnv(VecEnv):
+class BatchedLiveVecEnv(BatchedVecEnv):
     """``KernelOptEnv`` N times as one of stable-baselines3's vector environments.
 
     Arguments are those of ``KernelOptEnv``, and ``workers``: evaluations in flight at once. Episodes begin anew
@@ -129,26 +129,6 @@ class BatchedLiveVecEnv(VecEnv):
 
     def get_images(self) -> Sequence[NDArray[np.uint8]]:
         return [render.rgb_array(e.session.tree, e.case.task.name, self.rules.horizon) for e in self.episodes]
-
-    # What stable-baselines3 asks of the single environments ------------------------------------------------
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        if method_name != "action_masks":
-            raise AttributeError(f"the episodes have no method {method_name!r}, only action_masks")
-        masks = self.action_masks()
-        return [masks[i] for i in self._get_indices(indices)]
-
-    def has_attr(self, attr_name: str) -> bool:
-        return attr_name == "action_masks" or hasattr(self, attr_name)
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise AttributeError(f"{attr_name} is the same for all episodes; set it on the vector environment")
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
 
 
 def _stack(observations: list[dict[str, NDArray[np.float32]]]) -> VecEnvObs:

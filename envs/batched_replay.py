@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from ke_gym.envs import catalog, spaces
 from ke_gym.envs.bank import COLUMNS, ILLEGAL, REAL, WIDTH, bank_of
+from ke_gym.envs.batched import BatchedVecEnv
 from ke_gym.envs.catalog import TableSpec
 from ke_gym.envs.episode import Rules
 from ke_gym.envs.prepared import (
@@ -48,7 +48,7 @@ _BITS = np.array([i.bit_count() for i in range(WINDOW + 1)], np.float32)
 _SCALES = 1 / np.array([[1, 10, math.log(10), 1, 1, 1, 1, 1, N_STRATEGIES, 10, 1, 5]], np.float32).T
 
 
-class BatchedReplayVecEnv(VecEnv):
+class BatchedReplayVecEnv(BatchedVecEnv):
     """``KernelOptReplayEnv`` N times as one of stable-baselines3's vector environments.
 
     Arguments are those of ``KernelOptReplayEnv``; parent rules are ``best`` and ``root``, and of several horizons
@@ -408,21 +408,3 @@ class BatchedReplayVecEnv(VecEnv):
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        if method_name != "action_masks":
-            raise AttributeError(f"the episodes have no method {method_name!r}, only action_masks")
-        masks = self.action_masks()
-        return [masks[i] for i in self._get_indices(indices)]
-
-    def has_attr(self, attr_name: str) -> bool:
-        return attr_name == "action_masks" or hasattr(self, attr_name)
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise AttributeError(f"{attr_name} is the same for all episodes; set it on the vector environment")
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ke_gym import proposers
@@ -18,6 +19,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.job import remembering
 from ke_gym.proposers.base import Proposer
 from ke_gym.search.observation import Surroundings
+from ke_gym.search.run import Evaluate
 from ke_gym.search.session import Ask
 from ke_gym.search.store import Setting, Store
 from ke_gym.tasks import Task
@@ -28,6 +30,14 @@ PATIENCE = 3
 
 class LostEvaluation(Exception):
     """The processes that judged a candidate failed, for no fault of the candidate."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Open:
+    """An open evaluator, and its ``evaluate`` that judges no binary twice, nor at once."""
+
+    evaluator: Evaluator
+    evaluate: Evaluate
 
 
 class EvaluationPool:
@@ -63,7 +73,7 @@ class EvaluationPool:
         self._open = open_evaluator or (lambda task: opening.open_evaluator(task, target, baseline, threads))
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
         self._cases: dict[str, Case] = {}
-        self._evaluators: OrderedDict[str, Evaluator] = OrderedDict()
+        self._opened: OrderedDict[str, _Open] = OrderedDict()
         self._retired: list[Evaluator] = []
         self._turn = threading.Condition()
         self._judging = ""
@@ -73,30 +83,33 @@ class EvaluationPool:
 
     def case(self, task: Task) -> Case:
         """The task, ready to be searched; its evaluator is open from now on."""
-        evaluator = self._evaluator(task)
+        evaluator = self._open_for(task).evaluator
         if task.id not in self._cases:
-            setting = Setting(
-                task.id, self.target, evaluator.facts.fingerprint, self.baseline, evaluator.threads
-            )
             if isinstance(self.proposer, str):
                 proposer = proposers.make(self.proposer, task, self.language, evaluator=evaluator)
             else:
                 proposer = self.proposer(task)
-            self._cases[task.id] = Case(task, setting, Surroundings.of(evaluator), proposer)
+            self._cases[task.id] = Case(
+                task, self._setting(task, evaluator), Surroundings.of(evaluator), proposer
+            )
             self.store.add_task(task)
         return self._cases[task.id]
 
-    def _evaluator(self, task: Task) -> Evaluator:
+    def _setting(self, task: Task, evaluator: Evaluator) -> Setting:
+        return Setting(task.id, self.target, evaluator.facts.fingerprint, self.baseline, evaluator.threads)
+
+    def _open_for(self, task: Task) -> _Open:
         with self._turn:
-            evaluator = self._evaluators.get(task.id)
-            if evaluator is None:
+            if task.id not in self._opened:
                 # The old ones first: two tasks' inputs need not fit into memory side by side.
-                while len(self._evaluators) >= self.keep:
-                    self._retired.append(self._evaluators.popitem(last=False)[1])
+                while len(self._opened) >= self.keep:
+                    self._retired.append(self._opened.popitem(last=False)[1].evaluator)
                 self._bury()
-                evaluator = self._evaluators[task.id] = self._open(task)
-            self._evaluators.move_to_end(task.id)
-            return evaluator
+                evaluator = self._open(task)
+                evaluate = remembering(self.store, self._setting(task, evaluator), evaluator)
+                self._opened[task.id] = _Open(evaluator, evaluate)
+            self._opened.move_to_end(task.id)
+            return self._opened[task.id]
 
     def _bury(self) -> None:
         """Close retired evaluators once nobody judges with them."""
@@ -105,15 +118,15 @@ class EvaluationPool:
                 self._retired.pop().close()
 
     @contextmanager
-    def _judge(self, task: Task) -> Iterator[Evaluator]:
+    def _judge(self, task: Task) -> Iterator[_Open]:
         # An evaluator keeps its own races apart; those of different tasks are kept apart here.
         with self._turn:
             self._turn.wait_for(lambda: self._judging in ("", task.id))
-            evaluator = self._evaluator(task)
+            opened = self._open_for(task)
             self._judging = task.id
             self._judges += 1
         try:
-            yield evaluator
+            yield opened
         finally:
             with self._turn:
                 self._judges -= 1
@@ -130,14 +143,14 @@ class EvaluationPool:
         return self._threads.submit(self._evaluate, case, ask)
 
     def _evaluate(self, case: Case, ask: Ask) -> Evaluation:
-        with self._judge(case.task) as evaluator:
+        with self._judge(case.task) as opened:
             try:
-                judged = remembering(self.store, case.setting, evaluator)(ask.candidate, ask.rival_candidate)
+                judged = opened.evaluate(ask.candidate, ask.rival_candidate)
             except Exception as error:
                 with self._turn:
-                    if self._evaluators.get(case.task.id) is evaluator:
-                        self._retired.append(self._evaluators.pop(case.task.id))
-                    self._lost += 1
+                    if self._opened.get(case.task.id) is opened:  # whoever shares the loss finds it counted
+                        self._retired.append(self._opened.pop(case.task.id).evaluator)
+                        self._lost += 1
                     if self._lost >= PATIENCE:
                         raise UserError(
                             f"task {case.task.name}: {self._lost} evaluations in a row were lost, the last to"
@@ -155,7 +168,7 @@ class EvaluationPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for case in self._cases.values():
             case.proposer.close()
-        self._retired += self._evaluators.values()
-        self._evaluators.clear()
+        self._retired += [opened.evaluator for opened in self._opened.values()]
+        self._opened.clear()
         self._bury()
         self.store.close()

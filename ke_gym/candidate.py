@@ -12,7 +12,6 @@ from pathlib import Path
 from ke_gym import syntax
 from ke_gym.errors import UserError
 
-_SUFFIXES = {".py": "cpp"}
 # Two sources that differ in what these read do different things.
 _READS_ITSELF = re.compile(
     r"__doc__|__file__|__LINE__|__code__|getsource|getdoc|linecache|lineno|inspect|source_location"

@@ -473,7 +473,7 @@ def _result(
     best = session.tree.best
     artifact = None
     if best is not None:
-        artifact = evaluator.build(best.candidate)
+        artifact = evaluator.settled(best.candidate)
         session.store.add_artifact(artifact.binary_id, artifact.to_bytes())
     contract = evaluator.judge.shapes[evaluator.contract]
     floor_s = evaluator.peaks.floor_s(contract.work.bytes, contract.work.floor_flops)

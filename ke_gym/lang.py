@@ -7,7 +7,6 @@ kernels for a GPU are only ever recorded.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +17,7 @@ from ke_gym.languages import cpp as _cpp
 from ke_gym.languages import cuda as _cuda
 from ke_gym.languages import recording as _recording
 from ke_gym.languages.declarations import Declaration, parse
-from ke_gym.languages.launch import KernelError, Library, check
+from ke_gym.languages.launch import KernelError, Library, Namespace, check
 
 __all__ = ["Kernel", "KernelError", "Kernels", "cpp", "cuda", "tensor_map"]
 
@@ -54,32 +53,18 @@ class Kernel:
         return f"{self.declaration.name}({arguments})"
 
 
-class Kernels:
+class Kernels(Namespace[Kernel]):
     """The kernels of one source, as attributes."""
 
     def __init__(self, unit: _cpp.Unit) -> None:
         self.unit = unit
-        self._kernels = {name: Kernel(self, found) for name, found in parse(unit.source).items()}
+        found = parse(unit.source)
+        super().__init__({name: Kernel(self, found[name]) for name in found}, 'extern "C" function')
 
     @cached_property
     def library(self) -> Library:
         """The binary in this process, compiled on first use. Raises ``KernelError`` if that fails."""
         return Library(_cpp.cached(self.unit))
-
-    def __getattr__(self, name: str) -> Kernel:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name in self._kernels:
-            return self._kernels[name]
-        near = get_close_matches(name, self._kernels, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(self._kernels) or 'none'}"
-        message = f'no kernel {name!r}: the source has no extern "C" function of that name; {hint}'
-        if (recorder := _recording.active()) is not None:
-            recorder.reject("compile", message)
-        raise KernelError(message)
-
-    def __dir__(self) -> list[str]:
-        return sorted(self._kernels)
 
 
 def cpp(source: str, flags: str | list[str] = "", compiler: str = "g++") -> Kernels:
@@ -94,7 +79,7 @@ def cpp(source: str, flags: str | list[str] = "", compiler: str = "g++") -> Kern
     return Kernels(unit)
 
 
-def cuda(source: str, flags: str | list[str] = "", compiler: str = "") -> _cuda.CudaKernels:
+def cuda(source: str, flags: str | list[str] = "", compiler: str = "") -> Namespace[_cuda.CudaKernel]:
     """CUDA C++17 source → the ``extern "C" __global__`` kernels it defines: ``kernels.rows[grid, block](x, out)``.
 
     ``kernels.rows.launched(grid, block, shared, cluster=…, cooperative=…, programmatic=…)`` gives launch

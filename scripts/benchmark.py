@@ -8,7 +8,8 @@
     python scripts/benchmark.py llm             what prompts, faults and waiting for models cost
     python scripts/benchmark.py policies        do trained policies beat chance on families they never saw
 
-Leave the machine alone while one runs. Every table in docs/results.md names the command that made it.
+Leave the machine alone while one runs. Tables in docs/results.md name the command that made them, but for those made
+by a script of the day, which is not kept.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Args:
     """Search for faster kernels for one or more tasks."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Suite tasks, "suite", a family, KernelBench-format files or folders of them."""
+    """Suite tasks, "suite", a family ("family:softmax" where a task has that name), KernelBench-format files or folders."""
     target: str | None = None
     """The device to optimize for; cpu by default."""
     language: str | None = None

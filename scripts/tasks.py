@@ -34,7 +34,7 @@ class List:
     """List tasks: name, family, what they compute, shapes, dtype, precision."""
 
     tasks: Specs = ("suite",)
-    """Tasks, families, task files or folders; the whole built-in suite by default."""
+    """Tasks, families ("family:softmax" where a task has that name), files or folders; the whole suite by default."""
     json: bool = False
     """Print a JSON list instead of the table."""
 
@@ -44,7 +44,7 @@ class Check:
     """Check tasks: the reference is accepted, every mutant is rejected."""
 
     tasks: Specs = ("suite",)
-    """Tasks, families, task files or folders; the whole built-in suite by default."""
+    """Tasks, families ("family:softmax" where a task has that name), files or folders; the whole suite by default."""
     json: bool = False
     """Print a JSON list instead of the table."""
 

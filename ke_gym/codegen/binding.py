@@ -305,7 +305,7 @@ class Binder:
         binding = self.bound[node.name]
         return any(a in self.outer for r in node.rvars if r in binding for a, _ in binding[r].terms)
 
-    def _order(self, name: str, node: Node, binding: Binding, value: Expr) -> tuple[Loop, ...]:
+    def _order(self, node: Node, binding: Binding, value: Expr) -> tuple[Loop, ...]:
         """The node's inner loops, outermost first: by descending stride of what it touches."""
         variables: dict[Var, None] = {}
         for var in (*node.vars, *node.rvars):

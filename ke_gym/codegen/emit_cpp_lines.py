@@ -16,7 +16,7 @@ from ke_gym.codegen.cpp_words import (
     store_text,
 )
 from ke_gym.codegen.expr import Expr, Interned, Rewriter, compute_dtype
-from ke_gym.codegen.nest import Item, Loop, Nest, Stage, Target
+from ke_gym.codegen.nest import Item, Loop, Nest, Target
 from ke_gym.codegen.stages import acc_dtype
 
 
@@ -82,7 +82,6 @@ class Lines:
 
     def _statements(
         self,
-        stage: Stage,
         items: tuple[Item, ...],
         shift: Rewriter,
         stream: str,

@@ -47,7 +47,7 @@ class Loops(Lines):
     def _loop(self, stage: Stage, starts: dict[int, int | None], depth: int, parallel: bool) -> None:
         loops = stage.loops
         if not loops:
-            self._statements(stage, stage.items, Rewriter(), "", starts)
+            self._statements(stage.items, Rewriter(), "", starts)
             return
         begun = [item for item in stage.items if item.op and starts[id(item)] == depth]
         innermost = depth == len(loops) - 1
@@ -117,7 +117,7 @@ class Loops(Lines):
             self.open(f"for (int64_t {name} = {whole}; {name} < {rows.var.size}; ++{name})")
             self._simd([], [""], False)
             self.open(self._for(columns))
-            self._statements(stage, stage.items, Rewriter(), "", starts)
+            self._statements(stage.items, Rewriter(), "", starts)
             self.close()
             self.close()
 
@@ -152,19 +152,19 @@ class Loops(Lines):
             self._simd(reducing, names, alone)
         if streams == 1:
             self.open(self._for(loop))
-            self._statements(stage, stage.items, Rewriter(), "", starts)
+            self._statements(stage.items, Rewriter(), "", starts)
             self.close()
             return
         name = loop.var.name
         self.open(f"for (int64_t {name} = 0; {name} < {part}; ++{name})")
         for u in range(streams):
             shift = Rewriter({loop.var: of(Var(loop.var.name, part)) + u * part})
-            self._statements(stage, stage.items, shift, str(u), starts)
+            self._statements(stage.items, shift, str(u), starts)
         self.close()
         if part * streams < length:
             self._simd(reducing, ["0"], False)
             self.open(f"for (int64_t {name} = {part * streams}; {name} < {length}; ++{name})")
-            self._statements(stage, stage.items, Rewriter(), "0", starts)
+            self._statements(stage.items, Rewriter(), "0", starts)
             self.close()
 
     def _streamed(self, stage: Stage) -> dict[str, str]:
@@ -203,7 +203,7 @@ class Loops(Lines):
         end = "" if short else f"part + {FETCHED}" if length % FETCHED == 0 else f"part + {count}"
         self.open(self._for(loop) if short else f"for (int64_t {name} = part; {name} < {end}; ++{name})")
         self.offset = name if short else f"{name} - part"
-        self._statements(stage, stage.items, Rewriter(), "", starts)
+        self._statements(stage.items, Rewriter(), "", starts)
         self.close()
         for target, first in self.streamed.items():
             self.line(f"ke::stream_out({first}{at}, {target}_part, {count});")
@@ -217,7 +217,7 @@ class Loops(Lines):
         self.line(f"const int64_t start = std::min<int64_t>(part, {last});")
         self._simd([], [""], False)
         self.open(f"for (int64_t {name} = start; {name} < start + {VECTOR}; ++{name})")
-        self._statements(stage, stage.items, Rewriter(), "", starts)
+        self._statements(stage.items, Rewriter(), "", starts)
         self.close()
         self.close()
 

@@ -12,8 +12,6 @@ from ke_gym.codegen.expr import Expr, Index, Load, Var
 
 Precision = Literal["strict", "tf32", "bf16"]
 
-REDUCTIONS = ("sum", "prod", "max", "min", "any", "all")
-
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     stride, step = [], 1

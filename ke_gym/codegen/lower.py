@@ -99,7 +99,6 @@ class Lowering:
         self.graph.weights = frozenset(self.graph.renamed.get(name, name) for name in captured.weights)
         self.current: torch.fx.Node | None = None
         self.origin = ""
-        self.titles: dict[str, int] = {}
 
     # ----------------------------------------------------------------------------------------- driving
 

@@ -82,7 +82,7 @@ class Builder(Binder):
                     binding[var] = of(Var(f"{name}.{var.name}", var.size)) if var.size != 1 else constant(0)
             places[name] = binding
             values[name] = Rewriter(binding).expr(self.resolved[name])
-            inner[name] = self._order(name, node, binding, values[name])
+            inner[name] = self._order(node, binding, values[name])
         levels = self._levels(inner, values, places)
         merged: list[tuple[int, tuple[Loop, ...], list[str]]] = []
         for name in self.kept:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ke_gym.codegen import contract, fusion, rewrites_gpu
 from ke_gym.codegen.contraction import GemmProblem, GemmSchedule
-from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import Load, Op, walk
 from ke_gym.codegen.graph import Extern, Node, contiguous_stride
 from ke_gym.codegen.knobs import knobs, with_knobs
@@ -27,6 +25,7 @@ from ke_gym.codegen.variants import (
     ACCUMULATORS,
     GRAINS,
     LANES,
+    MAX_TRIES,
     PREFETCH,
     STREAM,
     TILES,
@@ -40,6 +39,7 @@ from ke_gym.codegen.variants import (
     loop_nests,
     nest_of,
     reducing,
+    shuffled,
     tests_indices,
     with_group,
     with_knob,
@@ -48,7 +48,6 @@ from ke_gym.codegen.variants import (
 
 SQUARES = (16, 32, 64)
 EXACT = frozenset(("sqrt", "div"))  # costly, but single instructions
-MAX_TRIES = 64
 
 
 def apply(program: Program, schedule: Schedule, strategy: str, draw: int = 0) -> Schedule | None:
@@ -330,18 +329,6 @@ def merge_launches(program: Program, schedule: Schedule) -> Iterator[Schedule]:
     yield replace(schedule, merged=not schedule.merged)
 
 
-def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-    """A sequence of random settings of all knobs."""
-    choices = knobs(program, schedule)
-    for seed in range(MAX_TRIES):
-        generator = random.Random(seed)
-        picked = {k: generator.choice(v) for k, v in choices.items() if generator.random() < 0.4}
-        try:
-            yield with_knobs(program, schedule, picked)
-        except Illegal:
-            continue
-
-
 REWRITES: dict[str, Variants] = {
     "tile_block": either(by_contraction("tile", "kc", "mc", "nc"), tile_outer),
     "stage_local": stage,
@@ -366,7 +353,7 @@ REWRITES: dict[str, Variants] = {
     "split_reduce": reanchor,
     "sync_launch": merge_launches,
     "specialize": fitting,
-    "param_tune": shuffle_knobs,
+    "param_tune": shuffled(knobs, with_knobs),
 }
 
 STRATEGIES: tuple[str, ...] = tuple(REWRITES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,10 +18,8 @@ from ke_gym.codegen.program import Program
 from ke_gym.codegen.schedule import Group, Plan, Schedule
 from ke_gym.codegen.searches import Searched, searching
 from ke_gym.codegen.tiles import Tiles
-from ke_gym.codegen.variants import Variants, either, groups, nest_of, with_group
+from ke_gym.codegen.variants import Variants, either, groups, nest_of, shuffled, with_group
 from ke_gym.codegen.windows import LANGUAGE, Windowed
-
-MAX_TRIES = 64
 
 
 def with_launch(group: Group, knob: str, value: Any) -> Group:
@@ -188,18 +185,6 @@ def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> 
     return result
 
 
-def shuffle_knobs(program: Program, schedule: Schedule) -> Iterator[Schedule]:
-    """A sequence of random settings of all knobs."""
-    choices = knobs(program, schedule)
-    for seed in range(MAX_TRIES):
-        generator = random.Random(seed)
-        picked = {k: generator.choice(v) for k, v in choices.items() if generator.random() < 0.4}
-        try:
-            yield with_knobs(program, schedule, picked)
-        except Illegal:
-            continue
-
-
 REWRITES: dict[str, Variants] = {
     "tile_block": either(
         by_launch("m", "n", "k"), by_launch("rows", "columns", kinds=(Tiles, bags.Bag, Searched))
@@ -219,5 +204,5 @@ REWRITES: dict[str, Variants] = {
     "work_partition": by_launch("warps"),
     "split_reduce": by_launch("split"),
     "sync_launch": by_launch("persistent", "programs", "turns"),
-    "param_tune": shuffle_knobs,
+    "param_tune": shuffled(knobs, with_knobs),
 }

@@ -125,7 +125,7 @@ class Builder(Binder):
             first = max(self.kept.values(), key=lambda n: sum(s != 1 for s in n.shape))
             binding = self._complete(first)
             value = Rewriter(binding).expr(self.resolved[first.name])
-            loops = self._order(first.name, first, binding, value)
+            loops = self._order(first, binding, value)
             self.inner = self._columns_of(value, [loop.var for loop in loops])
             self.outer = tuple(loop.var for loop in loops[: len(loops) - self.inner])
         if self.limits:
@@ -225,7 +225,7 @@ class Builder(Binder):
     def _work(self, name: str, node: Node, places: dict[Var, Index], levels: dict[str, int]) -> Work:
         binding = self._complete(node)
         value = Rewriter(binding).expr(self.resolved[name])
-        loops = [loop.var for loop in self._order(name, node, binding, value)]
+        loops = [loop.var for loop in self._order(node, binding, value)]
         binding = self._follow(node, binding)
         value = Rewriter(binding).expr(self.resolved[name])
         kept = {a for v in node.vars for a, _ in binding[v].terms if a not in self.outer}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from ke_gym.codegen import contract
+from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.expr import InRange, Op, walk
 from ke_gym.codegen.legality import nests_of
 from ke_gym.codegen.nest import Nest
@@ -22,6 +24,7 @@ GRAINS = (2048, 16384, 131072)
 LANES = (0, 8, 16, 32)
 PREFETCH = (0, 1, 4, 16)
 STREAM = (1, 8, 0)  # the least comes first
+MAX_TRIES = 64
 
 
 def groups(schedule: Schedule) -> Iterator[tuple[int, int, Group]]:
@@ -98,6 +101,25 @@ def either(*parts: Variants) -> Variants:
     def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:
         for part in parts:
             yield from part(program, schedule)
+
+    return variants
+
+
+def shuffled(
+    knobs: Callable[[Program, Schedule], dict[str, list[Any]]],
+    with_knobs: Callable[[Program, Schedule, dict[str, Any]], Schedule],
+) -> Variants:
+    """A sequence of random settings of all knobs."""
+
+    def variants(program: Program, schedule: Schedule) -> Iterator[Schedule]:
+        choices = knobs(program, schedule)
+        for seed in range(MAX_TRIES):
+            generator = random.Random(seed)
+            picked = {k: generator.choice(v) for k, v in choices.items() if generator.random() < 0.4}
+            try:
+                yield with_knobs(program, schedule, picked)
+            except Illegal:
+                continue
 
     return variants
 

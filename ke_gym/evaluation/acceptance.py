@@ -4,12 +4,13 @@ An output is accepted when its error is at most ``RATIO`` times that of the trus
 dtype, or below a floor that an honest implementation of that dtype can meet and a strictly lower-precision
 one can not, by three measures at once (largest error, relative L2, a tail quantile), and never above a hard
 cap. Integers follow the same rule by counting mismatches. Non-finite values must match by position: there is
-no NaN wildcard. Source: research notes on evaluation, section 2.
+no NaN wildcard. (ARCHITECTURE.md, "How a verdict is reached".)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ TAIL = 0.999
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 POLICY_FLOOR = {"strict": 0.0, "tf32": 1e-3, "bf16": 1e-2}
 HARD_CAP = 0.05
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,27 @@ def _misplaced_nonfinite(output: Tensor, expected: Expected) -> Verdict | None:
     )
     reason = f"{int(wrong.sum())} values are {kind}"
     return Verdict(False, reason, math.inf, math.inf, math.inf, error_pattern(wrong))
+
+
+def blocks_agree(output: Tensor, expected: Tensor, blocks: int, randrange: Callable[[int], int]) -> bool:
+    """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
+    flat, want = output.reshape(-1), expected.reshape(-1)
+    n = flat.numel()
+    if not n:
+        return True
+    starts = [randrange(max(1, n - BLOCK + 1)) for _ in range(min(blocks, 1 + n // BLOCK))]
+    index = (torch.tensor(starts).unsqueeze(1) + torch.arange(min(BLOCK, n))).reshape(-1)
+    a, b = flat[index], want[index]
+    if not b.is_floating_point():
+        return int((a != b).sum()) <= a.numel() // 100
+    a, b = a.double(), b.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite):
+        return False
+    b = torch.where(finite, b, 0.0)
+    slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 2e-2)
+    near = (torch.where(finite, a, 0.0) - b).abs() <= slack * (b.abs() + b.abs().max())
+    return bool(near.all())
 
 
 def error_pattern(wrong: Tensor) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from ke_gym.evaluation.channel import Channel, ProtocolError
 from ke_gym.evaluation.sandbox import GIB, Sandbox
-from ke_gym.evaluation.shared import RED_ZONE, Layout, SharedBuffer, damaged, poison
+from ke_gym.evaluation.shared import RED_ZONE, Layout, SharedBuffer, damaged, nearest, poison
 from ke_gym.evaluation.zygote import Worker, Zygote
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import Signature
@@ -28,7 +28,6 @@ from ke_gym.targets.executor import MemoryPlan, PlanRunner, plan_memory
 
 OPEN_TIMEOUT = 20.0
 END_SECONDS = 5.0  # how long a process that is done for may take to say why, and to end
-ANSWER_LIMIT = 1 << 20
 STOPPING_NS = 50_000
 WORKSPACE_BYTES = 4 * GIB
 _GO, _CHECK, _PROFILE = b"g", b"c", b"p"
@@ -167,10 +166,10 @@ class Arm:
         """What the last call in check mode wrote outside of its tensors, in words; ``""`` if nothing."""
         byte = damaged(self.output_buffer.bytes, self.output_layout.used)
         if byte is not None:
-            return "wrote outside of its outputs: " + _nearest(byte, self.output_layout.used, "output")
+            return "wrote outside of its outputs: " + nearest(byte, self.output_layout.used, "output")
         byte = damaged(self._arena.bytes[_MARK_BYTES:], self._arena_plan.used)
         if byte is not None:
-            return "wrote outside of its intermediates: " + _nearest(
+            return "wrote outside of its intermediates: " + nearest(
                 byte, self._arena_plan.used, "intermediate"
             )
         return ""
@@ -343,19 +342,6 @@ def open_arm(
     if artifact.lane == "plan":
         return PlanArm(zygote, artifact, shape_set, inputs, layout)
     return HostArm(zygote, artifact, shape_set, inputs, layout, signature)
-
-
-def _nearest(byte: int, used: Sequence[tuple[int, int]], what: str) -> str:
-    """Where a stray byte lies, in words about the tensor next to it."""
-    after = [
-        (byte - offset - length, i) for i, (offset, length) in enumerate(used) if byte >= offset + length
-    ]
-    before = [(offset - byte, i) for i, (offset, length) in enumerate(used) if byte < offset]
-    if after and (not before or min(after)[0] < min(before)[0]):
-        distance, index = min(after)
-        return f"{distance} bytes past the end of {what} {index}"
-    distance, index = min(before, default=(0, 0))
-    return f"{distance} bytes before {what} {index}"
 
 
 # -- inside the sandbox --------------------------------------------------------------------------------------

@@ -16,10 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_signature
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
+from ke_gym.evaluation.contest import left_out
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.record import home
@@ -30,9 +33,16 @@ from ke_gym.languages.base import BuildError
 from ke_gym.languages.device import get_arch
 from ke_gym.tasks.task import Task
 
-VERSION = 2
+VERSION = 3
+_PLAIN = 2
+"""The version that had its tasks' shapes as plain JSON; still read."""
 _MAGIC = b"KEBUNDLE\0"
 _TASK = ("name", "source", "path", "family", "description", "precision", "tolerance", "backward", "shapes")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,7 @@ class Bundle:
     baseline: str = "eager"
 
     def to_bytes(self) -> bytes:
-        """A JSON header and the artifacts. Raises ``UserError`` for a task that is a live module."""
-        for task in self.tasks:
-            if task.payload:
-                raise UserError(f"task {task.name} is a live module; only task files travel in a bundle")
+        """A JSON header and the artifacts. Raises ``UserError`` for a task that can't travel."""
         blobs = [
             [p.artifact.to_bytes() if p.artifact else b"", p.rival[1].to_bytes() if p.rival else b""]
             for p in self.packed
@@ -75,7 +82,7 @@ class Bundle:
             "version": VERSION,
             "arch": self.arch,
             "baseline": self.baseline,
-            "tasks": [{key: getattr(task, key) for key in _TASK} for task in self.tasks],
+            "tasks": [_described(task) for task in self.tasks],
             "packed": [
                 {
                     "label": p.label,
@@ -90,7 +97,7 @@ class Bundle:
                 for p, pair in zip(self.packed, blobs)
             ],
         }
-        text = json.dumps(header, default=dict).encode()
+        text = json.dumps(header).encode()
         flat = [blob for pair in blobs for blob in pair]
         return b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *flat])
 
@@ -103,9 +110,9 @@ class Bundle:
         end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
         try:
             header = json.loads(data[start:end])
-            if header["version"] != VERSION:
+            if header["version"] not in (_PLAIN, VERSION):
                 raise ValueError(f"it is of version {header['version']!r}, this is version {VERSION}")
-            tasks = tuple(Task(**{key: task[key] for key in _TASK}) for task in header["tasks"])
+            tasks = tuple(_task(entry, header["version"] == _PLAIN) for entry in header["tasks"])
             packed = []
             for entry in header["packed"]:
                 artifacts: list[Artifact | None] = []
@@ -115,7 +122,7 @@ class Bundle:
                     artifacts.append(Artifact.from_bytes(blob) if blob else None)
                 packed.append(_unpacked(entry, tasks, *artifacts))
             arch, baseline = str(header["arch"]), str(header["baseline"])
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"it is damaged: {error!r}") from error
         if end != len(data):
             raise ValueError("it is cut off")
@@ -134,6 +141,64 @@ class Bundle:
             raise UserError(
                 f"{path} is no bundle ({error}); make one with --bundle FILE --compile-only"
             ) from error
+
+
+def _described(task: Task) -> dict[str, Any]:
+    """The inverse of ``_task``. Raises ``UserError``."""
+    if task.payload:
+        raise UserError(f"task {task.name} is a live module; only task files travel in a bundle")
+    shapes: dict[str, dict[str, Any]] = {}
+    for name, overrides in task.shapes.items():
+        shapes[name] = {}
+        for key, value in overrides.items():
+            try:
+                shapes[name][key] = _encoded(value)
+            except TypeError as error:
+                raise UserError(
+                    f"task {task.name}: shape set {name!r} sets {key} to {value!r}, which can't travel in a bundle "
+                    f"({error}); use numbers, strings, dtypes, and tuples, lists or dicts of them"
+                ) from error
+    return {key: getattr(task, key) for key in _TASK} | {"shapes": shapes}
+
+
+def _task(entry: dict[str, Any], plain: bool) -> Task:
+    known = {key: entry[key] for key in _TASK}
+    if not plain:
+        known["shapes"] = {
+            name: {key: _decoded(value) for key, value in overrides.items()}
+            for name, overrides in known["shapes"].items()
+        }
+    return Task(**known)
+
+
+def _encoded(value: Any) -> Any:
+    """A global of a task file as JSON, which tells no tuple from a list and has no dtypes. Raises ``TypeError``."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if type(value) in (list, tuple):
+        held = [_encoded(each) for each in value]
+        return held if type(value) is list else {"tuple": held}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _encoded(each) for key, each in value.items()}}
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _decoded(value: Any) -> Any:
+    """The inverse of ``_encoded``. Raises ``ValueError``."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    match list(value.items()):
+        case [("tuple", list(held))]:
+            return tuple(_decoded(each) for each in held)
+        case [("dict", dict(named))]:
+            return {key: _decoded(each) for key, each in named.items()}
+        case [("dtype", str(name))] if name in _DTYPES:
+            return _DTYPES[name]
+    raise ValueError("a shape set has a value of an unknown kind")
 
 
 def _unpacked(
@@ -223,7 +288,10 @@ def _judge(evaluator: Evaluator, packed: Packed) -> Evaluation:
                 return evaluator.final(packed.candidate)
             if packed.rival is None:
                 return evaluator.evaluate(packed.candidate)
-            evaluator.adopt(*packed.rival)
+            try:
+                evaluator.adopt(*packed.rival)
+            except BuildError as failure:
+                return left_out(evaluator.evaluate(packed.candidate), failure.log)
             return evaluator.evaluate(packed.candidate, packed.rival[0])
         except BuildError as error:
             packed = Packed(packed.label, packed.task, packed.candidate, None, error.outcome, error.log)

@@ -143,6 +143,13 @@ def factors(interval: tuple[float, float]) -> tuple[float, float] | None:
     return (math.exp(low), math.exp(high)) if math.isfinite(low) and math.isfinite(high) else None
 
 
+def left_out(evaluation: Evaluation, why: str) -> Evaluation:
+    """``evaluation`` of a candidate that raced without its incumbent, which failed."""
+    first = why.partition("\n")[0]
+    said = f"the incumbent failed ({first}): raced against the baseline alone"
+    return evaluation.alone().replace(log="\n".join(filter(None, (said, evaluation.log))))
+
+
 def remark(result: Race, against: str) -> str:
     """How a race that won nothing ended, in words."""
     words = {

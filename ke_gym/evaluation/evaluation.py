@@ -11,7 +11,7 @@ Outcome = Literal["correct", "compile", "constraints", "correctness", "runtime",
 OUTCOMES: tuple[Outcome, ...] = ("correct", "compile", "constraints", "correctness", "runtime", "timeout")
 
 # Bumped whenever a change could alter a verdict or a time: recorded evaluations of other versions are not reused.
-HARNESS_VERSION = 2
+HARNESS_VERSION = 3
 
 # What speedups can be against: PyTorch as it is, or one of torch.compile's modes.
 COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune"}

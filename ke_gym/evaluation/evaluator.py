@@ -33,12 +33,14 @@ from ke_gym.evaluation.contest import (
     RACE,
     RUNOFF,
     SOAK,
+    left_out,
     measured,
     over_sets,
     race_entries,
     remark,
     rivals_fault,
 )
+from ke_gym.evaluation.coverage import without_kernels
 from ke_gym.evaluation.evaluation import BASELINES, Cost, Errors, Evaluation, Profile
 from ke_gym.evaluation.judge_client import JudgeClient, Shape
 from ke_gym.evaluation.profile import limiter, profile
@@ -47,15 +49,16 @@ from ke_gym.evaluation.record import MachineRecord, home
 from ke_gym.evaluation.selfcheck import Proof, prove
 from ke_gym.evaluation.stats import FEWEST, sign_p_interval
 from ke_gym.evaluation.zygote import Zygote
+from ke_gym.languages import cpp
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
-from ke_gym.languages.plan import Call, Launch
 from ke_gym.targets import cpu
 from ke_gym.tasks.task import Task
 
 AA_EVERY = 10
 CALL_SECONDS = 10.0
 """One call may take so long at least, however little its task has to do: a machine may stand still for seconds."""
+PEAKS_SECONDS = 120.0
 COVERAGE_ROUNDS = 12
 REASON_CHARACTERS = 300
 
@@ -211,8 +214,7 @@ class Evaluator:
             with self.account.phase("racing equals"):
                 self._maybe_aa()
         if absent:
-            said = f"the incumbent failed ({absent.splitlines()[0]}): raced against the baseline alone"
-            base = base.alone().replace(log="\n".join(filter(None, (said, base.log))))
+            base = left_out(base, absent)
         return base
 
     def _clock(self) -> float:
@@ -285,6 +287,10 @@ class Evaluator:
         """The candidate's artifact, built in the sandbox unless it is known; raises `BuildError`."""
         return self._builds.build(candidate, self._make, self.adopt)
 
+    def settled(self, candidate: Candidate) -> Artifact:
+        """What a candidate is deployed as: its artifact, with whatever was chosen for this machine when it was judged."""
+        return self.build(candidate)
+
     def _make(self, candidate: Candidate) -> Artifact:
         with self.account.phase(BUILDING):
             return self._compile(candidate)
@@ -338,11 +344,19 @@ class Evaluator:
         return peaks.bounded_by(dtypes, self.task.precision, self.facts.matrix_unit)
 
     def _measure_peaks(self, threads: int) -> cpu.Peaks:
-        worker = self.zygote.spawn("ke_gym.targets.cpu:measure_worker", {"threads": threads})
-        try:
-            header, _ = worker.channel.recv(timeout=120)
-        finally:
-            worker.close()
+        compiler = next((found.path for found in cpp.compilers().values()), None)
+        if compiler is None:
+            raise UserError("there is no C++ compiler to measure this machine's peaks with: install g++")
+        with self.zygote.spawn(
+            "ke_gym.targets.cpu:measure_worker", {"threads": threads, "compiler": compiler}
+        ) as worker:
+            try:
+                header, _ = worker.channel.recv(timeout=PEAKS_SECONDS)
+            except (EOFError, TimeoutError) as error:
+                how = "took too long" if isinstance(error, TimeoutError) else "failed"
+                raise UserError(
+                    f"measuring this machine's peaks with {compiler} {how}: {worker.log().strip() or error}"
+                ) from error
         return cpu.Peaks(
             header["threads"], tuple((s, r) for s, r in header["bandwidth"]), header["fp32"], header["fp64"]
         )
@@ -520,29 +534,27 @@ class Evaluator:
         prepared = sorted(entry.arm.prepare(patience) for _ in range(3))[1]
         steps = entry.arm.profile(5)
         described: Profile = profile(artifact, shape.work, self.peaks, seconds, floor_s, steps)
+        coverage = self._coverage(artifact, entry, seconds)
         return base.replace(
             profile=described,
             limiter=limiter(described, self.facts, seconds),
             preparation_ms=1e3 * prepared if prepared else None,
-            kernel_coverage=round(self._coverage(artifact, entry, seconds), 4),
+            kernel_coverage=None if coverage is None else round(coverage, 4),
         )
 
-    def _coverage(self, artifact: Artifact, entry: Entry, raced_s: float) -> float:
-        """The share of a call (``raced_s`` in the race) that is gone when the plan runs without its own kernels.
+    def _coverage(self, artifact: Artifact, entry: Entry, raced_s: float) -> float | None:
+        """The share of a call (``raced_s`` in the race) that is gone when the plan runs without its own kernels; None where it
+        cannot.
 
         By this process's clock: what the candidate's process says of its steps could be forged, and a decoy
         could be slow only while it is profiled.
         """
         if artifact.lane == "host":
             return 0.0
-        plan = artifact.plans[self.contract]
-        rest = tuple(step for step in plan.steps if not isinstance(step, Launch))
-        if not any(isinstance(step, Call) for step in rest):
-            return 1.0
-        if len(rest) == len(plan.steps):
-            return 0.0
-        library = replace(artifact, plans={self.contract: replace(plan, steps=rest)})
-        if plan.preparation is None:
+        library = without_kernels(artifact, self.contract)
+        if not isinstance(library, Artifact):
+            return library
+        if artifact.plans[self.contract].preparation is None:
             library = replace(library, binaries={})
         patience = self._patience(self.contract)
         with self._entries() as open_entry:

@@ -2,7 +2,8 @@
 
 The searching side compiles and leaves a bundle, ``<name>.keb``; the side with the GPU, ``serve``, judges it and
 leaves ``<name>.json`` beside it. How the folder is shared (a network file system, rsync) is no matter of theirs:
-files appear whole, and names are never used again.
+files appear whole, and names are never used again. Who has read its answer, or waits for none any more, removes
+the order first and then the answer: an order without one is judged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -26,7 +27,15 @@ from ke_gym.evaluation import gpu_signature
 from ke_gym.evaluation.account import Account
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds, Cores
-from ke_gym.evaluation.bundle import Bundle, Packed, judge, read_results, results, write_file
+from ke_gym.evaluation.bundle import (
+    Bundle,
+    Packed,
+    judge,
+    read_results,
+    results,
+    write_file,
+)
+from ke_gym.evaluation.contest import left_out
 from ke_gym.evaluation.evaluation import Cost, Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuShape, described_shapes
@@ -49,7 +58,8 @@ PATIENCE = 3600.0
 class ExchangeEvaluator(Evaluator):
     """Judges candidates for one task on the GPU behind ``exchange``; see ``Evaluator`` for the rest.
 
-    Raises ``UserError`` if nobody answers within ``patience`` seconds, or for what the other side says.
+    Raises ``UserError`` if nobody answers within ``patience`` seconds or until it is closed, or for what the other
+    side says.
     """
 
     judge: SimpleNamespace  # type: ignore[assignment]
@@ -79,6 +89,7 @@ class ExchangeEvaluator(Evaluator):
         self._builds = Builds(self._cores)
         self.account = Account()
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._state = ExitStack()
         try:
             shapes = self._order(Bundle("", (task,), (), baseline), self._introduced)
@@ -123,9 +134,6 @@ class ExchangeEvaluator(Evaluator):
         start = time.perf_counter()
         try:
             artifact = self.build(candidate)
-            rival = None
-            if incumbent is not None and incumbent.id != candidate.id:
-                rival = incumbent, self.build(incumbent)
         except BuildError as error:
             cost = Cost(compile_s=time.perf_counter() - start)
             base = Evaluation(self.task.name, self.target, candidate.language, candidate.id, "compile")
@@ -133,6 +141,12 @@ class ExchangeEvaluator(Evaluator):
                 outcome=error.outcome, log=error.log, baseline=self.baseline, machine=self.facts.fingerprint,
                 sandbox=self.sandbox, cost=cost,
             )  # fmt: skip
+        rival, failure = None, None
+        if incumbent is not None and incumbent.id != candidate.id:
+            try:
+                rival = incumbent, self.build(incumbent)
+            except BuildError as error:
+                failure = error
         packed = Packed(candidate.id, 0, candidate, artifact, rival=rival, final=final)
         order = Bundle(artifact.arch, (self.task,), (packed,), self.baseline)
         (judged,) = self._order(order, lambda answer: read_results(json.dumps(answer)))
@@ -141,7 +155,8 @@ class ExchangeEvaluator(Evaluator):
             judged.evaluation.cost.check_s,
             judged.evaluation.cost.race_s,
         )
-        return judged.evaluation.replace(cost=spent)
+        evaluation = judged.evaluation.replace(cost=spent)
+        return evaluation if failure is None else left_out(evaluation, failure.log)
 
     def _compile(self, candidate: Candidate) -> Artifact:
         return self.builder.build(
@@ -150,30 +165,47 @@ class ExchangeEvaluator(Evaluator):
         )  # fmt: skip
 
     def _order(self, order: Bundle, read: Callable[[dict[str, Any]], T]) -> T:
-        """Leave a bundle, wait for its answer and ``read`` it."""
+        """Leave a bundle, wait for its answer, ``read`` it and tidy up."""
         with self._lock:
             self._orders += 1
             path = self._exchange / f"{self._name}-{self._orders:05d}{ORDER}"
         order.write(path)
         answer = path.with_suffix(ANSWER)
-        end = time.monotonic() + self._wait_s
-        while not answer.exists():
-            if time.monotonic() > end:
-                raise UserError(
-                    f"nobody answered {path} within {self._wait_s:g} s; run scripts/evaluate.py --serve "
-                    f"{self._exchange} on a machine with a GPU"
-                )
-            time.sleep(POLL_SECONDS)
+        try:
+            self._await(answer)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         try:
             data: dict[str, Any] = json.loads(answer.read_text())
-            if "error" not in data:
-                return read(data)
+            found = read(data) if "error" not in data else None
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(
                 f"{answer} is no answer that can be read here ({type(error).__name__}: {error}); "
                 "have the same version on both sides"
             ) from error
-        raise UserError(str(data["error"]))
+        with suppress(OSError):  # where files can't be removed, they stay
+            path.unlink(missing_ok=True)
+            answer.unlink(missing_ok=True)
+        if found is None:
+            raise UserError(str(data["error"]))
+        return found
+
+    def _await(self, answer: Path) -> None:
+        end = time.monotonic() + self._wait_s
+        while not answer.exists():
+            if time.monotonic() > end:
+                raise UserError(
+                    f"nobody answered with {answer} within {self._wait_s:g} s; run scripts/evaluate.py --serve "
+                    f"{self._exchange} on a machine with a GPU"
+                )
+            if self._closed.wait(POLL_SECONDS):
+                raise UserError(f"the search ended before {answer} was there")
+
+    def close(self) -> None:
+        """Whoever still waits for an answer gets none."""
+        self._closed.set()
+        super().close()
 
 
 def serve(
@@ -186,19 +218,21 @@ def serve(
     ``open_evaluator(task, baseline)``; the last one stays open for the orders to come.
     """
     opened: dict[tuple[str, str], Evaluator] = {}
-    under_way: dict[Path, Future[None]] = {}
+    under_way: set[Future[None]] = set()
+    taken: set[str] = set()
     with ExitStack() as state:
         state.callback(_close, opened)
         pool = state.enter_context(ThreadPoolExecutor(thread_name_prefix="serve"))
         while not (folder / STOP).exists():
-            for ended in [order for order, future in under_way.items() if future.done()]:
-                under_way.pop(ended).result()
-            waiting = [o for o in folder.glob(f"*{ORDER}") if not o.with_suffix(ANSWER).exists()]
-            waiting = [o for o in waiting if o not in under_way]
-            if not waiting or len(under_way) >= max((e.devices for e in opened.values()), default=1):
+            for ended in [future for future in under_way if future.done()]:
+                under_way.remove(ended)
+                ended.result()
+            full = len(under_way) >= max((e.devices for e in opened.values()), default=1)
+            order = None if full else _oldest(folder, taken)
+            if order is None:
                 time.sleep(POLL_SECONDS)
                 continue
-            order = min(waiting, key=lambda path: (path.stat().st_mtime_ns, path.name))
+            taken.add(order.name)
             try:
                 bundle = Bundle.read(order)
                 if not bundle.tasks:
@@ -207,13 +241,23 @@ def serve(
                     )
                 key = (bundle.tasks[0].id, bundle.baseline)
                 if key not in opened:  # two tasks need not fit onto the device
-                    wait(under_way.values())
+                    wait(under_way)
                     _close(opened)
                     opened[key] = open_evaluator(bundle.tasks[0], bundle.baseline)
             except Exception as error:
                 _reply(order, _refused(error), tell)
                 continue
-            under_way[order] = pool.submit(_serve, order, bundle, opened[key], tell)
+            under_way.add(pool.submit(_serve, order, bundle, opened[key], tell))
+
+
+def _oldest(folder: Path, taken: set[str]) -> Path | None:
+    """The order that waits longest, but for those ``taken``; None if none does."""
+    waiting = []
+    for order in folder.glob(f"*{ORDER}"):
+        if order.name not in taken and not order.with_suffix(ANSWER).exists():
+            with suppress(OSError):  # whoever left it has removed it since
+                waiting.append((order.stat().st_mtime_ns, order.name, order))
+    return min(waiting)[2] if waiting else None
 
 
 def _close(opened: dict[tuple[str, str], Evaluator]) -> None:
@@ -222,8 +266,10 @@ def _close(opened: dict[tuple[str, str], Evaluator]) -> None:
 
 
 def _reply(order: Path, answer: str, tell: Callable[[str], None]) -> None:
-    write_file(order.with_suffix(ANSWER), answer.encode())
-    tell(order.name)
+    """Answer an order, unless whoever left it has removed it."""
+    if order.exists():
+        write_file(order.with_suffix(ANSWER), answer.encode())
+        tell(order.name)
 
 
 def _serve(order: Path, bundle: Bundle, evaluator: Evaluator, tell: Callable[[str], None]) -> None:

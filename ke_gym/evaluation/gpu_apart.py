@@ -109,7 +109,10 @@ class Apart:
         self._send("time", number=number, what=what, patience=patience, queue_s=queue_s)
         self._await(READY, GRACE_SECONDS)
         begin = time.perf_counter()
-        self._channel.sock.send(GO)
+        try:
+            self._channel.sock.send(GO)
+        except OSError as error:
+            raise Died("runtime", "the process that launches kernels is gone") from error
         self._await(OVER, patience + GRACE_SECONDS)
         wall = time.perf_counter() - begin
         over()
@@ -154,7 +157,7 @@ class Apart:
 
     def _receive(self, timeout: float) -> dict[str, Any]:
         try:
-            answer, _ = self._channel.recv(timeout)
+            answer, _ = self._channel.recv(timeout, limit=0)
         except TimeoutError as error:
             raise Hung(timeout) from error
         except (EOFError, ProtocolError) as error:

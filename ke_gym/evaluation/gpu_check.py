@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.gpu_host import HostRunner
 from ke_gym.evaluation.gpu_memory import RED_ZONE, Block, Placement, damaged, poison, ring, same_bits
 from ke_gym.evaluation.gpu_stage import Runner, ShapeSet, Stage, copy_all, foreign, tensors_of
-from ke_gym.evaluation.shared import POISON
+from ke_gym.evaluation.shared import POISON, nearest
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Plan
 from ke_gym.targets._memory import MemoryPlan, plan_memory
 from ke_gym.targets.cuda_executor import ALIGNMENT
+from ke_gym.tasks.inputs import touch
 
 Case = tuple[int, str, int]
 """Seed, distribution, and seed of the parameters (0: as they are)."""
@@ -40,12 +40,9 @@ def check(
         arena, memory = _apart(stage, plan)
         preparing = _apart(stage, plan.preparation) if plan.preparation else None
         made = Block(Placement.of(plan.preparation.return_specs if plan.preparation else ()), stage.device)
-        runner = stage.runner(
-            artifact, chosen, memory=memory, arena=arena, prepared=made.tensors, preparing=preparing
-        )
-    answer = _Check(stage, chosen, runner, made, preparing, patience).run(cases, touch_seed, touched)
-    runner.close()  # not after a fault: unloading waits for a kernel that hangs
-    return answer
+    memories = {"memory": memory, "arena": arena, "prepared": made.tensors, "preparing": preparing}
+    with stage.loaded(artifact, chosen, **memories) as runner:
+        return _Check(stage, chosen, runner, made, preparing, patience).run(cases, touch_seed, touched)
 
 
 def check_host(
@@ -151,7 +148,7 @@ class _Check:
             ("preparation's intermediate", self._preparing, self._between),
         ):
             if (byte := damaged(block, kept)) is not None:
-                return outputs, [], f"wrote outside of its {what}s: " + _nearest(byte, kept, what)
+                return outputs, [], f"wrote outside of its {what}s: " + nearest(byte, kept, what)
         arguments = stage.draw(chosen.name, seed, distribution)
         for index, (tensor, drawn) in enumerate(zip(given.tensors, tensors_of(arguments))):
             if not same_bits(tensor, drawn):
@@ -175,12 +172,12 @@ class _Check:
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
         stage.run(runner, self._patience)
-        _touch([*given.tensors, *chosen.parameters.values()], touch_seed)
+        touch([*given.tensors, *chosen.parameters.values()], touch_seed)
         stage.prepare(chosen, runner, self._patience)
         stage.run(runner, self._patience)
         outputs = stage.settled(out.tensors)
         arguments = stage.draw(chosen.name, seed, distribution)
-        _touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
+        touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
         return stage.verdict(chosen, arguments, outputs, distribution)
 
 
@@ -195,20 +192,3 @@ def _ring(block: Block) -> None:
     kept = [tensor.clone() for tensor in block.tensors]
     poison(block.bytes, block.placement.used, 0)
     copy_all(block.tensors, kept)
-
-
-def _touch(tensors: list[Tensor], seed: int) -> None:
-    """Give one element of every floating tensor its neighbour's value (what is sorted or positive stays so)."""
-    chance = random.Random(seed)
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] > 1 and tensor.numel():
-            *outer, last = (chance.randrange(size) for size in tensor.shape)
-            tensor[(*outer, last)] = tensor[(*outer, last - 1 if last else 1)]
-
-
-def _nearest(byte: int, used: list[tuple[int, int]], what: str) -> str:
-    """Where a stray byte lies, in words about the tensor next to it."""
-    after = [(byte - o - n, f"past the end of {what} {i}") for i, (o, n) in enumerate(used) if byte >= o + n]
-    before = [(o - byte, f"before {what} {i}") for i, (o, n) in enumerate(used) if byte < o]
-    distance, where = min(after + before, default=(byte, "off"))
-    return f"{distance} bytes {where}"

@@ -175,6 +175,10 @@ class GpuClient:
                 fds=[self._link.fileno()],
             )
 
+    def running(self) -> bool:
+        """Whether the process is there: it may have been ended from outside while it was asked nothing."""
+        return self.alive and self.worker.leash.alive()
+
     def alone(self) -> AbstractContextManager[None]:
         """The judge's device for this thread alone, over several requests."""
         assert self.lock is not None

@@ -153,10 +153,19 @@ class GpuEvaluator(Evaluator):
             """The numbers of the GPUs like this one that CUDA shows, this one among them."""
             self.cases = draw_cases(self._rng)
             arch_of(self.facts)
+            if not self.facts.clock_mhz and beside is None:
+                warnings.warn(
+                    "this GPU's clock cannot be read (is libnvidia-ml.so.1 there?): calls are timed without waiting for it to"
+                    " rise, and those made while it is throttled count like others",
+                    stacklevel=2,
+                )
             self.record = MachineRecord(self.facts.fingerprint, self.folder)
             dtypes = {s.torch_dtype for s in self._specs(self.contract) if s.torch_dtype.is_floating_point}
-            with self.judge.alone():  # another process may be measuring them
-                measured = kept_peaks(self.record.folder, lambda: self.judge.measure())
+            try:
+                with self.judge.alone():  # another process may be measuring them
+                    measured = kept_peaks(self.record.folder, lambda: self.judge.measure())
+            except ArmDied as death:
+                raise UserError(f"this GPU's peaks cannot be measured: {death.log}") from death
             self.peaks = measured.bounded_by(dtypes or {torch.float32}, task.precision)
         except BaseException:
             self._state.close()
@@ -190,7 +199,7 @@ class GpuEvaluator(Evaluator):
             remark = f"{self._too_large} does not fit into this GPU's memory: judged at the sizes of {self.contract!r}"
             evaluation = evaluation.replace(log="\n".join(filter(None, (remark, evaluation.log))))
         if evaluation.improved and rival is not None and artifact.lane == "plan":
-            evaluation = self._inspector.glance(evaluation, artifact)
+            evaluation = self._inspector.glance(evaluation, self._chosen(artifact))
         if self.facts.reads_host and not self.judge.apart:
             # Such kernels could have read and written the judge's own memory.
             remark = f"kernels could reach the judge's memory on this machine: {self.judge.why_not_apart}"
@@ -203,7 +212,7 @@ class GpuEvaluator(Evaluator):
         evaluation = self.evaluate(candidate)
         if not evaluation.correct:
             return evaluation
-        artifact = self.build(candidate)
+        artifact = self.settled(candidate)
         if artifact.lane == "host":
             said = "not looked at by compute-sanitizer or ncu: its own Python would have to run under them"
             return evaluation.replace(log="\n".join(filter(None, (evaluation.log, said))))
@@ -211,7 +220,7 @@ class GpuEvaluator(Evaluator):
 
     def kernel_times(self, candidate: Candidate) -> dict[str, float]:
         """See ``Evaluator.kernel_times``."""
-        artifact = self.build(candidate)
+        artifact = self.settled(candidate)
         if artifact.lane == "host":
             raise UserError("Proton looks at plans alone, and this module's Python cannot be traced to one")
         return self._inspector.times(artifact)
@@ -251,10 +260,14 @@ class GpuEvaluator(Evaluator):
         environment = gpu_environment(self.folder)
         return Replayed(self.task, artifact, self.contract, self._device, environment)
 
-    def build(self, candidate: Candidate) -> Artifact:
-        """See ``Evaluator.build``; once its launches' alternatives have been raced, the artifact with the fastest."""
-        artifact = super().build(candidate)
-        return self._settled.get(artifact.binary_id, artifact)
+    def settled(self, candidate: Candidate) -> Artifact:
+        """See ``Evaluator.settled``; once its launches' alternatives have been raced, with the fastest."""
+        return self._chosen(self.build(candidate))
+
+    def _chosen(self, artifact: Artifact) -> Artifact:
+        """An artifact with what was found fastest of it, be it for another source that compiles to the same."""
+        known = self._settled.get(artifact.binary_id)
+        return artifact if known is None else replace(known, source=artifact.source)
 
     # -- setting up ------------------------------------------------------------------------------------------
 
@@ -331,7 +344,7 @@ class GpuEvaluator(Evaluator):
 
     def _revive(self) -> None:
         """Another judge, if this evaluator's own has ended."""
-        if not self.judge.alive:
+        if not self.judge.running():
             self.judge.close()
             self.judge = self._open_judge(self.hidden)
 
@@ -366,7 +379,7 @@ class GpuEvaluator(Evaluator):
                     )
                 loaded.append(judge.load(artifact, shape_set))
                 return Entry(loaded[-1], shape_set)
-            settled = self._settled.get(artifact.binary_id, artifact)
+            settled = self._chosen(artifact)
             number = judge.load(settled, shape_set)
             loaded.append(number)
             tuned = self._tuned.get(settled.binary_id, frozenset())
@@ -449,14 +462,14 @@ class GpuEvaluator(Evaluator):
             if rules is SOAK:
                 self._spares = Spares(self._open_spare, self._spare_count(artifact, rival))
             spare = self._spares.take()
-            judge = spare or self._fresh_judge()
+            judge = spare if spare is not None and spare.running() else self._fresh_judge()
         try:
             with self.account.phase("confirming"), ExitStack() as held:
                 if rules is not SOAK:  # that one races after what need not be alone
                     held.enter_context(judge.alone())
                 return self._race_sets(judge, artifact, rival, rules)  # type: ignore[arg-type]
         finally:
-            if spare is None:
+            if judge is not spare:
                 judge.close()
 
     def _fresh_judge(self) -> GpuClient:
@@ -554,7 +567,7 @@ class GpuEvaluator(Evaluator):
             profile=profile,
             limiter=limiter(profile, self.facts, seconds),
             preparation_ms=None if answer["preparation"] is None else 1e3 * answer["preparation"],
-            kernel_coverage=round(answer["coverage"], 4),
+            kernel_coverage=None if answer["coverage"] is None else round(answer["coverage"], 4),
         )
 
 

@@ -91,6 +91,10 @@ class GpuFleet(Evaluator):
         """See ``Evaluator.build``."""
         return self._first.build(candidate)
 
+    def settled(self, candidate: Candidate) -> Artifact:
+        """See ``Evaluator.settled``; all GPUs' choices are shared."""
+        return self._first.settled(candidate)
+
     def decide(self, candidate: Candidate, rival: Candidate) -> Evaluation:
         """See ``Evaluator.decide``; on the first GPU, whose record this one shows."""
         with self._one(self._first) as member:
@@ -115,10 +119,9 @@ class GpuFleet(Evaluator):
             return member.kernel_times(candidate)
 
     def compile_baseline(self, baseline: str) -> None:
-        """See ``Evaluator.compile_baseline``; on the first GPU alone."""
+        """See ``Evaluator.compile_baseline``; on the first GPU alone, for ``race_baseline``: verdicts' baseline stays."""
         with self._one(self._first) as member:
             member.compile_baseline(baseline)
-        self.baseline = baseline
 
     def aa_race(self, artifact: Artifact) -> Race:
         """See ``Evaluator.aa_race``; on the first GPU, whose record this one shows."""
@@ -167,14 +170,15 @@ class GpuFleet(Evaluator):
                 self._turn.notify_all()
 
     def _join(self, number: int) -> None:
-        first, member, problem = self._first, None, None
+        first, member = self._first, None
+        problem: Exception | None = None
         try:
             if not self._closed:
                 member = GpuEvaluator(
                     self.task, self.target, self.baseline, self.threads, self.folder,
                     build_timeout=self.build_timeout, call_timeout=self.call_timeout, device=number, beside=first,
                 )  # fmt: skip
-        except UserError as error:
+        except Exception as error:
             problem = error
         finally:
             with self._turn:
@@ -194,7 +198,7 @@ class GpuFleet(Evaluator):
         member.judge.close()  # no more: the others share the first one's processes
         self._tell(f"GPU {member.facts.uuid}", error)
 
-    def _tell(self, which: str, error: UserError) -> None:
+    def _tell(self, which: str, error: Exception) -> None:
         self.devices -= 1
         warnings.warn(f"{which} takes no further part in this search: {error}", stacklevel=2)
 

@@ -40,7 +40,7 @@ class Inspector:
     ) -> None:
         self._replayed, self._alone, self._held = replayed, alone, held
         self._spent_s = 0.0
-        self._refused = ""
+        self._refused = False
 
     def glance(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
         """With counters, if ``ncu`` works here and has had little of the time so far."""
@@ -89,14 +89,12 @@ class Inspector:
 
     def _counted(self, evaluation: Evaluation, artifact: Artifact) -> Evaluation:
         """With the device's counters, and what they say limits the kernel. Raises ``ToolFailed``."""
-        if self._refused:
-            raise ToolFailed(self._refused)
         with self._alone():
             begin = time.perf_counter()
             try:
                 found = counters(self._replayed(artifact))
             except ToolFailed as failure:
-                self._refused = str(failure)
+                self._refused = not isinstance(failure, TooSlow)  # which is said of that plan alone
                 raise
             finally:
                 self._spent_s += time.perf_counter() - begin

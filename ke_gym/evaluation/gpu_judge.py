@@ -32,6 +32,7 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation import gpu_check, gpu_rivals, gpu_signature, mutants
 from ke_gym.evaluation.acceptance import Verdict
 from ke_gym.evaluation.channel import Channel
+from ke_gym.evaluation.coverage import without_kernels
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_client import GpuShape
@@ -43,7 +44,7 @@ from ke_gym.evaluation.gpu_timing import Hung, Sample
 from ke_gym.evaluation.leash import Leash
 from ke_gym.evaluation.race import Rules, race
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import Call, Launch, Plan
+from ke_gym.languages.plan import Plan
 from ke_gym.targets import cuda
 from ke_gym.targets.cuda_driver import CudaError, Driver
 from ke_gym.tasks.task import Task
@@ -175,7 +176,7 @@ class GpuJudge:
             best = float("inf")
             for number in range(count):
                 try:
-                    with self._tried(_picked(one, {**picks, step: number}), chosen) as runner:
+                    with self.stage.loaded(_picked(one, {**picks, step: number}), chosen) as runner:
                         seconds = self._typical(chosen, runner, patience, best)
                 except Died as died:
                     if died.fatal:
@@ -197,7 +198,7 @@ class GpuJudge:
             return plan.graph
         artifact = _with_plan(one, replace(plan, graph=True))
         try:
-            with self._tried(artifact, chosen) as runner:
+            with self.stage.loaded(artifact, chosen) as runner:
                 together, apart = (self._typical(chosen, each, patience) for each in (runner, one.runner))
         except Died as died:
             if died.fatal:
@@ -209,19 +210,6 @@ class GpuJudge:
         with foreign():
             one.artifact, one.runner = artifact, self.stage.runner(artifact, chosen)
         return True
-
-    @contextmanager
-    def _tried(self, artifact: Artifact, chosen: ShapeSet) -> Iterator[Runner]:
-        """An artifact's kernels, loaded for this alone. Raises ``Died``; after a fault there is nothing to unload."""
-        with foreign():
-            runner = self.stage.runner(artifact, chosen)
-        try:
-            yield runner
-        except Died as died:
-            if not died.fatal:
-                runner.close()
-            raise
-        runner.close()
 
     def _typical(
         self, chosen: ShapeSet, runner: Runner | None, patience: float, best: float = math.inf
@@ -392,21 +380,17 @@ class GpuJudge:
             samples = [self.stage.timed(runner, patience, "prepare") for _ in range(TUNING_ROUNDS)]
         return sorted(sample.seconds for sample in samples)[1]
 
-    def _coverage(self, arm: Arm, chosen: ShapeSet, patience: float) -> float:
-        """The share of a call that is gone when the plan runs without its own kernels."""
-        plan = arm.artifact.plans[chosen.name]
-        rest = tuple(step for step in plan.steps if not isinstance(step, Launch))
-        if len(rest) == len(plan.steps):
-            return 0.0
-        if not any(isinstance(step, Call) for step in rest):
-            return 1.0
-        library = replace(arm.artifact, plans={chosen.name: replace(plan, steps=rest, graph=False)})
-        with self._tried(library, chosen) as without:
+    def _coverage(self, arm: Arm, chosen: ShapeSet, patience: float) -> float | None:
+        """The share of a call that is gone when the plan runs without its own kernels; None where it cannot."""
+        library = without_kernels(arm.artifact, chosen.name)
+        if not isinstance(library, Artifact):
+            return library
+        with self.stage.loaded(library, chosen) as without:
             whole, part = (self._typical(chosen, runner, patience) for runner in (arm.runner, without))
         return max(0.0, 1.0 - part / whole)
 
     def mutants(self, shape_set: str, cases: list[gpu_check.Case]) -> dict[str, Any]:
-        """Whether each mutant of the reference is rejected on one of the cases (design rule 8)."""
+        """Whether each mutant of the reference is rejected on one of the cases."""
         stage, chosen = self.stage, self.sets[shape_set]
         results: dict[str, bool] = {}
         for seed, distribution, state_seed in cases:
@@ -509,6 +493,8 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         full = {"out_of_memory": died.log, "elsewhere": OVERHEAD}
     except Died as died:
         return {"died": died.outcome, "log": died.log[:4000], "fatal": died.fatal, "rival": died.rival}
+    except Hung as hung:  # what was not a call of it: loading, unloading
+        return {"died": "timeout", "log": str(hung), "fatal": True, "rival": False}
     except Exception as error:  # the parent turns it into a clear message about the task
         cause = error.__cause__ if isinstance(error, UserError) else error
         if cause is None or not lacks_memory(cause):  # otherwise the task's own code ran out of it

@@ -22,8 +22,10 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 FEW_CONNECTIONS = "2"
 """A process's queues to its device; 8 unless told, which take most of the quarter of a second that the driver needs to
 make and end a context, one after another for all GPUs of a machine. Work on two streams goes side by side as ever."""
-PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", CONNECTIONS)
-"""Variables that tell where the driver and a toolkit are, and what a user's module runs with: workers keep them."""
+PASSED_ON = (
+    "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_PATH", CONNECTIONS,
+)  # fmt: skip
+"""Variables that tell which GPU is meant, where driver and toolkit are, and what a user's module runs with: workers keep them."""
 
 
 class Lanes(Cores):

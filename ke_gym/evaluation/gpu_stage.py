@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import work
-from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
+from ke_gym.evaluation.acceptance import Expected, Verdict, blocks_agree, judge_output
 from ke_gym.evaluation.gpu_memory import Block, Placement, lacks_memory, poison, taken_elsewhere
 from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
 from ke_gym.languages.artifact import Artifact
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Runner = Union[CudaRunner, "ApartRunner", "HostRunner"]
 """What runs a candidate: its plan here or in a process of its own, or its Python there."""
-SAMPLED_BLOCKS, BLOCK = 32, 128
+SAMPLED_BLOCKS = 32
 TRIES = 4
 SOAK_CALLS, SOAK_CHECKS, SOAK_SECONDS = 600, 12, 1.0
 
@@ -207,6 +207,20 @@ class Stage:
             **options,
         )  # fmt: skip
 
+    @contextmanager
+    def loaded(self, artifact: Artifact, chosen: ShapeSet, **options: Any) -> Iterator[Runner]:
+        """An artifact's kernels, loaded for this alone. Raises ``Died``; after a fault there is nothing to unload: that
+        would wait for a kernel that hangs."""
+        with foreign():
+            runner = self.runner(artifact, chosen, **options)
+        try:
+            yield runner
+        except Died as died:
+            if not died.fatal:
+                runner.close()
+            raise
+        runner.close()
+
     def run(self, runner: Runner, patience: float) -> None:
         """Run a candidate to its end. Raises ``Died``."""
         self._finish(runner, runner.run, patience)
@@ -341,31 +355,11 @@ class Stage:
         arguments = self.draw(chosen.name, seed)
         if not full:
             expected = chosen.reference(*arguments)
-            if all(self._agree(got, want) for got, want in zip(outputs, expected, strict=True)):
+            pairs = zip(outputs, expected, strict=True)
+            if all(blocks_agree(got, want, SAMPLED_BLOCKS, self.rng.randrange) for got, want in pairs):
                 return True
         verdict = self.verdict(chosen, arguments, outputs)
         return verdict is None or verdict.ok
-
-    def _agree(self, output: Tensor, expected: Tensor) -> bool:
-        """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
-        flat, want = output.reshape(-1), expected.reshape(-1)
-        n = flat.numel()
-        if not n:
-            return True
-        blocks = min(SAMPLED_BLOCKS, 1 + n // BLOCK)
-        starts = [self.rng.randrange(max(1, n - BLOCK + 1)) for _ in range(blocks)]
-        index = (torch.tensor(starts).unsqueeze(1) + torch.arange(min(BLOCK, n))).reshape(-1)
-        a, b = flat[index], want[index]
-        if not b.is_floating_point():
-            return int((a != b).sum()) <= a.numel() // 100
-        a, b = a.double(), b.double()
-        finite = torch.isfinite(b)
-        if not torch.equal(torch.isfinite(a), finite):
-            return False
-        b = torch.where(finite, b, 0.0)
-        slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 2e-2)
-        near = (torch.where(finite, a, 0.0) - b).abs() <= slack * (b.abs() + b.abs().max())
-        return bool(near.all())
 
 
 def tensors_of(arguments: list[Any]) -> list[Tensor]:

@@ -4,7 +4,7 @@ The spin hides what it costs to enqueue the call, so that a library of many smal
 measured alike: by what the device does. Device events are read in this trusted process, but lie in memory that
 a kernel might find; the host's clock, which none can reach, has the last word. Nothing locks the clocks: calls
 that ran while the device was throttled are told apart by their clock, and whole rounds are dropped.
-(Research notes on evaluation, section 1; NVBench.)
+(ARCHITECTURE.md, "On a GPU"; NVBench.)
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ class Stopwatch:
         self._cycles_per_s = 1e6 * (clocks.most_mhz() or 2000)
         self.queue_s = _SPIN_S
         self.top_mhz = 0
-        self.dropped = 0
 
     def flush(self) -> None:
         """Let nothing of a call's contents be in L2; enqueued, not waited for."""

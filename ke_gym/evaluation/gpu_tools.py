@@ -96,9 +96,11 @@ class Replayed:
             )  # fmt: skip
             try:
                 said, _ = process.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired:
+            except BaseException as error:  # Ctrl-C, too, which a session of its own does not see
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
                 tool = Path(command[0]).name if command else "Proton"
                 raise TooSlow(f"{tool} took more than {seconds:g} s") from None
         return subprocess.CompletedProcess(command, process.returncode, said)

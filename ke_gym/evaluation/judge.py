@@ -17,17 +17,16 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import mutants, work
-from ke_gym.evaluation.acceptance import Expected, Verdict, judge_output
+from ke_gym.evaluation.acceptance import Expected, Verdict, blocks_agree, judge_output
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.shared import Layout, SharedBuffer
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
-from ke_gym.tasks.inputs import keep_secret
+from ke_gym.tasks.inputs import keep_secret, touch
 from ke_gym.tasks.task import Reference, Task
 
 SAMPLED_BLOCKS = 24
-BLOCK = 128
 CASE_BYTES = 1 << 30
 IDLE_S = 3600.0
 
@@ -172,17 +171,9 @@ class Judge:
         return {"finite": case.finite}
 
     def touch(self, shape_set: str, seed: int) -> dict[str, Any]:
-        """Change one element of every floating input and parameter, and nothing else.
-
-        A kernel that looks at a few values to learn whether it has seen the rest before does not notice. The
-        element takes its neighbour's value, so that what is sorted, positive or a probability stays so.
-        """
+        """Change one element of every floating input and parameter, and nothing else."""
         chosen = self.sets[shape_set]
-        chance = random.Random(seed)
-        for tensor in (*chosen.inputs, *chosen.state):
-            if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] > 1 and tensor.numel():
-                *outer, last = (chance.randrange(size) for size in tensor.shape)
-                tensor[(*outer, last)] = tensor[(*outer, last - 1 if last else 1)]
+        touch((*chosen.inputs, *chosen.state), seed)
         _copy(list(chosen.reference.state.values()), chosen.state)
         case = chosen.cases.get(key := (seed, "touched", 0))
         if case is None:
@@ -250,13 +241,13 @@ class Judge:
         suspects = []
         for arm in arms:
             for output, expected in zip(self.outputs[arm], chosen.last, strict=True):
-                if not _blocks_agree(output, expected):
+                if not blocks_agree(output, expected, SAMPLED_BLOCKS, random.randrange):
                     suspects.append(arm)
                     break
         return {"suspects": suspects}
 
     def mutants(self, shape_set: str, cases: list[tuple[int, str, int]]) -> dict[str, Any]:
-        """Whether each mutant of the reference is rejected on one of the cases (design rule 8)."""
+        """Whether each mutant of the reference is rejected on one of the cases."""
         chosen = self.sets[shape_set]
         results: dict[str, bool] = {}
         for seed, distribution, state_seed in cases:
@@ -323,24 +314,6 @@ def _bytes(tensors: Any) -> int:
 def _spec(tensor: Tensor) -> list[Any]:
     spec = TensorSpec.of(tensor)
     return [list(spec.shape), list(spec.stride), spec.dtype]
-
-
-def _blocks_agree(output: Tensor, expected: Tensor) -> bool:
-    """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
-    flat, want = output.reshape(-1), expected.reshape(-1)
-    n = flat.numel()
-    starts = [random.randrange(max(1, n - BLOCK + 1)) for _ in range(min(SAMPLED_BLOCKS, 1 + n // BLOCK))]
-    picked = torch.cat([flat[s : s + BLOCK] for s in starts])
-    wanted = torch.cat([want[s : s + BLOCK] for s in starts])
-    if not wanted.is_floating_point():
-        return int((picked != wanted).sum()) <= picked.numel() // 100
-    a, b = picked.double(), wanted.double()
-    finite = torch.isfinite(b)
-    if not torch.equal(torch.isfinite(a), finite):
-        return False
-    scale = b[finite].abs().max() if bool(finite.any()) else b.new_ones(())
-    slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 2e-2)
-    return bool(((a - b)[finite].abs() <= slack * (b[finite].abs() + scale)).all())
 
 
 def serve(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:

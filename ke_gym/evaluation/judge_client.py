@@ -138,23 +138,26 @@ class JudgeClient:
         self._answer("ready")
         self.worker.freeze()
         channel = self.worker.channel
-        channel.sock.send(b"g")
-        start = time.perf_counter_ns()
-        self.worker.thaw()
         try:
+            channel.sock.send(b"g")
+            start = time.perf_counter_ns()
+            self.worker.thaw()
             done = channel.recv_byte(REQUEST_TIMEOUT)
-        except TimeoutError as error:
-            raise self._broken("hangs", "while it was timed") from error
+        except (ConnectionError, TimeoutError) as error:
+            raise self._broken(error, "while it was timed") from error
         said = time.perf_counter_ns()
         self.worker.freeze()
         stopped = time.perf_counter_ns()
         if done != b"d":
-            raise self._broken("crashed", "while it was timed")
+            raise self._broken(None, "while it was timed")
         return elapsed(start, said, stopped)
 
     def _send(self, do: str, fds: tuple[int, ...] = (), **arguments: Any) -> None:
         self.worker.thaw()
-        self.worker.channel.send({"do": do, **arguments}, fds=fds)
+        try:
+            self.worker.channel.send({"do": do, **arguments}, fds=fds)
+        except (EOFError, TimeoutError) as error:
+            raise self._broken(error, do) from error
 
     def _ask(self, do: str, fds: tuple[int, ...] = (), **arguments: Any) -> tuple[dict[str, Any], bytes]:
         self._send(do, fds, **arguments)
@@ -166,14 +169,15 @@ class JudgeClient:
         try:
             header, blob = self.worker.channel.recv(timeout=REQUEST_TIMEOUT)
         except (EOFError, TimeoutError) as error:
-            raise self._broken("hangs" if isinstance(error, TimeoutError) else "crashed", do) from error
+            raise self._broken(error, do) from error
         if "user_error" in header:
             raise UserError(header["user_error"])
         if "task_error" in header:
             raise UserError(f"task {self.task.name}: its reference fails: {header['task_error']}")
         return header, blob
 
-    def _broken(self, how: str, when: str) -> UserError:
+    def _broken(self, error: Exception | None, when: str) -> UserError:
+        how = "hangs" if isinstance(error, TimeoutError) else "crashed"
         said = self.worker.log(600).strip()
         return UserError(
             f"task {self.task.name}: its reference {how} ({when}); run it by itself to see why"

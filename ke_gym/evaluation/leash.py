@@ -44,7 +44,9 @@ class Leash:
 
     def alive(self, seconds: float = 0.0) -> bool:
         """Whether it has not ended; waits for its end so long at the most."""
-        return not select.select([self.pidfd], [], [], seconds)[0]
+        watched = select.poll()
+        watched.register(self.pidfd, select.POLLIN)
+        return not watched.poll(1e3 * seconds)
 
     def close(self) -> None:
         """Let go of the process, which stays as it is."""

@@ -1,4 +1,4 @@
-"""Wrong versions of a reference that every task must reject (design rule 8).
+"""Wrong versions of a reference that every task must reject (docs/tasks.md).
 
 Zeros, a copy of an input, one operator skipped, half-precision arithmetic, and an output frozen from other
 inputs. A task whose check lets one of them through can be cheated: none such ships with the project. A user's own is

@@ -2,7 +2,7 @@
 
 Each round draws new inputs, then calls every contestant once in random order. A candidate that is clearly
 slower leaves early; a gain is tested by the sign e-process, then confirmed in fresh processes on new seeds,
-and counts only if the interval of those clears the margin. (Research notes on evaluation, section 1.)
+and counts only if the interval of those clears the margin. (ARCHITECTURE.md, "How a verdict is reached".)
 """
 
 from __future__ import annotations

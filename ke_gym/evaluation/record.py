@@ -2,7 +2,7 @@
 
 An A/A race pits the incumbent against its own copy. Its spread is the machine's noise floor, which widens the
 margin a gain must clear, and its false-positive rate says whether the machine's verdicts can be believed.
-(DESIGN section 5, rules 3-5.)
+(ARCHITECTURE.md, "How a verdict is reached".)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every task proves itself before use (DESIGN section 5, rule 8).
+"""Every task proves itself before use (docs/tasks.md).
 
 Its own reference must be accepted and race its own copy at 1.0 within noise; every mutant must be rejected. The
 race is for the tasks that ship with the project; a user's own task is proven without it, before its first search.

@@ -172,5 +172,13 @@ def damaged(memory: torch.Tensor, used: Sequence[tuple[int, int]]) -> int | None
     return None
 
 
+def nearest(byte: int, used: Sequence[tuple[int, int]], what: str) -> str:
+    """Where a stray byte lies, in words about the tensor next to it."""
+    after = [(byte - o - n, f"past the end of {what} {i}") for i, (o, n) in enumerate(used) if byte >= o + n]
+    before = [(o - byte, f"before {what} {i}") for i, (o, n) in enumerate(used) if byte < o]
+    distance, where = min(after + before, default=(byte, "into memory that holds none"))
+    return f"{distance} bytes {where}"
+
+
 def _align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT

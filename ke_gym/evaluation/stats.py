@@ -3,8 +3,8 @@
 The sign e-process bets, with the Krichevsky-Trofimov (Beta(1/2, 1/2)) mixture, that the rounds a candidate
 wins are not coin flips. Under the null its value is a non-negative martingale of mean 1, so stopping as soon
 as it reaches ``1/alpha`` keeps the false-positive rate below ``alpha`` however often one looks (Ville).
-Inverting it gives a confidence sequence for the median log-ratio. Source: research notes on evaluation,
-section 1; Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference" (2023).
+Inverting it gives a confidence sequence for the median log-ratio. Source: Ramdas et al.,
+"Game-theoretic statistics and safe anytime-valid inference" (2023).
 """
 
 from __future__ import annotations

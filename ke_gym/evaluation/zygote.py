@@ -167,6 +167,8 @@ class Zygote:
         ``SpawnError`` when the zygote cannot fork, also after a restart.
         """
         for last in (False, True):
+            with self._lock:
+                before = self._process
             try:
                 return self._spawn(entry, args or {}, fds, sandbox)
             except (EOFError, TimeoutError) as error:
@@ -174,7 +176,8 @@ class Zygote:
                     if last or self._closed:
                         reason = "it is closed" if self._closed else f"it died twice: {self._log_tail()}"
                         raise SpawnError(f"the zygote did not start {entry}: {reason}") from error
-                    if self._process.poll() is not None or isinstance(error, TimeoutError):
+                    broken = self._process.poll() is not None or isinstance(error, TimeoutError)
+                    if broken and self._process is before:  # else another thread has started it again
                         self._stop()
                         self._start()
         raise AssertionError("unreachable")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
 from ke_gym.knowledge.document import Document
-from ke_gym.proposers.redaction import redactor, shown
+from ke_gym.redaction import redactor, shown
 
 Embed = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 """Texts to vectors of one length, in order."""

@@ -87,7 +87,6 @@ class Compiler:
     family: str
     path: str
     version: str
-    openmp: bool
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ def compilers() -> dict[str, Compiler]:
         version = subprocess.run(
             [path, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
         ).stdout
-        openmp = _links_openmp(path)
-        if openmp or family == "g++":
-            found[family] = Compiler(family, path, version.strip(), openmp)
+        if family == "g++" or _links_openmp(path):
+            found[family] = Compiler(family, path, version.strip())
     return found
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ke_gym.languages import nvrtc, recording
 from ke_gym.languages.declarations import Declaration, Parameter, parse
 from ke_gym.languages.device import Arch
-from ke_gym.languages.launch import KernelError, check
+from ke_gym.languages.launch import KernelError, Namespace, check, refused
 from ke_gym.languages.module import ModuleLanguage
 from ke_gym.languages.plan import Dim3, Geometry
 from ke_gym.languages.pretend import pretending
@@ -107,9 +106,7 @@ class CudaKernel:
 
     def __getitem__(self, where: tuple[Any, ...]) -> CudaLaunch:
         if not isinstance(where, tuple) or len(where) not in (2, 3):
-            raise self._refused(
-                f"kernel {self.__name__!r}: give [grid, block] or [grid, block, shared_bytes]"
-            )
+            raise refused(f"kernel {self.__name__!r}: give [grid, block] or [grid, block, shared_bytes]")
         return self.launched(*where)
 
     def launched(
@@ -129,7 +126,7 @@ class CudaKernel:
                 int(shared), bool(cooperative), bool(programmatic),
             )  # fmt: skip
         except (TypeError, ValueError) as error:
-            raise self._refused(str(error)) from None
+            raise refused(str(error)) from None
         return CudaLaunch(self, geometry)
 
     def _sizes(self, what: str, sizes: Sizes) -> Dim3:
@@ -155,7 +152,7 @@ class CudaKernel:
             values = [self._tile(p, tiles.get(i)) if i in maps else next(checked)
                       for i, p in enumerate(self.declaration.parameters)]  # fmt: skip
         except KernelError as error:
-            raise self._refused(str(error)) from error
+            raise refused(str(error)) from error
         arguments = tuple(
             Argument(p.name, p.ctype, v, p.writes or (isinstance(v, Tile) and v.writes))
             for p, v in zip(self.declaration.parameters, values)
@@ -177,11 +174,6 @@ class CudaKernel:
             )
         return value
 
-    def _refused(self, message: str) -> KernelError:
-        if (recorder := recording.active()) is not None:
-            recorder.reject("compile", message)
-        return KernelError(message)
-
     def __repr__(self) -> str:
         arguments = ", ".join(f"{p.ctype} {p.name}" for p in self.declaration.parameters)
         return f"{self.declaration.name}({arguments})"
@@ -198,34 +190,14 @@ class CudaLaunch:
         self.kernel.record(self.geometry, args)
 
 
-class CudaKernels:
-    """The kernels of one source, as attributes."""
-
-    def __init__(self, unit: CudaUnit) -> None:
-        self.unit = unit
-        self._kernels = {name: CudaKernel(unit, found) for name, found in parse_kernels(unit.source).items()}
-
-    def __getattr__(self, name: str) -> CudaKernel:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name in self._kernels:
-            return self._kernels[name]
-        near = get_close_matches(name, self._kernels, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(self._kernels) or 'none'}"
-        message = f'no kernel {name!r}: the source has no extern "C" __global__ function of that name; {hint}'
-        if (recorder := recording.active()) is not None:
-            recorder.reject("compile", message)
-        raise KernelError(message)
-
-    def __dir__(self) -> list[str]:
-        return sorted(self._kernels)
-
-
-def kernels(source: str, flags: str | list[str], compiler: str) -> CudaKernels:
+def kernels(source: str, flags: str | list[str], compiler: str) -> Namespace[CudaKernel]:
     """See ``lang.cuda``."""
     unit = CudaUnit(source, nvrtc.parse_flags(flags), compiler)
     recording.register(unit)
-    return CudaKernels(unit)
+    found = parse_kernels(source)
+    return Namespace(
+        {name: CudaKernel(unit, found[name]) for name in found}, 'extern "C" __global__ function'
+    )
 
 
 def tensor_map(

@@ -63,11 +63,6 @@ _ARCHS = {
 }
 
 
-def archs() -> tuple[str, ...]:
-    """The names of the architectures that kernels can be built for."""
-    return tuple(_ARCHS)
-
-
 def get_arch(name: str = "") -> Arch:
     """The architecture of that name ("": the default). Raises ``UserError`` with the nearest name."""
     name = name or DEFAULT_ARCH

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from ke_gym.languages import recording
 from ke_gym.languages.declarations import SCALARS, Declaration, Parameter
+
+K = TypeVar("K")
 
 
 class KernelError(Exception):
     """A kernel called with arguments it does not take, or one that does not exist or compile."""
+
+
+def refused(message: str) -> KernelError:
+    """The error to raise, of which the trace that is going on, if any, is told."""
+    if (recorder := recording.active()) is not None:
+        recorder.reject("compile", message)
+    return KernelError(message)
+
+
+class Namespace(Generic[K]):
+    """The kernels of one source, as attributes. ``kind`` is what such a source calls them."""
+
+    def __init__(self, kernels: Mapping[str, K], kind: str) -> None:
+        self._kernels, self._kind = kernels, kind
+
+    def __getattr__(self, name: str) -> K:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self._kernels:
+            return self._kernels[name]
+        near = get_close_matches(name, self._kernels, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(self._kernels) or 'none'}"
+        raise refused(f"no kernel {name!r}: the source has no {self._kind} of that name; {hint}")
+
+    def __dir__(self) -> list[str]:
+        return sorted(self._kernels)
 
 
 def check(kernel: Declaration, args: Sequence[Any], device: str = "cpu") -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 A plan is the trace of ``forward`` on fake tensors: allocations, kernel launches, ATen calls and returns,
 for one shape set. It holds no code, so a trusted executor can run it. Values are numbered; ``inputs`` take
-the first numbers in order, every step defines further ones. (DESIGN section 4.)
+the first numbers in order, every step defines further ones.
 
 A plan for the CPU calls functions of shared libraries. A plan for a GPU (``device`` "cuda") launches kernels of
 device binaries (cubins): its launches carry a ``Geometry``, and what the executor promises is this.
@@ -230,9 +230,6 @@ class Plan:
             return _decode_plan(json.loads(text))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not a launch plan: {error!r}") from error
-
-
-_ENUMS = (torch.device, torch.layout, torch.memory_format)
 
 
 def _encode_arg(arg: Arg) -> Any:

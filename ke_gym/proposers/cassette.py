@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ class Cassette:
     """A recording at ``path``; replayed from if ``replay``, else written. Thread-safe.
 
     ``diverged`` counts the replayed answers that were given to another request than the recorded one; ``model``
-    is whom the first request of a replayed cassette went to, ``left`` what has not been given yet.
+    is whom the first request of a replayed cassette went to, ``left`` what has not been given yet. The first such answer
+    brings a warning.
     """
 
     def __init__(self, path: str | Path, replay: bool, redact: Callable[[str], str] = str) -> None:
@@ -76,7 +78,14 @@ class Cassette:
                     " recorded; give it the budget it was recorded with"
                 )
             self.left.remove(best)
-            self.diverged += best.request != request
+            if best.request != request:
+                self.diverged += 1
+                if self.diverged == 1:
+                    warnings.warn(
+                        f"at step {step} the search asks otherwise than the one recorded in {self.path}: this answer, and "
+                        "maybe others, was given to another request",
+                        stacklevel=2,
+                    )
             return best.response
 
     def keep(self, step: str, request: str, response: str) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import threading
+import warnings
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from ke_gym.proposers.base import Kind, ProposerLost
 from ke_gym.proposers.cassette import Cassette
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.prices import FREE, Account, Price, Purse
-from ke_gym.proposers.redaction import redactor, shown
+from ke_gym.redaction import redactor, shown
 
 PATIENCE = 8
 """Calls in a row that the endpoint may fail before it is given up."""
@@ -112,6 +113,7 @@ class Endpoint:
         """Text without the key, in case an endpoint echoes it."""
         self._failed = 0
         self._answered = False
+        self._estimated = False
         self._refused: set[str] = set()
         self._lock = threading.Lock()
         self._client: Any = None
@@ -208,6 +210,7 @@ class Endpoint:
                 result, response = self._once(step, request, body, pause, sent)
                 if isinstance(result, Completion):
                     paid = price.of(result.prompt_tokens, result.completion_tokens)
+                    self._warn(result)
                 elif not result.billed:
                     paid = 0.0
             except concurrent.futures.CancelledError:
@@ -247,6 +250,17 @@ class Endpoint:
             return got, ""
         response = self.redact(got)
         return read(response, request), response
+
+    def _warn(self, completion: Completion) -> None:
+        """Say once if costs are estimates."""
+        with self._lock:
+            first = not completion.counted and not self._estimated
+            self._estimated |= first
+        if first:
+            warnings.warn(
+                "the endpoint does not say how many tokens its answers take: tokens and dollars are estimates",
+                stacklevel=2,
+            )
 
     def _count(self, failure: Failure) -> None:
         """Give an endpoint up that fails again and again."""

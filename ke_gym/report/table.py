@@ -30,7 +30,7 @@ def summary(results: Sequence[Result]) -> Table:
             f"{result.reference_ms:.3f} → {result.best_ms:.3f}" if known else "-",
             f"{result.speedup:.2f}x [{low:.2f}, {high:.2f}]" if known else "-",
             result.baseline,
-            f"{100 * (result.kernel_coverage or 0.0):.0f} %" if known else "-",
+            "-" if result.kernel_coverage is None else f"{100 * result.kernel_coverage:.0f} %",
             str(result.evaluations),
             f"{100 * result.valid:.0f} %",
             f"{result.seconds:.0f}",

@@ -103,8 +103,12 @@ def _traffic(best: Evaluation) -> list[str]:
 
 def _code(best: Evaluation) -> list[str]:
     sentences = []
-    coverage = best.kernel_coverage or 0.0
-    if coverage >= 0.999:
+    coverage = best.kernel_coverage
+    if coverage is None:
+        sentences.append(
+            "What share of the time is spent in generated kernels was not measured: library calls need what they make."
+        )
+    elif coverage >= 0.999:
         sentences.append("All of the time is spent in generated kernels; no library call is left.")
     else:
         calls = [name for name, _ in best.profile.steps if name.startswith("aten.")]

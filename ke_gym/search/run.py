@@ -323,17 +323,13 @@ class _Loop:
 
     def land(self, flight: _Flight) -> None:
         """Wait for the oldest flight and tell the session and the policy."""
-        while True:
-            try:
-                evaluation = flight.future.result(timeout=0.25)
-                break
-            except TimeoutError:
-                if flight.future.done():
-                    raise
+        try:
+            while not wait([flight.future], timeout=0.25).done:
                 self.watch.tick(self.session)
-            except BaseException:
-                self.session.abandon(flight.ask)
-                raise
+            evaluation = flight.future.result()
+        except BaseException:
+            self.session.abandon(flight.ask)
+            raise
         ask, best = flight.ask, self.session.tree.best
         node = self.session.tell(ask, evaluation)
         improved = self.session.tree.best is node

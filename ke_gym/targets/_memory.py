@@ -98,8 +98,9 @@ def _aliased_operand(schema: Any, step: Call) -> int | None:
 
     An in-place or ``out=`` operator returns its operand too.
     """
-    if step.target == _UNSAFE_VIEW and isinstance(step.args[0], Ref):
-        return step.args[0].value
+    if step.target == _UNSAFE_VIEW:
+        given = step.args[0] if step.args else step.kwargs.get("self")
+        return given.value if isinstance(given, Ref) else None
     if not any(r.alias_info is not None for r in schema.returns):
         return None
     for position, argument in enumerate(schema.arguments):

@@ -141,11 +141,14 @@ def facts() -> Facts:
 
 
 def measure(threads: int, compiler: str = "g++") -> Peaks:
-    """Measure the peaks in this process: about two seconds, most of it a STREAM-like sweep over footprints."""
+    """Measure the peaks in this process: about two seconds, most of it a STREAM-like sweep over footprints.
+
+    ``compiler``: the name or path of one that takes GCC's flags.
+    """
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/peaks.so"
         source = Path(__file__).with_name("peaks.cpp")
-        subprocess.run([compiler, *FLAGS, str(source), "-o", library], check=True, capture_output=True)
+        subprocess.run([compiler, *FLAGS, str(source), "-o", library], check=True)
         lib = ctypes.CDLL(library)
     lib.peak_read.restype = ctypes.c_float
     lib.peak_fma_float.restype = ctypes.c_float
@@ -184,4 +187,4 @@ def _best(run: Any, seconds: float) -> float:
 
 def measure_worker(channel: Channel, args: dict[str, Any], fds: list[int]) -> None:
     """Entry for a trusted worker: measuring would leave OpenMP threads behind in the parent."""
-    channel.send(json.loads(measure(args["threads"]).to_json()))
+    channel.send(json.loads(measure(args["threads"], args["compiler"]).to_json()))

@@ -40,8 +40,8 @@ _REMEDIES = {
 class CudaRunner(PlanRunner):
     """One plan of an artifact, ready to run on given tensors of one GPU; see ``PlanRunner``.
 
-    ``run`` enqueues the plan on ``stream`` (a ``cudaStream_t``; torch's current one by default) and returns at
-    once; a plan that says so goes as one CUDA graph. ``device`` "cpu" is for tests with a driver that is none.
+    ``run`` enqueues the plan on ``stream`` (a ``cudaStream_t``; by default what torch's current one is by then) and
+    returns at once; a plan that says so goes as one CUDA graph. ``device`` "cpu" is for tests with a driver that is none.
     ``preparing``: the memory of the preparation's own intermediates, and where they lie in it. ``close`` unloads the
     kernels.
     """
@@ -67,26 +67,38 @@ class CudaRunner(PlanRunner):
             raise PlanError("the plan was made for a CPU; build it with target cuda")
         self._driver = driver
         self._device = device
-        self._stream = torch.cuda.current_stream(device).cuda_stream if stream is None else stream
+        self._fixed = stream
+        self._last: torch.cuda.Stream | None = None
+        if stream is None:
+            self._last = torch.cuda.current_stream(device)
+            stream = self._last.cuda_stream
+        self._stream = stream
         self.scratch = self._bytes(_scratch_bytes(plan))
         """Memory of single launches, used by one after the other."""
         self._preparing = preparing or (None, None)
         self._calls = any(isinstance(step, Call) for step in plan.steps)
         self._graph: Graph | None = None
-        super().__init__(
-            artifact,
-            shape_set,
-            inputs,
-            state,
-            outputs=outputs,
-            arena=arena,
-            memory=memory or plan_memory(plan, alignment=ALIGNMENT),
-            prepared=prepared,
-        )
-        if plan.graph:
-            if not self.capturable:
-                raise PlanError("the plan is to run as a CUDA graph, but not all of its steps are launches")
-            self._graph = Graph(driver, self._stream)
+        self._libraries, self._preparation = {}, None
+        try:
+            super().__init__(
+                artifact,
+                shape_set,
+                inputs,
+                state,
+                outputs=outputs,
+                arena=arena,
+                memory=memory or plan_memory(plan, alignment=ALIGNMENT),
+                prepared=prepared,
+            )
+            if plan.graph:
+                if not self.capturable:
+                    raise PlanError(
+                        "the plan is to run as a CUDA graph, but not all of its steps are launches"
+                    )
+                self._graph = Graph(driver)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def capturable(self) -> bool:
@@ -99,17 +111,31 @@ class CudaRunner(PlanRunner):
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """Enqueue the plan once."""
+        self._follow()
         if self._graph is None or runtime.is_current_stream_capturing():
             return super().run()
         self._renew_outputs()
-        self._graph.run(tuple(cell.value for cell in self._cells.values()), self._enqueue_on)
+        arguments = tuple(cell.value for cell in self._cells.values())
+        self._graph.run(arguments, self._enqueue_on, self._stream)
         return self._collect()
 
     def _beside(self, artifact: Artifact, shape_set: str, state: Mapping[str, torch.Tensor]) -> PlanRunner:
         return CudaRunner(
-            artifact, shape_set, [], state, driver=self._driver, device=self._device, stream=self._stream,
+            artifact, shape_set, [], state, driver=self._driver, device=self._device, stream=self._fixed,
             outputs=self.prepared, arena=self._preparing[0], memory=self._preparing[1],
         )  # fmt: skip
+
+    def _follow(self) -> None:
+        """Enqueue on torch's current stream from now on, unless one was given: after what the last one still does in memory
+        that this runner keeps."""
+        if self._last is None:
+            return
+        now = torch.cuda.current_stream(self._device)
+        if now.cuda_stream == self._stream:
+            return
+        if not runtime.is_current_stream_capturing():  # nothing outside of a graph can be waited for in it
+            now.wait_stream(self._last)
+        self._last, self._stream = now, now.cuda_stream
 
     def _enqueue_on(self, stream: int) -> None:
         """Enqueue the plan's launches on another stream."""
@@ -156,6 +182,7 @@ class CudaRunner(PlanRunner):
 
     def step_times(self) -> list[tuple[str, float]]:
         """Execute the plan once and return (step, seconds) for each, by device events around it."""
+        self._follow()
         self._renew_outputs()
         marks = [runtime.Event(enable_timing=True) for _ in range(len(self._steps) + 1)]
         marks[0].record()
@@ -252,25 +279,25 @@ class CudaRunner(PlanRunner):
 
 
 class Graph:
-    """A plan's launches as one CUDA graph, enqueued on ``stream`` at once.
+    """A plan's launches as one CUDA graph, enqueued on a stream at once.
 
     Recorded when it is first run, and anew whenever an argument is another: the driver then takes the new
     arguments over into the graph that it has. Whoever times ``run`` times that too.
     """
 
-    def __init__(self, driver: Driver, stream: int) -> None:
-        self._driver, self._stream = driver, stream
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
         self._side = driver.side_stream()
         self._executable: int | None = None
         self._arguments: tuple[int | None, ...] = ()
 
-    def run(self, arguments: tuple[int | None, ...], enqueue: Callable[[int], None]) -> None:
-        """Enqueue the graph of what ``enqueue(stream)`` launches, which depends on ``arguments`` alone."""
+    def run(self, arguments: tuple[int | None, ...], enqueue: Callable[[int], None], stream: int) -> None:
+        """Enqueue on ``stream`` the graph of what ``enqueue(stream)`` launches, which depends on ``arguments`` alone."""
         if self._executable is None or arguments != self._arguments:
             self._renew(enqueue)
             self._arguments = arguments
         assert self._executable is not None
-        self._driver.launch_graph(self._executable, self._stream)
+        self._driver.launch_graph(self._executable, stream)
 
     def _renew(self, enqueue: Callable[[int], None]) -> None:
         recorded = self._driver.record(self._side, lambda: enqueue(self._side))

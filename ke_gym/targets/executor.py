@@ -81,7 +81,9 @@ class PlanRunner:
         # Kernels read inputs through pointers, which are easily replaced; ATen calls hold the tensors.
         calls = [step for step in self.plan.steps if isinstance(step, Call)]
         self._reads_tensors = any(v < len(self.plan.inputs) for step in calls for v in uses(step))
-        self._libraries = {name: self._load(data) for name, data in artifact.binaries.items()}
+        self._libraries: dict[str, Any] = {}
+        for name, data in artifact.binaries.items():
+            self._libraries[name] = self._load(data)
         self._values: dict[int, torch.Tensor] = {}
         self._cells: dict[int, ctypes.c_void_p] = {}
         self._steps: list[tuple[str, Closure]] = []

@@ -276,6 +276,9 @@ class InProcess(GpuClient):
         self._exposed = self.server.stage.facts.reads_host
         return self.server.stage.facts.uuid
 
+    def running(self) -> bool:
+        return self.alive
+
     def _start_launcher(self, zygote: Any) -> None:
         self.server._link, theirs = self._link, _ = socket.socketpair()
         FakeLauncher(theirs)

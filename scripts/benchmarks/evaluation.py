@@ -72,17 +72,18 @@ class Evaluation:
     target: str = "cpu"
     """cpu, cuda, or cuda:1 for the second GPU."""
     races: int = 200
-    """A/A races, and half as many of each 5 % comparison; 0 leaves all of them out."""
+    """A/A races, and half as many of each 5 % comparison, on a GPU a tenth of each 2 % comparison; 0 leaves all of them
+    out."""
     threads: tuple[int, ...] = (1, cpu.facts().cores)
-    """Numbers of threads whose races are looked at: two that share a core scatter more than one does."""
+    """On a CPU: numbers of threads whose races are looked at; two that share a core scatter more than one does."""
     candidates: int = 120
     """Candidates of the throughput mix; 0 leaves it out."""
     evaluations: int = 1000
-    """Evaluations over which the parent's memory is watched; 0 leaves it out."""
+    """On a CPU: evaluations over which the parent's memory is watched; 0 leaves it out."""
     host_lane: bool = True
     """Time eager PyTorch in a GPU's host lane too."""
     exploits: bool = True
-    """Run the exploit suite and the honest kernels too."""
+    """Run the exploit suite too, and on a CPU the honest kernels."""
     json: Path | None = None
     """Also write the figures here."""
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ke_gym.evaluation.acceptance import Expected, error_pattern, judge_output
+from ke_gym.evaluation.acceptance import Expected, blocks_agree, error_pattern, judge_output
 
 X = torch.randn(257, 129, generator=torch.Generator().manual_seed(0))
 
@@ -119,3 +120,23 @@ def test_double_precision_outputs_are_left_as_they_are() -> None:
     kept = reference.clone()
     assert judge_output(reference, Expected(reference, reference + 1e-16)).ok
     assert torch.equal(reference, kept)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 200, 100_000])
+def test_random_blocks_agree_but_for_rounding(size: int) -> None:
+    def agree(output: torch.Tensor, expected: torch.Tensor) -> bool:
+        return blocks_agree(output, expected, 24, random.Random(size).randrange)
+
+    right = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    lost = torch.full_like(right, math.nan)
+    whole = torch.arange(size)
+    for honest, expected in (
+        (right * (1 + 1e-6), right),
+        (lost, lost),
+        (right.half(), right.half()),
+        (whole, whole),
+    ):
+        assert agree(honest, expected)
+    if size:
+        for wrong, expected in ((right + 0.1, right), (lost, right), (right, lost), (whole + 1, whole)):
+            assert not agree(wrong, expected)

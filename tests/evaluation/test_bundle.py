@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +54,9 @@ class FakeEvaluator:
         self.adopted.append(artifact)
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
-        return Evaluation(self.task.name, "cuda", candidate.language, candidate.id, "correct", speedup=2.0)
+        return Evaluation(
+            self.task.name, "cuda", candidate.language, candidate.id, "correct", speedup=2.0, gain=2.0
+        )
 
     def __enter__(self) -> FakeEvaluator:
         return self
@@ -74,9 +78,70 @@ def test_a_bundle_survives_the_way_through_a_file(tmp_path: Path) -> None:
     assert artifact is not None and artifact.binaries == {"k": b"rows"}
 
 
-def test_live_modules_do_not_travel() -> None:
-    import torch
+SIZES = {"SHAPE": (4, (8, 1)), "DTYPE": torch.float16, "LIST": [1, 2.5, None], "DEEP": {"tuple": (True, "a")}}
 
+
+def test_sizes_travel_as_they_are() -> None:
+    task = replace(SOFTMAX, shapes={"cpu": {"ROWS": 4}, "gpu": SIZES})
+    (read,) = Bundle.from_bytes(Bundle("sm_90a", (task,)).to_bytes()).tasks
+    assert read.shapes == task.shapes and read.id == task.id
+    sizes = read.shapes["gpu"]
+    assert type(sizes["SHAPE"]) is tuple and type(sizes["LIST"]) is list
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), {1: 2}, {3}, (print,)])
+def test_what_is_not_plain_does_not_travel(value: Any) -> None:
+    task = replace(SOFTMAX, shapes={"gpu": {"THING": value}})
+    with pytest.raises(UserError, match=r"task softmax: shape set 'gpu' sets THING to .* can't travel"):
+        Bundle("sm_90a", (task,)).to_bytes()
+
+
+def with_header(change: Any) -> bytes:
+    """A bundle of one task whose header says something else."""
+    whole = Bundle("sm_90a", (SOFTMAX,)).to_bytes()
+    start = len(bundle._MAGIC) + 8
+    header = json.loads(whole[start:])
+    change(header)
+    text = json.dumps(header).encode()
+    return bundle._MAGIC + len(text).to_bytes(8, "little") + text
+
+
+def test_bundles_of_the_version_before_are_read() -> None:
+    def before(header: Any) -> None:
+        header["version"] = 2
+        header["tasks"][0]["shapes"] = {"gpu": {"SHAPE": [4, 8], "MORE": {"dtype": "x"}}}
+
+    (task,) = Bundle.from_bytes(with_header(before)).tasks
+    assert task.shapes == {"gpu": {"SHAPE": [4, 8], "MORE": {"dtype": "x"}}}
+    with pytest.raises(ValueError, match="of version 1, this is version 3"):
+        Bundle.from_bytes(with_header(lambda header: header.update(version=1)))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"dtype": "load"}, {"dtype": ["float16"]}, {"tuple": "ab"}, {"dict": [1]}, {"tuple": [], "dict": {}}, {},
+        {"tuple": [{"unknown": 1}]},
+    ],
+)  # fmt: skip
+def test_sizes_of_no_known_kind_are_refused(value: Any) -> None:
+    def hostile(header: Any) -> None:
+        header["tasks"][0]["shapes"] = {"gpu": {"ROWS": value}}
+
+    with pytest.raises(ValueError, match="unknown kind"):
+        Bundle.from_bytes(with_header(hostile))
+
+
+def test_shape_sets_that_are_none_are_refused() -> None:
+    for shapes in ([], {"gpu": 3}, {"gpu": [1]}):
+        with pytest.raises(ValueError, match="damaged"):
+            Bundle.from_bytes(with_header(lambda header, s=shapes: header["tasks"][0].update(shapes=s)))
+    deep = b"[" * 100_000
+    with pytest.raises(ValueError, match="damaged"):
+        Bundle.from_bytes(bundle._MAGIC + len(deep).to_bytes(8, "little") + deep)
+
+
+def test_live_modules_do_not_travel() -> None:
     task = Task.from_module(torch.nn.ReLU(), torch.zeros(3))
     with pytest.raises(UserError, match="live module"):
         Bundle("sm_90a", (task,)).to_bytes()
@@ -109,6 +174,15 @@ def test_everything_packed_comes_back_judged() -> None:
         ("compile", "a parenthesis"),
         ("constraints", "not what was asked for"),
     ]
+
+
+def test_an_incumbent_that_is_refused_is_left_out() -> None:
+    rival = Candidate("def forward(x): return x + x", "triton"), one_launch("rows", SPEC)
+    batch = Bundle("sm_90a", (SOFTMAX,), (Packed("good", 0, GOOD, one_launch("rows", SPEC), rival=rival),))
+    (judged,) = bundle.run_bundle(batch, FakeEvaluator)  # type: ignore[arg-type]
+    assert judged.evaluation.correct and judged.evaluation.gain is None
+    said = "the incumbent failed (not what was asked for): raced against the baseline alone"
+    assert judged.evaluation.log == said
 
 
 def test_another_architecture_is_refused_with_a_hint() -> None:

@@ -97,6 +97,30 @@ def test_a_module_that_builds_itself_with_load_inline_is_in_the_host_lane(evalua
     assert (evaluation.outcome, evaluation.trust) == ("correct", "host"), evaluation.log
 
 
+INDICES = """
+import torch
+from ke_gym import lang
+kernels = lang.cpp(r'''
+#include <cstdint>
+extern "C" void count(int64_t* to, int64_t rows, int64_t n) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < n; ++j) to[i * n + j] = j;
+}
+''')
+def forward(x):
+    where = torch.empty(x.shape, dtype=torch.int64)
+    kernels.count(where, *x.shape)
+    return torch.gather(torch.softmax(x, -1), 1, where)
+"""
+
+
+def test_calls_that_need_what_kernels_make_are_not_run_without_them(evaluator: Evaluator) -> None:
+    """Without the kernel there would be no indices."""
+    evaluation = evaluator.evaluate(Candidate(INDICES))
+    assert evaluation.outcome == "correct", evaluation.log
+    assert evaluation.kernel_coverage is None
+
+
 def test_aten_calls_are_allowed_and_reported(evaluator: Evaluator) -> None:
     evaluation = evaluator.evaluate(LIBRARY)
     assert evaluation.outcome == "correct"

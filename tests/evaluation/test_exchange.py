@@ -6,7 +6,8 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import exchange
-from ke_gym.evaluation.bundle import Bundle
+from ke_gym.evaluation.bundle import Bundle, Packed
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.exchange import ExchangeEvaluator
 from ke_gym.evaluation.gpu_client import GpuShape
@@ -71,16 +72,24 @@ class Device:
         self.closed = True
 
 
+@contextmanager
+def served(folder: Path) -> Iterator[None]:
+    server = threading.Thread(target=exchange.serve, args=(folder, Device))
+    server.start()
+    try:
+        yield
+    finally:
+        (folder / exchange.STOP).touch()
+        server.join(300)
+        assert not server.is_alive()
+
+
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "shared"
     folder.mkdir()
-    server = threading.Thread(target=exchange.serve, args=(folder, Device))
-    server.start()
-    yield folder
-    (folder / exchange.STOP).touch()
-    server.join(300)
-    assert not server.is_alive()
+    with served(folder):
+        yield folder
 
 
 def kernel(name: str) -> Candidate:
@@ -100,8 +109,71 @@ def test_candidates_are_built_here_and_judged_there(shared: Path, tmp_path: Path
         assert evaluator.final(kernel("a")).log == "looked at by memcheck"
         broken = evaluator.evaluate(Candidate("def forward(x:", "triton"))
         assert broken.outcome == "compile" and broken.log
-    orders = sorted(shared.glob(f"*{exchange.ORDER}"))
-    assert len(orders) == 4 and all(order.with_suffix(exchange.ANSWER).exists() for order in orders)
+    assert not list(shared.iterdir())  # what is answered and read is removed
+
+
+def test_an_incumbent_that_does_not_build_is_left_out(shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    with ExchangeEvaluator(Task.load("softmax"), shared, folder=tmp_path) as evaluator:
+        broken = Candidate("def forward(x:", "triton")
+        judged = evaluator.evaluate(kernel("a"), broken)
+        assert judged.correct and judged.time_ms == 1.0 and judged.gain is None and not judged.improved
+        assert judged.log.startswith("the incumbent failed (")
+        assert judged.log.endswith("): raced against the baseline alone")
+        assert not evaluator.ahead(kernel("a"), broken)
+
+
+def test_whoever_waits_when_the_search_ends_is_let_go(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    folder, waiting = tmp_path / "shared", Future[Evaluation]()
+    folder.mkdir()
+    with served(folder):
+        evaluator = ExchangeEvaluator(Task.load("softmax"), folder, folder=tmp_path)
+
+    def evaluate() -> None:
+        try:
+            waiting.set_result(evaluator.evaluate(kernel("a")))
+        except BaseException as error:
+            waiting.set_exception(error)
+
+    threading.Thread(target=evaluate, daemon=True).start()
+    while not list(folder.glob(f"*{exchange.ORDER}")):
+        time.sleep(0.01)
+    evaluator.close()
+    with pytest.raises(UserError, match="the search ended before"):
+        waiting.result(300)
+    assert [path.name for path in folder.iterdir()] == [exchange.STOP]
+
+
+def test_orders_that_others_have_removed_or_left_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / f"gone{exchange.ORDER}").symlink_to("nowhere")  # listed, and not there
+    for name in ("old", "orphan"):  # of searches that were killed
+        (folder / f"{name}{exchange.ANSWER}").write_text("as it was")
+    (folder / f"old{exchange.ORDER}").write_text("read long ago")
+    with served(folder):
+        with ExchangeEvaluator(Task.load("softmax"), folder, folder=tmp_path, patience=300) as evaluator:
+            artifact = evaluator.build(kernel("a"))
+            assert evaluator.evaluate(kernel("a")).correct
+        packed = Packed("a", 0, kernel("a"), artifact)
+        order = folder / f"dropped{exchange.ORDER}"
+        judge, judged = Device.evaluate, threading.Event()
+
+        def evaluate(self: Device, *candidates: Candidate) -> Evaluation:
+            order.unlink()  # its search has ended
+            judged.set()
+            return judge(self, *candidates)
+
+        monkeypatch.setattr(Device, "evaluate", evaluate)
+        Bundle(artifact.arch, (evaluator.task,), (packed,)).write(order)
+        assert judged.wait(300)
+    left = {"gone.keb", "old.keb", "old.json", "orphan.json", exchange.STOP}
+    assert {path.name for path in folder.iterdir()} == left
+    assert (folder / "old.json").read_text() == "as it was"
 
 
 def test_two_devices_there_judge_at_once(shared: Path, tmp_path: Path) -> None:

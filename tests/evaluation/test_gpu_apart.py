@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ke_gym.evaluation import gpu_apart
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_apart import Apart, Unfit
 from ke_gym.evaluation.gpu_stage import Died
@@ -186,6 +187,23 @@ def test_a_launcher_that_breaks_the_rules_is_the_candidate_s_fault(
     _, runner, _ = opened(link, launcher)
     with pytest.raises(Died, match="the process that launches kernels died") as died:
         runner.run()
+    assert died.value.fatal and died.value.outcome == "runtime"
+
+
+def test_one_that_dies_when_it_shall_go_is_the_candidate_s_fault(
+    link: tuple[Channel, socket.socket],
+) -> None:
+    class Shy(FakeLauncher):
+        def time(self, number: int, *arguments: Any, **named: Any) -> dict[str, Any]:
+            if number:
+                self._channel.sock.send(gpu_apart.READY)
+                raise EOFError("as if killed")
+            return super().time(number, *arguments, **named)
+
+    _, runner, _ = opened(link, Shy)
+    with pytest.raises(Died, match="the process that launches kernels") as died:
+        for _ in range(2):
+            runner.timed("run", 5.0, 1000)
     assert died.value.fatal and died.value.outcome == "runtime"
 
 

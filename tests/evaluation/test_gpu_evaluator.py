@@ -126,7 +126,7 @@ def test_what_was_compiled_elsewhere_is_judged_here(task: Task, evaluator: Evalu
 
 def test_the_proven_kernel_runs_in_the_user_s_process(task: Task, evaluator: Evaluator) -> None:
     reference = Reference(task.reference("default").module.cuda())
-    kernel = Kernel(task, reference, evaluator.build(Candidate(KERNEL, "triton")), "cuda")
+    kernel = Kernel(task, reference, evaluator.settled(Candidate(KERNEL, "triton")), "cuda")
     for _ in range(2):
         x = torch.randn(512, 1000, device="cuda")
         with torch.no_grad():
@@ -161,14 +161,14 @@ def forward(x, scale):
 
 def test_a_plan_that_goes_as_a_graph_is_right_in_every_call(task: Task, evaluator: Evaluator) -> None:
     candidate = Candidate(IN_THREE, "triton")
-    artifact = evaluator.build(candidate)
+    artifact = evaluator.settled(candidate)
     plan = replace(artifact.plans["default"].choose({}), graph=True)
     evaluator.adopt(candidate, replace(artifact, plans={"default": plan}))
     evaluation = evaluator.evaluate(candidate)
     assert evaluation.correct, evaluation.log
-    assert evaluator.build(candidate).plans["default"].graph
+    assert evaluator.settled(candidate).plans["default"].graph
     kernel = Kernel(
-        task, Reference(task.reference("default").module.cuda()), evaluator.build(candidate), "cuda"
+        task, Reference(task.reference("default").module.cuda()), evaluator.settled(candidate), "cuda"
     )
     for _ in range(3):
         x = torch.randn(512, 1000, device="cuda")

@@ -19,6 +19,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_fleet import GpuFleet, open_gpus
+from ke_gym.evaluation.zygote import SpawnError
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
 from ke_gym.targets import cuda
@@ -212,14 +213,15 @@ def test_a_device_that_is_lost_hands_its_candidate_on(
         fleet.evaluate(candidate(fleet, 3))
 
 
+@pytest.mark.parametrize("error", [OutOfDeviceMemory("somebody else has it"), SpawnError("somebody else")])
 def test_a_device_that_cannot_be_opened_is_left_out(
-    recorder: Recorder, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+    recorder: Recorder, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     opened = GpuEvaluator._open_judge
 
     def open_judge(self: GpuEvaluator, *hidden: Any) -> Any:
         if self._device == 1:
-            raise OutOfDeviceMemory("somebody else has it")
+            raise error
         return opened(self, *hidden)
 
     monkeypatch.setattr(GpuEvaluator, "_open_judge", open_judge)

@@ -33,9 +33,9 @@ def inspector(monkeypatch: pytest.MonkeyPatch) -> Inspector:
     return Inspector(lambda artifact: artifact, nullcontext, lambda: 99.0)  # type: ignore[arg-type, return-value]
 
 
-def failing(words: str) -> Any:
+def failing(words: str, kind: type[ToolFailed] = ToolFailed) -> Any:
     def fail(*_: Any) -> Any:
-        raise ToolFailed(words)
+        raise kind(words)
 
     return fail
 
@@ -84,10 +84,15 @@ def test_who_was_refused_once_does_not_ask_again(
 ) -> None:
     monkeypatch.setattr(gpu_inspection, "COUNTING_S", 0.0)
     monkeypatch.setattr(gpu_inspection, "COUNTING_SHARE", 1e9)
+    monkeypatch.setattr(gpu_inspection, "counters", failing("more than 60 s", TooSlow))
+    assert inspector.glance(JUDGED, ARTIFACT) is JUDGED  # that plan is too large, others may not be
+    monkeypatch.setattr(gpu_inspection, "counters", lambda _: COUNTERS)
+    assert inspector.glance(JUDGED, ARTIFACT).limiter == "dram"
     monkeypatch.setattr(gpu_inspection, "counters", failing("ERR_NVGPUCTRPERM"))
     assert inspector.glance(JUDGED, ARTIFACT) is JUDGED
     monkeypatch.setattr(gpu_inspection, "counters", lambda _: COUNTERS)
     assert inspector.glance(JUDGED, ARTIFACT) is JUDGED
+    assert inspector.final(JUDGED, ARTIFACT).limiter == "dram"  # a winner is always tried
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
 from ke_gym.evaluation.gpu_profile import described
+from ke_gym.evaluation.gpu_timing import Hung
 from ke_gym.evaluation.work import Work
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import Launch, TensorSpec
@@ -164,13 +165,37 @@ def test_after_a_fault_there_is_another_process(evaluator: GpuEvaluator) -> None
     assert evaluator.judge is not before
 
 
-def test_the_fastest_alternative_is_what_gets_built(evaluator: GpuEvaluator) -> None:
+def test_the_fastest_alternative_is_what_gets_deployed(evaluator: GpuEvaluator) -> None:
     launch = one_launch("tardy", SPEC).plans["default"].steps[1]
     assert isinstance(launch, Launch)
     chosen = candidate(evaluator, "tardy", alternatives=(replace(launch, kernel="fine"),))
-    assert evaluator.evaluate(chosen).correct
-    built = evaluator.build(chosen).plans["cpu"].steps[1]
-    assert isinstance(built, Launch) and (built.kernel, built.alternatives) == ("fine", ())
+    evaluation = evaluator.evaluate(chosen)
+    assert evaluation.correct
+    settled = evaluator.settled(chosen)
+    step = settled.plans["cpu"].steps[1]
+    assert isinstance(step, Launch) and (step.kernel, step.alternatives) == ("fine", ())
+    # What it compiles to is what it did: another source that does is known by that, and keeps its own text.
+    assert evaluator.build(chosen).binary_id == evaluation.binary != settled.binary_id
+    twin = Candidate(chosen.source + "\ntwin = 1\n", chosen.language)
+    evaluator.adopt(twin, replace(evaluator.build(chosen), source=twin.source))
+    assert evaluator.settled(twin).plans == settled.plans and evaluator.settled(twin).source == twin.source
+
+
+def test_a_judge_that_was_ended_while_it_was_idle_is_not_the_next_candidate_s_fault(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = evaluator.judge
+    monkeypatch.setattr(before, "running", lambda: False)
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+    assert evaluator.judge is not before
+
+
+def test_a_clock_that_cannot_be_read_is_told_of(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_stage.cuda, "facts", lambda *_: replace(FACTS, clock_mhz=0))
+    with pytest.warns(UserWarning, match="clock cannot be read"):
+        GpuEvaluator(evaluator.task, folder=evaluator.folder).close()
 
 
 def test_what_is_faster_than_physics_is_refused(
@@ -551,6 +576,16 @@ def test_a_search_opens_at_its_sizes_once_others_have_left_room(
     monkeypatch.setattr(gpu_evaluator, "MEMORY_SECONDS", -1.0)
     with pytest.raises(OutOfDeviceMemory, match="16 GiB"):
         GpuEvaluator(evaluator.task, folder=evaluator.folder)
+
+
+def test_a_launcher_that_hangs_beside_its_calls_is_the_candidate_s_fault() -> None:
+    """As when kernels are loaded and unloaded."""
+
+    def unload() -> None:
+        raise Hung(10.0)
+
+    said = {"died": "timeout", "log": "no answer within 10 s", "fatal": True, "rival": False}
+    assert gpu_judge.answer_to(unload, {}, b"") == said
 
 
 def test_confirmations_take_a_part_of_the_memory(

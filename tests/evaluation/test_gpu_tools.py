@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,6 +146,31 @@ def test_a_tool_that_takes_too_long_is_ended(
     tool(tmp_path, "ncu", "import time; time.sleep(60)", monkeypatch)
     with pytest.raises(ToolFailed, match=r"more than 0\.3 s"):
         counters(replayed, 0.3)
+
+
+def test_a_tool_is_ended_with_who_waits_for_it(
+    replayed: Replayed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a session of its own, which Ctrl-C does not reach."""
+    pid = tmp_path / "pid"
+    script = (
+        f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    tool(tmp_path, "ncu", script, monkeypatch)
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.poll() is None and named:
+            while not (pid.exists() and pid.read_text()):
+                pass
+            raise KeyboardInterrupt
+        return communicate(self, *arguments, **named)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        counters(replayed)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_a_tool_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, replayed: Replayed) -> None:

@@ -41,3 +41,27 @@ def test_a_reference_that_ends_badly_while_it_is_timed_is_named(
             judge.call_baseline("default")
     finally:
         judge.close()
+
+
+def test_a_judge_that_is_gone_is_named_whatever_it_is_asked(
+    zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "calm.py"
+    path.write_text(TASK.format(hang=str(tmp_path / "hang"), crash=str(tmp_path / "crash")))
+    judge = JudgeClient(zygote, Task.load(str(path)), ["default"], "eager", 1)
+
+    def die() -> None:
+        judge.worker.kill()
+        judge.worker.wait(300)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(judge.worker, "freeze", die)  # between its "ready" and the start of the clock
+            with pytest.raises(UserError, match=r"task calm: its reference crashed \(while it was timed"):
+                judge.call_baseline("default")
+        with pytest.raises(UserError, match=r"task calm: its reference crashed \(draw\)"):
+            judge.draw("default", 1)
+        with pytest.raises(UserError, match=r"task calm: its reference crashed \(baseline_ready\)"):
+            judge.call_baseline("default")
+    finally:
+        judge.close()

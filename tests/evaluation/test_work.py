@@ -126,5 +126,5 @@ OTHERS = {
 @pytest.mark.parametrize("forward", OTHERS)
 def test_what_is_needed_is_no_more_than_what_surely_is(forward: str, tmp_path: Path) -> None:
     work, _ = counted(tmp_path, forwarding("x, w", forward, "torch.randn(64, 48), torch.randn(64, 64)"))
-    if work.flops:
-        assert work.floor_flops == pytest.approx(OTHERS[forward] * work.flops)
+    assert work.flops
+    assert work.floor_flops == pytest.approx(OTHERS[forward] * work.flops)

@@ -7,13 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ke_gym.evaluation.sandbox import Sandbox
 from ke_gym.evaluation.shared import SharedBuffer
-from ke_gym.evaluation.zygote import Exit, SpawnError, Zygote
+from ke_gym.evaluation.zygote import Exit, SpawnError, Worker, Zygote
 
 PATIENCE = 300.0
 KINDS = ("trusted", "compile", "run")
@@ -131,20 +133,20 @@ def test_spawning_leaks_nothing(zygote: Zygote) -> None:
 
 
 def test_several_threads_may_spawn_at_once(zygote: Zygote) -> None:
-    pids: list[int] = []
+    pids: list[tuple[int, int]] = []
 
     def spawn() -> None:
         for _ in range(5):
             with zygote.spawn(entry("echo"), {}) as worker:
                 worker.channel.send({})
-                pids.append(worker.channel.recv(PATIENCE)[0]["pid"])
-                assert worker.pid == pids[-1] or worker.wait(PATIENCE) == Exit(code=0)
+                pids.append((worker.pid, worker.channel.recv(PATIENCE)[0]["pid"]))
 
     threads = [threading.Thread(target=spawn) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert all(known == told for known, told in pids)
     assert len(pids) == 20 and len(set(pids)) == 20
 
 
@@ -164,6 +166,43 @@ def test_a_dead_zygote_is_replaced_and_takes_its_workers_along() -> None:
     assert gone(zygote.pid)
     with pytest.raises(SpawnError, match="closed"):
         zygote.spawn("ke_gym.evaluation._zygote_main:_no_work")
+
+
+class Stuck(Zygote):
+    """Does not answer the first request of either of two threads, and tells the second when the first is served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.served = threading.Barrier(2), threading.Event()
+        self.asked: list[str] = []
+
+    def _spawn(self, *arguments: Any) -> Worker:
+        name = threading.current_thread().name
+        if name in self.asked:
+            return super()._spawn(*arguments)
+        self.asked.append(name)
+        self.both.wait(PATIENCE)
+        if name == "second":
+            assert self.served.wait(PATIENCE)
+        raise TimeoutError
+
+
+def test_a_zygote_that_hangs_is_replaced_once_for_all_who_wait() -> None:
+    with Stuck() as zygote, ThreadPoolExecutor(2) as pool:
+
+        def spawn(name: str) -> tuple[Worker, int]:
+            threading.current_thread().name = name
+            worker = zygote.spawn("ke_gym.evaluation.builder:serve", {}, sandbox=Sandbox("run"))
+            found = worker, zygote.pid
+            if name == "first":
+                zygote.served.set()
+            return found
+
+        before = zygote.pid
+        (first, after), (second, last) = pool.map(spawn, ("first", "second"))
+        with first, second:
+            assert before != after == last == zygote.pid
+            assert first.leash.alive() and second.leash.alive()
 
 
 def test_nothing_outlives_a_parent_that_is_killed() -> None:

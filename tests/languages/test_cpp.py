@@ -22,11 +22,8 @@ extern "C" void slow(const float* x, float* out, int64_t n) {
 """
 
 
-def test_a_compiler_with_openmp_is_found() -> None:
-    found = cpp.compilers()
-    assert found["g++"].openmp
-    assert int(found["g++"].version.split(".")[0]) >= 11
-    assert all(compiler.openmp for name, compiler in found.items() if name != "g++")
+def test_a_compiler_is_found() -> None:
+    assert int(cpp.compilers()["g++"].version.split(".")[0]) >= 11
 
 
 def test_remarks_say_which_loops_are_vectorized() -> None:

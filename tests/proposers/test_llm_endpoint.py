@@ -15,6 +15,7 @@ import pytest
 from ke_gym.errors import UserError
 from ke_gym.proposers import openai, prompt
 from ke_gym.proposers.base import Context, ProposerLost
+from ke_gym.proposers.cassette import Cassette
 from ke_gym.proposers.endpoint import Completion, Endpoint, Failure, read
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.prices import Account, Price, Purse
@@ -272,8 +273,26 @@ def test_a_cassette_answers_byte_for_byte(tmp_path: Path, opened: list[Endpoint]
     with pytest.raises(ProposerLost, match="no answer for step 0"):
         player.complete("0", request())
     other = Endpoint(LLM(replay=tape))
-    assert other.complete("1", request()) == first[1]  # another prompt: what was said at this step
-    assert other.cassette is not None and other.cassette.diverged == 1
+    with pytest.warns(UserWarning) as told:
+        assert other.complete("1", request()) == first[1]  # another prompt: what was said at this step
+        assert other.complete("2", request()) == first[2]
+    assert other.cassette is not None and other.cassette.diverged == 2
+    (said,) = told
+    assert str(said.message).startswith(
+        f"at step 1 the search asks otherwise than the one recorded in {tape}"
+    )
+
+
+def test_tokens_that_nobody_counted_are_said_to_be_estimates(tmp_path: Path) -> None:
+    tape = tmp_path / "talk.jsonl"
+    recorder = Cassette(tape, replay=False)
+    for step in ("0", "1"):
+        body = json.dumps(request(), ensure_ascii=False, sort_keys=True)
+        recorder.keep(step, body, '{"choices": [{"message": {"content": "no"}}]}')
+    player = Endpoint(LLM(replay=str(tape)))
+    with pytest.warns(UserWarning, match="tokens and dollars are estimates") as told:
+        replies = [player.complete(step, request(), PRICE) for step in ("0", "1")]
+    assert len(told) == 1 and all(reply.dollars > 0 for reply in replies)
 
 
 def test_a_cassette_is_not_overwritten_and_must_be_one(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -265,6 +268,39 @@ def test_every_parent_rule_fills_its_budget_or_runs_out(store: Store, rule: str)
     searched = session(store, rule=rule, budget=60)
     reason = run(searched, made, Judge())
     assert (reason, len(searched.tree)) == ("evaluations", 60) or reason == "nothing left to try"
+
+
+class Late(Future[Any]):
+    """Is done from when somebody, who has waited in vain, asks whether it is."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self._later = [result]
+
+    def done(self) -> bool:
+        if self._later:
+            self.set_result(self._later.pop())
+        return super().done()
+
+
+def test_an_evaluation_may_be_over_just_when_the_patience_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Late] = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, do: Callable[..., Any], /, *arguments: Any, **_: Any) -> Late:
+            made.append(Late(do(*arguments)))
+            return made[-1]
+
+    class Asking(Watch):
+        def tick(self, session: Session) -> None:
+            made[-1].done()
+
+    monkeypatch.setitem(run.__globals__, "ThreadPoolExecutor", Pool)
+    searched = session(store, budget=2)
+    assert run(searched, policies.make("masked_random"), Judge(), workers=1, watch=Asking()) == "evaluations"
+    assert len(searched.tree) == len(made) == 2
 
 
 def test_a_lost_evaluator_ends_the_search_but_keeps_what_was_told(store: Store) -> None:

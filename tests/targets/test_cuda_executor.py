@@ -60,8 +60,7 @@ def runner(
         {},
         driver=driver or FakeDriver(),
         device=CPU,
-        stream=7,
-        **options,  # type: ignore[arg-type]
+        **{"stream": 7, **options},  # type: ignore[arg-type]
     )
 
 
@@ -178,6 +177,51 @@ def two_launches(**options: object) -> Artifact:
 @pytest.fixture
 def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+class Stream:
+    """One of torch's, as far as a runner needs it."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.waited_for = number, []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited_for.append(other.cuda_stream)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_without_a_stream_of_its_own_a_plan_goes_on_torch_s_current_one(
+    monkeypatch: pytest.MonkeyPatch, no_capture: None, graph: bool
+) -> None:
+    """Whichever that is in the call: what ATen enqueues goes there too."""
+    streams = [Stream(number) for number in (11, 22)]
+    now = [streams[0]]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: now[0])
+    driver, x = FakeDriver(), torch.randn(4, 8)
+    one = runner(two_launches(graph=graph), x, driver, stream=None, outputs=[torch.zeros(4, 8)])
+    seen = []
+    for now[0] in (streams[0], streams[1], streams[1], streams[0]):
+        driver.launches.clear()
+        one.run()
+        seen.append({stream for *_, stream in driver.launches})
+    assert seen == [{11}, {22}, {22}, {11}]
+    assert [stream.waited_for for stream in streams] == [[22], [11]]  # intermediates lie in the same memory
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    now[0] = streams[1]
+    one.run()  # into somebody's graph: the launches themselves, and nothing from outside of it
+    assert {stream for *_, stream in driver.launches[-2:]} == {22} and streams[1].waited_for == [11]
+
+
+def test_what_cannot_be_run_leaves_nothing_loaded() -> None:
+    driver = FakeDriver()
+    whole = one_launch("double", SPEC)
+    launch = replace(
+        whole.plans["default"].steps[1], geometry=Geometry((1, 1, 1), (32, 1, 1), shared=1 << 30)
+    )
+    plan = replace(whole.plans["default"], steps=(whole.plans["default"].steps[0], launch))
+    with pytest.raises(PlanError, match="cannot be launched here"):
+        runner(replace(whole, plans={"default": plan}), torch.randn(4, 8), driver)
+    assert driver.modules and not any(driver.modules.values())
 
 
 def test_a_plan_goes_as_one_graph_that_follows_its_tensors(no_capture: None) -> None:
