@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ke_gym.errors import UserError
-from ke_gym.evaluation.evaluation import HARNESS_VERSION, OUTCOMES
+from ke_gym.evaluation.evaluation import COMPARABLE, HARNESS_VERSION, OUTCOMES
 from ke_gym.files import write_whole
 from ke_gym.search.observation import CODE, HARDWARE, PROFILE, SPACES_VERSION, TASK, Surroundings
 from ke_gym.strategies import ACTIONS, RESTART, STRATEGIES
@@ -93,6 +93,8 @@ class Table:
     """The log-speedup of each repeat over the mean of its node's repeats, shape (r,)."""
     times: NDArray[np.int64]
     """Nanoseconds of candidate and baseline in each round, shape (rounds, 2), repeat after repeat."""
+    harness: int = HARNESS_VERSION
+    """The version of the harness that measured it."""
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -153,7 +155,7 @@ class Table:
 
     def _content(self) -> dict[str, NDArray[Any] | bytes]:
         head = {
-            "format": FORMAT, "harness": HARNESS_VERSION, "spaces": SPACES_VERSION,
+            "format": FORMAT, "harness": self.harness, "spaces": SPACES_VERSION,
             **{name: getattr(self, name) for name in _TEXTS}, "threads": self.threads,
             "actions": [action.name for action in ACTIONS], "candidates": self.candidates,
             "languages": self.languages,
@@ -213,6 +215,7 @@ class Table:
         made = cls(
             **{name: head[name] for name in _TEXTS},
             threads=int(head["threads"]),
+            harness=int(head["harness"]),
             surroundings=Surroundings(content["task_features"], content["hardware_features"]),
             candidates=tuple(head["candidates"]),
             languages=tuple(head["languages"]),
@@ -289,7 +292,7 @@ def _check_versions(head: Mapping[str, Any], path: str) -> None:
         raise UserError(
             f"the table {path} has format {head['format']}, this program reads {FORMAT}: record it again"
         )
-    if head["harness"] != HARNESS_VERSION:
+    if not COMPARABLE <= head["harness"] <= HARNESS_VERSION:
         raise UserError(
             f"the table {path} was measured by harness version {head['harness']}, this is {HARNESS_VERSION}: verdicts"
             " and times of different versions do not compare, so record it again"

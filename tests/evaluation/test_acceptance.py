@@ -36,6 +36,28 @@ def test_a_lower_precision_fails_unless_the_policy_permits_it(dtype: torch.dtype
     assert verdict(lowered, precision="bf16")
 
 
+@pytest.mark.parametrize(("dtype", "accepted"), [(torch.float32, True), (torch.float16, False)])
+def test_rounding_is_no_error_where_a_norm_amplifies_it(dtype: torch.dtype, accepted: bool) -> None:
+    """Equal rows: their mean, summed in turn, is not quite what they are, and the norm divides the rest by next to nothing."""
+    for seed in range(300):
+        torch.manual_seed(seed)
+        row = torch.randn(33) * torch.randn(33)
+        rows = row.expand(24, 33).contiguous()
+        reference, oracle = (
+            torch.nn.functional.batch_norm(x, None, None, training=True) for x in (rows, rows.double())
+        )
+        total, square = torch.zeros(33, dtype=dtype), torch.zeros(33)
+        for each in rows.to(dtype):
+            total += each
+        each_part = torch.tensor(1 / 24)  # which is rounded, too
+        rest = row - total.float() * each_part
+        for _ in rows:
+            square += rest * rest
+        output = (rest * torch.rsqrt(square * each_part + 1e-5)).expand(24, 33)
+        verdict = judge_output(output, Expected(reference, oracle, reduction_length=24.0, scale=1.0))
+        assert verdict.ok == accepted, (seed, verdict.reason)
+
+
 def test_wrong_outputs_fail() -> None:
     right = softmax(X)
     skipped = right.clone()
