@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,8 @@ def load(specs: TableSpec | Sequence[TableSpec] = "all") -> list[Table]:
     """The tables that ``specs`` name, each once.
 
     A specification is ``"all"``, a split, a family or a task (of the tables that ship), a file, a folder, or a
-    table. ``UserError`` for an unknown one (nearest suggested), an unfit file, or none at all.
+    table. A folder that is called like one of the first is ``"./train"``, or a ``Path``. ``UserError`` for an unknown
+    one (nearest suggested), an unfit file, different tables of one task, or none at all.
     """
     listed = [specs] if isinstance(specs, (str, Path, Table)) else list(specs)
     found: dict[str, Table] = {}
@@ -40,6 +42,12 @@ def load(specs: TableSpec | Sequence[TableSpec] = "all") -> list[Table]:
         found |= {table.hash: table for table in made}
     if not found:
         raise UserError("a replay needs at least one table")
+    counts = Counter(table.task for table in found.values())
+    if twice := [task for task, count in counts.items() if count > 1]:
+        raise UserError(
+            f"there are different tables of {', '.join(twice)}; name one of each, or join those of one machine with"
+            " scripts/record.py --from"
+        )
     return list(found.values())
 
 
@@ -49,6 +57,8 @@ def files(specs: Sequence[str | Path]) -> list[Path]:
 
 
 def _files(spec: str | Path) -> list[Path]:
+    if isinstance(spec, str) and "/" not in spec and (found := _shipped(spec)):
+        return found
     path = Path(spec)
     if path.suffix == ".npz" and path.exists():
         return [path]
@@ -57,18 +67,23 @@ def _files(spec: str | Path) -> list[Path]:
         if not inside:
             raise UserError(f"the folder {path} holds no replay table (*.npz); scripts/record.py makes them")
         return inside
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.npz"))}
-    if str(spec) == "all" and shipped:
-        return list(shipped.values())
-    if str(spec) in shipped:
-        return [shipped[str(spec)]]
-    families = {file: _family(file) for file in shipped.values()}
-    chosen = [file for file, family in families.items() if str(spec) in (split_of(family), family)]
-    if chosen:
-        return chosen
+    if found := _shipped(str(spec)):
+        return found
+    shipped = [file.stem for file in sorted(SHIPPED.glob("*.npz"))]
     near = difflib.get_close_matches(str(spec), [*shipped, *SPLITS], n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else "scripts/record.py makes them"
     raise UserError(f"there is no replay table {str(spec)!r}; {hint}")
+
+
+def _shipped(name: str) -> list[Path]:
+    """The shipped tables that a task, split or family of this name has; none for another."""
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.npz"))}
+    if name == "all":
+        return list(shipped.values())
+    if name in shipped:
+        return [shipped[name]]
+    families = {file: _family(file) for file in shipped.values()}
+    return [file for file, family in families.items() if name in (split_of(family), family)]
 
 
 def _table(path: Path) -> Table:

@@ -43,6 +43,7 @@ class Identity:
     baseline: str
     machine: str
     threads: int
+    harness: int = HARNESS_VERSION
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Builder:
         """Everything the table holds, to be added to."""
         made = cls(
             Identity(table.task, table.task_id, table.family, table.target, table.baseline, table.machine,
-                     table.threads),
+                     table.threads, table.harness),
             table.surroundings,
         )  # fmt: skip
         rounds = np.split(table.times, np.cumsum(table.repeats[:, 1])[:-1]) if len(table.repeats) else []
@@ -314,10 +315,10 @@ def build(found: Sequence[Recorded | Table]) -> Table:
 def remember(store: Store, setting: Setting, table: Table) -> None:
     """Let searches in ``store`` know the table's verdicts, so that nothing is measured twice.
 
-    ``UserError`` if it is of another task, machine, baseline or number of threads.
+    ``UserError`` if it is of another task, machine, baseline, number of threads or version of the harness.
     """
     theirs = {"task": table.task_id, "target": table.target, "machine": table.machine,
-              "baseline": table.baseline, "threads": table.threads}  # fmt: skip
+              "baseline": table.baseline, "threads": table.threads, "harness": table.harness}  # fmt: skip
     for key, value in theirs.items():
         mine = getattr(setting, key)
         if value != mine:

@@ -283,7 +283,8 @@ def _read(path: str | Path, names: tuple[str, ...] | None = None) -> dict[str, N
             return {name: file[name] for name in names or file.files}
     except FileNotFoundError:
         raise UserError(f"there is no table {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
+        # zipfile raises NotImplementedError, a RuntimeError, for methods that it does not know.
         raise UserError(f"the table {path} cannot be read ({error}); record it again") from error
 
 

@@ -46,7 +46,7 @@ class Candidate:
     def from_file(cls, path: str | Path, language: str = "cpp") -> Candidate:
         """The kernel module in a file. Raises ``UserError`` if it cannot be read."""
         try:
-            return cls(Path(path).read_text(encoding="utf-8"), language)
+            return cls(Path(path).read_text(encoding="utf-8-sig"), language)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a Python kernel module") from error
 

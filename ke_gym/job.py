@@ -143,6 +143,7 @@ def optimize(
     """
     limits = Budget.asked(budget, seconds, dollars)
     warm.check(warm_start)
+    check_seed(seed)
     loaded = _task(task, example_inputs)
     if resume is not None:
         run_dir, settings = read_run(resume)
@@ -512,6 +513,12 @@ def refused(session: Session) -> dict[str, int]:
 
 
 # Run folders ----------------------------------------------------------------------------------------------
+
+
+def check_seed(seed: int) -> None:
+    """``UserError`` for a seed that no generator takes."""
+    if seed < 0:
+        raise UserError(f"seed = {seed} is no seed; give a whole number of at least 0")
 
 
 def check_out(out: Path) -> None:

@@ -137,4 +137,8 @@ def _options(kind: type[Policy], text: str) -> dict[str, Any]:
             raise UserError(
                 f"the option {name} of {kind.name} is a {type(known[name]).__name__}, not {value!r}"
             ) from None
+        if fault := kind.fault(name, options[name]):
+            raise UserError(
+                f"the option {name} of {kind.name} has to be {fault}, not {value!r}; its default is {known[name]}"
+            )
     return options

@@ -22,6 +22,7 @@ class AUCBandit(ScoringPolicy):
 
     name = "auc_bandit"
     learned = ("window", "c", "size")
+    positive = ("size",)
 
     def __init__(self, seed: int = 0, c: float = 0.05, size: int = 500) -> None:
         super().__init__(seed)

@@ -7,6 +7,7 @@ policy learn while it searches; policies that don't, inherit the default that do
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,10 @@ class Policy(ABC):
     pretrained: ClassVar[str | None] = None
     """The shipped file without which it is useless; ``make`` wants that or another trained file."""
     learned: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Options that have to be above 0."""
+    unsigned: ClassVar[tuple[str, ...]] = ()
+    """Options that have to be at least 0."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
@@ -119,16 +124,32 @@ class Policy(ABC):
             setattr(self, key, state[key])
         self.rng.bit_generator.state = state["rng"]
 
+    @classmethod
+    def fault(cls, option: str, value: Any) -> str:
+        """What an option has to be and is not; "" if nothing is wrong."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "a finite number"
+        if option in cls.positive and not value > 0:
+            return "above 0"
+        return "at least 0" if option in cls.unsigned and not value >= 0 else ""
+
     def save(self, path: str | Path) -> None:
         """Write the policy to a JSON file that ``ke_gym.policies.load`` reads."""
         files.write(path, self.name, self.trained_on, self.state_dict())
 
     @classmethod
     def from_file(cls, data: files.PolicyFile) -> Self:
-        """The policy that ``save`` wrote; ``UserError`` for one of another version or a damaged one."""
+        """The policy that ``save`` wrote; ``UserError`` for one of another version or a damaged one.
+
+        What it learned is of the types and shapes that a new policy has; axes of length 0, and lists, may grow.
+        """
         files.check(data)
         policy = cls()
         with files.damage(data):
+            files.check_kinds(data.state, policy.state_dict())
+            for option in (*cls.positive, *cls.unsigned):
+                if fault := option in data.state and cls.fault(option, data.state[option]):
+                    raise ValueError(f"{option} is not {fault}")
             policy.load_state_dict(data.state)
         policy.trained_on = data.trained_on
         return policy

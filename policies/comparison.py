@@ -27,6 +27,8 @@ FAST = (1.0, 1.2, 2.0)
 NEAR = 0.9
 ROOM = 0.02
 """Mean log-speedup that chance has to leave on a task: below it, policies differ by less than races can tell."""
+TASKS, RUNS = 5, 2
+"""Fewest telling tasks, and runs of each, for a verdict: of one task, every other interval of two equals leaves out 0."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,17 @@ class Comparison:
         return statistics.performance_profile(self.auc(policy), thresholds)
 
     def verdict(self) -> str:
-        """Which policies beat both baselines, or that none does."""
+        """Which policies beat both baselines, that none does, or why that cannot be said."""
         if self.seen:
             return f"No verdict: {', '.join(self.seen)} had seen some of these tasks before."
         if not self.telling:
             return "No verdict: masked random reaches the best known at once on all tasks."
+        runs = len(self.curves[CHANCE])
+        if len(self.telling) < TASKS or runs < RUNS:
+            return (
+                f"No verdict: 95 % intervals need at least {TASKS} tasks that tell policies apart and {RUNS} searches of"
+                f" each; here are {len(self.telling)} and {runs}."
+            )
         names = [
             score.policy
             for score in self.scores

@@ -7,6 +7,8 @@ more, then mostly the strategy with the highest optimistic gain so far.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,13 +50,17 @@ class EpsilonGreedy(Policy):
             legal = legal[legal != RESTART.id]
         if not deterministic and self.rng.random() < EPSILON:
             return int(self.rng.choice(legal))
-        if mask[FIX.id] and self.tries[FIX.id] < 2:
-            self.tries[FIX.id] += 1
+        if mask[FIX.id] and self.tries[FIX.id] + self.pending[FIX.id] < 2:
             return FIX.id
         appeal = np.array([self.gains[action] for action in legal])
         if not deterministic:
             appeal += self.rng.uniform(0, 1e-3, len(legal))
         return int(legal[np.argmax(appeal)])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if not len(self.gains) == len(self.tries) == len(ACTIONS):
+            raise ValueError("there is not one gain and one number of tries for each action")
 
     def update(self, transition: Transition) -> None:
         action = transition.action

@@ -109,6 +109,31 @@ def check_tables(path: str, trained_on: Mapping[str, Any], tables: Mapping[str, 
         raise UserError(f"{path} was trained on other tables: {'; '.join(parts)}; start a new training")
 
 
+def check_kinds(state: Mapping[str, Any], model: Mapping[str, Any], where: str = "") -> None:
+    """``ValueError`` unless what ``state`` and ``model`` both hold is alike: of the same type, and arrays of the same
+    shape but for axes of length 0; nothing is NaN."""
+    for key in model.keys() & state.keys():
+        name, value, like = f"{where}{key}", state[key], model[key]
+        if isinstance(like, np.ndarray):
+            if not isinstance(value, np.ndarray) or value.dtype.kind != like.dtype.kind:
+                raise ValueError(f"{name} is no array of {like.dtype}")
+            if value.ndim != like.ndim or any(m not in (0, n) for n, m in zip(value.shape, like.shape)):
+                raise ValueError(f"{name} has the shape {value.shape} instead of {like.shape}")
+            if np.isnan(value).any():
+                raise ValueError(f"{name} holds what is no number")
+        elif isinstance(like, Mapping):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} is no object")
+            check_kinds(value, like, f"{name}.")
+        elif isinstance(like, int | float | np.number):
+            if not isinstance(value, int | float) or value != value:
+                raise ValueError(f"{name} is no number")
+        elif isinstance(like, str | list | tuple):
+            kind = str if isinstance(like, str) else list
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is no {kind.__name__}")
+
+
 @contextmanager
 def damage(file: PolicyFile) -> Iterator[None]:
     """Turns what a malformed state raises into a ``UserError``."""

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ke_gym import policies
+from ke_gym import policies, tasks
 from ke_gym.envs import LIVE, REPLAY, catalog, make, make_vec_env
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluation import HARNESS_VERSION
+from ke_gym.files import write_whole
 from ke_gym.policies import files
 from ke_gym.policies.base import Policy
 from ke_gym.policies.network import NetworkPolicy
@@ -78,6 +79,22 @@ class Plan:
             raise UserError(f"horizon = {self.horizon} trains nothing; give positive numbers")
         if self.env == "live" and len(self.horizon) > 1:
             raise UserError("live searches have one horizon; give a single number")
+        needed = policies.find(self.policy).pretrained
+        if needed not in (None, self.policy):
+            raise UserError(
+                f"{self.policy} runs the network of {needed} and learns none itself: train {needed}, then name"
+                f" {self.policy}:weights=FILE as the policy"
+            )
+        if self.policy in NETWORKS and self.policy != "dqn" and self.env == "live" and self.update < 2:
+            raise UserError(
+                f"n_envs = 1 and horizon = 1 leave {self.policy} one step to learn from; raise one of them"
+            )
+
+    @property
+    def update(self) -> int:
+        """Steps that an update of PPO learns from, over all environments."""
+        wanted = max(BATCH, self.n_envs) if self.env == "replay" else self.n_envs * self.horizon[0]
+        return wanted // self.n_envs * self.n_envs
 
 
 @dataclass
@@ -92,12 +109,21 @@ class State:
     """The highest smoothed validation score so far."""
     wandb: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: str = ""
+    """The file of the checkpoint; "" in states of before there was a choice."""
+    unscored: dict[str, Any] | None = None
+    """The figures of that checkpoint, until it is validated."""
+    spent: list[int] = field(default_factory=list)
+    """Steps that a bandit has played, per horizon."""
 
     def save(self, folder: Path) -> None:
         """Write the state, whole or not at all."""
-        temporary = folder / f".{STATE}"
-        temporary.write_text(json.dumps(asdict(self), indent=1))
-        temporary.replace(folder / STATE)
+        try:
+            write_whole(folder / STATE, json.dumps(asdict(self), indent=1).encode())
+        except OSError as error:
+            raise UserError(
+                f"{folder / STATE} cannot be written ({error.strerror}); choose another --out"
+            ) from error
 
     @classmethod
     def load(cls, folder: Path) -> State:
@@ -127,15 +153,25 @@ class Trainer:
         held = catalog.load(plan.validation) if plan.validation else []
         self.yardstick = Yardstick(held, plan.horizon) if held else None
         self.validated_on = [table.task for table in held]
+        self.names = list(plan.tasks)
+        """The tasks learned from: live ones by their names, wherever their files lie."""
+        if plan.env == "live":
+            self.names = [task.name for spec in plan.tasks for task in tasks.resolve(spec)]
         hashes = {table.task: table.hash for table in self.tables}
         if resume:
             self.state = State.load(folder)
             self._check(hashes)
         else:
-            if (folder / STATE).exists():
+            if (folder / STATE).exists() and State.load(folder).steps:
                 raise UserError(f"{folder} holds a training; go on with --resume, or choose another --out")
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"the folder {folder} cannot be made ({error.strerror}); choose another --out"
+                ) from error
             self.state = State(asdict(plan), hashes)
+            self.state.save(folder)
         self.state.plan["steps"] = plan.steps
 
     def _check(self, hashes: dict[str, str]) -> None:
@@ -153,7 +189,7 @@ class Trainer:
         """Train to the end; returns ``"complete"``, or ``"interrupted"`` after Ctrl-C (then resumable)."""
         train = self._network if self.plan.policy in NETWORKS else self._player
         try:
-            if self.state.steps < self.plan.steps:
+            if self.state.steps < self.plan.steps or self.state.unscored is not None:
                 train(watch)
         except KeyboardInterrupt:
             return "interrupted"
@@ -171,7 +207,7 @@ class Trainer:
         return {
             "env": plan.env,
             "tables": self.state.tables,
-            "tasks": list(plan.tasks),
+            "tasks": self.names,
             "validated_on": self.validated_on,
             "steps": self.state.steps,
             "horizon": list(plan.horizon),
@@ -179,6 +215,34 @@ class Trainer:
             "seed": plan.seed,
             "harness": HARNESS_VERSION,
         }
+
+    @property
+    def checkpoint(self) -> Path:
+        """The latest checkpoint."""
+        return self.folder / (self.state.checkpoint or f"{CHECKPOINT}{self._suffix}")
+
+    @property
+    def _suffix(self) -> str:
+        return ".zip" if self.plan.policy in NETWORKS else ".json"
+
+    def kept(self, write: Callable[[Path], None], steps: int, figures: dict[str, Any]) -> None:
+        """Write a checkpoint and how far it is, both or none: a checkpoint counts once the state names it."""
+        name = f"{CHECKPOINT}-{steps}{self._suffix}"
+        temporary = self.folder / f".{name}"
+        try:
+            write(temporary)
+            temporary.replace(self.folder / name)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint {self.folder / name} cannot be written ({error.strerror})"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.state.steps, self.state.checkpoint, self.state.unscored = steps, name, figures
+        self.state.save(self.folder)
+        for older in self.folder.glob(f"{CHECKPOINT}*{self._suffix}"):
+            if older.name != name:
+                older.unlink()
 
     def validated(self, policy: Policy, steps: int, figures: dict[str, Any], watch: Watch) -> None:
         """Score the policy, keep it unless an earlier one was better, and write down how far the training is.
@@ -200,6 +264,7 @@ class Trainer:
             policy.trained_on = {**policy.trained_on, "validation_auc": record.get("validation_auc")}
             policy.save(self.best)
         self.state.history.append(record)
+        self.state.unscored = None
         self.state.save(self.folder)
         watch(record)
 
@@ -207,11 +272,14 @@ class Trainer:
 
     def _player(self, watch: Watch) -> None:
         """Play one search after the other; whatever the policy learns of them stays."""
-        plan, saved = self.plan, self.folder / f"{CHECKPOINT}.json"
-        policy = (
-            policies.load(saved) if self.state.steps else policies.make(_untrained(plan.policy), plan.seed)
-        )
+        plan = self.plan
+        if self.state.steps:
+            policy = policies.load(self.checkpoint)
+        else:
+            policy = policies.make(_untrained(plan.policy), plan.seed)
         policy.training = True
+        if self.state.unscored is not None:
+            self.validated(policy, self.state.steps, self.state.unscored, watch)
         arguments = {"reward": plan.reward, "parent_rule": policy.parent_rule}
         if plan.env == "replay":
             envs = [
@@ -220,7 +288,7 @@ class Trainer:
         else:
             envs = [make(LIVE, tasks=list(plan.tasks), horizon=plan.horizon[0], **arguments, **self.live)]
         # The shorter a search, the more of them, so that all lengths have as many steps.
-        spent = [0] * len(envs)
+        spent = self.state.spent if len(self.state.spent) == len(envs) else [0] * len(envs)
         started, steps, recent = time.monotonic() - self.state.seconds, self.state.steps, []
         try:
             while steps < plan.steps:
@@ -230,8 +298,9 @@ class Trainer:
                 before, steps = steps, steps + plan.horizon[next_]
                 if steps // plan.every > before // plan.every or steps >= plan.steps:
                     self.state.seconds = time.monotonic() - started
-                    policy.save(saved)
-                    self.validated(policy, steps, {"reward": float(np.mean(recent))}, watch)
+                    self.state.spent, figures = spent.copy(), {"reward": float(np.mean(recent))}
+                    self.kept(policy.save, steps, figures)
+                    self.validated(policy, steps, figures, watch)
                     recent = []
         finally:
             for env in envs:
@@ -250,6 +319,15 @@ class Trainer:
             arguments |= {"tasks": list(plan.tasks), "horizon": plan.horizon[0], **self.live}
         return training_envs(plan.policy, LIVE if plan.env == "live" else REPLAY, plan.n_envs, **arguments)
 
+    def _loaded(self, algorithm: Any, envs: VecEnv) -> Any:
+        try:
+            return algorithm.load(self.checkpoint, env=envs, device="cpu")
+        except Exception as error:  # whatever unpickling a damaged file raises
+            envs.close()
+            raise UserError(
+                f"the checkpoint {self.checkpoint} cannot be read ({error!r}); start a new training"
+            ) from error
+
     def _network(self, watch: Watch) -> None:
         """Let stable-baselines3 train; every so often, take the weights out and validate them."""
         try:
@@ -260,16 +338,18 @@ class Trainer:
                 f"training {self.plan.policy} needs stable-baselines3: pip install 'ke-gym[rl]'"
             ) from error
 
-        plan, saved, trainer = self.plan, self.folder / f"{CHECKPOINT}.zip", self
+        plan, trainer = self.plan, self
         algorithm, changed = _algorithm(plan.policy)
         envs = self.envs()
         if self.state.steps:
-            model: BaseAlgorithm = algorithm.load(saved, env=envs, device="cpu")
+            model: BaseAlgorithm = self._loaded(algorithm, envs)
+            # Loading seeds everything as at the start, which would repeat the episodes of then.
+            model.set_random_seed(plan.seed + self.state.steps)
         else:
             settings: dict[str, Any] = {"gamma": GAMMA, **changed}
             if plan.policy != "dqn":
-                batch = max(BATCH, plan.n_envs) if plan.env == "replay" else plan.n_envs * plan.horizon[0]
-                settings |= {**PPO, "n_steps": batch // plan.n_envs, "batch_size": max(batch // 4, 2)}
+                size = minibatch(plan.update)
+                settings |= {**PPO, "n_steps": plan.update // plan.n_envs, "batch_size": size}
             log = str(self.tensorboard) if self.tensorboard is not None else None
             model = algorithm(
                 "MlpPolicy", envs, seed=plan.seed, device="cpu", tensorboard_log=log, **settings
@@ -291,22 +371,33 @@ class Trainer:
                 recent = [info["r"] for info in self.model.ep_info_buffer or ()]
                 figures = {"reward": float(np.mean(recent)) if recent else 0.0}
                 trainer.state.seconds = time.monotonic() - started
-                self.model.save(saved)
+                trainer.kept(self.model.save, self.num_timesteps, figures)
                 trainer.validated(export(self.model, plan), self.num_timesteps, figures, watch)
 
         callback = Validate()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # so small a network learns no faster on more, and slower where others work
         try:
-            model.learn(
-                plan.steps - self.state.steps, callback, reset_num_timesteps=not self.state.steps,
-                tb_log_name=plan.policy,
-            )  # fmt: skip
+            if self.state.unscored is not None:
+                self.validated(export(model, plan), self.state.steps, self.state.unscored, watch)
+            if self.state.steps < plan.steps:
+                model.learn(
+                    plan.steps - self.state.steps, callback, reset_num_timesteps=not self.state.steps,
+                    tb_log_name=plan.policy,
+                )  # fmt: skip
             if self.state.steps < model.num_timesteps:
                 callback.keep()
         finally:
             torch.set_num_threads(threads)
             envs.close()
+
+
+def minibatch(steps: int) -> int:
+    """A quarter of an update's steps, or a little more: no minibatch has one sample, whose spread is not a number."""
+    size = max(steps // 4, 2)
+    while steps % size == 1:
+        size += 1
+    return size
 
 
 def training_envs(policy: str, env_id: str, n_envs: int, *, seed: int, **arguments: Any) -> VecEnv:

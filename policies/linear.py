@@ -29,6 +29,8 @@ class LinearBandit(ScoringPolicy):
     """
 
     learned = ("moments", "alpha", "soft_mask")
+    positive = ("ridge",)
+    unsigned = ("alpha",)
 
     def __init__(self, seed: int = 0, alpha: float = 0.1, ridge: float = 1.0, soft_mask: float = 0.0) -> None:
         super().__init__(seed)

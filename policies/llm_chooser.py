@@ -51,6 +51,8 @@ class LLMChooser(Policy):
 
     name = "llm_chooser"
     learned = ("history", "fallbacks", "dollars")
+    positive = ("timeout",)
+    unsigned = ("retries",)
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ke_gym.errors import UserError
-from ke_gym.policies.comparison import Comparison
+from ke_gym.policies.comparison import BASELINES, Comparison
 from ke_gym.policies.playing import Episode
 
 
@@ -36,7 +36,7 @@ def pooled(folders: Sequence[Path]) -> Comparison:
         )
     episodes = {
         name: [
-            [_episode(episode) for one in data for episode in one["episodes"][name][run]]
+            [episode for one in data for episode in one["episodes"][name][run]]
             for run in range(min(one["runs"] for one in data))
         ]
         for name in first["episodes"]
@@ -55,10 +55,36 @@ def _read(folder: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no finished comparison ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is no comparison; compare again, or leave it out of --pool")
     if missing := {"budget", "runs", "tasks", "best_known", "episodes", "seen_in_training"} - {*data}:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: compare again with this version")
+    try:
+        data["episodes"] = {
+            name: [[_episode(episode) for episode in run] for run in runs]
+            for name, runs in data["episodes"].items()
+        }
+        _check(data)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); compare again, or leave it out of --pool") from error
     return data
 
 
 def _episode(data: dict[str, Any]) -> Episode:
-    return Episode(**{**data, "curve": np.array(data["curve"])})
+    return Episode(**{**data, "curve": np.array(data["curve"], dtype=np.float64)})
+
+
+def _check(data: dict[str, Any]) -> None:
+    """``ValueError`` unless every policy has one search of the whole budget for each task and run."""
+    if lacking := {*BASELINES} - {*data["episodes"]}:
+        raise ValueError(f"{', '.join(sorted(lacking))} took no part")
+    if len(data["best_known"]) != len(data["tasks"]) or not all(value > 0 for value in data["best_known"]):
+        raise ValueError("best_known is not one speedup for each task")
+    for name, runs in data["episodes"].items():
+        if len(runs) != data["runs"] or any([e.task for e in run] != data["tasks"] for run in runs):
+            raise ValueError(f"{name} has not one search for each task and run")
+        curves = [episode.curve for run in runs for episode in run]
+        if not all(c.shape == (data["budget"],) and np.isfinite(c).all() for c in curves):
+            raise ValueError(f"a curve of {name} has not one number for each evaluation")
+    for known in data["seen_in_training"].values():
+        list(known)

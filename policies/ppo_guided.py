@@ -28,6 +28,7 @@ class PPOGuided(UCT):
     name = "ppo_guided"
     pretrained = "maskable_ppo"
     learned: ClassVar[tuple[str, ...]] = (*UCT.learned, "temperature")
+    positive = ("temperature",)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class Rotting(ScoringPolicy):
     name = "rotting"
     reward = "best"
     learned: ClassVar[tuple[str, ...]] = ("gains", "uses", "used", "yielded", "due", "c", "trust")
+
+    positive = ("trust",)
 
     def __init__(self, seed: int = 0, c: float = 0.3, trust: float = 0.08) -> None:
         super().__init__(seed)
@@ -91,9 +93,13 @@ class Rotting(ScoringPolicy):
                 self.uses[action, step] += 1
         self.used[action] += 1
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        # Those at the search's beginning, while training moves on what they come from.
+        return super().state_dict() | {"curves": self._curves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._curves = self.curves()
+        self._curves = state.get("curves", self.curves())
 
 
 def _step(used: NDArray[np.int64]) -> NDArray[np.intp]:

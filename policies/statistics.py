@@ -67,7 +67,8 @@ def paired_difference(x: Array, y: Array, *, seed: int = 0, resamples: int = RES
     """The interval of mean(x - y) over tasks, where run i of both shared its random numbers.
 
     Hierarchical: tasks are redrawn, then runs within them, so that the interval speaks of tasks not tried
-    rather than of these alone. Needs at least two tasks to be more than a statement about one.
+    rather than of these alone. Of few tasks it is too narrow: of two equal policies it leaves out 0 in 51 % of the
+    cases with one task, 18 % with two, 10 % with three, and 5 % from five on.
     """
     rng = np.random.default_rng(seed)
     difference = x - y

@@ -29,6 +29,7 @@ from rich.table import Table
 from ke_gym import policies, tasks
 from ke_gym.envs import LIVE, catalog, make
 from ke_gym.errors import UserError
+from ke_gym.job import check_out
 from ke_gym.policies import Policy, plots
 from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
 from ke_gym.policies.playing import Episode, play, replay_runs, settled
@@ -73,7 +74,10 @@ def main(args: Args) -> int:
     if not console.is_terminal:
         console.width = 240
     if args.pool:
+        if args.out.resolve() in {folder.resolve() for folder in args.pool}:
+            raise UserError(f"--out {args.out} is one of the comparisons to pool; choose another folder")
         comparison = pooled(args.pool)
+        check_out(args.out)
         title = args.workload or f"{len(comparison.tasks)} tasks, {comparison.budget} evaluations"
         show(console, comparison, title, args.out, {"seen_in_training": comparison.seen})
         return 0
@@ -83,6 +87,7 @@ def main(args: Args) -> int:
     called = labels(names)
     seen = seen_in_training(args, {called[name]: policies.make(name) for name in names})
     few = scarce(args)
+    check_out(args.out)
     title = args.workload or f"{args.env}: {' '.join(args.tasks)}, {args.budget} evaluations"
     tracker = Tracker(
         args.wandb, kind="compare", name=title, group=args.group, config=asdict(args) | {"out": str(args.out)},
@@ -128,15 +133,27 @@ def seen_in_training(args: Args, compared: dict[str, Policy]) -> dict[str, list[
     if args.env == "replay":
         here = [table.task for table in catalog.load(args.tasks)]
     else:
-        here = [task.name for spec in args.tasks for task in tasks.resolve(spec)]
+        here = [task.name for task in live_tasks(args)]
     found = {}
     for name, policy in compared.items():
-        known = {*policy.trained_on.get("tables", {}), *policy.trained_on.get("tasks", ())}
+        # Files of before named the tasks of live training by their paths.
+        known = {*policy.trained_on.get("tables", {})}
+        if policy.trained_on.get("env") == "live":
+            known |= {Path(task).stem for task in policy.trained_on.get("tasks", ())}
         known |= {*policy.trained_on.get("validated_on", ())}
         overlap = sorted(known & {*here})
         if overlap:
             found[name] = overlap
     return found
+
+
+def live_tasks(args: Args) -> list[tasks.Task]:
+    """The tasks to compare on, each once; ``UserError`` for two of one name, which tables could not tell apart."""
+    chosen = {task.id: task for spec in args.tasks for task in tasks.resolve(spec)}
+    counts = Counter(task.name for task in chosen.values())
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"there are different tasks called {', '.join(twice)}; name one of each in --tasks")
+    return list(chosen.values())
 
 
 def scarce(args: Args) -> dict[str, int]:
@@ -167,8 +184,7 @@ def measured(
     which favours whoever comes later. Ctrl-C ends it with the runs that are complete, if there are any; what is
     remembered makes another start quick.
     """
-    chosen = [task for spec in args.tasks for task in tasks.resolve(spec)]
-    args.out.mkdir(parents=True, exist_ok=True)
+    chosen = live_tasks(args)
     stores = {name: args.out / f"{i} {Path(name).stem}.db" for i, name in enumerate(names)}
     found: dict[str, list[list[Episode]]] = {name: [] for name in names}
     running: dict[str, Any] = {}

@@ -25,6 +25,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
@@ -110,7 +111,7 @@ def main(args: Args) -> None:
         made.write(args.bundle)
         for packed in made.packed:
             said = "compiled" if packed.artifact else f"{packed.outcome} {gist(packed.log)}"
-            console.print(f"{packed.label}: {said}", highlight=False, markup=False)
+            console.print(Text(f"{packed.label}: {said}"))
         return
     judged = judge(args, task, candidates, console)
     if args.json:
@@ -139,7 +140,8 @@ class Judged:
 def judge(args: Args, task: Task, candidates: list[Candidate], console: Console) -> list[Judged]:
     """All candidates, judged now or before."""
     judged: list[Judged] = []
-    with Store() as store, console.status(f"judging {len(candidates)} kernel(s) on {task.name}"):
+    status = Text(f"judging {len(candidates)} kernel(s) on {task.name}")
+    with Store() as store, console.status(status):
         store.add_task(task)
         if args.target == "cpu" and not args.again:
             facts = cpu.facts()
@@ -161,7 +163,7 @@ def judge(args: Args, task: Task, candidates: list[Candidate], console: Console)
                     try:
                         judged[-1].times = evaluator.kernel_times(candidate)
                     except ToolFailed as failure:
-                        console.print(str(failure), style="red", highlight=False, markup=False)
+                        console.print(Text(str(failure), style="red"))
     return judged
 
 
@@ -190,7 +192,7 @@ def race_bundle(args: Args, console: Console) -> None:
         e = judged.evaluation
         speed = f"{e.speedup:.2f}x over {e.baseline}, {e.time_ms:.4f} ms" if e.speedup and e.time_ms else ""
         said = f"{e.task} {judged.label}: {e.outcome} {speed or gist(e.log)}"
-        console.print(said, highlight=False, markup=False)
+        console.print(Text(said))
 
     judged = bundle.run_bundle(read, opened, tell)
     results = args.results or path.with_suffix(".json")
@@ -207,25 +209,24 @@ def serve(args: Args, folder: Path, console: Console) -> None:
     if not torch.cuda.device_count():
         raise UserError("no NVIDIA GPU can be used here; serve the folder on a machine that has one")
     target = "cuda" if args.target == "cpu" else args.target
-    console.print(
-        f"judging what appears in {folder}; a file {folder / exchange.STOP} ends it", highlight=False
-    )
+    console.print(Text(f"judging what appears in {folder}; a file {folder / exchange.STOP} ends it"))
     with contextlib.suppress(KeyboardInterrupt):
         exchange.serve(
             folder,
             lambda task, baseline: open_evaluator(task, target, baseline, args.threads),
-            lambda order: console.print(f"answered {order}", highlight=False),
+            lambda order: console.print(Text(f"answered {order}")),
         )
 
 
 def table(judged: Judged) -> Table:
     """The verdict for a person."""
     evaluation, record = judged.evaluation, MachineRecord(judged.machine)
-    shown = Table(title=f"{evaluation.task}: {evaluation.outcome}", show_header=False, title_justify="left")
+    title = Text(f"{evaluation.task}: {evaluation.outcome}", style="table.title")
+    shown = Table(title=title, show_header=False, title_justify="left")
     if evaluation.speedup is not None:
         ci = evaluation.speedup_ci
         sure = f", 95 % in [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else ", too few rounds for an interval"
-        shown.add_row("speedup", f"{evaluation.speedup:.2f}x over {evaluation.baseline}{sure}")
+        shown.add_row("speedup", Text(f"{evaluation.speedup:.2f}x over {evaluation.baseline}{sure}"))
         shown.add_row("time", f"{evaluation.reference_ms:.4g} ms → {evaluation.time_ms:.4g} ms")
     if evaluation.error is not None:
         error = evaluation.error
@@ -234,7 +235,7 @@ def table(judged: Judged) -> Table:
     for line in feedback(evaluation).splitlines()[1:]:
         key, _, value = line.partition(": ")
         if key != "speedup":
-            shown.add_row(*((key, value) if value and len(key) < 16 else ("", line)))
+            shown.add_row(*map(Text, (key, value) if value and len(key) < 16 else ("", line)))
     cost = evaluation.cost
     shown.add_row(
         "cost", f"compile {cost.compile_s:.2f} s, check {cost.check_s:.2f} s, race {cost.race_s:.2f} s"
@@ -242,10 +243,10 @@ def table(judged: Judged) -> Table:
     threads = f", {evaluation.threads} threads" if evaluation.target == "cpu" else ""
     shown.add_row("trust", f"{evaluation.trust} lane, sandbox {evaluation.sandbox}{threads}")
     if evaluation.reference_ms is not None:
-        shown.add_row("machine", record.sentence(evaluation.reference_ms / 1e3))
+        shown.add_row("machine", Text(record.sentence(evaluation.reference_ms / 1e3)))
     if judged.times is not None:
         taken = ", ".join(f"{name} {1e6 * seconds:.1f} us" for name, seconds in judged.times.items())
-        shown.add_row("Proton", f"{taken} (calls one after the other, caches as they are)")
+        shown.add_row("Proton", Text(f"{taken} (calls one after the other, caches as they are)"))
     if judged.known:
         shown.add_row("", "judged before on this machine; --again measures anew")
     return shown

@@ -16,11 +16,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation.record import home
@@ -28,6 +29,7 @@ from ke_gym.knowledge import Knowledge, Situation, learned, usefulness
 from ke_gym.knowledge.check import problems
 from ke_gym.knowledge.embeddings import Embeddings, endpoint
 from ke_gym.search.store import Store
+from ke_gym.strategies import get
 
 Folders = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
 
@@ -93,6 +95,10 @@ def main(command: Search | Check | Report) -> int:
     lessons = home() / learned.FOLDER if command.learned else None
     if isinstance(command, Check):
         return check(command.knowledge, lessons, console)
+    if command.limit < 1:
+        raise UserError(f"--limit {command.limit} shows nothing; give at least 1")
+    if command.strategy:
+        get(command.strategy)
     reranker = Embeddings(endpoint(command.embeddings)) if command.embeddings else None
     return search(command, Knowledge(command.knowledge, lessons, reranker), console)
 
@@ -112,7 +118,7 @@ def search(command: Search, knowledge: Knowledge, console: Console) -> int:
     else:
         table = Table("document", "title", "score", "tokens")
         for document, score in found:
-            table.add_row(document.id, document.title, f"{score:.2f}", str(document.tokens))
+            table.add_row(Text(document.id), Text(document.title), f"{score:.2f}", str(document.tokens))
         console.print(table)
     return 0
 
@@ -120,7 +126,7 @@ def search(command: Search, knowledge: Knowledge, console: Console) -> int:
 def check(folders: Sequence[Path], lessons: Path | None, console: Console) -> int:
     found, count = problems(folders, lessons)
     for problem in found:
-        console.print(f"[red]{problem}[/red]", highlight=False, soft_wrap=True)
+        console.print(Text(problem, style="red"), soft_wrap=True)
     console.print(f"{count} documents, {len(found)} problems")
     return 1 if found else 0
 
@@ -139,12 +145,12 @@ def report(command: Report, console: Console) -> int:
         return 0
     table = Table("document", "told", "correct", "faster", "without it", "median gain")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(Text, cells(row)))
     console.print(table)
     return 0
 
 
-def cells(row: usefulness.Usefulness) -> tuple[Any, ...]:
+def cells(row: usefulness.Usefulness) -> tuple[str, ...]:
     """A line of the report."""
     return (
         row.document,

@@ -20,12 +20,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from ke_gym import policies, proposers, tasks
 from ke_gym.errors import UserError
 from ke_gym.evaluation.opening import kernel_language
 from ke_gym.evaluation.selfcheck import Proof
-from ke_gym.job import RunSettings, check_out, optimize, read_run, recorded_task
+from ke_gym.job import RunSettings, check_out, check_seed, optimize, read_run, recorded_task
 from ke_gym.policies.tracking import Mode, Tracker
 from ke_gym.proposers import Refusal, warm
 from ke_gym.proposers.llm import LLM, Memory, models
@@ -224,10 +225,22 @@ def search(args: Args, task: Task, limits: Budget, llm: LLM, view: LiveView | Pl
     return result
 
 
+def sentence(task: Task, error: Exception) -> str:
+    """What ended a task's search, in a line."""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = " ".join(str(error).split()) or "no message"
+    return (
+        f"{task.name}: the search failed with {type(error).__name__}: {reason};"
+        " optimize it alone for the traceback"
+    )
+
+
 def main(args: Args) -> int:
     before = None if args.resume is None else read_run(args.resume)[1].budget
     limits = Budget.asked(args.budget, args.seconds, args.max_dollars, before)
     warm.check(args.warm_start)
+    check_seed(settings(args)["seed"])
     if args.resume is None:
         kernel_language(settings(args)["target"], settings(args)["language"])
     policies.make(settings(args)["policy"])
@@ -254,7 +267,7 @@ def main(args: Args) -> int:
         console.width = 120
     if args.exchange is not None:
         there = f"scripts/evaluate.py --serve {args.exchange}"
-        console.print(f"judged by whoever runs {there}", highlight=False, soft_wrap=True)
+        console.print(Text(f"judged by whoever runs {there}"), soft_wrap=True)
     results: list[Result] = []
     refused, interrupted = 0, False
     try:
@@ -263,22 +276,20 @@ def main(args: Args) -> int:
             view = LiveView(console, title) if console.is_terminal else PlainView(console, title)
             try:
                 result = search(args, task, limits, llm, view)
-            except UserError as error:
-                # One task that is refused costs the others nothing.
+            except Exception as error:
+                # One task that is refused, or that breaks the search, costs the others nothing.
                 if len(chosen) == 1:
                     raise
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {sentence(task, error)}", file=sys.stderr)
                 refused += 1
                 continue
             results.append(result)
-            console.print(result.verdict(), highlight=False, soft_wrap=True)
+            console.print(Text(result.verdict()), soft_wrap=True)
             interrupted = result.stopped == "interrupted"
             if interrupted:
                 break
             if result.stopped not in STOPS:
-                console.print(
-                    f"{task.name}: the search ended early: {result.stopped}", highlight=False, soft_wrap=True
-                )
+                console.print(Text(f"{task.name}: the search ended early: {result.stopped}"), soft_wrap=True)
     except KeyboardInterrupt:  # before or after a search; one that runs ends by itself
         interrupted = True
 
@@ -287,7 +298,7 @@ def main(args: Args) -> int:
     elif results:
         console.print(summary(results))
         for result in results:
-            console.print(f"report: {result.report()}", highlight=False, soft_wrap=True)
+            console.print(Text(f"report: {result.report()}"), soft_wrap=True)
     if interrupted:
         return 130
     return 2 if refused else 0

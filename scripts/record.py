@@ -31,7 +31,7 @@ from ke_gym.envs.recording import Breadth, record, repeated
 from ke_gym.envs.table import Table
 from ke_gym.errors import UserError
 from ke_gym.evaluation.evaluator import Evaluator
-from ke_gym.job import remembering
+from ke_gym.job import check_out, check_seed, remembering
 from ke_gym.proposers.base import Context, Proposal, Proposer
 from ke_gym.report.live import LiveView, PlainView
 from ke_gym.search.budget import Budget
@@ -73,7 +73,7 @@ def main(args: Args) -> int:
     if not console.is_terminal:
         console.width = 140
     if args.verify:
-        files = catalog.files(args.tasks or (str(args.out),))
+        files = catalog.files(args.tasks or (args.out,))
         show(console, [Table.load(path) for path in files])
         return 0
     if args.sources:
@@ -82,21 +82,37 @@ def main(args: Args) -> int:
         return 0
     if not args.tasks:
         raise UserError("name at least one task, or a store with --from")
+    check_seed(args.seed)
     proposers.check(args.proposer)
+    check_out(args.out)
     chosen = [task for spec in args.tasks for task in tasks.resolve(spec)]
-    made = []
+    made: list[Table] = []
+    ended = "complete"
     for number, task in enumerate(chosen, 1):
         title = task.name if len(chosen) == 1 else f"{task.name} ({number} of {len(chosen)})"
         proposer = proposers.make(args.proposer, task)
-        ended = search(args, task, proposer, console, title)
-        (table,) = compiling.from_files([store_of(args)], (task.name,), args.out)
+        try:
+            ended = search(args, task, proposer, console, title)
+        except KeyboardInterrupt:  # before or after the recording, which ends by itself
+            ended = "interrupted"
+        try:
+            (table,) = compiling.from_files([store_of(args)], (task.name,), args.out)
+        except UserError:
+            if ended != "interrupted":
+                raise
+            console.print(
+                f"interrupted before anything of {task.name} was recorded; the same command starts it anew",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            break
         if not proposer.stochastic:
             table = compiling.closed(table, alternatives(proposer), proposer.draws)
             table.save(args.out / f"{task.name}.npz")
         made.append(table)
         if ended == "interrupted":
             break
-    show(console, made)
+    if made:
+        show(console, made)
     return 130 if ended == "interrupted" else 0
 
 
@@ -170,3 +186,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first search
+        print("interrupted; the same command goes on with what is in the store", file=sys.stderr)
+        sys.exit(130)

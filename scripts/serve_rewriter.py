@@ -8,6 +8,7 @@ python scripts/serve_rewriter.py --latency 5 --fault 429=0.1 --fault half=0.05  
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import tyro
 
 from ke_gym import tasks
 from ke_gym.errors import UserError
+from ke_gym.job import check_seed
 from ke_gym.testing.rewriter_endpoint import RewriterEndpoint
 
 
@@ -42,6 +44,12 @@ class Args:
 
 
 def main(args: Args) -> int:
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port {args.port} is no port; give one from 0 (any free one) to 65535")
+    for name, seconds in (("latency", args.latency), ("stall", args.stall)):
+        if not 0 <= seconds < math.inf:
+            raise UserError(f"--{name} {seconds} is no time; give seconds, at least 0")
+    check_seed(args.seed)
     faults = dict(_share(text) for text in args.fault)
     known = {task.name: task for spec in args.task for task in tasks.resolve(spec)}
     try:

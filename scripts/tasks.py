@@ -7,7 +7,8 @@
 
 `check` proves every task before use: its own reference must be accepted and race its own copy at 1.0 within
 noise, and each wrong version of it (zeros, a skipped operation, half precision, frozen output, …) must be
-rejected. Exit code 1 if a task fails, 2 for an unknown task or a broken task file.
+rejected. Exit code 1 if a task fails, 2 for an unknown task or a broken task file; a task that breaks while it is
+checked costs the others nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ke_gym.errors import UserError
 from ke_gym.tasks import Task, resolve
@@ -91,12 +93,12 @@ def listing(rows: list[dict[str, Any]]) -> Table:
         shape = "x".join(str(size) for size in task["shapes"].get("cpu", {}).values())
         permitted = "" if task["precision"] == "strict" else f" ({task['precision']} ok)"
         sizes = f"{shape or 'as in the file'}\n{task['dtype']}{permitted}"
-        table.add_row(task["name"], task["family"], sizes, task["description"])
+        table.add_row(*map(Text, (task["name"], task["family"], sizes, task["description"])))
     return table
 
 
 def check(tasks: list[Task], console: Console, as_json: bool) -> int:
-    """Check each task and print the verdicts; 1 if any task fails."""
+    """Check each task and print the verdicts; 1 if any task fails, 2 if one is broken."""
     from ke_gym.evaluation import selfcheck
     from ke_gym.evaluation.zygote import Zygote
     from ke_gym.targets import cpu
@@ -104,20 +106,27 @@ def check(tasks: list[Task], console: Console, as_json: bool) -> int:
     table = Table(title_justify="left")
     for heading in ("task", "verdict", "reference", "races its copy at", "mutants rejected", "reason"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "task")
-    results = []
+    results, broken = [], 0
     with Zygote(cpu.facts().cores) as zygote, console.status("checking") as status:
         for number, task in enumerate(tasks, start=1):
-            status.update(f"checking {task.name} ({number} of {len(tasks)})")
-            result = selfcheck.check(task, zygote)
+            status.update(Text(f"checking {task.name} ({number} of {len(tasks)})"))
+            try:
+                result = selfcheck.check(task, zygote)
+            except UserError as error:
+                reason = str(error) if task.path in str(error) else f"{task.path}: {error}"
+                results.append(selfcheck.SelfCheck(task.name, False, 0.0, 0.0, (0.0, 0.0), 0, (), reason))
+                table.add_row(Text(task.name), "FAILED", "-", "-", "-", Text(reason))
+                broken += 1
+                continue
             results.append(result)
             low, high = result.speedup_ci
             table.add_row(
-                task.name,
+                Text(task.name),
                 "trusted" if result.ok else "FAILED",
                 f"{result.reference_ms:.2f} ms",
                 f"{result.speedup:.2f}x [{low:.2f}, {high:.2f}]",
                 f"{result.mutants - len(result.survivors)} of {result.mutants}",
-                result.reason,
+                Text(result.reason),
             )
     failed = [result for result in results if not result.ok]
     if as_json:
@@ -125,7 +134,7 @@ def check(tasks: list[Task], console: Console, as_json: bool) -> int:
     else:
         console.print(table)
         console.print(f"{len(results) - len(failed)} of {len(results)} tasks can be trusted")
-    return 1 if failed else 0
+    return 2 if broken else 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ke_gym import policies, tasks
 from ke_gym.envs import catalog
 from ke_gym.errors import UserError
-from ke_gym.policies.learning import NETWORKS, Plan, Trainer
+from ke_gym.job import check_out, check_seed
+from ke_gym.policies.learning import NETWORKS, Plan, State, Trainer
 from ke_gym.policies.tracking import Mode, Tracker
 
 
@@ -52,9 +53,9 @@ class Args:
     n_envs: int | None = None
     """Searches side by side, for networks: 256 in replay, 4 live."""
     every: int | None = None
-    """Steps between two validations; 20 in all by default."""
+    """Steps between two validations; by default 20 in all, and as before with --resume."""
     out: Path | None = None
-    """The policy's file, by default runs/POLICY.json."""
+    """The policy's file (*.json), by default runs/POLICY.json."""
     resume: bool = False
     """Go on with the training that --out belongs to."""
     wandb: Mode = "disabled"
@@ -67,6 +68,7 @@ class Args:
 
 def plan(args: Args) -> Plan:
     """The training that the arguments describe; ``UserError`` where they don't fit."""
+    check_seed(args.seed)
     kind = policies.find(args.policy)
     chosen = args.tasks or (("train",) if args.env == "replay" else ())
     if args.env == "live":
@@ -74,6 +76,9 @@ def plan(args: Args) -> Plan:
             raise UserError("live training needs --tasks, for example softmax")
         chosen = tuple(task.path or task.name for spec in chosen for task in tasks.resolve(spec))
     steps = args.steps if args.steps is not None else 3_000_000 if args.policy in NETWORKS else 60_000
+    every = args.every
+    if every is None and args.resume:
+        every = State.load(out_of(args).with_suffix("")).plan.get("every")
     return Plan(
         policy=args.policy,
         env=args.env,
@@ -83,13 +88,25 @@ def plan(args: Args) -> Plan:
         horizon=args.horizon or ((20, 50, 100) if args.env == "replay" else (20,)),
         reward=kind.reward if args.reward == "auto" else args.reward,  # type: ignore[arg-type]
         seed=args.seed,
-        n_envs=args.n_envs or (256 if args.env == "replay" else 4),
-        every=args.every or max(steps // 20, 1),
+        n_envs=args.n_envs if args.n_envs is not None else 256 if args.env == "replay" else 4,
+        every=every if every is not None else max(steps // 20, 1),
     )
 
 
+def out_of(args: Args) -> Path:
+    """The policy's file; ``UserError`` for one that is no ``*.json``, by which policies are known."""
+    out = args.out or Path("runs") / f"{args.policy}.json"
+    if out.suffix != ".json" or out.is_dir():
+        raise UserError(
+            f"--out {out} is no file that a policy can be written to; name one that ends in .json"
+        )
+    return out
+
+
 def main(args: Args) -> int:
+    out = out_of(args)
     made = plan(args)
+    check_out(out.parent)
     held = {table.task for table in catalog.load(made.validation)} if made.validation else set()
     if made.env == "replay":
         learned = [table.task for table in catalog.load(made.tasks)]
@@ -100,7 +117,6 @@ def main(args: Args) -> int:
         raise UserError(
             f"{', '.join(both)}: both to learn from and to validate on; name others with --validation"
         )
-    out = args.out or Path("runs") / f"{args.policy}.json"
     trainer = Trainer(made, out.with_suffix(""), resume=args.resume, tensorboard=args.tensorboard)
     tracker = Tracker(
         args.wandb, kind="train", name=f"{made.policy}-{made.seed}", group=args.group,

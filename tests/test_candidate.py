@@ -66,6 +66,8 @@ def test_from_file(tmp_path: Path) -> None:
     path = tmp_path / "kernel.py"
     path.write_text(MODULE)
     assert Candidate.from_file(path) == Candidate(MODULE)
+    path.write_bytes(b"\xef\xbb\xbf" + MODULE.encode())  # a byte order mark
+    assert Candidate.from_file(path) == Candidate(MODULE)
     with pytest.raises(UserError, match=r"nothing\.py: cannot be read"):
         Candidate.from_file(tmp_path / "nothing.py")
 

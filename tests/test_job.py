@@ -291,6 +291,8 @@ def test_bad_input_is_refused_in_one_sentence(result: ke_gym.Result, tmp_path: P
         ke_gym.optimize(Chain())
     with pytest.raises(UserError, match="buys nothing"):
         ke_gym.optimize("softmax", budget=0)
+    with pytest.raises(UserError, match="seed = -1"):
+        ke_gym.optimize("softmax", seed=-1)
     with pytest.raises(UserError, match="has changed or is not softmax"):
         ke_gym.optimize("softmax", resume=result.run_dir)
     with pytest.raises(UserError, match="not a run's folder"):

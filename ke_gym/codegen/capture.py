@@ -265,9 +265,9 @@ def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
     from torch.export.graph_signature import InputKind, OutputKind
 
     module = reference.module
-    mangled = {original: name for name, original in _originals(reference).items()}
+    mangled = _mangled(reference)
     with torch.no_grad():
-        program = torch.export.export(module, tuple(inputs), strict=False)
+        program = torch.export.export(module, tuple(_separate(inputs)), strict=False)
         table = decompositions()
         calls = program.graph.find_nodes(op="call_function", target=ATTENTION)
         if all(_is_plain(call, OWN_ATTENTION[language]) for call in calls):
@@ -283,6 +283,8 @@ def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
         if spec.kind is InputKind.USER_INPUT:
             value = node.meta.get("val")
             name = node.name if isinstance(value, torch.Tensor) else None
+            while name in reference.state:  # a parameter has that name
+                name = f"{name}_input"
             names.append(name)
             arguments.append(name or f"scalar{position}")
             position += 1
@@ -299,7 +301,28 @@ def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
     kept = [s.kind is OutputKind.USER_OUTPUT for s in signature.output_specs]
     output = program.graph.output_node()
     output.args = (tuple(a for a, keep in zip(output.args[0], kept) if keep),)
+    state = list(dict.fromkeys(state))
     return Captured(program.graph, tuple(names), constants, (*arguments, *state), tuple(state))
+
+
+def _mangled(reference: Any) -> dict[str, str]:
+    """Qualified name in the module -> state name of the task; modules that share a tensor have a name each."""
+    module = reference.module
+    shared = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    held = dict(shared)
+    known = {id(held[original]): name for name, original in _originals(reference).items()}
+    return {original: known[id(tensor)] for original, tensor in shared}
+
+
+def _separate(inputs: list[Any]) -> list[Any]:
+    """The inputs, none of which is another's tensor: that two are one is so in no other call."""
+    seen: set[int] = set()
+    apart = []
+    for value in inputs:
+        again = isinstance(value, torch.Tensor) and id(value) in seen
+        seen.add(id(value))
+        apart.append(value.clone() if again else value)
+    return apart
 
 
 def _is_plain(call: torch.fx.Node, dtypes: Sequence[torch.dtype]) -> bool:

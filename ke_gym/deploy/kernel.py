@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ke_gym.errors import UserError
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.plan import TensorSpec
-from ke_gym.targets.executor import PlanRunner
+from ke_gym.targets.executor import PlanRunner, matches
 from ke_gym.tasks import Reference, Task
 
 ALIGNMENT = 16
@@ -24,8 +24,9 @@ ALIGNMENT = 16
 class Kernel:
     """Call it like the reference: it runs the artifact's plan where that was proven, else the reference.
 
-    Proven means: shapes, strides and dtypes of a public shape set, the same plain (non-tensor) arguments, the
-    training mode of the evaluation, and no gradient asked of it. ``why_not(*inputs)`` says what stands in the
+    Proven means: shapes, strides and dtypes of a public shape set and of the parameters, the same plain (non-tensor)
+    arguments, the training mode of the evaluation, a forward that writes to no buffer, no autocast, and no gradient asked
+    of it. ``why_not(*inputs)`` says what stands in the
     way, ``fallbacks`` counts the reasons met so far. Parameters are read at every call, so the kernel follows
     a module whose weights change; what it has prepared from them is made anew where torch has counted a change
     (writes through ``.data`` are not counted: call ``forget()``). Thread-safe. For a GPU, module and inputs are
@@ -52,6 +53,7 @@ class Kernel:
         self._structures: dict[tuple[Any, ...], tuple[list[bool], pytree.TreeSpec]] = {}
         self._backward = task.backward
         self._training = reference.module.training
+        self._writes = False
         self._unproven = "no kernel was proven"
         if artifact is None:
             return
@@ -72,9 +74,16 @@ class Kernel:
         with self._lock:
             if key not in self._structures:
                 # The plan returns a flat tuple: the reference shows once what to fold it into.
+                before = [buffer.clone() for buffer in self.reference.module.buffers()]
                 with torch.no_grad():
-                    leaves, tree = pytree.tree_flatten(self._plain(inputs))
+                    shown = self._plain(inputs)
+                leaves, tree = pytree.tree_flatten(shown)
                 self._structures[key] = [leaf is not None for leaf in leaves], tree
+                self._writes = not all(
+                    torch.equal(one, other) for one, other in zip(before, self.reference.module.buffers())
+                )
+                if self._writes:
+                    return shown
             results = iter(self._run(key, inputs))
         present, tree = self._structures[key]
         return pytree.tree_unflatten([next(results) if there else None for there in present], tree)
@@ -104,7 +113,8 @@ class Kernel:
 
     def why_not(self, *inputs: Any) -> str | None:
         """Why these inputs would run the reference, or None if they would run the kernel."""
-        if _signature(inputs) not in self._shape_sets:
+        key = _signature(inputs)
+        if key not in self._shape_sets:
             return self._unproven
         if self.reference.module.training != self._training:
             return "the module's training mode has changed"
@@ -114,6 +124,14 @@ class Kernel:
         tensors = [*(x for x in inputs if isinstance(x, torch.Tensor)), *state]
         if any(tensor.device.type != self._target for tensor in tensors):
             return "a tensor is on another device"
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            return "a tensor is a view that torch has yet to conjugate or negate"
+        if not self._laid_out(key, state):
+            return "a parameter has another shape, stride or dtype than the kernel was proven for"
+        if torch.is_autocast_enabled(self._target):
+            return "autocast is on, under which the reference computes in another precision"
+        if self._writes:
+            return "the module's forward writes to its buffers, which the kernel does not"
         if len({tensor.device for tensor in tensors}) > 1:
             return "the tensors are on several devices"
         if self._target != "cpu" and any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
@@ -121,6 +139,14 @@ class Kernel:
         if torch.is_grad_enabled() and not self._backward and any(t.requires_grad for t in tensors):
             return "a gradient may be needed (call it under torch.no_grad() if not)"
         return None
+
+    def _laid_out(self, key: tuple[Any, ...], state: Sequence[torch.Tensor]) -> bool:
+        """Whether the module's state is what the plan for these inputs takes."""
+        assert self._artifact is not None
+        plan = self._artifact.plans[self._shape_sets[key]]
+        named = dict(zip(self.reference.state, state))
+        entries = [*plan.inputs, *(plan.preparation.inputs if plan.preparation else ())]
+        return all(matches(named[e.name], e.spec) for e in entries if e.source == "state" and e.name in named)
 
     def _state(self) -> list[torch.Tensor]:
         """Parameters, then buffers, as they are now: in the order of ``reference.state``."""

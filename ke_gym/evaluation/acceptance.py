@@ -80,6 +80,7 @@ class Expected:
     reference: the eager result at the task's dtype; oracle: the fp64 result (or, for integer outputs, the
     fp64 computation's integers); reduction_length: about how many inputs one output element depends on.
     scale: on degenerate inputs, what errors are measured against where the oracle is smaller; 0 on others.
+    Complex numbers are kept as pairs of real ones.
     """
 
     reference: Tensor
@@ -90,6 +91,8 @@ class Expected:
     scale: float = 0.0
 
     def __post_init__(self) -> None:
+        self.dtype = self.reference.dtype
+        self.reference, self.oracle = as_real(self.reference), as_real(self.oracle)
         self.floating = self.reference.is_floating_point()
         self.mask: Tensor | None = None
         if not self.floating or self.reference.numel() == 0:
@@ -131,6 +134,11 @@ class Expected:
         return Errors(max_abs, max_abs / (self.top + tiny), l2, tail, typical)
 
 
+def as_real(values: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, shape (…, 2); anything else as it is."""
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+
+
 def _largest(values: Tensor) -> float:
     """The largest magnitude, in one pass; NaN if there is any."""
     low, high = values.aminmax()
@@ -146,11 +154,12 @@ def _quantile(values: Tensor, q: float) -> float:
 
 def judge_output(output: Tensor, expected: Expected) -> Verdict:
     """Accept or reject one output."""
+    dtype, output = output.dtype, as_real(output)
     reference, oracle = expected.reference, expected.oracle
-    if output.shape != reference.shape or output.dtype != reference.dtype:
+    if output.shape != reference.shape or dtype != expected.dtype:
         return Verdict(
             False,
-            f"output is {tuple(output.shape)} {output.dtype}, expected {tuple(reference.shape)} {reference.dtype}",
+            f"output is {tuple(output.shape)} {dtype}, expected {tuple(reference.shape)} {expected.dtype}",
         )
     if not expected.floating:
         return _judge_integers(output, reference, oracle)
@@ -219,7 +228,7 @@ def _misplaced_nonfinite(output: Tensor, expected: Expected) -> Verdict | None:
 
 def blocks_agree(output: Tensor, expected: Tensor, blocks: int, randrange: Callable[[int], int]) -> bool:
     """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
-    flat, want = output.reshape(-1), expected.reshape(-1)
+    flat, want = as_real(output).reshape(-1), as_real(expected).reshape(-1)
     n = flat.numel()
     if not n:
         return True
@@ -233,7 +242,7 @@ def blocks_agree(output: Tensor, expected: Tensor, blocks: int, randrange: Calla
     if not torch.equal(torch.isfinite(a), finite):
         return False
     b = torch.where(finite, b, 0.0)
-    slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 2e-2)
+    slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(want.dtype, 2e-2)
     near = (torch.where(finite, a, 0.0) - b).abs() <= slack * (b.abs() + b.abs().max())
     return bool(near.all())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -185,9 +186,11 @@ class Arm:
             self.worker.channel.send({"runs": runs})
             header, _ = self.worker.channel.recv(OPEN_TIMEOUT, limit=0)
             steps = [(str(kind), str(name), float(seconds)) for kind, name, seconds in header["steps"]]
+            if not all(math.isfinite(seconds) for _, _, seconds in steps):
+                raise ValueError("no seconds")
         except TimeoutError:
             raise self._timed_out(OPEN_TIMEOUT) from None
-        except (EOFError, ProtocolError, KeyError, TypeError, ValueError):
+        except (EOFError, ProtocolError, KeyError, OverflowError, TypeError, ValueError):
             raise self._died(b"") from None
         self.worker.freeze()
         return steps

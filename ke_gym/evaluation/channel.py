@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from ke_gym.redaction import encodable
+
 HEADER_LIMIT = 1 << 20
 BLOB_LIMIT = 1 << 30
 MAX_FDS = 32
@@ -93,7 +95,9 @@ class Channel:
         text = self._read(header_size, deadline, accept_fds)
         blob = self._read(blob_size, deadline, accept_fds)
         try:
-            header = json.loads(text)
+            header = json.loads(text.decode())
+            if b"\\ud" in text or b"\\uD" in text:
+                header = _encodable(header)
         except (ValueError, RecursionError) as error:
             raise ProtocolError("the header is no JSON") from error
         if not isinstance(header, dict):
@@ -162,3 +166,14 @@ class Channel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _encodable(value: Any) -> Any:
+    """The same JSON value with strings that can be written down."""
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    if isinstance(value, dict):
+        return {encodable(key): _encodable(item) for key, item in value.items()}
+    return value

@@ -152,7 +152,8 @@ class Evaluation:
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         data = json.loads(text)
-        data["error"] = Errors(**data["error"]) if data["error"] else None
+        if data["error"]:  # null was NaN: as wrong as can be
+            data["error"] = Errors(**{k: math.inf if v is None else v for k, v in data["error"].items()})
         profile = data["profile"]
         profile["vectorized"], profile["missed"] = tuple(profile["vectorized"]), tuple(profile["missed"])
         profile["resources"] = tuple(profile.get("resources", ()))

@@ -288,8 +288,13 @@ class Evaluator:
         return self._builds.build(candidate, self._make, self.adopt)
 
     def settled(self, candidate: Candidate) -> Artifact:
-        """What a candidate is deployed as: its artifact, with whatever was chosen for this machine when it was judged."""
-        return self.build(candidate)
+        """What a candidate is deployed as: its artifact, with whatever was chosen for this machine when it was judged, and with
+        the plans that were raced alone. Whoever builds it may add others."""
+        return self._raced(self.build(candidate))
+
+    def _raced(self, artifact: Artifact) -> Artifact:
+        plans = {name: plan for name, plan in artifact.plans.items() if name in self.shape_sets}
+        return replace(artifact, plans=plans)
 
     def _make(self, candidate: Candidate) -> Artifact:
         with self.account.phase(BUILDING):

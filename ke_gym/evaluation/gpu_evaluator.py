@@ -262,7 +262,7 @@ class GpuEvaluator(Evaluator):
 
     def settled(self, candidate: Candidate) -> Artifact:
         """See ``Evaluator.settled``; once its launches' alternatives have been raced, with the fastest."""
-        return self._chosen(self.build(candidate))
+        return self._raced(self._chosen(self.build(candidate)))
 
     def _chosen(self, artifact: Artifact) -> Artifact:
         """An artifact with what was found fastest of it, be it for another source that compiles to the same."""

@@ -75,7 +75,7 @@ def language_for(target: str) -> Callable[[Path], str]:
         if target == "cpu":
             return "cpp"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a Python kernel module") from error
         return "triton" if _imports_triton(text) else "cuda"

@@ -68,7 +68,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if count is None:
             self.needed.other(func, name, args, results)
             self.elementwise += _elements(func, name, args, results)
-        self._fold(name, args, results)
+        self._fold(func, name, args, kwargs or {}, results)
         for tensor in tree_leaves((args, kwargs)):
             source = self.alias.get(id(tensor)) if isinstance(tensor, Tensor) else None
             if source is None:
@@ -84,16 +84,23 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.read[source] = full
         return out
 
-    def _fold(self, name: str, args: Any, results: list[Tensor]) -> None:
+    def _fold(self, func: Any, name: str, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         """Keep the longest reduction: elements in per element out, or the length of the folded dimension."""
         operand = next((a for a in tree_leaves(args) if isinstance(a, Tensor)), None)
         if operand is None or not any(word in name for word in _FOLDING) or not operand.numel():
             return
         least = min((t.numel() for t in results if t.numel()), default=operand.numel())
         length = operand.numel() / least
-        if least == operand.numel() and len(args) > 1 and type(args[1]) is int and operand.dim():
-            length = operand.shape[args[1]]
+        dim = _dimension(func, args, kwargs)
+        if least == operand.numel() and type(dim) is int and -operand.dim() <= dim < operand.dim():
+            length = operand.shape[dim]
         self.reduction = max(self.reduction, length)
+
+
+def _dimension(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator's argument ``dim`` is given; None without one."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args))
+    return {**named, **kwargs}.get("dim")
 
 
 def _elements(func: Any, name: str, args: Any, results: list[Tensor]) -> float:

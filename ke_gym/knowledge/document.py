@@ -179,7 +179,7 @@ def read(path: Path, folder: Path, origin: str = "") -> Document:
             raise UserError(
                 f"{path} has {path.stat().st_size >> 10} KiB; a document may have {_MOST_BYTES >> 10}: split it"
             )
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

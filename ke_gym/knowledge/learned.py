@@ -43,6 +43,7 @@ _TRANSFORMATIONS = {strategy.name for strategy in STRATEGIES}
 _SENTENCES = 3
 """A model's sentences that one lesson keeps, the latest."""
 _SAID = re.compile(r"^- \((helps|no_gain|fails)\) (.+)$", re.MULTILINE)
+_GENERATED = re.compile(r"[a-z0-9_.-]{1,40}")  # what ``_name`` makes
 _NOTE = re.compile(r"^## Note\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -310,13 +311,26 @@ def load(path: Path, folder: Path) -> Document | None:
 
 def _document(path: Path, folder: Path) -> Document:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     document = parse(text, f"{FOLDER}/{path.relative_to(folder).with_suffix('').as_posix()}", str(folder))
-    if passage := injection(text):
+    if passage := injection(_judged(document, text)):
         raise UserError(f"{path} gives instructions ({passage!r}) instead of a lesson; remove it")
     return document
+
+
+def _judged(document: Document, text: str) -> str:
+    """What of a lesson's text may give instructions: all but names, wherever it is a list or a table of them.
+
+    A task may be called ``api_key_lookup``. In a note or a sentence the same words are judged as they stand."""
+    rows = [cell.strip() for line in document.sources for cell in line.split("|")]
+    suspects = {n for n in (*document.keywords, *rows) if _GENERATED.fullmatch(n) and injection(n)}
+    note = _NOTE.search(document.body)
+    said = "\n".join((note.group(1) if note else "", *(words for _, words in _SAID.findall(document.body))))
+    for name in sorted(suspects, key=len, reverse=True):
+        text = text.replace(name, "name")
+    return f"{said}\n{text}"
 
 
 @contextmanager

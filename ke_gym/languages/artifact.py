@@ -16,7 +16,7 @@ from torch import Tensor
 from ke_gym.languages.allow import draws, refusal
 from ke_gym.languages.declarations import POINTEES
 from ke_gym.languages.launch import fits
-from ke_gym.languages.plan import DTYPES, Call, Launch, Plan, Ref, Scratch, TensorMap, TensorSpec
+from ke_gym.languages.plan import DTYPES, Call, Launch, Plan, Ref, Scratch, TensorMap, TensorSpec, strict_json
 
 ARTIFACT_VERSION = 2
 LIMIT_BYTES = 256 << 20
@@ -94,7 +94,7 @@ class Artifact:
         if length > min(_HEADER_BYTES, len(data) - start):
             raise ValueError("an artifact's header is cut off or too long")
         try:
-            header = json.loads(data[start : start + length], parse_constant=_refuse)
+            header = strict_json(data[start : start + length].decode())
             return _decode(header, data, start + length)
         except (
             KeyError,
@@ -211,10 +211,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
     return value
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _digest(data: bytes) -> str:

@@ -227,9 +227,25 @@ class Plan:
         The text may come from an untrusted process: nothing in it is evaluated.
         """
         try:
-            return _decode_plan(json.loads(text))
+            return _decode_plan(strict_json(text))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not a launch plan: {error!r}") from error
+
+
+def strict_json(text: str) -> Any:
+    """What a JSON text of unknown origin says. Raises ``ValueError`` for what could not be written again: numbers beyond
+    all bounds, halves of characters."""
+    found = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if "\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return number
 
 
 def _encode_arg(arg: Arg) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ke_gym import syntax
 from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import TensorSpec
+from ke_gym.proposers import kept_back
 from ke_gym.targets import cpu
 from ke_gym.tasks import Task
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 # Of a task file, these say how it is judged (or name shapes that are kept secret), not what it computes.
 _KEPT_BACK = {"shapes", "tolerance", "family", "precision", "backward"}
+# What follows a statement on its line and goes with it: the semicolon, or its comment.
+_COMMENT = re.compile(rb"\A[ \t]*#.*")
+_AFTER = re.compile(rb"\A[ \t]*;?[ \t]*(#.*)?")
 
 PRECISION = {
     "strict": "full: compute in the dtype of the data or a wider one, accumulate float16 and bfloat16 in float32;"
@@ -133,24 +138,24 @@ def input_names(source: str) -> tuple[str, ...]:
 
 
 def published(source: str) -> str:
-    """A task file's text without the assignments that are kept back."""
+    """A task file's text without the statements that are kept back, and without what only these need."""
+    source = source.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
     try:
         tree = syntax.parse(source)
-    except SyntaxError:
+        changes = kept_back.changes(tree, _KEPT_BACK)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return source
-    lines = source.splitlines()
-    for node in tree.body:
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        if any(isinstance(target, ast.Name) and target.id in _KEPT_BACK for target in targets):
-            for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[number] = "\0"
-    return "\n".join(line for line in lines if line != "\0").strip()
+    lines = source.encode().split(b"\n")  # the tree counts bytes
+    for node, text in reversed(changes):
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        head, tail = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+        if text:
+            line = head + text.encode() + _COMMENT.sub(b"", tail)
+        else:
+            tail = _AFTER.sub(b"", tail)
+            line = head + tail if tail else head.rstrip(b" \t;")
+        lines[first : last + 1] = [line] if line.strip() else []
+    return b"\n".join(lines).decode().strip()
 
 
 def machine(facts: Any, peaks: Any) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from ke_gym.errors import UserError
 from ke_gym.proposers import prices
@@ -28,13 +27,15 @@ from ke_gym.proposers.base import Kind, ProposerLost
 from ke_gym.proposers.cassette import Cassette
 from ke_gym.proposers.llm import LLM
 from ke_gym.proposers.prices import FREE, Account, Price, Purse
-from ke_gym.redaction import redactor, shown
+from ke_gym.redaction import address, encodable, redactor, sendable, shown, without_login
 
 PATIENCE = 8
 """Calls in a row that the endpoint may fail before it is given up."""
 _REMEMBERED = 300  # characters of an error message
 _PAUSES = (0.5, 8.0)  # seconds before the first retry, doubled for each one after, and the most
-_LONGEST_WAIT = 60.0  # seconds that a server may ask for
+_LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
+_GREETING = 20.0  # seconds for the list of models
+_MOST_TOKENS = 10**9
 _GATEWAYS = (502, 504, 524)  # what waited for the model gave up, which the model need not know
 
 T = TypeVar("T")
@@ -85,20 +86,32 @@ def read(response: str, request: dict[str, Any]) -> Completion | Failure:
         content = message.get("content")
         if isinstance(content, list):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        text, declined = str(content or ""), str(message.get("refusal") or "")
-        finish = str(choice.get("finish_reason") or "stop")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        text, declined = encodable(str(content or "")), encodable(str(message.get("refusal") or ""))
+        finish = encodable(str(choice.get("finish_reason") or "stop"))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         reason = f"the response is no chat completion ({type(error).__name__}: {error})"
         return Failure("malformed", reason, billed=True)
+    model = encodable(str(data.get("model") or request["model"]))
     used = data.get("usage")
-    counts = [
-        used.get(name) if isinstance(used, dict) else None for name in ("prompt_tokens", "completion_tokens")
-    ]
-    counted = all(type(count) is int and count >= 0 for count in counts)
-    if not counted:
-        counts = [prices.tokens("".join(m["content"] for m in request["messages"])), prices.tokens(text)]
-    model = str(data.get("model") or request["model"])
-    return Completion(text, finish, declined, model, int(counts[0] or 0), int(counts[1] or 0), counted)
+    asked, answered = (
+        _count(used.get(name)) if isinstance(used, dict) else None
+        for name in ("prompt_tokens", "completion_tokens")
+    )
+    if not asked:
+        asked = None  # no prompt is empty
+    if not answered and text:
+        answered = None
+    counted = asked is not None and answered is not None
+    if asked is None:
+        asked = prices.charged("".join(m["content"] for m in request["messages"]))
+    if answered is None:
+        answered = prices.charged(text + declined)
+    return Completion(text, finish, declined, model, asked, answered, counted)
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens, if it can be one."""
+    return value if type(value) is int and 0 <= value < _MOST_TOKENS else None
 
 
 class Endpoint:
@@ -107,8 +120,8 @@ class Endpoint:
 
     def __init__(self, settings: LLM) -> None:
         self.settings = settings
-        self.url = settings.base_url or os.environ.get("OPENAI_BASE_URL", "") or "https://api.openai.com/v1"
-        self._key = os.environ.get("OPENAI_API_KEY", "")
+        self.url = chosen(settings.base_url)
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.redact = redactor(self._key, self.url)
         """Text without the key, in case an endpoint echoes it."""
         self._failed = 0
@@ -129,11 +142,8 @@ class Endpoint:
             self.cassette = Cassette(settings.record, replay=False, redact=self.redact)
 
     def _open(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise UserError(
-                f"OPENAI_BASE_URL is {self.shown!r}, which is no http address; give one like"
-                " http://localhost:8000/v1"
-            )
+        address(self.url)
+        sendable(self._key)
         if not self._key and not prices.local(self.url):
             raise UserError(
                 "the proposer openai needs a key: set OPENAI_API_KEY (and OPENAI_BASE_URL for another endpoint than"
@@ -146,16 +156,22 @@ class Endpoint:
                 "the proposer openai needs the openai package: pip install 'ke-gym[llm]'"
             ) from error
         self._openai = openai
+        try:
+            # Servers on one's own machine often want no key, but the client does.
+            self._client = openai.AsyncOpenAI(
+                api_key=self._key or "none",
+                base_url=self.url,
+                timeout=self.settings.timeout,
+                max_retries=0,
+            )
+        except Exception as error:  # whatever the HTTP library says of an address
+            raise UserError(
+                f"the address {self.shown} is refused by the openai client ({self._cause(error)}); check"
+                " OPENAI_BASE_URL"
+            ) from None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
-        # Servers on one's own machine often want no key, but the client does.
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=self.url,
-            timeout=self.settings.timeout,
-            max_retries=0,
-        )
 
     @property
     def shown(self) -> str:
@@ -173,16 +189,25 @@ class Endpoint:
             self._run(self._models())
         except openai.AuthenticationError as error:
             raise self._lost(error) from None
-        except openai.APIConnectionError as error:
+        except (openai.APIConnectionError, TimeoutError) as error:
             raise UserError(self._unreachable(error)) from None
-        except (openai.OpenAIError, ValueError, TypeError):
+        except (openai.OpenAIError, ValueError):
             pass  # not every server lists its models
 
     async def _models(self) -> list[str]:
-        page = await self._client.with_options(
-            max_retries=1, timeout=min(self.settings.timeout, 20.0)
-        ).models.list()
-        return [model.id for model in page.data]
+        patience = min(self.settings.timeout, _GREETING)
+        client = self._client.with_options(max_retries=1, timeout=patience)
+        try:
+            async with asyncio.timeout(patience):
+                raw = await client.models.with_raw_response.list()
+            data = json.loads(raw.text)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {patience:g} s") from None
+        except (ValueError, RecursionError):
+            return []  # a page, or nothing that is known
+        listed = data.get("data") if isinstance(data, dict) else None
+        named = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+        return [encodable(self.redact(name)) for name in named if isinstance(name, str)]
 
     def complete(
         self, step: str, request: dict[str, Any], price: Price = FREE, account: Account | None = None
@@ -200,9 +225,10 @@ class Endpoint:
         response = ""
         for attempt in range(self.settings.retries + 1):
             if not account.reserve(worst):
-                result: Completion | Failure = Failure(
-                    "dollars", "the dollars that are left do not pay for another answer"
-                )
+                why = account.purse.overrun or "the dollars that are left do not pay for another answer"
+                if account.purse.overrun:
+                    warnings.warn(why, stacklevel=2)
+                result: Completion | Failure = Failure("dollars", why)
                 break
             sent = threading.Event()
             paid: float | None = None  # not known
@@ -329,7 +355,7 @@ class Endpoint:
             return self._lost(error)
         try:
             known = await self._models()
-        except (self._openai.OpenAIError, ValueError, TypeError):
+        except (self._openai.OpenAIError, ValueError, TimeoutError):
             known = []
         if not known:
             return ProposerLost(
@@ -355,11 +381,11 @@ class Endpoint:
     def _said(self, error: Any) -> str:
         body = getattr(error, "body", None)
         said = body.get("message") if isinstance(body, dict) else None
-        return self.redact(" ".join(str(said or error.message).split())[:_REMEMBERED])
+        return encodable(self.redact(" ".join(str(said or error.message).split()))[:_REMEMBERED])
 
     def _cause(self, error: BaseException) -> str:
         cause = error.__cause__ or error
-        return self.redact((str(cause) or type(cause).__name__)[:_REMEMBERED])
+        return encodable(self.redact(str(cause) or type(cause).__name__)[:_REMEMBERED])
 
     # The loop in the other thread -------------------------------------------------------------------------
 
@@ -398,11 +424,20 @@ class Endpoint:
             self._loop.close()
 
 
+def chosen(base_url: str) -> str:
+    """The address to ask: the given one, with the login that ``OPENAI_BASE_URL`` has for it, else that one."""
+    known = os.environ.get("OPENAI_BASE_URL", "").strip()
+    base_url = base_url.strip()
+    if base_url and base_url != without_login(known):
+        return base_url
+    return known or "https://api.openai.com/v1"
+
+
 def _wait(error: Any) -> float:
-    """The seconds that a response asks to wait; 0 if none, or if it asks for too much."""
+    """The seconds to wait that a response asks for, at most a minute; 0 if it asks for none."""
     headers = error.response.headers
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         with contextlib.suppress(KeyError, ValueError):
             seconds = float(headers[name]) * scale
-            return seconds if 0 < seconds <= _LONGEST_WAIT else 0.0
+            return min(seconds, _LONGEST_WAIT) if seconds > 0 else 0.0
     return 0.0

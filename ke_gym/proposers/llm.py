@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from ke_gym.errors import UserError
 from ke_gym.proposers.base import EditMode
+from ke_gym.redaction import without_login
 
 Memory = Literal["auto", "ancestors", "siblings", "contrast", "none"]
 """What a prompt tells of the search so far: the way to the parent, what else was made from it, the best kernel
@@ -48,13 +49,14 @@ class LLM:
         if self.edit_mode not in ("auto", *get_args(EditMode)):
             raise UserError(f"edit mode {self.edit_mode!r} is unknown; choose auto, edit or rewrite")
         for name, least in (("max_tokens", 256), ("timeout", 0.001), ("retries", 0), ("in_flight", 1)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # NaN is not, either
                 raise UserError(f"{name} = {getattr(self, name)} is too little; give at least {least}")
         if self.record and self.replay:
             raise UserError("a cassette is either recorded or replayed, not both")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings, without the login in an address: it comes from ``OPENAI_BASE_URL`` again."""
+        return {**asdict(self), "base_url": without_login(self.base_url)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LLM:

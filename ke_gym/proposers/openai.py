@@ -298,8 +298,8 @@ class _Conversation:
             return Flaw(
                 "declined", f"the model declined: {completion.declined[:200] or 'its answer was withheld'}"
             )
-        answer = answers.parse(completion.text)
         cut = completion.finish == "length"
+        answer = answers.parse(completion.text, cut)
         if cut and (isinstance(answer, Flaw) or answer.edits):
             return Flaw("truncated", f"the answer was cut off after {completion.completion_tokens} tokens")
         if isinstance(answer, Flaw):

@@ -44,7 +44,9 @@ def check(source: str, language: str, inputs: int, state: Sequence[str]) -> Flaw
     that ``forward`` may take by name."""
     try:
         tree = syntax.parse(source)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (RecursionError, MemoryError):
+        return Flaw("syntax", "the module is nested too deeply for Python's parser")
+    except (SyntaxError, ValueError) as error:
         where = (
             f" (line {error.lineno}: {(error.text or '').strip()[:80]!r})"
             if isinstance(error, SyntaxError)

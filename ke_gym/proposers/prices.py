@@ -10,13 +10,13 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ke_gym.errors import UserError
+from ke_gym.redaction import split
 
 CHARACTERS_PER_TOKEN = 3.5
 """Of code and technical English; a little on the low side, so that estimates err upwards."""
-_SURE = 1.2  # token estimates are multiplied by this before money depends on them
+_FRAME = 16  # tokens that a message takes besides its text
 _TABLE = Path(__file__).with_name("prices.json")
 # What providers append to a model's name without changing its price.
 _SUFFIX = re.compile(r"^(-\d{4}-\d{2}-\d{2}|-\d{8}|-\d{3,4}|-latest|@\w+|:\w+)$")
@@ -25,6 +25,15 @@ _SUFFIX = re.compile(r"^(-\d{4}-\d{2}-\d{2}|-\d{8}|-\d{3,4}|-latest|@\w+|:\w+)$"
 def tokens(text: str) -> int:
     """About how many tokens a text has."""
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+
+
+def charged(text: str) -> int:
+    """As ``tokens``, for bills: other scripts than Latin take more of them per character."""
+    return math.ceil(_bytes(text) / CHARACTERS_PER_TOKEN)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,10 @@ class Price:
         return self.prompt * prompt_tokens + self.answer * answer_tokens
 
     def worst(self, request: dict[str, Any]) -> float:
-        """The most that a chat completion may cost: its ``messages`` and ``max_tokens`` of answer."""
-        sent = sum(tokens(message["content"]) for message in request["messages"])
-        return self.of(_SURE * sent, request["max_tokens"])
+        """The most that a chat completion may cost: its ``messages``, no token of which is less than a byte, and
+        ``max_tokens`` of answer."""
+        sent = sum(_bytes(message["content"]) + _FRAME for message in request["messages"])
+        return self.of(sent, request["max_tokens"])
 
 
 FREE = Price(0.0, 0.0)
@@ -89,7 +99,7 @@ def find(table: dict[str, Price], model: str, base_url: str) -> Price | None:
 
 def local(url: str) -> bool:
     """Whether the host is this machine or on a private network."""
-    host = urlsplit(url).hostname or ""
+    host = split(url).hostname or ""
     if host == "localhost" or host.endswith((".local", ".localhost", ".internal")):
         return True
     try:
@@ -100,11 +110,14 @@ def local(url: str) -> bool:
 
 
 class Purse:
-    """A limit in dollars that holds with many calls in flight: each is paid in advance at its worst price."""
+    """A limit in dollars that holds with many calls in flight: each is paid in advance at its worst price.
+
+    ``overrun`` says that a call cost more than that: then nothing can be promised, and a limit pays for no other."""
 
     def __init__(self) -> None:
         self.limit: float | None = None
         self.spent = 0.0
+        self.overrun = ""
         self._reserved = 0.0
         self._changed = threading.Condition()
         self._closed = False
@@ -112,7 +125,7 @@ class Purse:
     def fund(self, limit: float | None, spent: float) -> None:
         """A new session's money."""
         with self._changed:
-            self.limit, self.spent, self._reserved = limit, spent, 0.0
+            self.limit, self.spent, self._reserved, self.overrun = limit, spent, 0.0, ""
 
     @property
     def left(self) -> float | None:
@@ -125,10 +138,16 @@ class Purse:
         Where only the calls in flight stand in the way, it waits for them: most cost less than their worst.
         """
         with self._changed:
-            while self.limit is not None and self.spent + self._reserved + most > self.limit:
+            while (
+                self.limit is not None
+                and not self.overrun
+                and self.spent + self._reserved + most > self.limit
+            ):
                 if self.spent + most > self.limit or self._reserved <= 1e-12 or self._closed:
                     return False
                 self._changed.wait()
+            if self.limit is not None and self.overrun:
+                return False
             self._reserved += most
             return True
 
@@ -137,6 +156,11 @@ class Purse:
         with self._changed:
             self._reserved -= reserved
             self.spent += paid
+            if paid > reserved * (1 + 1e-9) and not self.overrun:
+                self.overrun = (
+                    f"an answer cost ${paid:.4f}, more than the ${reserved:.4f} it may cost at most: the endpoint does"
+                    " not keep to max_tokens, so that no limit in dollars holds"
+                )
             self._changed.notify_all()
 
     def close(self) -> None:

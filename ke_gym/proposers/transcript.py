@@ -47,5 +47,5 @@ def write(
         if not path.exists():
             break
         path = folder / f"{step}-again{again}.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
     return path

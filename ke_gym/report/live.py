@@ -91,14 +91,12 @@ class PlainView(Watch):
         return None
 
     def proved(self, task: Task, proof: Proof) -> None:
-        self.console.print(proof_line(self.title, proof), highlight=False, soft_wrap=True)
+        self.console.print(Text(proof_line(self.title, proof)), soft_wrap=True)
 
     def refused(self, session: Session, request: Request, refusal: Refusal) -> None:
         if refusal.attempt:
             what = f"no candidate, {refusal.kind}: {refusal.reason}"
-            self.console.print(
-                f"{self.title} {request.strategy.name}: {what}", highlight=False, soft_wrap=True
-            )
+            self.console.print(Text(f"{self.title} {request.strategy.name}: {what}"), soft_wrap=True)
 
     def told(self, session: Session, node: Node, improved: bool) -> None:
         self.pace.told()
@@ -106,15 +104,14 @@ class PlainView(Watch):
         count = f"{len(session.tree)}/{limit}" if limit else f"{len(session.tree)}"
         what = f"{node.speedup:.2f}x" if node.correct else node.evaluation.outcome
         mark = " *" if improved else ""
-        self.console.print(
+        line = (
             f"{self.title} {count} {node.strategy}: {what}{mark} | best {describe_best(session)} |"
-            f" {self.pace.per_minute:.0f}/min | {clock(self.pace.seconds_left(session))} left{cost(session)}",
-            highlight=False,
-            soft_wrap=True,
+            f" {self.pace.per_minute:.0f}/min | {clock(self.pace.seconds_left(session))} left{cost(session)}"
         )
+        self.console.print(Text(line), soft_wrap=True)
 
     def confirming(self, session: Session, node: Node) -> None:
-        self.console.print(f"{self.title} measuring finalist #{node.number} again", highlight=False)
+        self.console.print(Text(f"{self.title} measuring finalist #{node.number} again"))
 
 
 class LiveView(Watch):
@@ -137,7 +134,7 @@ class LiveView(Watch):
         self._live.stop()
 
     def proved(self, task: Task, proof: Proof) -> None:
-        self._live.console.print(proof_line(self.title, proof), highlight=False, soft_wrap=True)
+        self._live.console.print(Text(proof_line(self.title, proof)), soft_wrap=True)
 
     def asked(self, session: Session, ask: Ask) -> None:
         self._session = session
@@ -162,7 +159,7 @@ class LiveView(Watch):
     def _render(self) -> RenderableType:
         session = self._session
         if session is None:
-            return Panel(Text("preparing the reference and the first drafts …"), title=self.title)
+            return Panel(Text("preparing the reference and the first drafts …"), title=Text(self.title))
         spent, limit = session.spent, session.budget.evaluations
         facts = Table.grid(padding=(0, 2))
         facts.add_row("best", Text(describe_best(session), style="bold green"))
@@ -181,4 +178,4 @@ class LiveView(Watch):
         bar.add_column(justify="right")
         count = f"{spent.evaluations}/{limit}" if limit else f"{spent.evaluations}"
         bar.add_row(ProgressBar(total=1.0, completed=done), count)
-        return Panel(Group(bar, facts, recent), title=self.title, title_align="left")
+        return Panel(Group(bar, facts, recent), title=Text(self.title), title_align="left")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from ke_gym.search.result import Result
 
@@ -26,9 +27,9 @@ def summary(results: Sequence[Result]) -> Table:
         low, high = result.speedup_ci
         known = result.evaluation is not None
         table.add_row(
-            result.task.name,
+            Text(result.task.name),
             f"{result.reference_ms:.3f} → {result.best_ms:.3f}" if known else "-",
-            f"{result.speedup:.2f}x [{low:.2f}, {high:.2f}]" if known else "-",
+            Text(f"{result.speedup:.2f}x [{low:.2f}, {high:.2f}]" if known else "-"),
             result.baseline,
             "-" if result.kernel_coverage is None else f"{100 * result.kernel_coverage:.0f} %",
             str(result.evaluations),
@@ -36,7 +37,8 @@ def summary(results: Sequence[Result]) -> Table:
             f"{result.seconds:.0f}",
             style=None if result.faster else "dim",
         )
-    table.caption = "\n".join(_preparations(results)) or None
+    if said := _preparations(results):
+        table.caption = Text("\n".join(said), style="table.caption")
     table.caption_justify = "left"
     return table
 

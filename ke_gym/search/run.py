@@ -191,9 +191,10 @@ class _Loop:
         return self.waiting if len(self.session.tree) else 1
 
     def late(self) -> bool:
-        """Whether the time is over: what is still being written would come after it."""
+        """Whether the time is over: what is still being written would come after it. What is recorded came before."""
         limit = self.session.budget.seconds
-        over = limit is not None and self.session.spent.seconds >= limit
+        replayed = self.session.replaying or any(draft.request.recorded for draft in self.drafts)
+        over = limit is not None and self.session.spent.seconds >= limit and not replayed
         return over or self.session.stop_reason == "seconds"
 
     def drop(self) -> None:
@@ -333,7 +334,14 @@ class _Loop:
         ask, best = flight.ask, self.session.tree.best
         node = self.session.tell(ask, evaluation)
         improved = self.session.tree.best is node
-        step = reward.parent_gain(evaluation, ask.baseline(best), repair=ask.strategy is FIX)
+        step = reward.reward(
+            getattr(self.policy, "reward", "parent"),
+            evaluation,
+            parent_speedup=ask.baseline(best),
+            best_speedup=best.speedup if best else 1.0,
+            became_best=improved,
+            repair=ask.strategy is FIX,
+        )
         info = {
             "outcome": evaluation.outcome,
             "candidate": ask.candidate.id,

@@ -219,8 +219,9 @@ class Session:
             return self.stop_reason
         spent = self.spent
         flying = len(self._flying) + len(self._writing)
-        dollars = 0.0 if self.replaying else spent.dollars  # what is replayed is paid for
-        committed = Spent(spent.evaluations + flying, spent.seconds, dollars)
+        committed = Spent(spent.evaluations + flying, spent.seconds, spent.dollars)
+        if self.replaying:  # what is replayed is paid for
+            committed = Spent(committed.evaluations)
         return self.budget.exhausted(committed)
 
     # The policy's side ------------------------------------------------------------------------------------
@@ -520,6 +521,7 @@ class Session:
         """Forget an ask that will not be told (an interrupt); it is asked again when the session resumes."""
         self._situation = None
         self._flying.pop(ask.number, None)
+        self._seen.discard(ask.candidate.id)
 
 
 def new_session_id(*parts: object) -> str:

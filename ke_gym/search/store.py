@@ -394,13 +394,21 @@ class Store:
     def told(
         self, session_id: str, number: int, setting: Setting, evaluation: Evaluation, seconds: float
     ) -> None:
-        """Record what an ask was told, the evaluation, and the session's clock, in one transaction."""
+        """Record what an ask was told, the evaluation, and the session's clock, in one transaction.
+
+        Raises ``UserError`` where that ask is another's: two processes go on with one search.
+        """
         with self._transaction() as db:
             _insert_evaluation(db, setting, evaluation)
-            db.execute(
-                "UPDATE nodes SET evaluation = ? WHERE session = ? AND number = ?",
-                (evaluation.to_json(), session_id, number),
+            told = db.execute(
+                "UPDATE nodes SET evaluation = ? WHERE session = ? AND number = ? AND candidate = ?",
+                (evaluation.to_json(), session_id, number, evaluation.candidate),
             )
+            if not told.rowcount:
+                raise UserError(
+                    f"step {number} of this search has been recorded by another process, which goes on with it too: let one of"
+                    " the two end, and resume it then"
+                )
             db.execute("UPDATE sessions SET seconds = max(seconds, ?) WHERE id = ?", (seconds, session_id))
 
     def close(self) -> None:

@@ -192,7 +192,7 @@ class PlanRunner:
                 tensor = self._constants[entry.name]
         except (IndexError, KeyError, ValueError):
             raise PlanError(f"the plan needs {entry.source} {entry.name}, which is not given") from None
-        if not _matches(tensor, entry.spec):
+        if not matches(tensor, entry.spec):
             raise PlanError(f"{entry.source} {entry.name} is {TensorSpec.of(tensor)}, not {entry.spec}")
         return tensor.detach()
 
@@ -235,7 +235,7 @@ class PlanRunner:
                 results.append(tensor)
                 continue
             spec = self.plan.return_specs[position]
-            if not _matches(tensor, spec):
+            if not matches(tensor, spec):
                 raise PlanError(
                     f"output {position} came out as {TensorSpec.of(tensor)}, the plan says {spec}"
                 )
@@ -434,7 +434,7 @@ def flatten(result: Any) -> list[torch.Tensor]:
     return []
 
 
-def _matches(tensor: torch.Tensor, spec: TensorSpec) -> bool:
+def matches(tensor: torch.Tensor, spec: TensorSpec) -> bool:
     """Whether the plan was made for a tensor like this (strides of dimensions of one element don't count)."""
     if tensor.dtype != spec.torch_dtype or tuple(tensor.shape) != spec.shape:
         return False

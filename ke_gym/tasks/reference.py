@@ -20,10 +20,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ke_gym.errors import UserError
+from ke_gym.languages.plan import DTYPES
 from ke_gym.tasks.inputs import drawing
 from ke_gym.tasks.source import blame
 
 _NARROW = {torch.float16, torch.bfloat16, torch.float32}
+_KNOWN = frozenset(DTYPES.values())
 _NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
 
@@ -62,6 +64,7 @@ class Reference:
     ) -> None:
         self.module = module
         self.state = _state(module)
+        check_dtypes(self.state.items(), path)
         self._forward: Any = module
         self._path, self._arity, self._wide = path, arity, wide
         self._memory = _Memory(module)
@@ -85,11 +88,11 @@ class Reference:
     def _run(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         if self._arity is None:
             with torch.no_grad():
-                return _flat(self._forward(*inputs))
+                return _flat(self._forward(*inputs), self._path)
         leaves = [_leaf(value) for value in inputs[: self._arity]]
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            outputs = _flat(self._forward(*leaves))
+            outputs = _flat(self._forward(*leaves), self._path)
             gradients = torch.autograd.grad(
                 [output for output in outputs if output.requires_grad],
                 [leaf for leaf in leaves if _is_float(leaf)] + parameters,
@@ -102,7 +105,7 @@ class Reference:
     def differentiable(self, *inputs: Any) -> tuple[Tensor, ...]:
         """The outputs of the plain forward that take grad_outputs."""
         with blame(self._path, "the forward pass"), torch.enable_grad():
-            outputs = _flat(self.module(*[_leaf(value) for value in inputs]))
+            outputs = _flat(self.module(*[_leaf(value) for value in inputs]), self._path)
         self._memory.restore()
         return tuple(output.detach() for output in outputs if output.requires_grad)
 
@@ -267,11 +270,23 @@ def _identifier(name: str, taken: Iterable[str]) -> str:
     return chosen
 
 
-def _flat(result: Any) -> tuple[Tensor, ...]:
+def check_dtypes(tensors: Iterable[tuple[str, Any]], path: str) -> None:
+    """``UserError`` for a tensor of a dtype that no kernel is given; each comes with what it is."""
+    for what, tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dtype not in _KNOWN:
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {what} has the dtype {found}, which kernels are not given; choose one of"
+                f" {', '.join(DTYPES)}"
+            )
+
+
+def _flat(result: Any, path: str) -> tuple[Tensor, ...]:
     leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
     outputs = tuple(leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in leaves)
     if not outputs:
-        raise UserError("the forward returns no tensor; return at least one")
+        raise UserError(f"{path}: the forward returns no tensor; return at least one")
+    check_dtypes(((f"output {index}", output) for index, output in enumerate(outputs)), path)
     return outputs
 
 

@@ -42,14 +42,14 @@ def blame(path: str, doing: str) -> Iterator[None]:
         raise UserError(
             f"{error.filename or path}:{error.lineno or 1}: {error.msg}; mend the syntax"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or "no message"
         raise UserError(
             f"{path}:{_line(error, path)}: {doing} failed with {type(error).__name__}: {reason}"
         ) from error
 
 
-def _line(error: Exception, path: str) -> int:
+def _line(error: BaseException, path: str) -> int:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return (frames[-1].lineno or 1) if frames else 1
 

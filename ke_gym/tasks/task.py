@@ -15,11 +15,12 @@ from typing import Any, Literal, cast
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ke_gym.errors import UserError
 from ke_gym.tasks import live
 from ke_gym.tasks.inputs import drawing, seeded
-from ke_gym.tasks.reference import Reference
+from ke_gym.tasks.reference import Reference, check_dtypes
 from ke_gym.tasks.source import blame, execute, line_of, nearest
 
 __all__ = ["Precision", "Reference", "Task"]
@@ -67,7 +68,7 @@ class Task:
         """Read one task file. Raises `UserError` naming file, line and reason if it is broken."""
         path = Path(path).absolute()
         try:
-            source = path.read_text(encoding="utf-8")
+            source = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a readable Python file") from error
         module = execute(source, str(path), f"ke_gym_task_{_digest(source)}", {})
@@ -164,12 +165,30 @@ class Task:
             return drawn + [draw.fill(gradient, lambda d, values: d.normal(values)) for gradient in fresh]
 
     def _draw(self, shape_set: str, device: str = "cpu") -> list[Any]:
+        drawn = self._drawn(shape_set, device)
+        for index, value in enumerate(drawn):
+            if not isinstance(value, Tensor) and any(
+                isinstance(v, Tensor) for v in pytree.tree_leaves(value)
+            ):
+                raise UserError(
+                    f"{self.path}: input {index} is a {type(value).__name__} that holds tensors; pass them as"
+                    " inputs of their own"
+                )
+        check_dtypes(((f"input {index}", value) for index, value in enumerate(drawn)), self.path)
+        return drawn
+
+    def _drawn(self, shape_set: str, device: str) -> list[Any]:
         if self.payload:
             drawn = live.draw(self._recipe)
             if device in ("cpu", "fake"):
                 return drawn
             return [value.to(device) if isinstance(value, Tensor) else value for value in drawn]
         drawn = self._program(shape_set).get_inputs()
+        if isinstance(drawn, Mapping):
+            raise UserError(
+                f"{self.path}: get_inputs returns a {type(drawn).__name__}; return a list of the forward's"
+                " positional arguments"
+            )
         return [drawn] if isinstance(drawn, Tensor) else list(drawn)
 
     @cached_property
@@ -242,6 +261,8 @@ def _attributes(module: ModuleType, source: str, path: str) -> dict[str, Any]:
                     "shapes", f"shape set {shape_set!r} sets {name}, which is no global of the file{hint}"
                 )
     text = module.__doc__ or module.Model.__doc__ or ""
+    if not isinstance(text, str):
+        raise broken("__doc__", f"__doc__ = {text!r} is not a text")
     return {**found, "description": text.strip().split("\n")[0].rstrip(".")}
 
 
@@ -255,7 +276,9 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "backward": (lambda v: isinstance(v, bool), "True or False"),
     "shapes": (
         lambda v: (
-            isinstance(v, dict) and all(isinstance(k, str) and isinstance(w, dict) for k, w in v.items())
+            isinstance(v, dict)
+            and all(isinstance(k, str) and isinstance(w, dict) for k, w in v.items())
+            and all(isinstance(name, str) for w in v.values() for name in w)
         ),
         'a dict like {"cpu": {"ROWS": 4096}}',
     ),

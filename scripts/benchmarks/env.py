@@ -16,7 +16,7 @@ from ke_gym.envs import LIVE, REPLAY, catalog, make
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.policies.learning import BATCH as LEARNED
-from ke_gym.policies.learning import PPO, training_envs
+from ke_gym.policies.learning import PPO, minibatch, training_envs
 from ke_gym.strategies import STOP
 
 BATCH = 256
@@ -124,7 +124,7 @@ class Env:
         from sb3_contrib import MaskablePPO
 
         envs = training_envs("maskable_ppo", REPLAY, BATCH, seed=0, tables=loaded, horizon=(20, 50, 100))
-        shape = {"n_steps": LEARNED // BATCH, "batch_size": LEARNED // 4}
+        shape = {"n_steps": LEARNED // BATCH, "batch_size": minibatch(LEARNED)}
         model: Any = MaskablePPO("MlpPolicy", envs, device="cpu", seed=0, **shape, **PPO)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the trainer does

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def play(
 
     One worker works in this process.
     """
+    distinct(entries)
     jobs = [(group, fold) for group in grouped(entries) for fold in made]
     found: dict[tuple[str, str], dict[int, Runs]] = {}
     for family, by_name in _done(jobs, effort, workers):
@@ -123,6 +125,13 @@ def play(
         }
         for entry in entries
     }
+
+
+def distinct(entries: Sequence[Entry]) -> None:
+    """``UserError`` for two entries of one name, of which a comparison would show one only."""
+    counts = Counter(entry.name for entry in entries)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"{', '.join(twice)} takes part twice; name it once")
 
 
 def _done(

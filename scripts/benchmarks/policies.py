@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from benchmarks.figures import Figure, Figures, console, machine
-from benchmarks.folds import Effort, Entry, Fold, Found, Training, folds, grouped, play
+from benchmarks.folds import Effort, Entry, Fold, Found, Training, distinct, folds, grouped, play
 from ke_gym import policies
 from ke_gym.envs import catalog
 from ke_gym.errors import UserError
+from ke_gym.job import check_out
 from ke_gym.policies import plots, statistics
 from ke_gym.policies.comparison import BASELINES, CHANCE, Comparison
 
@@ -95,6 +96,8 @@ class Policies:
             )
         changed = ablations() if self.ablations else []
         entries = [*self.entries(), *changed]
+        distinct(entries)
+        check_out(self.out)
         total = len(grouped(entries)) * len(made)
         with Progress(*COLUMNS, console=console, transient=True) as bar:
             task = bar.add_task("", total=total)
@@ -112,7 +115,10 @@ class Policies:
                 else Entry(f"{name}, trained", training=Training(name))
                 for name in self.trained
             ),
-            *(Entry(spec.removesuffix(":untrained"), spec) for spec in (*self.untrained, *BASELINES)),
+            *(
+                Entry(spec.removesuffix(":untrained"), untrained(spec))
+                for spec in (*self.untrained, *(name for name in BASELINES if name not in self.untrained))
+            ),
         ]
 
     def report(self, made: Sequence[Fold], found: Found, changed: Sequence[str]) -> None:
@@ -168,6 +174,19 @@ class Policies:
             for name in comparison.policies
         }  # fmt: skip
         return {"title": title, **comparison.to_dict(), "over_redrawing_families": over}
+
+
+def untrained(spec: str) -> str:
+    """The policy without the training that ships, which knows the families left out; ``UserError`` for one with
+    options that would be made from that."""
+    policies.make(spec if ":" in spec else f"{spec}:untrained")
+    name, _, options = spec.partition(":")
+    shipped = policies.find(name).pretrained or (policies.PRETRAINED / f"{name}.json").exists()
+    if options not in ("", "untrained") and shipped:
+        raise UserError(
+            f"{spec} is made from the trained {name} that ships; name {name}:untrained, or --trained {name}"
+        )
+    return f"{name}:untrained" if shipped else spec
 
 
 def held(comparison: Comparison, name: str, families: dict[str, str]) -> Iterable[Figure]:

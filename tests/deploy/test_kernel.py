@@ -117,3 +117,37 @@ def test_without_an_artifact_it_is_the_reference(task: Task, module: Scale) -> N
     with torch.no_grad():
         assert kernel(torch.zeros(4, 8))["scaled"].sum() == 0
     assert kernel.why_not(torch.zeros(4, 8)) == "no kernel was proven"
+
+
+def test_what_no_kernel_was_proven_for_runs_the_reference(kernel: Kernel, module: Scale) -> None:
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        negated = torch._neg_view(x)  # type: ignore[attr-defined]
+        torch.testing.assert_close(kernel(negated)["scaled"], module(negated)["scaled"])
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(kernel(x)["scaled"], module(x)["scaled"])
+        for weight in (torch.ones(16)[::2], torch.ones(8, dtype=torch.float64)):
+            module.weight = nn.Parameter(weight)
+            torch.testing.assert_close(kernel(x)["scaled"], module(x)["scaled"])
+    assert [words.split()[0] for words in kernel.fallbacks] == ["a", "autocast", "a"]
+    assert sum(kernel.fallbacks.values()) == 4
+
+
+def test_what_a_forward_writes_to_its_buffers_is_written(artifact: Artifact) -> None:
+    class Counting(Scale):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            return super().forward(x)
+
+    module, x = Counting().eval(), torch.randn(4, 8)
+    task = Task.from_module(Scale().eval(), [x])
+    kernel = Kernel(task, Reference(module), artifact)
+    with torch.no_grad():
+        for n in (1, 2, 3):
+            torch.testing.assert_close(kernel(x)["scaled"], x * module.weight)
+            assert module.calls == n
+    assert "writes to its buffers" in str(kernel.why_not(x))

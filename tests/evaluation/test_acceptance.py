@@ -58,6 +58,21 @@ def test_rounding_is_no_error_where_a_norm_amplifies_it(dtype: torch.dtype, acce
         assert verdict.ok == accepted, (seed, verdict.reason)
 
 
+def test_complex_numbers_are_compared_as_pairs_of_real_ones() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 256)
+    reference, oracle = torch.fft.fft(x), torch.fft.fft(x.double())
+    expected = Expected(reference, oracle)
+    assert judge_output(torch.fft.fft(x.clone()), expected).ok
+    assert judge_output(reference.conj().conj(), expected).ok
+    swapped = torch.complex(reference.imag, reference.real)
+    for wrong in (torch.zeros_like(reference), reference.conj(), swapped, reference * (1 + 1e-3)):
+        assert not judge_output(wrong, expected).ok
+        assert not blocks_agree(wrong, reference, 32, random.Random(0).randrange)
+    assert blocks_agree(reference, reference, 32, random.Random(0).randrange)
+    assert not judge_output(torch.view_as_real(reference), expected).ok
+
+
 def test_wrong_outputs_fail() -> None:
     right = softmax(X)
     skipped = right.clone()

@@ -121,3 +121,22 @@ def test_descriptors_pass_only_where_they_are_accepted() -> None:
         assert b.take_fds() == []
     for fd in (read, write, passed):
         os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "text", [rb'{"log": ["bad \ud83d"], "\ud83d": 1}', rb'{"log": ["bad \uD83D"], "\uDe00": 1}']
+)
+def test_text_that_came_can_be_written_down(text: bytes) -> None:
+    ours, theirs = Channel.pair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("<4sIQ", b"KEG1", len(text), 0) + text)
+        assert ours.recv(PATIENCE)[0] == {"log": ["bad ?"], "?": 1}
+
+
+def test_text_that_is_no_utf8_is_no_header() -> None:
+    text = b'{"log": "\xed\xa0\xbd"}'  # a surrogate, as no encoder writes it
+    ours, theirs = Channel.pair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("<4sIQ", b"KEG1", len(text), 0) + text)
+        with pytest.raises(ProtocolError):
+            ours.recv(PATIENCE)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_a_module_that_builds_itself_with_load_inline_is_in_the_host_lane(evalua
     """The one build against torch's headers: half a minute."""
     evaluation = evaluator.evaluate(Candidate(INLINE))
     assert (evaluation.outcome, evaluation.trust) == ("correct", "host"), evaluation.log
+
+
+def test_what_was_not_raced_is_not_deployed(evaluator: Evaluator) -> None:
+    """A hostile build may add plans for shapes that nobody judged."""
+    candidate = Candidate(EXAMPLE + "\nmore = True\n")
+    built = evaluator.build(candidate)
+    plan = next(iter(built.plans.values()))
+    evaluator.adopt(candidate, replace(built, plans={**built.plans, "elsewhere": plan}))
+    assert "elsewhere" in evaluator.build(candidate).plans
+    assert set(evaluator.settled(candidate).plans) == set(evaluator.shape_sets)
 
 
 INDICES = """

@@ -56,6 +56,21 @@ def test_what_is_computed_is_counted_once_per_element(
     assert isinstance(inputs[0], torch.Tensor) and work.bytes >= inputs[0].numel() * 4 / 2
 
 
+@pytest.mark.parametrize(
+    ("forward", "length"),
+    [
+        ("torch.renorm(x, 2, 0, 1.0)", 64),
+        ("torch.renorm(x, 5, 0, 1.0)", 64),  # the second argument is the norm's order
+        ("x.cumsum(1)", 48),
+        ("torch.softmax(x, dim=-1)", 48),
+        ("torch.cumsum(x[0, 0], 0)", 1),
+    ],
+)
+def test_a_reduction_is_as_long_as_the_dimension_called_so(forward: str, length: int, tmp_path: Path) -> None:
+    work, _ = counted(tmp_path, forwarding("x", forward, "torch.randn(64, 48)"))
+    assert work.reduction_length == length
+
+
 ATTENTION = """
 import torch
 class Model(torch.nn.Module):

@@ -173,3 +173,8 @@ def test_files_that_cannot_be_documents(tmp_path: Path) -> None:
 )
 def test_instructions_are_recognized(text: str) -> None:
     assert injection(f"Some advice.\n{text}\nMore advice.")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.md").write_text("\ufeff" + GOOD)
+    assert read(tmp_path / "mine.md", tmp_path) == parse(GOOD, "mine")

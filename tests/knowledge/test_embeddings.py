@@ -39,11 +39,30 @@ def test_documents_close_to_the_query_rise_and_each_is_embedded_once() -> None:
     assert len(asked[0]) == 21 and len(asked[1]) == 1
 
 
+ODD: dict[str, Any] = {
+    "page": "<html>welcome</html>",
+    "empty": {},
+    "list": [],
+    "none": {"data": None},
+    "few": {"data": [{"index": 0, "embedding": [1.0]}]},
+    "twice": {"data": [{"index": 0, "embedding": [1.0]}] * 2},
+    "strings": {"data": [{"index": i, "embedding": ["x"]} for i in range(2)]},
+    "numbers": {"data": [1, 2]},
+    "lengths": {"data": [{"index": i, "embedding": [1.0] * (i + 1)} for i in range(2)]},
+    "nothing": {"data": [{"index": i, "embedding": []} for i in range(2)]},
+    "infinite": {"data": [{"index": i, "embedding": [float("inf")]} for i in range(2)]},
+}
+"""Answers of models that give no embeddings."""
+
+
 class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if request["model"] == "echo":
             self._send(401, {"error": {"message": f"bad key {self.headers['Authorization']} at {self.path}"}})
+            return
+        if request["model"] in ODD:
+            self._send(200, ODD[request["model"]])
             return
         if request["model"] != "toy":
             self._send(404, {"error": {"message": "no such model"}})
@@ -53,10 +72,10 @@ class _Answers(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": 1, "total_tokens": 1}
         self._send(200, {"object": "list", "data": data, "model": "toy", "usage": usage})
 
-    def _send(self, code: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
+    def _send(self, code: int, body: Any) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -95,3 +114,22 @@ def test_an_endpoint_that_echoes_secrets_is_censored(
     told = "".join(traceback.format_exception(caught.value))
     assert "planted" not in told and "me:" not in told and server in told
     assert base64.b64encode(login.removesuffix("@").encode()).decode() not in told or not login
+
+
+@pytest.mark.parametrize("model", ODD)
+def test_an_odd_answer_is_one_clear_sentence(model: str, server: str) -> None:
+    with pytest.raises(UserError, match=f"no embeddings from '{model}'"):
+        endpoint(model, server)(["one", "two"])
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "nowhere", "http://localhost:abc/v1", "http://a\x07/v1"])
+def test_a_bad_address_is_one_clear_sentence(url: str) -> None:
+    with pytest.raises(UserError, match="no http address"):
+        endpoint("toy", url)
+
+
+@pytest.mark.parametrize("vectors", [[], [[1.0]], [[1.0], [1.0, 2.0], [1.0]]])
+def test_a_model_that_gives_other_vectors_is_named(vectors: list[list[float]]) -> None:
+    ranked = Embeddings(lambda texts: vectors)
+    with pytest.raises(UserError, match="of the same length"):
+        ranked("query", list(Knowledge())[:2])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import DTYPES, Alloc, Call, Launch, Plan, PlanInput, Ref, TensorSpec
+from ke_gym.languages.plan import DTYPES, Alloc, Call, Launch, Plan, PlanInput, Ref, TensorSpec, strict_json
 
 SPEC = TensorSpec((2, 3), (3, 1), "float32")
 
@@ -124,11 +125,22 @@ def _step(**changes: Any) -> dict[str, str]:
         ({"plans": 3}, "not an artifact"),
         ({"report": []}, "report"),
         ({"source": None}, "no text"),
+        ({"source": "half a \ud83d"}, "surrogates"),
+        ({"report": {"warnings": ["half a \ud83d"]}}, "surrogates"),
+        ({"plans": _step(kernel="half_a_\ud83d")}, "surrogates"),
+        ({"report": {"seconds": math.inf}}, "no number"),
     ],
 )
 def test_what_is_odd_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Artifact.from_bytes(_edited(**changes))
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "NaN", "Infinity", '{"a": [1, -Infinity]}', '"\\ud800"'])
+def test_what_could_not_be_written_again_is_not_read(text: str) -> None:
+    with pytest.raises(ValueError):
+        strict_json(text)
+    assert strict_json('["\\ud83d\\ude00", 1e300, -3]') == ["\U0001f600", 1e300, -3]
 
 
 @settings(max_examples=300)

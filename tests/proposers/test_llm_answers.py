@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import textwrap
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,3 +108,57 @@ def test_no_text_breaks_the_parser(text: str) -> None:
     assert isinstance(answers.parse(text), Answer | Flaw)
     assert isinstance(answers.parse("```python\n" + text), Answer | Flaw)
     assert isinstance(answers.parse("<<<<<<< SEARCH\n" + text), Answer | Flaw)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"1. The kernel:\n   ```python\n{textwrap.indent(MODULE, '   ')}   ```\n2. Done.",
+        f"\ufeff```python\n\ufeff{MODULE}```",
+        f"```python\n{MODULE}```\n<think>or rather\n```python\ndef forward(x):\n    pass\n```",
+    ],
+    ids=["indented", "BOM", "thought at the end"],
+)
+def test_wrappings_are_taken_off(text: str) -> None:
+    assert parse(text) == Answer(MODULE)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (f"<think>\n```python\n{MODULE}```\nor rather", "empty"),
+        (f"<think>\n{MODULE}", "empty"),
+        (MODULE, "prose"),
+        (f"```cpp\nint f();\n```\n```python\n{MODULE}", "truncated"),
+    ],
+)
+def test_a_draft_is_no_answer_where_the_answer_was_cut(text: str, kind: str) -> None:
+    flaw = parse(text, cut=True)
+    assert isinstance(flaw, Flaw) and flaw.kind == kind
+    assert parse(f"```python\n{MODULE}```\nIt is", cut=True) == Answer(MODULE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<<<<<<< SEARCH\na\n=======\nb\n" * 5000,
+        "<<<<<<< SEARCH\n=======\n" * 5000,
+        "```python\n" * 5000,
+        "".join(f"{'`' * (3 + n % 40)}\n" for n in range(5000)),
+        "<think>" * 20000,
+        (block("a", "b") + "\n") * 5000,
+    ],
+)
+def test_degenerate_answers_are_read_at_once(text: str) -> None:
+    start = time.process_time()
+    assert isinstance(parse(text), Answer | Flaw)
+    assert time.process_time() - start < 5  # the regular expressions before took minutes
+
+
+def test_lines_end_where_python_ends_them() -> None:
+    source = 'A = "x\u2028y"\ndef forward(x):\n    B = "x\u2028y"\n'
+    assert apply((Edit('A = "x\u2028y"\n', "A = 1\n"),), source) == source.replace(
+        'A = "x\u2028y"', "A = 1", 1
+    )
+    deeper = apply((Edit('B = "x\u2028y"\n', 'B = "\u2028"\n'),), source)
+    assert deeper == source.replace('B = "x\u2028y"', 'B = "\u2028"')

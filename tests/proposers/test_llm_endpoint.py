@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ke_gym.errors import UserError
-from ke_gym.proposers import openai, prompt
+from ke_gym.proposers import openai, prices, prompt
 from ke_gym.proposers.base import Context, ProposerLost
 from ke_gym.proposers.cassette import Cassette
-from ke_gym.proposers.endpoint import Completion, Endpoint, Failure, read
+from ke_gym.proposers.endpoint import Completion, Endpoint, Failure, _wait, read
 from ke_gym.proposers.llm import LLM
-from ke_gym.proposers.prices import Account, Price, Purse
+from ke_gym.proposers.prices import FREE, Account, Price, Purse
+from ke_gym.redaction import redactor
 from ke_gym.strategies import RESTART
 from ke_gym.testing.rewriter_endpoint import FAULTS, MODEL, RewriterEndpoint
 from tests.proposers.llm import KEY, brief
@@ -206,7 +209,13 @@ def test_bad_settings_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
         openai.check(LLM(models=("m",), base_url="localhost:80"))
     with pytest.raises(UserError, match="cannot be read"):
         openai.check(LLM(models=("m",), replay="/nowhere.jsonl"))
-    for bad in ({"in_flight": 0}, {"memory": "all"}, {"edit_mode": "x"}, {"record": "a", "replay": "b"}):
+    for bad in (
+        {"in_flight": 0},
+        {"timeout": float("nan")},
+        {"memory": "all"},
+        {"edit_mode": "x"},
+        {"record": "a", "replay": "b"},
+    ):
         with pytest.raises(UserError):
             LLM(**bad)  # type: ignore[arg-type]
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -312,3 +321,176 @@ def test_faults_are_checked() -> None:
     for faults in ({"fire": 0.1}, {"429": 1.5}, {"429": 0.6, "500": 0.6}):
         with pytest.raises(UserError):
             RewriterEndpoint(faults=faults)
+
+
+class Lists(RewriterEndpoint):
+    """Answers everything with the same bytes; ``drip`` seconds apart."""
+
+    def __init__(self, answer: str, kind: str = "application/json", drip: float = 0.0) -> None:
+        super().__init__()
+        self.answer, self.kind, self.drip = answer.encode(), kind, drip
+
+    def __enter__(self) -> Lists:
+        super().__enter__()
+        outer = self
+
+        def get(handler: Any) -> None:
+            handler.send_response(200)
+            handler.send_header("Content-Type", outer.kind)
+            handler.send_header("Content-Length", str(len(outer.answer)))
+            handler.end_headers()
+            with contextlib.suppress(OSError):
+                for byte in outer.answer:
+                    handler.wfile.write(bytes([byte]))
+                    time.sleep(outer.drip)
+
+        self._server.RequestHandlerClass.do_GET = get  # type: ignore[attr-defined]
+        return self
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("<html>welcome</html>", "text/html"),
+        ("[]", "application/json"),
+        ('{"data": [1, 2]}', "application/json"),
+        ('{"data": {"id": 1}}', "application/json"),
+        ("[" * 100_000, "application/json"),
+        ("{", "application/json"),
+    ],
+)
+def test_a_list_of_models_that_is_none_does_no_harm(answer: str, kind: str, opened: list[Endpoint]) -> None:
+    with Lists(answer, kind) as server:
+        connect(opened, server).greet()
+
+
+def test_a_greeting_that_drips_is_not_awaited(opened: list[Endpoint]) -> None:
+    with (
+        Lists('{"data": []}' * 100, drip=0.05) as server,
+        pytest.raises(UserError, match=r"cannot be reached \(no answer within 0.5 s\)"),
+    ):
+        connect(opened, server, timeout=0.5).greet()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1:8000/v1",
+        "http://localhost:abc/v1",
+        "http://localhost:99999/v1",
+        "http://local\x07host/v1",
+        "http://me:planted-pw@[::1:8000/v1?planted",
+    ],
+)
+def test_a_malformed_address_is_a_sentence_without_its_secrets(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no http address") as caught:
+        openai.check(LLM(models=(MODEL,), base_url=url))
+    assert "planted" not in str(caught.value)
+    assert prices.find({}, "m", url) in (None, FREE)
+    assert redactor("", url)("see planted-pw") == ("see [key]" if "planted" in url else "see planted-pw")
+
+
+@pytest.mark.parametrize("key", ["sk-plänted-0a1b", "sk planted-0a1b", "sk-planted\n-0a1b", "sk-\x07planted"])
+def test_a_key_that_cannot_be_sent_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with RewriterEndpoint() as server, pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+        Endpoint(LLM(models=(MODEL,), base_url=server.url))
+    assert "0a1b" not in str(caught.value) and "nted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_key_is_taken_without_its_end_of_line(
+    end: str, monkeypatch: pytest.MonkeyPatch, opened: list[Endpoint]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + end)
+    with RewriterEndpoint(key=KEY) as server:
+        endpoint = connect(opened, server)
+        endpoint.greet()
+        assert isinstance(endpoint.complete("0", request()).result, Completion)
+
+
+def test_a_key_across_the_end_of_a_message_is_not_cut_in_half(opened: list[Endpoint]) -> None:
+    class Echo(RewriterEndpoint):
+        def _serve(self, handler: Any, request: dict[str, Any], fault: str) -> None:
+            handler._send(400, {"error": {"message": "x" * 290 + KEY}})
+
+    with Echo() as server:
+        failure = connect(opened, server).complete("0", request()).result
+    assert isinstance(failure, Failure) and KEY[:8] not in failure.reason
+
+
+def test_a_login_is_not_written_down_and_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, opened: list[Endpoint]
+) -> None:
+    with RewriterEndpoint() as server:
+        login = server.url.replace("http://", "http://user:planted-pw@")
+        written = LLM(models=(MODEL,), base_url=login).to_dict()
+        assert "planted" not in json.dumps(written) and written["base_url"] == server.url
+        assert Endpoint(LLM.from_dict(written)).url == server.url
+        monkeypatch.setenv("OPENAI_BASE_URL", login)
+        assert Endpoint(LLM.from_dict(written)).url == login
+        assert Endpoint(LLM(models=(MODEL,), base_url="http://localhost:1/v1")).url == "http://localhost:1/v1"
+        endpoint = Endpoint(LLM.from_dict(written))
+        opened.append(endpoint)
+        assert isinstance(endpoint.complete("0", request()).result, Completion)
+
+
+def said(content: str = '"no"', usage: str = "null") -> str:
+    return f'{{"choices": [{{"message": {{"content": {content}}}}}], "usage": {usage}}}'
+
+
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "x" * 35}]}
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "answer_tokens", "expected"),
+    [("0", "0", (10, 1)), ("7", "0", (7, 1)), ("9" * 401, "3", (10, 3)), ("7", "-1", (7, 1))],
+)
+def test_counts_that_cannot_be_are_estimated(
+    prompt_tokens: str, answer_tokens: str, expected: tuple[int, int]
+) -> None:
+    usage = f'{{"prompt_tokens": {prompt_tokens}, "completion_tokens": {answer_tokens}}}'
+    got = read(said(usage=usage), ASKED)
+    assert isinstance(got, Completion) and not got.counted
+    assert (got.prompt_tokens, got.completion_tokens) == expected
+    exact = read(said('""', '{"prompt_tokens": 7, "completion_tokens": 0}'), ASKED)
+    assert isinstance(exact, Completion) and exact.counted
+
+
+def test_odd_answers_can_be_written_down() -> None:
+    got = read(said(r'"def f(): \ud83d"'), ASKED)
+    assert isinstance(got, Completion) and got.text == "def f(): ?"
+    nested = read('{"choices": ' + "[" * 200_000, ASKED)
+    assert isinstance(nested, Failure) and nested.kind == "malformed"
+
+
+def test_nothing_more_is_asked_where_no_limit_holds(opened: list[Endpoint]) -> None:
+    class Talkative(RewriterEndpoint):
+        def _serve(self, handler: Any, request: dict[str, Any], fault: str) -> None:
+            used = {"prompt_tokens": 10, "completion_tokens": 10**6}
+            handler._send(200, {"choices": [{"message": {"content": "no"}}], "usage": used})
+
+    purse, asked = Purse(), request()
+    purse.fund(1000.0, 0.0)
+    with Talkative() as server:
+        endpoint = connect(opened, server)
+        first = endpoint.complete("0", asked, PRICE, Account(purse))
+        assert isinstance(first.result, Completion) and purse.spent == first.dollars > 7
+        with pytest.warns(UserWarning, match="does not keep to max_tokens"):
+            second = endpoint.complete("1", asked, PRICE, Account(purse)).result
+        assert isinstance(second, Failure) and second.kind == "dollars" and "max_tokens" in second.reason
+        assert server.calls == 1
+        unlimited = Purse()
+        for step in ("0", "1"):
+            got = endpoint.complete(step, asked, PRICE, Account(unlimited)).result
+            assert isinstance(got, Completion)
+
+
+def test_the_worst_price_holds_for_any_script() -> None:
+    asked = {"messages": [{"role": "user", "content": "\U00013000" * 100}], "max_tokens": 0}
+    assert Price(1.0, 0.0).worst(asked) >= 400
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("61", 60.0), ("3", 3.0), ("-1", 0.0), ("soon", 0.0)])
+def test_a_server_may_ask_to_wait_a_minute(header: str, seconds: float) -> None:
+    assert _wait(SimpleNamespace(response=SimpleNamespace(headers={"retry-after": header}))) == seconds

@@ -57,3 +57,8 @@ def test_what_breaks_the_contract_is_named(source: str, kind: str, word: str) ->
 def test_another_language_than_the_one_asked_for_is_a_flaw() -> None:
     flaw = check(GOOD, "triton", 1, STATE)
     assert flaw is not None and flaw.kind == "contract" and "cpp" in flaw.reason and "triton" in flaw.reason
+
+
+def test_code_that_python_cannot_parse_for_its_depth_is_refused() -> None:
+    flaw = check(f"x = {'-' * 200_000}1", "cpp", 1, STATE)
+    assert flaw is not None and flaw.kind == "syntax"

@@ -230,6 +230,30 @@ def test_names_of_inputs_come_from_the_reference() -> None:
     assert input_names("not python (") == () and published("not python (") == "not python ("
 
 
+@pytest.mark.parametrize(
+    ("source", "left"),
+    [
+        ('shapes = {"a": 1}  # 77\nshapes["ragged"] = {"M": 77}\nM = 5  # kept', "M = 5  # kept"),
+        ("shapes.update(x=77)\nshapes |= {77: 77}\ndel shapes\nM   = 5", "M   = 5"),
+        ('tolerance, family = 77, "x"\nM = 5', "M = 5"),
+        ("tolerance, M = 77, 5  # 77", "M = 5"),
+        ("M = tolerance = 5", "M = 5"),
+        ('precision = "strict"; M = 5', "M = 5"),
+        ("é = 'é'; shapes = {77: 'é'}; M = 5", "é = 'é'; M = 5"),
+        ("M = 5; precision = 77  # 77", "M = 5"),
+        ('a = "x\u2028y"\nshapes = {\n  "a": 77,  # 77\n}\nM = 5', 'a = "x\u2028y"\nM = 5'),
+        ("for n in (77, 78):\n    shapes[n] = n\nM = 5", "M = 5"),
+        ("if True:\n    M = 5\n    shapes = 77", "if True:\n    M = 5"),
+        ("HIDDEN = {77: 77}\nshapes = {**HIDDEN}\nM = 5", "M = 5"),
+        ("def more():\n    shapes[77] = 77\n\n\nM = 5", "M = 5"),
+        ("def forward(shapes):\n    shapes[0] = 1", "def forward(shapes):\n    shapes[0] = 1"),
+        ("M = 5\nclass Model:\n    family = M", "M = 5\nclass Model:\n    family = M"),
+    ],
+)
+def test_what_is_kept_back_is_left_out_and_nothing_else(source: str, left: str) -> None:
+    assert published(source) == left
+
+
 def test_prompts_for_the_suite_are_as_short_as_promised() -> None:
     """Every sixth task, to be quick; ``scripts/benchmark.py llm`` takes them all."""
     asked = [p for task in resolve("suite")[::6] for p in sample(brief(task.name), (RESTART, VECTORIZE))]

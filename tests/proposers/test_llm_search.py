@@ -129,7 +129,7 @@ def test_a_budget_in_dollars_is_never_exceeded(store: Store, tmp_path: Path) -> 
         made = proposer(server, prices=str(prices), max_tokens=4000, in_flight=8)
         session, stopped = search(store, made, Budget(500, dollars=0.35))
         assert stopped == "dollars"
-        assert 0.3 < session.spent.dollars <= 0.35
+        assert 0.25 < session.spent.dollars <= 0.35  # what is left pays for no answer at its worst price
         assert session.spent.dollars == pytest.approx(made.purse.spent)
         assert session.spent.dollars == pytest.approx(sum(r.dollars for r in store.nodes("s")))
         # A larger budget continues where the smaller one ended.

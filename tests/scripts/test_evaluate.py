@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ke_gym.evaluation.bundle import Bundle
+from ke_gym.evaluation.evaluation import Errors, Evaluation
 from tests.machine import give_peaks
 from tests.scripts.command import here, in_process
 
@@ -170,3 +174,23 @@ def test_what_does_not_compile_for_a_gpu_says_its_error_in_a_line(folder: Path) 
     done = evaluate(folder, "--task", "chain.py", "--kernel", "odd.py", "--bundle", "b", "--compile-only")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "odd.py: compile AttributeError: module 'torch' has no attribute 'relux'"
+
+
+def test_a_compiler_s_words_are_printed_as_they_are() -> None:
+    script = importlib.import_module("scripts.evaluate")
+    log = "k.cpp:7: error: y[i] = x[i] + w[b] ; [/x] :x:"
+    found = Evaluation("task[/x]", "cpu", "cpp", "c", "compile", log=log)
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(script.table(script.Judged("machine", False, found)))
+    assert "task[/x]: compile" in shown.get() and "y[i] = x[i] + w[b] ; [/x] :x:" in shown.get()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_errors_beyond_numbers_come_back_as_beyond_all(wrong: float) -> None:
+    script = importlib.import_module("scripts.evaluate")
+    found = Evaluation("t", "cpu", "cpp", "c", "correctness", error=Errors(wrong, wrong, wrong))
+    again = Evaluation.from_json(found.to_json())
+    assert again.error is not None and min(again.error.ratio, again.error.rel_l2) >= 1e308
+    assert again.error.or_worse(Errors(1.0, 1.0, 1.0)) == again.error
+    script.table(script.Judged("machine", True, again))

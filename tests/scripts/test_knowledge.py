@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,26 @@ def test_search_prints_names_documents_or_json(
     assert json.loads(capsys.readouterr().out)[0]["id"] == "guidance/softmax"
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"limit": -1}, "--limit -1"), ({"limit": 0}, "--limit 0"), ({"strategy": "nope"}, "'nope'")],
+)
+def test_what_no_document_can_answer_is_refused(script: ModuleType, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        script.main(script.Search("softmax", **asked))
+
+
+def test_titles_and_complaints_are_printed_as_they_are(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.md").write_text(GOOD.replace("# Title", "# y[i] [/x] :x:\n\nzebra"))
+    script.main(script.Search("zebra", knowledge=(tmp_path,), limit=50))
+    assert "y[i] [/x] :x:" in capsys.readouterr().out
+    (tmp_path / "[b] [x].md").write_text("no front matter")
+    assert script.main(script.Check((tmp_path,))) == 1
+    assert "[b] [x].md has no front matter" in capsys.readouterr().out
+
+
 def test_check_passes_the_built_in_documents_and_names_every_bad_one(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,9 +102,10 @@ def _node(
     number: int, parent: int | None, strategy: str, speedup: float | None, documents: str
 ) -> NodeRecord:
     outcome = "correct" if speedup else "compile"
-    verdict = Evaluation("t", "cpu", "cpp", f"c{number}", outcome, speedup=speedup)
+    candidate = Candidate(f"x = {number}")
+    verdict = Evaluation("t", "cpu", "cpp", candidate.id, outcome, speedup=speedup)
     usage = Usage("m", 1, 10, 10, 1.0, tuple(documents.split()))
-    return NodeRecord(number, parent, strategy, 0, Candidate(f"x = {number}"), "", 0.1, verdict, "", usage)
+    return NodeRecord(number, parent, strategy, 0, candidate, "", 0.1, verdict, "", usage)
 
 
 SEARCH = [

@@ -159,3 +159,9 @@ def test_the_rewriter_is_served() -> None:
     for fault, reason in (("fire", "KIND=SHARE"), ("fire=0.1", "unknown"), ("429=2", "between 0 and 1")):
         with pytest.raises(UserError, match=reason):
             server.main(server.Args(fault=(fault,)))
+    nan = float("nan")
+    for name, value in (
+        ("port", 99999), ("port", -1), ("latency", -1.0), ("latency", nan), ("stall", nan), ("seed", -1),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"{name} .*give"):
+            server.main(server.Args(**{name: value}))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -167,6 +168,8 @@ BAD_INPUT = {
         "--language cuda is not for the target cpu",
     ),
     "unknown language": (["softmax", "--target", "cuda", "--language", "ptx"], "triton or cuda"),
+    "negative seed": (["softmax", "bias_gelu", "--seed", "-1"], "seed = -1"),
+    "a call that takes nothing": (["softmax", "--timeout", "nan"], "timeout = nan"),
     "budget of 0": (["softmax", "--budget", "0"], "buys nothing"),
     "too many threads": (["softmax", "--threads", "100000"], "cores"),
     "output not writable": (["softmax", "--out", "/proc/none"], "cannot be written"),
@@ -250,3 +253,23 @@ def test_one_refused_task_of_several_costs_the_others_nothing(tmp_path: Path, ta
     assert done.returncode == 2
     assert [result["task"] for result in json.loads(done.stdout)] == ["chain"]
     assert "error: aaa: torch.export refused" in done.stderr
+
+
+def test_one_search_that_breaks_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.optimize")
+    tried = []
+
+    def broken(args: Any, task: Any, *_: Any) -> Any:
+        tried.append(task.name)
+        raise ValueError("two\nlines [/x]")
+
+    monkeypatch.setattr(script, "search", broken)
+    assert script.main(script.Args(tasks=("softmax", "bias_gelu"), out=tmp_path)) == 2
+    assert tried == ["softmax", "bias_gelu"]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: softmax: the search failed with ValueError: two lines [/x]")
+    assert "gelu" in second
+    with pytest.raises(ValueError, match="two"):
+        script.main(script.Args(tasks=("softmax",), out=tmp_path))

@@ -209,6 +209,52 @@ def test_a_larger_budget_continues_a_finished_search(store: Store) -> None:
     assert trace(search(store, budget=35))[:20] == first
 
 
+def test_what_was_searched_in_time_is_there_when_the_time_is_over(store: Store) -> None:
+    """Replaying takes none of it: what was found is told again, and nothing more is asked."""
+    first = trace(search(store, budget=20))
+    made = policies.make("epsilon_greedy", seed=3)
+    again = session(store, rule=made.parent_rule, budget=50)
+    again.budget = Budget(50, seconds=1e-6)
+    judged = Judge()
+    assert run(again, made, judged, workers=2) == "seconds"
+    assert trace(again) == first and not judged.judged
+
+
+@pytest.mark.parametrize("kind", ["parent", "best", "dense"])
+def test_a_policy_is_paid_as_it_was_trained(store: Store, kind: str) -> None:
+    paid: list[tuple[float, float]] = []
+
+    class Paid(EpsilonGreedy):
+        reward = kind
+
+        def update(self, transition: Transition) -> None:
+            if "best_gain" in transition.info:
+                paid.append((transition.reward, transition.info["best_gain"]))
+
+    run(session(store, budget=40), Paid(), Judge())
+    assert any(reward != best for reward, best in paid) == (kind != "best")
+
+
+def test_two_processes_on_one_search_do_not_mix(store: Store) -> None:
+    one, other = session(store), session(store)
+    mine, theirs = one.ask(RESTART.id), other.ask(RESTART.id)
+    assert isinstance(mine, Ask) and isinstance(theirs, Ask)
+    theirs = replace(theirs, candidate=Candidate(theirs.candidate.source + "\nother = 1\n"))
+    one.tell(mine, judge(mine.candidate))
+    with pytest.raises(UserError, match="another process"):
+        other.tell(theirs, judge(theirs.candidate))
+    (kept,) = store.nodes("s")
+    assert kept.evaluation == judge(mine.candidate)
+
+
+def test_what_was_lost_may_be_made_again(store: Store) -> None:
+    searched = session(store)
+    ask = searched.ask(RESTART.id)
+    assert isinstance(ask, Ask)
+    searched.abandon(ask)
+    assert ask.candidate.id not in searched._seen
+
+
 def test_other_settings_do_not_continue_a_recorded_search(store: Store) -> None:
     search(store, "masked_random", budget=5)
     with pytest.raises(UserError, match="seed = 0 and cannot continue with 1"):

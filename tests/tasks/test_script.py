@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ke_gym.evaluation import selfcheck
 from tests.scripts.command import here
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tasks.py"
@@ -65,3 +66,43 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     ):
         result = here("tasks", "list", spec, home=tmp_path)
         assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_task_that_breaks_costs_the_others_nothing(script, tmp_path, capsys, monkeypatch):
+    text = """
+import torch
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return BODY
+def get_inputs():
+    return [torch.randn(100, 10)]
+"""
+    for name, body in (("a[b]", "x * 2"), ("none", "None"), ("z", "x + 1")):
+        (tmp_path / f"{name}.py").write_text(text.replace("BODY", body))
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(selfcheck, "NOISE", 9.0)  # such small references race anyhow
+    assert script.main(script.Check(tasks=(str(tmp_path),))) == 2
+    printed = capsys.readouterr().out
+    rows = {
+        name: next(row for row in printed.splitlines() if f" {name} " in row)
+        for name in ("a[b]", "none", "z")
+    }
+    assert "FAILED" in rows["none"] and f"{tmp_path / 'none.py'}: the forward returns no tensor" in printed
+    assert "FAILED" not in rows["a[b]"] + rows["z"]
+    assert "2 of 3 tasks can be trusted" in printed
+
+
+def test_what_a_task_says_of_itself_is_listed_as_it_is(script, capsys, tmp_path):
+    (tmp_path / "rows.py").write_text(
+        '"y[i] = x[i] [/x] :x:"'
+        + """
+import torch
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return x
+def get_inputs():
+    return [torch.randn(3)]
+"""
+    )
+    script.main(script.List(tasks=(str(tmp_path),)))
+    assert "y[i] = x[i] [/x] :x:" in capsys.readouterr().out

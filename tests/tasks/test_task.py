@@ -307,6 +307,9 @@ def test_load_wants_one_task(tmp_path):
         ),
         (PLAIN + "shapes = [3]\n", 10, "is not a dict like"),
         (PLAIN + "backward = 1\n", 10, "backward = 1 is not True or False"),
+        (PLAIN + "shapes = {'cpu': {1: 2}}\n", 10, "is not a dict like"),
+        (PLAIN + "__doc__ = 5\n", 10, "__doc__ = 5 is not a text"),
+        ("import sys\nsys.exit(0)\n", 2, "running the file failed with SystemExit: 0"),
     ],
 )
 def test_broken_files_are_named_by_line(tmp_path, text, line, message):
@@ -330,5 +333,54 @@ def test_code_that_breaks_later_is_named_too(tmp_path):
     with pytest.raises(UserError, match=r"Model is not a torch.nn.Module"):
         Task.load(path).reference()
     path = write(tmp_path, PLAIN.replace("return x * 2", "return None"), "fifth.py")
-    with pytest.raises(UserError, match="the forward returns no tensor"):
+    with pytest.raises(UserError, match=rf"{path}: the forward returns no tensor"):
         Task.load(path).reference()(torch.ones(2))
+
+
+F8 = "torch.float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (
+            f"[torch.randn(N), torch.randn(N).to({F8})]",
+            "input 1 has the dtype float8_e4m3fn, .*float32, .*bool",
+        ),
+        ("[torch.ones(N, dtype=torch.uint16)]", "input 0 has the dtype uint16, "),
+        ("[[torch.randn(N), 2]]", "input 0 is a list that holds tensors; pass them as inputs of their own"),
+        ("[2, {'x': torch.randn(N)}]", "input 1 is a dict that holds tensors; pass them"),
+        ("{'x': torch.randn(N)}", "get_inputs returns a dict; return a list"),
+    ],
+)
+def test_inputs_that_no_kernel_is_given_are_refused(tmp_path, inputs, said):
+    path = write(tmp_path, PLAIN.replace("[torch.randn(N)]", inputs))
+    with pytest.raises(UserError, match=rf"{path}: {said}"):
+        Task.load(path).inputs()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            f"    def forward(self, x):\n        return x, x.to({F8})\n",
+            "output 1 has the dtype float8_e4m3fn",
+        ),
+        (
+            "    def __init__(self):\n        super().__init__()\n"
+            "        self.register_buffer('w', torch.ones(3, dtype=torch.uint16))\n"
+            "    def forward(self, x):\n        return x\n",
+            "w has the dtype uint16",
+        ),
+    ],
+)
+def test_dtypes_of_outputs_and_state_are_checked_too(tmp_path, body, said):
+    path = write(tmp_path, PLAIN.replace("    def forward(self, x):\n        return x * 2\n", body))
+    with pytest.raises(UserError, match=rf"{path}: {said}"):
+        Task.load(path).reference()(torch.ones(2))
+
+
+def test_plain_lists_and_a_byte_order_mark_are_fine(tmp_path):
+    path = tmp_path / "marked.py"
+    path.write_bytes(b"\xef\xbb\xbf" + PLAIN.replace("[torch.randn(N)]", "[torch.randn(N), [1, 2]]").encode())
+    assert Task.load(path).inputs()[1] == [1, 2]
