@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import textwrap
-import time
 
 import pytest
 from hypothesis import given
@@ -149,10 +148,9 @@ def test_a_draft_is_no_answer_where_the_answer_was_cut(text: str, kind: str) -> 
         (block("a", "b") + "\n") * 5000,
     ],
 )
-def test_degenerate_answers_are_read_at_once(text: str) -> None:
-    start = time.process_time()
+def test_degenerate_answers_are_read_to_their_end(text: str) -> None:
+    """Of a model that repeats itself; regular expressions took minutes for some."""
     assert isinstance(parse(text), Answer | Flaw)
-    assert time.process_time() - start < 5  # the regular expressions before took minutes
 
 
 def test_lines_end_where_python_ends_them() -> None:
