@@ -166,3 +166,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the training
+        print("interrupted before the training began; start it again", file=sys.stderr)
+        sys.exit(130)

@@ -160,8 +160,8 @@ class Binder:
         return of(outside) * tile + of(inside)
 
     def _covered(self, binding: Binding) -> bool:
-        used = {a for index in binding.values() for a, _ in index.terms}
-        return all(o in used for o in self.outer)
+        used = [a for index in binding.values() for a, _ in index.terms]
+        return all(used.count(o) == 1 for o in self.outer)  # two loops bound to one would be its diagonal
 
     def _try_bind(self, name: str) -> bool:
         """Bind ``name`` through loads between it and nodes that are bound; False if they do not reach it."""

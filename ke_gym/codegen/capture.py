@@ -365,7 +365,9 @@ def _joint(reference: Any, inputs: list[Any]) -> Captured:
             return tuple(reference(*flat[: len(inputs)]))
 
     flat = [*inputs, *(reference.state[n] for n in state)]
-    traced = make_fx(run, decomposition_table=decompositions(), tracing_mode="fake")(*flat)
+    # The library's own attention keeps what only its own backward understands.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        traced = make_fx(run, decomposition_table=decompositions(), tracing_mode="fake")(*flat)
     names = _parameter_names(reference, len(inputs)) + state
     return Captured(traced.graph, tuple(names), {}, tuple(names))
 

@@ -362,6 +362,10 @@ class Builder:
         self, node: Node, place: tuple[Index, ...], indices: dict[str, tuple[Index, ...]]
     ) -> dict[Var, Index]:
         """The node's loops as functions of the product's index, from how it reads the product."""
+        if any(n in self.nodes and n != self.product.name and n not in indices for n in node.reads):
+            raise Illegal(f"{node.name} needs what is not there behind the product")
+        if math.prod(v.size for v in (*node.vars, *node.rvars)) != math.prod(self.product.shape):
+            raise Illegal(f"{node.name} has other elements than the product")
         binding: dict[Var, Index] = {}
         for load in [n for n in walk(node.expr) if isinstance(n, Load)]:
             target = place if load.buffer == self.product.name else indices.get(load.buffer)

@@ -189,7 +189,8 @@ class Text:
         if name == "fmod" and not is_float(expr.dtype):
             return f"({kind})({args[0]} % {args[1]})"
         if name == "neg":
-            return f"({kind})(-{args[0]})" if expr.dtype in ("i8", "i16", "u8") else f"(-{args[0]})"
+            negated = f"-({args[0]})" if args[0].startswith("-") else f"-{args[0]}"
+            return f"({kind})({negated})" if expr.dtype in ("i8", "i16", "u8") else f"({negated})"
         if name == "not":
             return f"(!{args[0]})"
         if name == "bitnot":

@@ -10,6 +10,7 @@ TYPES = {
     "f32": "float", "f64": "double", "bf16": "ke::bf16", "f16": "ke::half", "bool": "bool", "u8": "uint8_t",
     "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t",
 }  # fmt: skip
+LARGEST_FLOAT = 3.4028235e38
 _IDENTITY = {"sum": 0, "prod": 1, "any": False, "all": True}
 COMBINE = {"sum": "+", "prod": "*", "any": "||", "all": "&&", "max": "max", "min": "min"}
 _LOWEST = {"i8": -128, "i16": -(2**15), "i32": -(2**31), "i64": -(2**63), "u8": 0, "bool": 0}
@@ -71,6 +72,8 @@ def literal(value: float | int | bool, dtype: str) -> str:
             return "INT64_MIN"  # minus a literal would be minus one that is too large
         return str(int(value)) if abs(int(value)) < 2**31 else f"INT64_C({int(value)})"
     value = float(value)
+    if dtype == "f32" and not math.isnan(value) and abs(value) > LARGEST_FLOAT:
+        value = math.copysign(math.inf, value)
     if math.isnan(value):
         return "ke::nan" if dtype == "f32" else "(double)ke::nan"
     if math.isinf(value):

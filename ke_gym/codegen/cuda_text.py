@@ -382,7 +382,8 @@ class Text(cpp_text.Text):
         if name == "fmod" and not is_float(kind):
             return cast(kind, f"({args[0]} % {args[1]})")
         if name in ("neg", "not", "bitnot"):
-            text = f"({ {'neg': '-', 'not': '!', 'bitnot': '~'}[name] }{args[0]})"
+            operand = f"({args[0]})" if args[0].startswith("-") else args[0]
+            text = f"({ {'neg': '-', 'not': '!', 'bitnot': '~'}[name] }{operand})"
             return cast(kind, text) if kind in _NARROW else text
         if name == "sign":
             return cast(kind, f"(({args[0]} > 0) - ({args[0]} < 0))")

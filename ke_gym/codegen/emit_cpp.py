@@ -39,7 +39,7 @@ class Printer(Loops, Scans):
             self._private_parallel()
         elif nest.private:
             for local in nest.private:
-                kind, start = TYPES[local.dtype], identity(local.op or "sum", local.dtype)
+                kind, start = _held(local.dtype), identity(local.op or "sum", local.dtype)
                 self.line(f"std::vector<{kind}> {local.name}_sum({local.size}, {start});")
                 self.line(f"{kind}* const {local.name}_part = {local.name}_sum.data();")
             self._outer_loops(parallel=False, inside_region=False)
@@ -51,14 +51,14 @@ class Printer(Loops, Scans):
     def _private_parallel(self) -> None:
         self.line("const int threads = omp_get_max_threads();")
         for local in self.nest.private:
-            kind, start = TYPES[local.dtype], identity(local.op or "sum", local.dtype)
+            kind, start = _held(local.dtype), identity(local.op or "sum", local.dtype)
             self.line(f"std::vector<{kind}> {local.name}_sum(threads * (int64_t){_padded(local)}, {start});")
         self.line("#pragma omp parallel num_threads(threads)")
         self.line("{")
         self.depth += 1
         for local in self.nest.private:
             self.line(
-                f"{TYPES[local.dtype]}* const {local.name}_part = "
+                f"{_held(local.dtype)}* const {local.name}_part = "
                 f"{local.name}_sum.data() + omp_get_thread_num() * (int64_t){_padded(local)};"
             )
         self._outer_loops(parallel=True, inside_region=True)
@@ -163,6 +163,11 @@ class Printer(Loops, Scans):
             if item.op and folds and item.target.kind in ("row", "global"):
                 self._initialise(item, loops)
         self._loop(stage, starts, 0, parallel)
+
+
+def _held(dtype: str) -> str:
+    """What private copies of an accumulator are made of: a vector of bool has no data."""
+    return "uint8_t" if dtype == "bool" else TYPES[dtype]
 
 
 def _padded(local: Local) -> int:

@@ -24,6 +24,8 @@ from ke_gym.codegen.triton_text import (
     uses_in,
 )
 
+NAMES_OF_THE_RIGHT = 100
+"""The first number in names of the right operand's values: the left one's are in the same scope."""
 _POINTERS = {"left": "a", "right": "b"}
 _AXES = {"left": "mk", "right": "kn"}
 
@@ -310,7 +312,8 @@ class Printer:
         masks = {axis: f"{axis}_ok{around[axis]}" if self.ragged[axis] else "" for axis in around}
         sizes = {b.name: b.extent for b in self.product.reads}
         text = Text(
-            self.used, sizes, outer=self.outer, lines=self.outer, uses=uses_in([operand]), pointers=self.pointers
+            self.used, sizes, outer=self.outer, lines=self.outer, uses=uses_in([operand]), pointers=self.pointers,
+            count=NAMES_OF_THE_RIGHT if side == "right" else 0,
         )  # fmt: skip
         text.axes = [Axis(batch, "batch"), *(Axis(along[a], shaped[a], masks[a]) for a in around)]
         return text, shaped, masks

@@ -159,7 +159,7 @@ def _reduced(node: torch.fx.Node, name: str) -> tuple[str, int]:
     where = "all" if len(dims) == rank else "inner"
     if len(dims) < rank and dims == list(range(rank - len(dims), rank)):
         where = "last"
-    return where, max(1, math.prod(source.shape[dim] for dim in dims))
+    return where, max(1, math.prod(source.shape[dim] for dim in dims if rank))
 
 
 def _contracted(node: torch.fx.Node) -> int:

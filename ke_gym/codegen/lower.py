@@ -183,7 +183,9 @@ class Lowering:
         view = self.view_of(tensor)
         if view is None or view.offset or view.stride != contiguous_stride(view.shape):
             return None
-        return view.buffer if self.graph.buffers[view.buffer].numel == math.prod(view.shape) else None
+        buffer = self.graph.buffers[view.buffer]
+        whole = buffer.numel == math.prod(view.shape) and buffer.stride == contiguous_stride(buffer.shape)
+        return view.buffer if whole else None
 
     def _buffer_of(self, tensor: Tensor) -> str:
         load = tensor.at(tuple(constant(0) for _ in tensor.shape))

@@ -32,6 +32,8 @@ def addmm(low: Lowering, bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1,
     def value(index: tuple[Index, ...]) -> Expr:
         result, shift = element(product, index), cast(element(wide, index), dtype)
         result = result if alpha == 1 else op("mul", result, literal(alpha, dtype))
+        if beta == 0:  # whatever the bias is, NaN included
+            return result
         return op("add", result, shift if beta == 1 else op("mul", shift, literal(beta, dtype)))
 
     return low.compute(shape, dtype, value)

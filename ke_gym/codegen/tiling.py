@@ -332,7 +332,8 @@ def _fetched(tiles: Tiles) -> int:
 def column_sum(graph: Graph, node: Node) -> bool:
     """Whether the node sums over rows along which another one sums, so that one kernel may do both."""
     rows = math.prod(r.size for r in node.rvars)
-    if graph.language != "triton" or node.reduction != "sum" or not 16 <= node.numel <= ACROSS:
+    summed = node.reduction == "sum" and node.scan is None
+    if graph.language != "triton" or not summed or not 16 <= node.numel <= ACROSS:
         return False
     return along(graph, node, node.vars) and any(
         isinstance(n, Node) and n.reduction is not None and n.scan is None and n is not node

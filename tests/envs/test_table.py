@@ -28,6 +28,35 @@ from tests.envs.recorded import Narrow, Racer, search, tables
 TABLE = tables()[1]
 
 
+def test_a_folder_called_like_a_split_hides_no_shipped_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TABLE.save(tmp_path / "train" / "t.npz")
+    monkeypatch.chdir(tmp_path)
+    assert all(path.parent == catalog.SHIPPED for path in catalog.files(("train",)))
+    for own in ("./train", Path("train")):
+        assert catalog.files((own,)) == [Path("train") / "t.npz"]
+
+
+def test_two_tables_of_one_task_are_refused(tmp_path: Path) -> None:
+    other = dataclasses.replace(TABLE, machine="another")
+    with pytest.raises(UserError, match=f"different tables of {TABLE.task}"):
+        catalog.load([TABLE, other])
+    assert len(catalog.load([TABLE, TABLE])) == 1
+
+
+def test_a_table_compressed_in_a_way_that_is_unknown_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    TABLE.save(path)
+    data, central = bytearray(path.read_bytes()), b"PK\x01\x02"
+    at = -1
+    while (at := data.find(central, at + 1)) >= 0:
+        data[at + 10 : at + 12] = (97).to_bytes(2, "little")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read"):
+        Table.load(path)
+
+
 def same(first: Table, second: Table) -> bool:
     return first.hash == second.hash
 

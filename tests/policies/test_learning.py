@@ -17,11 +17,12 @@ from ke_gym.envs.replay import KernelOptReplayEnv
 from ke_gym.errors import UserError
 from ke_gym.policies import Policy, Transition, files, plots
 from ke_gym.policies.comparison import BASELINES, Comparison
-from ke_gym.policies.learning import NETWORKS, Plan, Trainer, export, training_envs
+from ke_gym.policies.learning import NETWORKS, Plan, Trainer, export, minibatch, training_envs
 from ke_gym.policies.playing import play, replay_runs
 from ke_gym.policies.tracking import Tracker
 from ke_gym.policies.yardstick import Yardstick
 from ke_gym.strategies import RESTART, STOP
+from ke_gym.tasks.loader import LIBRARY
 from ke_gym.testing.policies import PolicyConformance
 from tests.envs.live import FAKE
 from tests.envs.recorded import tables
@@ -94,6 +95,89 @@ def test_an_interrupted_training_goes_on_and_only_as_the_same_one(
         Trainer(plan(folder, policy), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("policy", ["maskable_ppo", "linucb"])
+def test_a_training_interrupted_in_a_validation_learns_nothing_twice(
+    policy: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ke_gym.policies.learning.BATCH", 64)
+    whole = Trainer(plan(folder, policy, horizon=(8, 12)), tmp_path / "whole")
+    assert whole.run() == "complete"
+
+    for turn in range(3):  # in the first validation, and in the last
+        parts = Trainer(plan(folder, policy, horizon=(8, 12)), tmp_path / "parts", resume=turn > 0)
+        yardstick = parts.yardstick
+        assert yardstick is not None
+        if turn < 2:
+            scores = [yardstick.score] if turn else []  # what waits to be scored is
+            stopped = copy.copy(yardstick)
+
+            def score(made: Policy, scores: list[Any] = scores) -> dict[str, float]:
+                if scores:
+                    return scores.pop()(made)  # type: ignore[no-any-return]
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(stopped, "score", score)
+            parts.yardstick = stopped
+        assert parts.run() == ("interrupted" if turn < 2 else "complete")
+    steps = [record["steps"] for record in whole.state.history]
+    assert [record["steps"] for record in parts.state.history] == steps
+    if policy == "linucb":  # networks draw anew when they are loaded
+        figures = [record["validation_auc"] for record in whole.state.history]
+        assert [record["validation_auc"] for record in parts.state.history] == figures
+        assert parts.state.spent == whole.state.spent
+    assert len(list((tmp_path / "parts").glob("checkpoint*"))) == 1
+
+
+def test_a_training_stopped_before_its_first_validation_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    Trainer(plan(folder, "ucb1"), tmp_path / "run")
+    assert Trainer(plan(folder, "ucb1"), tmp_path / "run", resume=True).run() == "complete"
+
+
+@pytest.mark.parametrize("policy", ["maskable_ppo", "linucb"])
+def test_a_damaged_checkpoint_is_named(
+    policy: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ke_gym.policies.learning.BATCH", 64)
+    Trainer(plan(folder, policy), tmp_path / "run").run()
+    more = Trainer(plan(folder, policy, steps=800), tmp_path / "run", resume=True)
+    more.checkpoint.write_bytes(b"cut off")
+    with pytest.raises(UserError, match=more.checkpoint.name):
+        more.run()
+    more.checkpoint.unlink()
+    with pytest.raises(UserError, match=more.checkpoint.name):
+        more.run()
+
+
+def test_a_resumed_network_meets_other_episodes_than_at_its_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ke_gym.envs.vector import TrainingVecEnv
+
+    monkeypatch.setattr("ke_gym.policies.learning.BATCH", 64)
+    Trainer(plan(folder, "maskable_ppo"), tmp_path / "run").run()
+    seeds: list[int | None] = []
+    plain = TrainingVecEnv.seed
+    monkeypatch.setattr(
+        TrainingVecEnv, "seed", lambda self, seed=None: (seeds.append(seed), plain(self, seed))[1]
+    )
+    more = Trainer(plan(folder, "maskable_ppo", steps=600), tmp_path / "run", resume=True)
+    learned = more.state.steps
+    more.run()
+    assert seeds[-1] == learned > 0
+
+
+@pytest.mark.parametrize("steps", range(2, 40))
+def test_no_minibatch_has_one_sample(steps: int) -> None:
+    assert steps % minibatch(steps) != 1
+
+
+def test_trainings_that_train_nothing_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="train maskable_ppo, then name ppo_guided:weights=FILE"):
+        plan(folder, "ppo_guided")
+    with pytest.raises(UserError, match="one step to learn from"):
+        plan(folder, "maskable_ppo", env="live", tasks=("softmax",), n_envs=1, horizon=(1,))
+
+
 class Scripted(Yardstick):
     """Says what it is told to, one score after the other."""
 
@@ -150,7 +234,7 @@ def test_live_training_needs_no_tables(policy: str, folder: Path, tmp_path: Path
         folder,
         policy,
         env="live",
-        tasks=("softmax",),
+        tasks=(str(LIBRARY / "softmax.py"),),
         validation=(),
         steps=32,
         every=16,

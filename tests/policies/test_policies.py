@@ -19,7 +19,7 @@ from ke_gym.policies.islands_map_elites import IslandsMapElites
 from ke_gym.policies.kernelband import KernelBand, k_means
 from ke_gym.policies.network import NetworkPolicy
 from ke_gym.policies.rotting import Rotting
-from ke_gym.strategies import ACTIONS, RESTART, STOP, STRATEGIES, get
+from ke_gym.strategies import ACTIONS, FIX, RESTART, STOP, STRATEGIES, get
 from ke_gym.testing.policies import legal, observation, searches
 
 ALL = np.ones(25, dtype=bool)
@@ -121,6 +121,14 @@ def test_unknown_policies_and_options_are_named_with_the_nearest() -> None:
         policies.make("ucb1:c=high")
     with pytest.raises(UserError, match="it has no options"):
         policies.make("round_robin:c=1")
+    for spec in ("ucb1:c=nan", "ucb1:c=inf", "linucb:alpha=nan"):
+        with pytest.raises(UserError, match="has to be a finite number"):
+            policies.make(spec)
+    for spec in ("rotting:trust=0", "ppo_guided:temperature=0", "lints:ridge=0", "auc_bandit:size=0"):
+        with pytest.raises(UserError, match="has to be above 0"):
+            policies.make(spec)
+    with pytest.raises(UserError, match="alpha of lints has to be at least 0"):
+        policies.make("lints:alpha=-1")
     assert policies.make("ucb1:c=0.7,soft_mask=0.1").state_dict()["c"] == 0.7
 
 
@@ -180,6 +188,60 @@ def test_unfit_files_are_refused_by_what_differs(tmp_path: Path) -> None:
         policies.load(edit(saved(), state={"rng": None}))
     with pytest.raises(UserError, match="cannot be written"):
         policies.make("ucb1").save(tmp_path / "no" / "where.json")
+
+
+@pytest.mark.parametrize(
+    ("spec", "key", "value", "words"),
+    [
+        ("linucb:untrained", "moments", np.zeros((25, 7)), "moments has the shape"),
+        (
+            "linucb:untrained",
+            "moments",
+            np.zeros((25, 133), dtype=np.int64),
+            "moments is no array of float64",
+        ),
+        ("ucb1", "c", "x", "c is no number"),
+        ("ucb1", "counts", np.full(25, np.nan), "counts holds what is no number"),
+        ("rotting:untrained", "trust", 0.0, "trust is not above 0"),
+        ("ppo_guided:untrained", "network", 3, "network is no object"),
+        ("epsilon_greedy", "gains", [0.1], "for each action"),
+        ("hill_climb", "tried", "ab", "tried is no list"),
+    ],
+)
+def test_what_was_learned_has_to_be_of_the_right_kind(
+    spec: str, key: str, value: object, words: str, tmp_path: Path
+) -> None:
+    policies.make(spec).save(tmp_path / "p.json")
+    state = json.loads((tmp_path / "p.json").read_text())["state"]
+    with pytest.raises(UserError, match=f"damaged.*{words}"):
+        policies.load(edit(tmp_path / "p.json", state=state | {key: files.encode(value)}))
+
+
+def test_a_rotting_bandit_saved_in_mid_search_goes_on_with_the_curves_of_its_beginning(
+    tmp_path: Path,
+) -> None:
+    policy = Rotting()
+    policy.training = True
+    paid(policy, 20, pays=3)
+    policy.save(tmp_path / "p.json")
+    again = policies.load(tmp_path / "p.json")
+    assert isinstance(again, Rotting) and not np.array_equal(policy.curves(), policy._curves)
+    np.testing.assert_array_equal(again._curves, policy._curves)
+
+
+def test_epsilon_greedy_repairs_twice_and_counts_each_repair_once() -> None:
+    policy = policies.make("epsilon_greedy:untrained", seed=0)
+    mask = np.zeros(25, dtype=bool)
+    mask[[3, FIX.id, STOP.id]] = True
+    chosen = [int(policy.predict(ZERO, deterministic=True, action_masks=mask)[0]) for _ in range(2)]
+    assert chosen == [FIX.id] * 2 and not policy.state_dict()["tries"][FIX.id]
+    for _ in range(2):
+        policy.launched(FIX.id)
+    assert policy.predict(ZERO, deterministic=True, action_masks=mask)[0] == 3
+    for _ in range(2):
+        policy.landed(FIX.id)
+        policy.update(Transition(ZERO, FIX.id, 0.0, ZERO, False, mask, {}))
+    assert policy.state_dict()["tries"][FIX.id] == 2
 
 
 def test_networks_of_other_shapes_are_refused(tmp_path: Path) -> None:

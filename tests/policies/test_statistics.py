@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ke_gym.policies import statistics
+from ke_gym.policies.comparison import Comparison
+from ke_gym.policies.playing import Episode
 
 scores = hnp.arrays(
     np.float64,
@@ -75,6 +77,17 @@ def test_normalized_auc_is_zero_for_chance_and_one_for_the_best_from_the_start()
     assert statistics.normalized_auc(np.ones(3), chance, best=1.0) == 1.0
     assert statistics.normalized_auc(np.zeros(3), chance, best=1.0) == pytest.approx(-0.25)
     assert math.isnan(statistics.normalized_auc(np.ones(3), np.ones(3), best=1.0))
+
+
+@pytest.mark.parametrize(("tasks", "runs", "given"), [(5, 2, True), (4, 2, False), (5, 1, False)])
+def test_a_verdict_takes_five_tasks_and_two_searches_of_each(tasks: int, runs: int, given: bool) -> None:
+    def played(level: float) -> list[list[Episode]]:
+        curve = np.full(4, level)
+        return [[Episode(f"t{t}", curve, 0.0, 4, 4, 0, 1.0) for t in range(tasks)] for _ in range(runs)]
+
+    found = {"good": played(0.9), "masked_random": played(0.1), "best_of_n": played(0.2)}
+    verdict = Comparison(found, {f"t{t}": math.e for t in range(tasks)}).verdict()
+    assert verdict.startswith("Beyond" if given else "No verdict: 95 % intervals need at least 5 tasks")
 
 
 def test_evaluations_to_a_target() -> None:

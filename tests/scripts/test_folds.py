@@ -92,6 +92,25 @@ def test_folds_are_pooled_compared_and_written(
         policies.Policies(**arguments, trained=("pucy",)).run()
 
 
+def test_what_ships_trained_takes_part_untrained_or_not_at_all(
+    benchmarks: tuple[Any, Any], tmp_path: Path
+) -> None:
+    _, policies = benchmarks
+    made = policies.Policies(trained=(), untrained=("linucb", "rotting", "ucb1:c=0.2", "masked_random"))
+    specs = {entry.name: entry.spec for entry in made.entries()}
+    assert specs == {
+        "linucb": "linucb:untrained", "rotting": "rotting:untrained", "ucb1:c=0.2": "ucb1:c=0.2",
+        "masked_random": "masked_random", "best_of_n": "best_of_n",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="made from the trained rotting that ships"):
+        policies.Policies(untrained=("rotting:c=1",)).entries()
+    with pytest.raises(UserError, match="linucb takes part twice"):
+        policies.Policies(untrained=("linucb", "linucb:untrained"), ablations=False).run()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        policies.Policies(out=tmp_path / "file").run()
+
+
 def test_every_ablation_has_a_name_of_its_own(benchmarks: tuple[Any, Any]) -> None:
     _, policies = benchmarks
     names = [entry.name for entry in (*policies.Policies().entries(), *policies.ablations())]

@@ -200,12 +200,96 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert words in line
 
 
+def test_a_resumed_training_validates_as_often_as_before(folder: Path, tmp_path: Path) -> None:
+    train = script("train")
+    arguments: dict[str, Any] = {
+        "policy": "ucb1", "tasks": (str(folder / "rms_norm.npz"),), "out": tmp_path / "u.json",
+        "validation": (str(folder / "softmax.npz"),), "horizon": (10,),
+    }  # fmt: skip
+    assert train.main(train.Args(**arguments, steps=60)) == 0
+    assert train.main(train.Args(**arguments, steps=80, resume=True)) == 0
+    assert policies.load(tmp_path / "u.json").trained_on["steps"] <= 80
+    state = json.loads((tmp_path / "u" / "state.json").read_text())
+    assert state["steps"] == 80 and state["plan"]["every"] == 3
+    with pytest.raises(UserError, match="has every = 3"):
+        train.main(train.Args(**arguments, steps=99, every=7, resume=True))
+
+
+def test_what_cannot_be_written_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
+    train, compare = script("train"), script("compare")
+    (tmp_path / "file").touch()
+    for out in ("noext", "x.pt"):
+        with pytest.raises(UserError, match=r"ends in \.json"):
+            train.main(train.Args("ucb1", out=tmp_path / out))
+    for path in (tmp_path / "file" / "x.json", Path("/proc/x.json")):
+        with pytest.raises(UserError, match="cannot be written|cannot be made"):
+            train.main(train.Args("ucb1", tasks=(str(folder),), validation=(), out=path))
+    for path in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")):
+        with pytest.raises(UserError, match="cannot be written"):
+            compare.main(compare.Args(("ucb1",), (str(folder),), out=path))
+
+
+def test_comparisons_to_pool_are_neither_overwritten_nor_damaged(folder: Path, tmp_path: Path) -> None:
+    compare, one = script("compare"), tmp_path / "one"
+    assert compare.main(compare.Args(("ucb1",), (str(folder),), budget=6, seeds=2, out=one)) == 0
+    file = one / "compare.json"
+    whole = file.read_text()
+    with pytest.raises(UserError, match="is one of the comparisons to pool"):
+        compare.main(compare.Args(pool=(one,), out=tmp_path / "x" / ".." / "one"))
+    assert file.read_text() == whole
+    cut = json.loads(whole)
+    del cut["episodes"]["ucb1"][0][0]["curve"]
+    short = json.loads(whole)
+    short["episodes"]["ucb1"][1].pop()
+    for text, words in (
+        ("3", "is no comparison"),
+        (json.dumps(cut), "curve"),
+        (json.dumps(short), "not one search"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            compare.main(compare.Args(pool=(one,), out=tmp_path / "p"))
+
+
+def test_live_tasks_are_compared_once_and_recognized_by_name(tmp_path: Path) -> None:
+    compare = script("compare")
+    from ke_gym.tasks.loader import LIBRARY
+
+    path = str(LIBRARY / "softmax.py")
+    args = compare.Args(env="live", tasks=("softmax", path))
+    assert [task.name for task in compare.live_tasks(args)] == ["softmax"]
+    old = policies.make("ucb1")
+    old.trained_on = {"env": "live", "tables": {}, "tasks": [path], "validated_on": []}
+    assert compare.seen_in_training(args, {"old": old}) == {"old": ["softmax"]}
+
+
+def test_a_recording_that_is_interrupted_at_once_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = script("record")
+
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    for search_ in (lambda *_: "interrupted", interrupted):
+        monkeypatch.setattr(record, "search", search_)
+        assert record.main(record.Args(("softmax",), out=tmp_path / "t")) == 130
+        assert capsys.readouterr().out.startswith("interrupted before anything of softmax was recorded")
+
+
 def test_arguments_that_do_not_fit_are_named(tmp_path: Path) -> None:
     train, compare, record = script("train"), script("compare"), script("record")
     with pytest.raises(UserError, match="live training needs --tasks"):
         train.main(train.Args(env="live", out=tmp_path / "a.json"))
     with pytest.raises(UserError, match="steps = 0"):
         train.main(train.Args(steps=0, out=tmp_path / "a.json"))
+    for name in ("n_envs", "every"):
+        with pytest.raises(UserError, match=f"{name} = 0"):
+            train.main(train.Args(**{name: 0}, out=tmp_path / "a.json"))
+    with pytest.raises(UserError, match="seed = -1"):
+        train.main(train.Args(seed=-1, out=tmp_path / "a.json"))
+    with pytest.raises(UserError, match="seed = -1"):
+        record.main(record.Args(("softmax",), seed=-1, out=tmp_path / "t"))
     with pytest.raises(UserError, match="have to be positive"):
         compare.main(compare.Args(("ucb1",), seeds=0))
     with pytest.raises(UserError, match="there is no replay table 'nothing'"):
