@@ -222,7 +222,7 @@ def test_what_cannot_be_written_is_said_before_the_work(folder: Path, tmp_path: 
         with pytest.raises(UserError, match=r"ends in \.json"):
             train.main(train.Args("ucb1", out=tmp_path / out))
     for path in (tmp_path / "file" / "x.json", Path("/proc/x.json")):
-        with pytest.raises(UserError, match="cannot be written|cannot be made"):
+        with pytest.raises(UserError, match=r"cannot be written|cannot be made"):
             train.main(train.Args("ucb1", tasks=(str(folder),), validation=(), out=path))
     for path in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")):
         with pytest.raises(UserError, match="cannot be written"):
