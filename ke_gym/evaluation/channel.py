@@ -31,6 +31,14 @@ class ProtocolError(Exception):
     """The peer sent something that is no frame, or more than was agreed on."""
 
 
+def beginning(header: dict[str, Any], blob_size: int = 0) -> bytes:
+    """What a frame begins with; the whole of it, if there is no blob."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"a header of {len(text)} bytes; the limit is {HEADER_LIMIT}")
+    return _PREFIX.pack(_MAGIC, len(text), blob_size) + text
+
+
 class Channel:
     """One end of the connection. Not thread-safe: each end has one user at a time."""
 
@@ -61,10 +69,7 @@ class Channel:
 
         Raises ``EOFError`` when the peer is gone and ``TimeoutError`` when it does not read.
         """
-        text = json.dumps(header, separators=(",", ":")).encode()
-        if len(text) > HEADER_LIMIT:
-            raise ValueError(f"a header of {len(text)} bytes; the limit is {HEADER_LIMIT}")
-        view = memoryview(_PREFIX.pack(_MAGIC, len(text), len(blob)) + text)
+        view = memoryview(beginning(header, len(blob)))
         deadline = None if timeout is None else time.monotonic() + timeout
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         for part in (view, memoryview(blob)):

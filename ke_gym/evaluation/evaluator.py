@@ -209,7 +209,7 @@ class Evaluator:
                 )  # fmt: skip
             now = self._clock()
             base = base.replace(cost=replace(cost, check_s=checked - compiled, race_s=now - checked))
-            if base.improved:
+            if base.improved and artifact.lane == "plan":  # others' Python is not steady
                 self._steady, self._steady_s = artifact, (base.time_ms or 0.0) / 1e3
             with self.account.phase("racing equals"):
                 self._maybe_aa()

@@ -54,8 +54,9 @@ FRESH_ROUNDS = 12
 AA_SELDOM = 30
 """A device's calls scatter little and alike on every day: once their floor is on record, a race of equals comes after so
 many evaluations."""
-MEMORY_SECONDS = 30.0
-"""How long memory that other processes have is waited for: other searches' checks come to an end."""
+OPENING_MEMORY_S, MEMORY_S = 30.0, 180.0
+"""How long memory that other processes have is waited for, to open with and to judge with: other searches' checks come to an
+end, and a candidate cannot help them."""
 CONTEXT_BYTES = 1 << 29
 """What a process takes of the device's memory before it has allocated anything."""
 SPARE_SHARE = 0.3
@@ -72,15 +73,15 @@ class Entry:
 class Lacking:
     """What was tried and lacked memory: whether it should be tried again."""
 
-    def __init__(self, account: Account) -> None:
-        self._account = account
+    def __init__(self, account: Account, seconds: float) -> None:
+        self._account, self._seconds = account, seconds
         self._first: float | None = None
 
     def again(self, error: OutOfDeviceMemory) -> bool:
         """Once at any rate; then, after a while, as long as others have what is lacking."""
         if self._first is None:
             self._first = time.monotonic()
-        elif not error.elsewhere or time.monotonic() - self._first > MEMORY_SECONDS:
+        elif not error.elsewhere or time.monotonic() - self._first > self._seconds:
             return False
         if error.elsewhere:
             with self._account.phase("waiting for memory"):
@@ -282,7 +283,7 @@ class GpuEvaluator(Evaluator):
                 self._signature = b""
             self.contract = self.shape_sets[0]
             self.hidden = [name for name in self.task.hidden_shapes() if name not in self.shape_sets]
-            lacking, again = Lacking(self.account), True
+            lacking, again = Lacking(self.account, OPENING_MEMORY_S), True
             while again:
                 try:
                     return self._one_that_fits()
@@ -306,8 +307,8 @@ class GpuEvaluator(Evaluator):
 
     def _with_memory(self, attempt: Callable[[], T]) -> T:
         """``attempt()``; where it lacks memory, once more in an empty process, and as long as others have that memory, up to
-        ``MEMORY_SECONDS``. Raises ``OutOfDeviceMemory``."""
-        lacking = Lacking(self.account)
+        ``MEMORY_S``. Raises ``OutOfDeviceMemory``."""
+        lacking = Lacking(self.account, MEMORY_S)
         while True:
             try:
                 return attempt()

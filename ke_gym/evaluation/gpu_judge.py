@@ -496,13 +496,13 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
     except Hung as hung:  # what was not a call of it: loading, unloading
         return {"died": "timeout", "log": str(hung), "fatal": True, "rival": False}
     except Exception as error:  # the parent turns it into a clear message about the task
-        cause = error.__cause__ if isinstance(error, UserError) else error
-        if cause is None or not lacks_memory(cause):  # otherwise the task's own code ran out of it
-            return _unforeseen(error)
-        taken = taken_elsewhere(cause)
+        cause = error.__cause__ or error if isinstance(error, UserError) else error
+        taken = taken_elsewhere(cause) if lacks_memory(cause) else None
+        if _context_is_lost():
+            return _lost(cause, of_a_candidate=not {"arm", "own"}.isdisjoint(header))
         if taken is None:
-            return _lost(cause)
-        full = {"out_of_memory": first_line(cause), "elsewhere": taken}
+            return _unforeseen(error)
+        full = {"out_of_memory": first_line(cause), "elsewhere": taken}  # the task's own code lacked it
     torch.cuda.empty_cache()  # only now: exceptions hold what was allocated
     return full
 
@@ -510,12 +510,25 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
 def _unforeseen(error: Exception) -> dict[str, Any]:
     if isinstance(error, UserError):
         return {"user_error": str(error)}
-    if isinstance(error, CudaError) and error.sticky:
-        return _lost(error)
     traceback.print_exception(error)
-    return {"task_error": f"{type(error).__name__}: {first_line(error)}"}
+    return {"task_error": f"{type(error).__name__}: {first_line(error)}", "fatal": False}
 
 
-def _lost(error: BaseException) -> dict[str, Any]:
-    """What is said of an error after which the context, and so this process, is of no more use."""
-    return {"died": "runtime", "log": first_line(error), "fatal": True, "rival": False}
+def _context_is_lost() -> bool:
+    """Whether this process can do nothing more on its device."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _lost(error: BaseException, of_a_candidate: bool) -> dict[str, Any]:
+    """What is said of an error after which the context, and so this process, is of no more use.
+
+    A kernel's fault may be told only after its end has been, when the judge itself works on the device again: where a
+    candidate's kernels ran, it was theirs.
+    """
+    if of_a_candidate:
+        return {"died": "runtime", "log": first_line(error), "fatal": True, "rival": False}
+    return {"task_error": f"{type(error).__name__}: {first_line(error)}", "fatal": True}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -271,6 +272,11 @@ class Driver:
     def forget_persisting_lines(self) -> None:
         """Give back what kernels asked to be kept in L2."""
         self._call("cuCtxResetPersistingL2Cache")
+
+    def least_work(self, address: int) -> Callable[[], object]:
+        """What enqueues as little as there is to do on the device, at the least cost: a zero is put at ``address``."""
+        arguments = c_uint64(address), c_uint(0), ctypes.c_size_t(1), c_void_p(None)
+        return functools.partial(self._lib.cuMemsetD32Async, *arguments)
 
     def _set(self, function: int, attribute: int, value: int) -> None:
         self._call("cuFuncSetAttribute", c_void_p(function), c_int(attribute), c_int(value))

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ke_gym.candidate import Candidate
-from ke_gym.evaluation import gpu_evaluator, gpu_host
+from ke_gym.evaluation import _gpu_host, gpu_evaluator, gpu_host
+from ke_gym.evaluation._gpu_host import WAIT_FROM_S
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.gpu_client import NULL, GpuClient
 from ke_gym.evaluation.gpu_evaluator import GpuEvaluator
@@ -139,6 +140,7 @@ def test_it_races_a_plan_and_is_raced_by_one(evaluator: GpuEvaluator) -> None:
     assert evaluator.evaluate(fast, slow_one).improved
     lost = evaluator.evaluate(slow_one, fast)
     assert lost.correct and not lost.improved and (lost.gain or 1.0) < 0.5
+    assert evaluator._steady is None or evaluator._steady.lane == "plan"  # what Python costs is not steady
 
 
 def test_extensions_of_another_torch_and_kernels_that_need_a_trace_are_refused(
@@ -277,9 +279,43 @@ def test_the_time_is_the_judge_s_less_what_a_call_that_does_nothing_takes(
     sample = runner.timed("run", 5.0, 1000)
     assert sample.seconds == pytest.approx(SECONDS) and not sample.disputed
     assert torch.equal(out, torch.ones(ROWS, COLS))
-    # What is shorter than nothing is not worth more than nothing.
+    # What is shorter than the least is not worth more than that.
     monkeypatch.setattr(NullHost, "seconds", lambda self: 2 * SECONDS)
     assert runner.timed("run", 5.0, 1000).seconds == gpu_host.RESOLUTION_S
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [(0.5 * WAIT_FROM_S, False), (1.5 * WAIT_FROM_S, True)])
+def test_only_long_calls_are_waited_for_in_the_module_s_process(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, waits: bool
+) -> None:
+    stand_in(monkeypatch)
+    waited: list[object] = []
+    monkeypatch.setattr(_gpu_host, "time", SimpleNamespace(perf_counter=lambda: FakeEvent.now))
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    ours, theirs = socket.socketpair()
+    host = _gpu_host.Host(Channel(theirs), FakeDriver(), torch.device("cpu"))  # type: ignore[arg-type]
+    host._forward, host._wanted, host._waits = (
+        (lambda: idle(seconds) or torch.zeros(3)),
+        [torch.zeros(3)],
+        True,
+    )
+    waited.clear()
+    for _ in range(3):
+        host.call()
+    assert len(waited) == (3 if waits else 1)
+    ours.close()
+    theirs.close()
+
+
+def test_the_least_call_waits_for_nothing_and_is_answered_as_others_are(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+    monkeypatch.setattr(FakeDriver, "least_work", lambda self, address: lambda: began.append(address))
+    null = NullHost(*reached(FakeHost), stage)
+    address = began.pop()
+    assert null.seconds() == 0.0 and null.seconds() == 0.0  # by a clock that only kernels move
+    assert began == [address] * (gpu_host.NULL_CALLS + 2)
 
 
 def test_whoever_keeps_the_device_busy_between_calls_is_refused(

@@ -16,7 +16,7 @@ import torch
 from ke_gym.candidate import Candidate
 from ke_gym.errors import UserError
 from ke_gym.evaluation import evaluator as evaluator_module
-from ke_gym.evaluation import gpu_evaluator, gpu_judge, gpu_setting, gpu_stage
+from ke_gym.evaluation import gpu_check, gpu_evaluator, gpu_judge, gpu_setting, gpu_stage
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.evaluator import Evaluator
 from ke_gym.evaluation.gpu_client import GpuClient, OutOfDeviceMemory
@@ -506,8 +506,39 @@ def test_libraries_and_the_driver_lack_memory_as_torch_does(
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)  # it lacked more than memory
-    for request in (fail, as_a_candidate):
-        assert gpu_judge.answer_to(request, {}, b"")["died"] == "runtime"
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert gpu_judge.answer_to(as_a_candidate, {}, b"")["died"] == "runtime"
+    said = gpu_judge.answer_to(fail, {}, b"")
+    assert str(error) in said["task_error"] and said["fatal"]
+
+
+@pytest.mark.parametrize("noticed", ["in the answer", "by the judge's own work", "by the task's own code"])
+def test_a_fault_that_is_told_late_is_the_candidate_s(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch, noticed: str
+) -> None:
+    """As on a busy device, where a kernel's end may be told before its fault is."""
+    fault, judge = "CUDA error: misaligned address", evaluator.judge
+    told = [0]  # how often the lost process still says so: the next one is whole
+
+    def synchronize(*_: Any) -> None:
+        if told[0]:
+            told[0] -= 1
+            raise RuntimeError(fault)
+
+    def check(*_: Any, **__: Any) -> dict[str, Any]:
+        told[0] = 2 if noticed == "in the answer" else 1
+        if noticed == "by the judge's own work":
+            raise RuntimeError(fault)
+        if noticed == "by the task's own code":
+            raise UserError(f"task.py:9: get_inputs failed: {fault}") from RuntimeError(fault)
+        return {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        patch.setattr(gpu_check, "check", check)
+        found = evaluator.evaluate(candidate(evaluator, "fine"))
+    assert found.outcome == "runtime" and fault in found.log
+    assert not judge.alive and evaluator.evaluate(candidate(evaluator, "fine")).correct
 
 
 @pytest.mark.parametrize(
@@ -557,6 +588,31 @@ def test_memory_that_the_driver_lacks_for_a_kernel_is_waited_for(
     assert len(waits) == 2
 
 
+@pytest.mark.parametrize(("seconds", "outcome"), [(150.0, "correct"), (400.0, "constraints")])
+def test_memory_that_others_have_is_waited_for_as_long_as_their_checks_take(
+    evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch, seconds: float, outcome: str
+) -> None:
+    plain, now = FakeDriver.load, [0.0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1 << 30)
+
+    def slept(wait: float) -> None:
+        now[0] += 10 * wait
+
+    def full(self: FakeDriver, binary: bytes) -> int:
+        if now[0] < seconds:
+            raise CudaError("cuModuleLoadData", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+        return plain(self, binary)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeDriver, "load", full)
+        patch.setattr(gpu_evaluator, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept))
+        found = evaluator.evaluate(candidate(evaluator, "fine"))
+    assert found.outcome == outcome
+    assert outcome == "correct" or "what others have of this GPU's memory" in found.log
+    assert evaluator.evaluate(candidate(evaluator, "fine")).correct
+
+
 def test_a_search_opens_at_its_sizes_once_others_have_left_room(
     evaluator: GpuEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,7 +629,7 @@ def test_a_search_opens_at_its_sizes_once_others_have_left_room(
     with GpuEvaluator(evaluator.task, folder=evaluator.folder) as opened:
         assert opened.contract == "gpu" and len(waits) == 3
     left[0] = 1 << 30  # somebody stays
-    monkeypatch.setattr(gpu_evaluator, "MEMORY_SECONDS", -1.0)
+    monkeypatch.setattr(gpu_evaluator, "OPENING_MEMORY_S", -1.0)
     with pytest.raises(OutOfDeviceMemory, match="16 GiB"):
         GpuEvaluator(evaluator.task, folder=evaluator.folder)
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,24 +79,36 @@ def test_visible_gpus_keep_their_names(lanes: Any, monkeypatch: pytest.MonkeyPat
 def test_the_host_lane_is_held_against_eager_itself(lanes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import gpu
 
-    judged: list[Any] = []
+    judged: list[tuple[Any, float, bool]] = []
 
     @contextmanager
-    def opened(task: Any, target: str) -> Iterator[Any]:
-        yield SimpleNamespace(evaluate=lambda candidate: judged.pop(0))
+    def opened(task: Any, target: str, folder: Path) -> Iterator[Any]:
+        evaluation, here_ms, ahead = judged.pop(0)
+        yield SimpleNamespace(
+            evaluate=lambda module: evaluation,
+            build=lambda module: module,
+            aa_race=lambda artifact: SimpleNamespace(median=lambda _: here_ms / 1e3),
+            decide=lambda copy, module: SimpleNamespace(improved=ahead and copy != module),
+        )
 
-    def took(time_ms: float, reference_ms: float, **more: Any) -> Any:
-        known = {"correct": True, "improved": False, "trust": "host", "time_ms": time_ms}
-        return SimpleNamespace(**known | {"reference_ms": reference_ms} | more)
+    def took(
+        here_ms: float, by_events_ms: float, ahead: bool = False, **more: Any
+    ) -> tuple[Any, float, bool]:
+        known = {"correct": True, "improved": False, "trust": "host", "reference_ms": by_events_ms}
+        return SimpleNamespace(**known | more), here_ms, ahead
 
     judged += [
-        took(0.02, 0.004), took(0.04, 0.036), took(0.2, 0.13), took(0.2, 0.25, improved=True),
-        took(0.7, 0.7, trust="plan"), SimpleNamespace(correct=False, outcome="runtime", log="gone"),
+        took(0.02, 0.004), took(0.13, 0.13), took(0.03, 0.036), took(0.2, 0.13), took(0.25, 0.25, improved=True),
+        took(0.7, 0.7, trust="plan"), took(0.7, 0.7, ahead=True),
+        (SimpleNamespace(correct=False, outcome="runtime", log="gone"), 0.0, False),
     ]  # fmt: skip
+    calls = {str(number): ("x", 1, 1) for number in range(len(judged))}
     monkeypatch.setattr(gpu, "open_evaluator", opened)
+    monkeypatch.setattr(gpu, "HOST_CALLS", calls)
     figures = list(gpu.host_lane("cuda"))
-    assert [figure.reached for figure in figures] == [True, True, False, False, False, False]
-    assert figures[0].value == "20.0 us, 4.0 by events" and figures[5].value == "runtime: gone"
+    assert [figure.reached for figure in figures] == [True, True] + [False] * 6
+    assert figures[0].value == "20.0 us, 4.0 by events" and figures[7].value == "runtime: gone"
+    assert "a gain over a copy" in figures[6].value
 
 
 def test_throughput_of_several_gpus_is_held_against_one_s(
