@@ -83,7 +83,9 @@ class Printer:
         if not blocks.persistent:
             return [*self._programs(), *self._tile()]
         name = "number" if batch > 1 else "tile"
-        lines = [f"for {name} in range(tl.program_id(0), {rows * columns * batch}, tl.num_programs(0)):"]
+        steps = f"tl.program_id(0), {rows * columns * batch}, tl.num_programs(0)"
+        steps = f"tl.range({steps}, warp_specialize=True)" if blocks.specialized else f"range({steps})"
+        lines = [f"for {name} in {steps}:"]
         inner = []
         if batch > 1:
             quotient = f"number // {rows * columns}"

@@ -17,6 +17,9 @@ SHARE = 128  # least of the summed dimension that a program of its own may get
 LARGE = 1 << 32  # multiplications from which on it is worth a launch to cut an operand into its TF32 parts
 DEEP = 1024  # and what it is worth having one for
 UNROLLED = 9  # most taps that are written out
+# What Triton 3.6 and 3.7 specialize warps for on sm_90: tiles of 64 rows and up to 128 columns that bulk copies bring whole,
+# four warps that multiply, a loop over tiles. Beyond that they refuse to compile, or do as they are not told.
+SPECIAL = {"m": 64, "n": 128, "warps": 4, "persistent": FILL, "loads": "descriptors"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Blocks:
     what is multiplied: bf16, or both TF32 parts of it ("tf32x3"). ``channels_last``: a convolution's input is copied
     first, its channels innermost. ``turned``: the transposed product, its operands exchanged: the left one may come
     from registers, the right one from shared memory only. ``sums``: of how many blocks of ``k`` tensor cores add up the
-    large TF32 parts before fp32 does (they cut off what they add up: the fewer, the more exact).
+    large TF32 parts before fp32 does (they cut off what they add up: the fewer, the more exact). ``specialized``: warps
+    of their own fetch tiles while others multiply (Triton's warp specialization).
     """
 
     m: int
@@ -53,6 +57,7 @@ class Blocks:
     channels_last: bool = False
     turned: bool = False
     sums: int = 1
+    specialized: bool = False
 
 
 def precisions(policy: str) -> list[str]:

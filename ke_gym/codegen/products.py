@@ -34,6 +34,7 @@ from ke_gym.codegen.product_blocks import (
     FILL,
     SHARE,
     SMALLEST,
+    SPECIAL,
     SPLITS,
     UNROLLED,
     Blocks,
@@ -131,6 +132,9 @@ class Product:
             choices["channels_last"] = [True] if library else [False, True]
         if window is None and self.laid is None:
             choices["turned"] = [False, True]
+            fetched = all(self.described) and all(isinstance(operand, Load) for operand in self.taken)
+            if fetched and self.thin is None and shape.dtype != "f32" and min(shape.m, shape.n) >= 64:
+                choices["specialized"] = [False, True]
         if shape.dtype == "f32":
             choices["precision"] = precisions(self.policy)
             if any(self.shared):
@@ -304,6 +308,8 @@ class Builder:
         blocks = chosen(drafted.blocks, drafted.choices(), self.group)
         words = blocks.words and blocks.packed and blocks.split == 1 and blocks.n >= 32
         blocks = replace(blocks, words=words, unroll=blocks.unroll and blocks.split == 1)
+        if blocks.specialized:
+            blocks = self._specialized(blocks)
         if blocks.m * blocks.n > 1 << 15 or blocks.m * blocks.n < 32 * blocks.warps * 2:
             raise Illegal("tiles that do not suit the warps")
         if blocks.split > 1 and blocks.persistent:
@@ -318,6 +324,15 @@ class Builder:
         if finished.share * (blocks.split - 1) >= shape.k:
             raise Illegal("parts with nothing to sum up")
         return finished
+
+    def _specialized(self, blocks: Blocks) -> Blocks:
+        """The blocks with what specialized warps need, where nobody has asked for something else."""
+        asked = dict(self.group.launch)
+        blocks = replace(blocks, **{name: value for name, value in SPECIAL.items() if name not in asked})  # type: ignore[arg-type]
+        walk = blocks.persistent and blocks.split == 1 and blocks.loads == "descriptors" and blocks.stages > 1
+        if not walk or (blocks.m, blocks.warps) != (64, 4) or not 64 <= blocks.n <= 128 or blocks.k < 32:
+            raise Illegal("warps are not specialized for such tiles")
+        return blocks
 
     def _beside(self, shape: Shape, stores: list[Store], turn: bool) -> tuple[list[Store], Thin | None]:
         """The stores without a product that is added to this one, and that product (``thin_products``)."""

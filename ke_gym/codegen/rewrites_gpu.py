@@ -194,7 +194,7 @@ REWRITES: dict[str, Variants] = {
     "layout_coalesce": either(by_launch("packed", "turned", "inner"), channels_last),
     "traversal_swizzle": by_launch("group"),
     "cache_hint": by_launch("cache", kinds=(Tiles,)),
-    "prefetch_pipeline": by_launch("stages", "loads", "apart"),
+    "prefetch_pipeline": by_launch("stages", "loads", "apart", "specialized"),
     "fuse": fuse,
     "fission": fission,
     "unroll_ilp": either(by_launch("columns", kinds=(Tiles,)), by_launch("unroll")),

@@ -36,6 +36,7 @@ PRODUCTS = [
         ("linear_half", (("m", 64), ("n", 64), ("k", 64), ("split", 2))),
         ("linear_half", (("loads", "descriptors"),)),
         ("linear_half", (("m", 16), ("n", 16), ("persistent", 132), ("loads", "descriptors"))),
+        ("many_tiles", (("specialized", True), ("k", 32))),
         ("batched", (("loads", "descriptors"), ("m", 32))),
         ("batched", (("m", 16), ("n", 16), ("persistent", 132))),
         ("deep", (("k", 64), ("split", 4))),

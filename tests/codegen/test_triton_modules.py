@@ -276,10 +276,23 @@ def test_products_compile_without_a_gpu(name: str, launch: Any) -> None:
     main, *sums = [step for step in steps if step not in copies]
     assert bool(copies) == knobs.get("packed", "conv" in name)
     assert len(sums) == (knobs.get("split", 1) > 1)
-    assert ("CUtensorMap" in main.ctypes) == ("loads" in knobs)
+    assert ("CUtensorMap" in main.ctypes) == bool({"loads", "specialized"} & set(knobs))
     assert main.geometry is not None
+    # Four warps multiply; of those that bring tiles and store them Triton says in the binary.
+    assert main.geometry.block[0] > 128 or not knobs.get("specialized")
     if "persistent" in knobs:
         assert main.geometry.grid[0] == knobs["persistent"]
+
+
+def test_warps_are_specialized_where_triton_can_and_nowhere_else() -> None:
+    asked = ("specialized", True)
+    many, few = (program(str(FOLDER / "products" / f"{name}.py")) for name in ("many_tiles", "linear_half"))
+    for launch in ((), (("n", 64),), (("stages", 4),)):
+        assert "warp_specialize=True" in many.emit(scheduled(many, (asked, *launch)))
+    for other in (("m", 128), ("n", 256), ("warps", 8), ("loads", "pointers"), ("stages", 1), ("split", 2)):
+        assert not many.legal(scheduled(many, (asked, other))), other
+    assert not many.legal(scheduled(many, (asked, ("persistent", 264)))), "it has 144 tiles"
+    assert not few.legal(scheduled(few, (asked,)))
 
 
 @pytest.mark.parametrize("name, launch", [REWRITTEN[3], REWRITTEN[5], REWRITTEN[-1]], ids=case_ids)
