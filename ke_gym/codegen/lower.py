@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ke_gym.codegen.capture import Captured
 from ke_gym.codegen.errors import CodegenError, Illegal
@@ -53,6 +54,7 @@ TORCH_DTYPES = {
 
 # Tensors that only library calls make and read: no loop computes with their elements.
 OPAQUE = {torch.complex64: "c64", torch.complex128: "c128"}
+_TORCH_DTYPES = {name: dtype for dtype, name in (TORCH_DTYPES | OPAQUE).items()}
 
 Rule = Callable[..., Any]
 RuleT = TypeVar("RuleT", bound=Rule)
@@ -235,7 +237,9 @@ class Lowering:
                 "keep such values in tensors"
             )
         several = isinstance(result, (list, tuple))
-        fakes = list(result) if several else [result]
+        arguments = tuple(self.argument(a) for a in args)
+        keywords = tuple((k, self.argument(v)) for k, v in kwargs.items())
+        fakes = self._laid(target, arguments, keywords, list(result) if several else [result])
         base = self.title()
         buffers = []
         for i, fake in enumerate(fakes):
@@ -249,12 +253,32 @@ class Lowering:
             stride = tuple(int(s) for s in fake.stride())
             buffers.append(Buffer(name, shape, stride, stored_dtype(fake.dtype)))
         name = buffers[0].name
-        arguments = tuple(self.argument(a) for a in args)
-        keywords = tuple((k, self.argument(v)) for k, v in kwargs.items())
         self.graph.steps[name] = Extern(name, target, arguments, keywords, tuple(buffers))
         self.graph.memo.clear()
         tensors = [self.tensor_of(b) for b in buffers]
         return tuple(tensors) if several else tensors[0]
+
+    def _laid(
+        self, target: str, arguments: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...], fakes: list[Any]
+    ) -> list[Any]:
+        """The call's results as they lie in memory: many calls follow their arguments, and buffers here are contiguous,
+        whatever the captured tensors were."""
+        mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
+        if mode is None:
+            return fakes
+
+        def fake_of(arg: Any) -> Any:
+            if isinstance(arg, tuple):
+                return [fake_of(each) for each in arg]
+            if not isinstance(arg, View):
+                return arg
+            dtype = _TORCH_DTYPES[self.graph.buffers[arg.buffer].dtype]
+            return torch.empty_strided(arg.shape, arg.stride, dtype=dtype, device=fakes[0].device)
+
+        with mode:
+            call = operator.attrgetter(target)(torch.ops)
+            made = call(*map(fake_of, arguments), **{name: fake_of(value) for name, value in keywords})
+        return list(made) if isinstance(made, (list, tuple)) else [made]
 
     def argument(self, arg: Any) -> Any:
         """``arg`` as a library call takes it: tensors become strided views, copied only where they are none."""
