@@ -288,6 +288,11 @@ class Lowering:
             return tuple(self.argument(a) for a in arg)
         return arg
 
+    def given(self, tensor: Tensor) -> bool:
+        """Whether the elements lie in memory before any loop runs: an input, a parameter, a constant."""
+        view = self.view_of(tensor)
+        return view is not None and view.buffer not in self.graph.producer
+
     def view_of(self, tensor: Tensor) -> View | None:
         index = tuple(of(Var(f"d{k}", n)) if n != 1 else constant(0) for k, n in enumerate(tensor.shape))
         load = tensor.at(index)

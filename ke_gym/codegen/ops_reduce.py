@@ -25,10 +25,19 @@ def finish(low: Lowering, result: Tensor, dims: Sequence[int], keepdim: bool) ->
     return result if keepdim else squeeze(result, dims)
 
 
+def rounded(low: Lowering, a: Tensor, dtype: str, suffix: str = "") -> Tensor:
+    """``a``, which was computed in more than half precision, as the result that the model has of it."""
+    return a if a.dtype == dtype else low.compute(a.shape, dtype, lambda i: element(a, i), suffix)
+
+
 def _plain(low: Lowering, a: Tensor, dim: Any, keepdim: bool, kind: str) -> Tensor:
     dims = normal_dims(dim, len(a.shape))
     dtype = low.result()[1]
-    return finish(low, low.reduce(a, dims, kind, same, dtype), dims, keepdim)
+    summed = (
+        kind in ("sum", "prod") and compute_dtype(dtype) != dtype
+    )  # sums may be kept in memory as they grow
+    total = low.reduce(a, dims, kind, same, compute_dtype(dtype) if summed else dtype, kind if summed else "")
+    return finish(low, rounded(low, total, dtype), dims, keepdim)
 
 
 @rule("sum.dim_IntList", "sum.default")
@@ -108,8 +117,9 @@ def var(
     low: Lowering, a: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
 ) -> Tensor:
     dims = normal_dims(dim, len(a.shape))
-    spread, _ = variance(low, a, dims, 1 if correction is None else correction, low.result()[1])
-    return finish(low, spread, dims, keepdim)
+    dtype = low.result()[1]
+    spread, _ = variance(low, a, dims, 1 if correction is None else correction, dtype)
+    return finish(low, rounded(low, spread, dtype), dims, keepdim)
 
 
 @rule("std.correction")
@@ -128,7 +138,9 @@ def var_mean(
     low: Lowering, a: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
     dims = normal_dims(dim, len(a.shape))
-    spread, average = variance(low, a, dims, 1 if correction is None else correction, low.result(0)[1])
+    dtype = low.result(0)[1]
+    spread, average = variance(low, a, dims, 1 if correction is None else correction, dtype)
+    spread, average = rounded(low, spread, dtype), rounded(low, average, dtype, "mean")
     return finish(low, spread, dims, keepdim), finish(low, average, dims, keepdim)
 
 
@@ -137,6 +149,8 @@ def var_mean(
 
 def arg_reduce(low: Lowering, a: Tensor, dim: int | None, kind: str) -> tuple[Tensor, Tensor]:
     """(values, indices) of the first extreme element; a NaN is the extreme, as in torch."""
+    if compute_dtype(a.dtype) != a.dtype and not low.given(a):
+        raise Illegal("elements that are alike only when they are rounded")
     if dim is None:
         a, dim = reshape(a, (math.prod(a.shape),)), 0
     if not a.shape:

@@ -126,7 +126,10 @@ def max_pool(
     size = spread(kernel, rank)
     least = -math.inf if is_float(dtype) else least_integer(dtype)
     steps = spread(stride, rank) if stride else size
-    return window(low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, "")
+    found = window(
+        low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, ""
+    )
+    return found if found.dtype == dtype else low.compute(shape, dtype, lambda i: element(found, i))
 
 
 @rule("avg_pool2d.default", "avg_pool1d.default", "avg_pool3d.default")
@@ -141,6 +144,8 @@ def avg_pool(
     pad = spread(padding, rank)
     if ceil_mode or (any(pad) and not count_include_pad and divisor_override is None):
         raise Illegal("the divisor varies")
+    if not is_float(dtype):
+        raise Illegal("integers are divided and rounded")
     total = window(
         low, a, shape, size, spread(stride, rank) if stride else size, pad, (1,) * rank, "sum", 0, "sum"
     )

@@ -55,7 +55,6 @@ MAPPINGS = 16
 class HostProcess:
     """One such process; ``link`` and ``leash`` lead to it. Methods raise ``Died``: nothing is asked of it then any more,
     and the judge lives on.
-
     """
 
     _request = "timed"
@@ -277,8 +276,8 @@ class NullHost(HostProcess):
     """One that nothing is ever loaded into: what there is to a call besides what is called.
 
     Mostly the device's way from the judge's context to another and back, 0.2 ms, which changes with what the machine does.
-    So it is measured again before every call that is timed; one in ten of these calls takes half as long again, and what is
-    less that seems too fast.
+    So it is measured again before every call that is timed. One in ten of these calls takes half as long again, which is too
+    much to take off: the median of the last few is taken.
     """
 
     _request = "nothing"

@@ -499,7 +499,7 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
         cause = error.__cause__ or error if isinstance(error, UserError) else error
         taken = taken_elsewhere(cause) if lacks_memory(cause) else None
         if _context_is_lost():
-            return _lost(cause, of_a_candidate=not {"arm", "own"}.isdisjoint(header))
+            return _lost(cause, of_a_candidate=blob != b"" or not {"arm", "own"}.isdisjoint(header))
         if taken is None:
             return _unforeseen(error)
         full = {"out_of_memory": first_line(cause), "elsewhere": taken}  # the task's own code lacked it
@@ -527,7 +527,7 @@ def _lost(error: BaseException, of_a_candidate: bool) -> dict[str, Any]:
     """What is said of an error after which the context, and so this process, is of no more use.
 
     A kernel's fault may be told only after its end has been, when the judge itself works on the device again: where a
-    candidate's kernels ran, it was theirs.
+    candidate's kernels are loaded or run, it was theirs.
     """
     if of_a_candidate:
         return {"died": "runtime", "log": first_line(error), "fatal": True, "rival": False}

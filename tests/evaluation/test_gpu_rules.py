@@ -508,6 +508,7 @@ def test_libraries_and_the_driver_lack_memory_as_torch_does(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)  # it lacked more than memory
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     assert gpu_judge.answer_to(as_a_candidate, {}, b"")["died"] == "runtime"
+    assert gpu_judge.answer_to(lambda blob: fail(), {}, b"kernels")["died"] == "runtime"  # as they are loaded
     said = gpu_judge.answer_to(fail, {}, b"")
     assert str(error) in said["task_error"] and said["fatal"]
 
