@@ -5,122 +5,35 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import operator
 import re
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from ke_gym.codegen.decompositions import ATTENTION, decompositions
 from ke_gym.codegen.errors import CodegenError
 from ke_gym.errors import UserError
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
 
-aten = torch.ops.aten
-
-ATTENTION = aten.scaled_dot_product_attention.default
-# Operations the generator calls as they are.
-KEPT = (ATTENTION,)
+CHECK = torch.ops.aten._linalg_check_errors.default
 OWN_ATTENTION = {
     "cpp": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32,),
     "cuda": (),
 }
 """In which dtypes the generator's own attention takes the library's place, by language: there the library's is slow."""
-
-EXTRA = (
-    aten._log_softmax_backward_data,
-    aten._softmax_backward_data,
-    aten.native_layer_norm_backward,
-    aten.native_group_norm_backward,
-    aten.native_batch_norm_backward,
-    aten.native_batch_norm,
-    aten._native_batch_norm_legit,
-    aten._native_batch_norm_legit_functional,
-    aten._native_batch_norm_legit_no_training,
-    aten.native_layer_norm,
-    aten.native_group_norm,
-    aten._fused_rms_norm,
-    aten._fused_rms_norm_backward,
-    aten.nll_loss_forward,
-    aten.nll_loss_backward,
-    aten.nll_loss2d_forward,
-    aten.gelu_backward,
-    aten.silu_backward,
-    aten.sigmoid_backward,
-    aten.tanh_backward,
-    aten.hardtanh,
-    aten.hardswish,
-    aten.hardsigmoid,
-    aten.leaky_relu,
-    aten.leaky_relu_backward,
-    aten.elu,
-    aten.mish,
-    aten.softplus,
-    aten.threshold_backward,
-    aten.addcmul,
-    aten.addcdiv,
-    aten.lerp,
-    aten.logit,
-    aten.log_sigmoid_forward,
-    aten.glu,
-    aten.huber_loss,
-    aten.smooth_l1_loss,
-    aten.mse_loss,
-    aten.binary_cross_entropy,
-    aten.binary_cross_entropy_with_logits,
-    aten.soft_margin_loss,
-    aten.celu,
-    aten.prelu,
-    aten._prelu_kernel,
-    aten.rsub,
-    aten.std,
-    aten.std_mean,
-    aten.logsumexp,
-    aten.masked_fill,
-    aten.tril,
-    aten.triu,
-    aten.reflection_pad1d,
-    aten.reflection_pad2d,
-    aten.replication_pad1d,
-    aten.replication_pad2d,
-    aten.upsample_nearest1d,
-    aten.upsample_nearest2d,
-    aten.select_backward,
-    aten.slice_backward,
-    aten.diagonal_backward,
-    aten.trace,
-    aten.linspace,
-    aten.frac,
-    aten.xlogy,
-    aten.nan_to_num,
-    aten.masked_fill_,
-    aten.linalg_vector_norm,
-    aten.dot,
-    aten.mv,
-    aten.addmv,
-    aten.count_nonzero,
-    aten.unfold_copy,
-    aten._trilinear,
-)
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(torch.export.default_decompositions().items())  # type: ignore[no-untyped-call]
-    table.update(get_decompositions(list(EXTRA)))
-    for op in KEPT:
-        table.pop(op, None)
-    return table
 
 
 @dataclass(frozen=True)
@@ -169,7 +82,11 @@ def capture(task: Task, shape_set: str, language: str = "cpp") -> Captured:
     inputs = _arguments(task, shape_set)
     try:
         with _exporting, _quiet():
-            captured = _joint(reference, inputs) if task.backward else _exported(reference, inputs, language)
+            captured = (
+                _joint(reference, inputs, language)
+                if task.backward
+                else _exported(reference, inputs, language)
+            )
     except CodegenError as error:
         raise CodegenError(f"{task.name}: {error}; {INSTEAD}") from error
     except Exception as error:
@@ -268,7 +185,7 @@ def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
     mangled = _mangled(reference)
     with torch.no_grad():
         program = torch.export.export(module, tuple(_separate(inputs)), strict=False)
-        table = decompositions()
+        table = decompositions(language)
         calls = program.graph.find_nodes(op="call_function", target=ATTENTION)
         if all(_is_plain(call, OWN_ATTENTION[language]) for call in calls):
             table[ATTENTION] = _attention
@@ -296,13 +213,25 @@ def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
             value = program.constants[spec.target or ""]
             names.append(node.name)
             constants[node.name] = value
+        elif spec.kind is InputKind.TOKEN:
+            names.append(None)
         else:
             raise CodegenError(f"the model takes a {spec.kind.name.lower()} input, which no kernel can take")
     kept = [s.kind is OutputKind.USER_OUTPUT for s in signature.output_specs]
     output = program.graph.output_node()
     output.args = (tuple(a for a, keep in zip(output.args[0], kept) if keep),)
+    _drop_checks(program.graph)
     state = list(dict.fromkeys(state))
     return Captured(program.graph, tuple(names), constants, (*arguments, *state), tuple(state))
+
+
+def _drop_checks(graph: torch.fx.Graph) -> None:
+    """Leave out the library's looks at whether a matrix could be inverted: they compute nothing, and raise for inputs that the
+    reference is not proven on either."""
+    for node in reversed(list(graph.nodes)):
+        ordered = node.target is torch.ops.higher_order.with_effects and node.args[1] is CHECK
+        if not node.users and (node.target in (CHECK, operator.getitem) or ordered):
+            graph.erase_node(node)
 
 
 def _mangled(reference: Any) -> dict[str, str]:
@@ -350,8 +279,9 @@ def _attention(
     return torch.softmax(scores, dim=-1) @ value
 
 
-def _joint(reference: Any, inputs: list[Any]) -> Captured:
+def _joint(reference: Any, inputs: list[Any], language: str) -> Captured:
     """Forward and backward in one graph, by tracing the reference's own autograd call."""
+    table = decompositions(language)
     state = list(reference.state)
     originals = _originals(reference)
     learned = {name for name, p in reference.module.named_parameters() if p.requires_grad}
@@ -365,11 +295,20 @@ def _joint(reference: Any, inputs: list[Any]) -> Captured:
             return tuple(reference(*flat[: len(inputs)]))
 
     flat = [*inputs, *(reference.state[n] for n in state)]
-    # The library's own attention keeps what only its own backward understands.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        traced = make_fx(run, decomposition_table=decompositions(), tracing_mode="fake")(*flat)
+    # The libraries' own attention and recurrent layers keep what only their own backward understands.
+    own = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with own, torch.backends.mkldnn.flags(enabled=False):
+        traced = make_fx(run, decomposition_table=table, tracing_mode="fake")(*flat)
+    if any(_writes(node) for node in traced.graph.nodes):
+        pure = torch.func.functionalize(traced)
+        traced = make_fx(pure, decomposition_table=table, tracing_mode="fake")(*flat)
     names = _parameter_names(reference, len(inputs)) + state
     return Captured(traced.graph, tuple(names), {}, tuple(names))
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    """Whether a call writes to what it is given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _parameter_names(reference: Any, count: int) -> list[str]:

@@ -31,7 +31,7 @@ def useful(graph: Graph) -> bool:
 
 def everywhere(graph: Graph, plan: Plan) -> Plan:
     """``plan`` with all convolutions our own over copies of their inputs, and behind them what fits there."""
-    above = fusion.ancestors(graph)
+    above = _ancestors(graph)
     convolutions = [
         n for n, s in graph.steps.items() if isinstance(s, Extern) and s.target == products.CONVOLUTION
     ]
@@ -49,6 +49,19 @@ def everywhere(graph: Graph, plan: Plan) -> Plan:
     for name in convolutions:
         plan = fusion.absorb(graph, plan, name, LAUNCH)
     return plan
+
+
+def _ancestors(graph: Graph) -> dict[str, set[str]]:
+    """Step name -> names of the steps that it needs."""
+    found: dict[str, set[str]] = {}
+    for name, step in graph.steps.items():
+        above: set[str] = set()
+        for read in step.reads:
+            if read in graph.producer:
+                parent = graph.producer[read]
+                above |= {parent} | found[parent]
+        found[name] = above
+    return found
 
 
 def handed_on(graph: Graph, units: Sequence[Any]) -> list[Any]:

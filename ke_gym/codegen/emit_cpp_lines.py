@@ -34,6 +34,7 @@ class Lines:
         self.streamed: dict[str, str] = {}
         self.offset = ""
         self.hoisted = 0
+        self.bound = 0  # values that have names in an iteration, outside of its inner loops
         self.known: dict[Interned, str] = {}  # names of values made before the innermost loop
 
     def line(self, text: str) -> None:
@@ -86,9 +87,11 @@ class Lines:
         shift: Rewriter,
         stream: str,
         starts: dict[int, int | None],
-    ) -> None:
+        first: int = 0,
+    ) -> int:
+        """Print what is computed; values get names from number ``first`` on. The number after the last of them."""
         text = Text(self.used, self.sizes)
-        text.count = int(stream or 0) * 100
+        text.count = first + int(stream or 0) * 100
         text.names.update(self.known)
         exprs = [shift.expr(item.expr) for item in items]
         called = {
@@ -120,6 +123,7 @@ class Lines:
                 self.line(
                     f"{self._place(target, text, shift)} = {store_text(bare_text(value), target.dtype, expr.dtype)};"
                 )
+        return text.count
 
     def _update(self, op: str, place: str, target: Target, value: str) -> None:
         inner = compute_dtype(target.dtype)

@@ -47,7 +47,7 @@ class Loops(Lines):
     def _loop(self, stage: Stage, starts: dict[int, int | None], depth: int, parallel: bool) -> None:
         loops = stage.loops
         if not loops:
-            self._statements(stage.items, Rewriter(), "", starts)
+            self.bound = self._statements(stage.items, Rewriter(), "", starts, self.bound)
             return
         begun = [item for item in stage.items if item.op and starts[id(item)] == depth]
         innermost = depth == len(loops) - 1

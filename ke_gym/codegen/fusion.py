@@ -185,16 +185,29 @@ def fused(graph: Graph) -> Plan:
     """Greedy fusion: every node joins the groups of what it reads, or of what reads the same, if legal."""
     groups: list[list[str]] = []
     home: dict[str, int] = {}
-    depends = ancestors(graph)
+
+    def comes_back(inside: set[str]) -> bool:
+        """Whether a path leaves these nodes and, by way of other groups, comes back: neither could be computed first."""
+        seen, pending = set(inside), [user for name in inside for user in graph.users[name]]
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            unit = groups[home[name]] if name in home else [name]
+            seen.update(unit)
+            after = {user for member in unit for user in graph.users[member]}
+            if after & inside:
+                return True
+            pending += after
+        return False
 
     def attempt(parts: list[list[str]]) -> bool:
         joined = sorted({n for p in parts for n in p}, key=list(graph.steps).index)
         if len(joined) > MAX_NODES:
             return False
         inside = set(joined)
-        for name in graph.steps:
-            if name not in inside and depends[name] & inside and any(name in depends[n] for n in inside):
-                return False  # a path leaves the group and comes back
+        if comes_back(inside):
+            return False
         stored = _needed(graph, inside)
         try:
             cached_nest(graph, Group(tuple(joined)), stored)
@@ -242,18 +255,6 @@ def related(graph: Graph, a: list[str], b: list[str]) -> bool:
     if (reads_a & set(b)) or (reads_b & set(a)):
         return True
     return any(graph.buffers[r].numel >= 1024 for r in (reads_a & reads_b) - made)
-
-
-def ancestors(graph: Graph) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for name, step in graph.steps.items():
-        above: set[str] = set()
-        for read in step.reads:
-            if read in graph.producer:
-                parent = graph.producer[read]
-                above |= {parent} | found[parent]
-        found[name] = above
-    return found
 
 
 def tuned(graph: Graph, group: Group, plan: Plan) -> Group:

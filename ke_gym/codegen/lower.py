@@ -263,8 +263,8 @@ class Lowering:
     ) -> list[Any]:
         """The call's results as they lie in memory: many calls follow their arguments, and buffers here are contiguous,
         whatever the captured tensors were."""
-        mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
-        if mode is None:
+        like = next((fake for fake in fakes if isinstance(fake, FakeTensor)), None)
+        if like is None:
             return fakes
 
         def fake_of(arg: Any) -> Any:
@@ -273,9 +273,9 @@ class Lowering:
             if not isinstance(arg, View):
                 return arg
             dtype = _TORCH_DTYPES[self.graph.buffers[arg.buffer].dtype]
-            return torch.empty_strided(arg.shape, arg.stride, dtype=dtype, device=fakes[0].device)
+            return torch.empty_strided(arg.shape, arg.stride, dtype=dtype, device=like.device)
 
-        with mode:
+        with like.fake_mode:
             call = operator.attrgetter(target)(torch.ops)
             made = call(*map(fake_of, arguments), **{name: fake_of(value) for name, value in keywords})
         return list(made) if isinstance(made, (list, tuple)) else [made]

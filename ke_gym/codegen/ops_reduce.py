@@ -33,10 +33,10 @@ def rounded(low: Lowering, a: Tensor, dtype: str, suffix: str = "") -> Tensor:
 def _plain(low: Lowering, a: Tensor, dim: Any, keepdim: bool, kind: str) -> Tensor:
     dims = normal_dims(dim, len(a.shape))
     dtype = low.result()[1]
-    summed = (
-        kind in ("sum", "prod") and compute_dtype(dtype) != dtype
-    )  # sums may be kept in memory as they grow
-    total = low.reduce(a, dims, kind, same, compute_dtype(dtype) if summed else dtype, kind if summed else "")
+    if kind not in ("sum", "prod") or compute_dtype(dtype) == dtype:
+        return finish(low, low.reduce(a, dims, kind, same, dtype), dims, keepdim)
+    # They may be kept in memory as they grow: not in half precision.
+    total = low.reduce(a, dims, kind, same, compute_dtype(dtype), kind)
     return finish(low, rounded(low, total, dtype), dims, keepdim)
 
 

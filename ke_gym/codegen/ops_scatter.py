@@ -96,7 +96,7 @@ def embedding_bag(
     sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Bags that all hold as many rows: a sum, mean or maximum over a dimension."""
+    """Bags that all hold as many rows: a sum or mean over a dimension."""
     assert low.current is not None
     shape, dtype = low.result(0)
     bags, width = shape
@@ -114,6 +114,8 @@ def embedding_bag(
         or include_last_offset
     ):
         raise Illegal("bags of different lengths")
+    if mode == 2:
+        raise Illegal("what a maximum does with NaN is left to the library")
     inner = compute_dtype(dtype)
 
     def row(i: tuple[Index, ...]) -> Expr:
@@ -126,8 +128,7 @@ def embedding_bag(
         return value
 
     rows = Tensor((bags, length, width), inner, row)
-    kind = "max" if mode == 2 else "sum"
-    total = low.reduce(rows, (1,), kind, same, inner, kind, keepdim=False)
+    total = low.reduce(rows, (1,), "sum", same, inner, "sum", keepdim=False)
     scale = literal(1.0 / length if mode == 1 else 1.0, inner)
     out = low.compute(
         shape, dtype, lambda i: op("mul", element(total, i), scale) if mode == 1 else element(total, i)

@@ -19,7 +19,7 @@ DEEP = 1024  # and what it is worth having one for
 UNROLLED = 9  # most taps that are written out
 # What Triton 3.6 and 3.7 specialize warps for on sm_90: tiles of 64 rows and up to 128 columns that bulk copies bring whole,
 # four warps that multiply, a loop over tiles. Beyond that they refuse to compile, or do as they are not told.
-SPECIAL = {"m": 64, "n": 128, "warps": 4, "persistent": FILL, "loads": "descriptors"}
+SPECIAL = {"m": 64, "n": 128, "warps": 4, "split": 1, "persistent": FILL, "loads": "descriptors"}
 
 
 @dataclass(frozen=True)

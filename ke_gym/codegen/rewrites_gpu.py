@@ -176,10 +176,9 @@ def with_knobs(program: Program, schedule: Schedule, values: dict[str, Any]) -> 
     """See ``knobs.with_knobs``."""
     result = schedule
     for name, value in values.items():
-        if name.count(".") == 2:
-            p, g, field = name.split(".")
-            group = result.plans[int(p)].groups[int(g)]
-            result = with_group(result, int(p), int(g), with_launch(group, field, value))
+        p, g, field = name.split(".")
+        group = result.plans[int(p)].groups[int(g)]
+        result = with_group(result, int(p), int(g), with_launch(group, field, value))
     if not legal(program, schedule, result):
         raise Illegal("these knobs do not go together")
     return result

@@ -511,7 +511,7 @@ def _unforeseen(error: Exception) -> dict[str, Any]:
     if isinstance(error, UserError):
         return {"user_error": str(error)}
     traceback.print_exception(error)
-    return {"task_error": f"{type(error).__name__}: {first_line(error)}", "fatal": False}
+    return {"task_error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def _context_is_lost() -> bool:

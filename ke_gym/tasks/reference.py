@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
 import keyword
 import pickle
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -180,6 +182,11 @@ class _WithoutTensors(cloudpickle.Pickler):  # type: ignore[misc]
         if number == len(self.tensors):
             self.tensors.append(value)
         return number
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, nn.Module) and is_parametrized(value):  # it refuses, lest such files be kept
+            return copyreg.__newobj__, (type(value),), vars(value)  # type: ignore[attr-defined]
+        return super().reducer_override(value)
 
 
 class _WithTensors(pickle.Unpickler):

@@ -295,6 +295,15 @@ def test_warps_are_specialized_where_triton_can_and_nowhere_else() -> None:
     assert not few.legal(scheduled(few, (asked,)))
 
 
+def test_specialized_warps_take_a_product_that_would_be_split(tmp_path: Path) -> None:
+    text = (FOLDER / "products" / "many_tiles.py").read_text().replace("ROWS = 64", "ROWS = 2048")
+    (tmp_path / "long_rows.py").write_text(text.replace("72", "8192").replace("1480", "2048"))
+    product = program(str(tmp_path / "long_rows.py"))
+    plain = product.emit(scheduled(product, ()))
+    walked = product.emit(scheduled(product, (("specialized", True),)))
+    assert "_parts" in plain and "_parts" not in walked and "warp_specialize=True" in walked
+
+
 @pytest.mark.parametrize("name, launch", [REWRITTEN[3], REWRITTEN[5], REWRITTEN[-1]], ids=case_ids)
 def test_weights_are_copied_in_a_preparation(name: str, launch: Any) -> None:
     artifact = compiled(name, launch)
