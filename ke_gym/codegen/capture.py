@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ke_gym.codegen.decompositions import ATTENTION, decompositions
 from ke_gym.codegen.errors import CodegenError
 from ke_gym.errors import UserError
+from ke_gym.tasks.inputs import separate
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
@@ -183,8 +184,8 @@ def _exported(reference: Any, inputs: list[Any], language: str) -> Captured:
 
     module = reference.module
     mangled = _mangled(reference)
-    with torch.no_grad():
-        program = torch.export.export(module, tuple(_separate(inputs)), strict=False)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        program = torch.export.export(module, tuple(separate(inputs)), strict=False)
         table = decompositions(language)
         calls = program.graph.find_nodes(op="call_function", target=ATTENTION)
         if all(_is_plain(call, OWN_ATTENTION[language]) for call in calls):
@@ -243,17 +244,6 @@ def _mangled(reference: Any) -> dict[str, str]:
     return {original: known[id(tensor)] for original, tensor in shared}
 
 
-def _separate(inputs: list[Any]) -> list[Any]:
-    """The inputs, none of which is another's tensor: that two are one is so in no other call."""
-    seen: set[int] = set()
-    apart = []
-    for value in inputs:
-        again = isinstance(value, torch.Tensor) and id(value) in seen
-        seen.add(id(value))
-        apart.append(value.clone() if again else value)
-    return apart
-
-
 def _is_plain(call: torch.fx.Node, dtypes: Sequence[torch.dtype]) -> bool:
     """Whether attention is computed in one of ``dtypes``, without dropout, and without a mask: where a row sees no key, the
     library gives zeros and a softmax NaN, and which NaN of hidden values spread depends on the library's blocks."""
@@ -276,7 +266,13 @@ def _attention(
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return torch.softmax(scores, dim=-1) @ value
+    made = torch.softmax(scores, dim=-1) @ value
+    axes = list(range(query.dim()))
+    order = sorted(axes, key=lambda axis: -query.stride(axis))
+    if order == axes:
+        return made
+    # The library's result lies in memory as its queries do, and views behind it count on that.
+    return made.permute(order).contiguous().permute([order.index(axis) for axis in axes])
 
 
 def _joint(reference: Any, inputs: list[Any], language: str) -> Captured:

@@ -64,6 +64,11 @@ static inline T power(T base, T exponent) {
 }
 
 
+def representable(value: float, dtype: str) -> float:
+    """The number, infinite where fp32 has none as large."""
+    return math.copysign(math.inf, value) if dtype == "f32" and abs(value) > LARGEST_FLOAT else value
+
+
 def literal(value: float | int | bool, dtype: str) -> str:
     if dtype == "bool":
         return "true" if value else "false"
@@ -71,9 +76,7 @@ def literal(value: float | int | bool, dtype: str) -> str:
         if value == -(2**63):
             return "INT64_MIN"  # minus a literal would be minus one that is too large
         return str(int(value)) if abs(int(value)) < 2**31 else f"INT64_C({int(value)})"
-    value = float(value)
-    if dtype == "f32" and not math.isnan(value) and abs(value) > LARGEST_FLOAT:
-        value = math.copysign(math.inf, value)
+    value = representable(float(value), dtype)
     if math.isnan(value):
         return "ke::nan" if dtype == "f32" else "(double)ke::nan"
     if math.isinf(value):

@@ -326,6 +326,7 @@ class Text(cpp_text.Text):
             return f"{TYPES[dtype]}({self.literal(value, 'f32')})"
         if dtype == "i32" and value == -(2**31):
             return "(-2147483647 - 1)"
+        value = cpp_words.representable(value, dtype)
         if is_float(dtype) and not math.isfinite(value):
             self.used.add("nan" if math.isnan(value) else "inf")
             text = "not_a_number()" if math.isnan(value) else "inf()" if value > 0 else "-inf()"

@@ -15,9 +15,11 @@ from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
 from ke_gym.codegen.graph import Buffer, Extern, Graph
 from ke_gym.codegen.schedule import Plan, Schedule
 
-_ON_CPU = {
-    "aten._scaled_dot_product_flash_attention_for_cpu.default": "aten.scaled_dot_product_attention.default"
-}
+_ON_CPU = ("aten._scaled_dot_product_flash_attention_for_cpu.default",)
+_LAID_ANYHOW = (
+    "aten.scaled_dot_product_attention.default", "aten._fft_c2c.default", "aten._fft_c2r.default", "aten._fft_r2c.default",
+)  # fmt: skip
+"""Library calls whose results lie otherwise on a GPU, by sizes, dtypes and device, than on the CPU where they are captured."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,20 @@ def _empty(graph: Graph, buffer: Buffer, device: str) -> str:
 
 
 def _call(graph: Graph, step: Extern, device: str) -> list[str]:
-    target = _ON_CPU.get(step.target, step.target)
-    if target != step.target:
+    if step.target in _ON_CPU:
         raise Illegal(f"{step.target} is for the CPU")
     (line,) = module._call(graph, step)
-    return [line.replace('torch.device("cpu")', device)]
+    line = line.replace('torch.device("cpu")', device)
+    return [line, _as_captured(*step.outputs)] if step.target in _LAID_ANYHOW else [line]
+
+
+def _as_captured(buffer: Buffer) -> str:
+    """Have a call's result lie in memory as those who read it expect."""
+    axes = range(len(buffer.shape))
+    order = sorted(axes, key=lambda axis: -buffer.stride[axis])
+    turned, back = (
+        "" if list(axes) == dims else f".permute({tuple(dims)})"
+        for dims in (order, [order.index(axis) for axis in axes])
+    )
+    made = f"torch.ops.aten.clone.default({buffer.name}{turned}, memory_format=torch.contiguous_format){back}"
+    return f"{buffer.name} = {made}"

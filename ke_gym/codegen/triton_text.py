@@ -387,8 +387,14 @@ class Text:
             return f"{helper}({bare})"
         if name in _TL:
             return f"tl.{name}({bare})"
+        if name == "fmod" and not is_float(expr.dtype):
+            return f"{args[0]} % {args[1]}"
         if name in _LIBDEVICE:
             self.used.add("libdevice")
+            if expr.dtype == "f64":  # numbers as they are written would be single ones
+                given = zip(args, expr.args)
+                wide = (f"tl.full((), {a}, tl.float64)" if isinstance(n, Const) else a for a, n in given)
+                bare = ", ".join(map(bare_text, wide))
             return f"libdevice.{_LIBDEVICE[name]}({bare})"
         raise Illegal(f"{name} has no spelling in Triton")
 

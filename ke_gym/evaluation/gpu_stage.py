@@ -24,6 +24,7 @@ from ke_gym.targets import cuda
 from ke_gym.targets._memory import PlanError
 from ke_gym.targets.cuda_driver import Clocks, CudaError, Driver, runtime
 from ke_gym.targets.cuda_executor import CudaRunner
+from ke_gym.tasks.inputs import separate
 from ke_gym.tasks.task import Reference, Task
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class Stage:
 
     def draw(self, name: str, seed: int, distribution: str = "task") -> list[Any]:
         """The task's arguments: on the device, a function of the seed, which no kernel can see."""
-        return self.task.inputs(name, seed, distribution, device=str(self.device))
+        return separate(self.task.inputs(name, seed, distribution, device=str(self.device)))
 
     def fill(self, chosen: ShapeSet, seed: int, distribution: str = "task") -> Block:
         """Fresh contents at a fresh place."""

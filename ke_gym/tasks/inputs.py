@@ -17,7 +17,7 @@ import functools
 import math
 import random
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -352,3 +352,16 @@ def touch(tensors: Iterable[Tensor], seed: int) -> None:
         if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] > 1 and tensor.numel():
             *outer, last = (chance.randrange(size) for size in tensor.shape)
             tensor[(*outer, last)] = tensor[(*outer, last - 1 if last else 1)]
+
+
+def separate(values: Sequence[Any]) -> list[Any]:
+    """The values, no two tensors of which share memory: that two are one in a call is so in no other."""
+    seen: set[int] = set()
+    apart = []
+    for value in values:
+        if isinstance(value, Tensor):
+            memory = value.untyped_storage()._cdata
+            value = value.clone() if memory in seen else value
+            seen.add(memory)
+        apart.append(value)
+    return apart

@@ -19,6 +19,8 @@ from ke_gym.errors import UserError
 from ke_gym.evaluation.checking import draw_cases
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.evaluator import Evaluator
+from ke_gym.evaluation.gpu_signature import signature
+from ke_gym.languages.base import BuildOptions, build
 from ke_gym.targets import cpu
 from ke_gym.tasks import Task
 
@@ -46,6 +48,14 @@ class Check(Evaluator):
 def judged(task: Task, source: str) -> Evaluation:
     with Check(task) as judge:
         return judge.evaluate(Candidate(source))
+
+
+def built_for_a_gpu(path: Path, language: str) -> bytes:
+    """A problem's first candidate, compiled."""
+    task = Task.from_file(path)
+    program = Program.for_language(task, language)
+    source = program.emit(program.seeds()[0])
+    return build(source, signature(task, [task.contract("cuda")]), language, BuildOptions("cuda")).to_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +90,11 @@ def test_an_unseen_problem_gets_a_correct_first_candidate(
     source, future = verdicts[path]
     verdict = future.result()
     assert (verdict.outcome, verdict.trust) == ("correct", "plan"), f"{verdict.log}\n{source}"
+
+
+@pytest.mark.parametrize("language", ["triton", "cuda"])
+@pytest.mark.parametrize("path", PROBLEMS, ids=lambda path: path.stem)
+def test_its_first_candidate_for_a_gpu_is_compiled(path: Path, language: str) -> None:
+    if language == "triton":
+        pytest.importorskip("triton")
+    assert built_for_a_gpu(path, language)

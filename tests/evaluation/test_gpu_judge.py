@@ -19,7 +19,7 @@ from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Sample
 from ke_gym.evaluation.race import Rules
 from ke_gym.languages.artifact import Artifact
-from ke_gym.languages.plan import Call, Launch, Ref, TensorSpec
+from ke_gym.languages.plan import Alloc, Call, Geometry, Launch, Plan, PlanInput, Ref, TensorSpec
 from ke_gym.targets.cuda_executor import CudaRunner
 from ke_gym.tasks.task import Task
 from ke_gym.testing.fake_gpu import (
@@ -67,6 +67,12 @@ def right(x: int, out: int, n: int) -> None:
 def counted(x: int, out: int, n: int) -> None:
     COUNT["calls"] += 1
     _right(x, out, n)
+
+
+@kernel
+def of_two(x: int, y: int, out: int, n: int) -> None:
+    one, other = (floats(given, integer(n)).double() for given in (x, y))
+    floats(out, integer(n)).copy_(torch.sin(3 * one) + other * other)
 
 
 @kernel
@@ -171,6 +177,25 @@ def test_outputs_may_be_laid_out_otherwise_than_the_reference_s(
     spread = TensorSpec((ROWS, COLS), (2 * COLS, 1), "float32")
     with pytest.raises(Died, match="is spread over"):
         judge.load("default", one_launch("right", spread).to_bytes())
+
+
+def test_a_tensor_given_twice_is_two_tensors_for_the_judge(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(FakeClocks, "now", 1000)
+    path = tmp_path / "twice.py"
+    text = TASK.replace("self, x", "self, x, y").replace("x * x", "y * y")
+    path.write_text(text.replace("return [torch.randn(ROWS, COLS)]", "return [torch.randn(ROWS, COLS)] * 2"))
+    judge = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
+    judge.describe(["default"])
+    inputs = tuple(PlanInput("input", name, SPEC) for name in ("0", "1"))
+    types, block = ("float*", "float*", "float*", "int64_t"), Geometry((1, 1, 1), (32, 1, 1))
+    launch = Launch("k", "of_two", (Ref(0), Ref(1), Ref(2), ROWS * COLS), types, block)
+    plan = Plan(inputs, (Alloc(2, SPEC), launch), (2,), (SPEC,), "cuda")
+    artifact = replace(one_launch("of_two", SPEC), plans={"default": plan})
+    answer = judge.check(judge.load("default", artifact.to_bytes())["arm"], CASES, 99, True, 5.0)
+    assert "reason" not in answer, answer
 
 
 def check(judge: GpuJudge, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ backward = True
 
 class Model(nn.Module):
     def forward(self, x, y):
-        return torch.where(x.t() > 0, y, torch.nextafter(y, y + 1)) * 1.5
+        return torch.where(x.t() > 0, y, torch.lgamma(y.abs() + 1.0)) * 1.5
 
 
 def get_inputs():
