@@ -267,8 +267,8 @@ def _attention(
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     made = torch.softmax(scores, dim=-1) @ value
-    axes = list(range(query.dim()))
-    order = sorted(axes, key=lambda axis: -query.stride(axis))
+    axes, strides = list(range(query.dim())), query.stride()
+    order = sorted(axes, key=lambda axis: -strides[axis])
     if order == axes:
         return made
     # The library's result lies in memory as its queries do, and views behind it count on that.
