@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ke_gym.codegen.decompositions import ATTENTION, decompositions
 from ke_gym.codegen.errors import CodegenError
+from ke_gym.codegen.graph import memory_order
 from ke_gym.errors import UserError
 from ke_gym.tasks.inputs import separate
 
@@ -267,12 +268,9 @@ def _attention(
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     made = torch.softmax(scores, dim=-1) @ value
-    axes, strides = list(range(query.dim())), query.stride()
-    order = sorted(axes, key=lambda axis: -strides[axis])
-    if order == axes:
-        return made
     # The library's result lies in memory as its queries do, and views behind it count on that.
-    return made.permute(order).contiguous().permute([order.index(axis) for axis in axes])
+    order, back = memory_order(query.stride())
+    return made.permute(order).contiguous().permute(back)
 
 
 def _joint(reference: Any, inputs: list[Any], language: str) -> Captured:

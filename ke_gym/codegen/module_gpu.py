@@ -12,7 +12,7 @@ from typing import Any
 from ke_gym.codegen import channels_last, module, preparation
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
-from ke_gym.codegen.graph import Buffer, Extern, Graph
+from ke_gym.codegen.graph import Buffer, Extern, Graph, memory_order
 from ke_gym.codegen.schedule import Plan, Schedule
 
 _ON_CPU = ("aten._scaled_dot_product_flash_attention_for_cpu.default",)
@@ -135,11 +135,8 @@ def _call(graph: Graph, step: Extern, device: str) -> list[str]:
 
 def _as_captured(buffer: Buffer) -> str:
     """Have a call's result lie in memory as those who read it expect."""
-    axes = range(len(buffer.shape))
-    order = sorted(axes, key=lambda axis: -buffer.stride[axis])
-    turned, back = (
-        "" if list(axes) == dims else f".permute({tuple(dims)})"
-        for dims in (order, [order.index(axis) for axis in axes])
-    )
-    made = f"torch.ops.aten.clone.default({buffer.name}{turned}, memory_format=torch.contiguous_format){back}"
+    order, back = memory_order(buffer.stride)
+    turns = f".permute({order})", f".permute({back})"
+    turned, returned = ("", "") if list(order) == sorted(order) else turns
+    made = f"torch.ops.aten.clone.default({buffer.name}{turned}, memory_format=torch.contiguous_format){returned}"
     return f"{buffer.name} = {made}"

@@ -29,6 +29,7 @@ from ke_gym.codegen.expr import (
 )
 from ke_gym.codegen.graph import Node, Tensor
 from ke_gym.codegen.lower import Lowering, rule
+from ke_gym.codegen.ops_reduce import rounded
 from ke_gym.codegen.ops_views import both, guarded
 from ke_gym.codegen.tensors import element, literal, op, variables_of
 
@@ -129,7 +130,7 @@ def max_pool(
     found = window(
         low, a, shape, size, steps, spread(padding, rank), spread(dilation, rank), "max", least, ""
     )
-    return found if found.dtype == dtype else low.compute(shape, dtype, lambda i: element(found, i))
+    return rounded(low, found, dtype)
 
 
 @rule("avg_pool2d.default", "avg_pool1d.default", "avg_pool3d.default")

@@ -44,17 +44,16 @@ _STICKY = {214, 220, 700, 702, 709, 710, 712, 713, 714, 715, 716, 717, 718, 719}
 
 
 class CudaError(Exception):
-    """A driver call failed. ``sticky``: the context, and so the process, is of no more use."""
+    """A driver call failed; ``code`` is its CUresult."""
 
     def __init__(self, call: str, code: int, name: str) -> None:
         super().__init__(f"{call}: {name}")
         self.code = code
-        self.sticky = code in _STICKY
 
     @property
     def not_of_the_plan(self) -> bool:
         """Whether it says something of the device, whose memory or context is gone, rather than of what was to be run."""
-        return self.sticky or self.code == OUT_OF_MEMORY
+        return self.code in _STICKY or self.code == OUT_OF_MEMORY
 
 
 class _Attribute(ctypes.Structure):

@@ -155,19 +155,21 @@ def judge(
         yield made
 
 
+def judging(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> GpuJudge:
+    """A judge of the task in ``text``, which knows what the task is."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(FakeClocks, "now", 1000)
+    path.write_text(text)
+    made = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
+    made.describe(["default"])
+    return made
+
+
 def test_outputs_may_be_laid_out_otherwise_than_the_reference_s(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    stand_in(monkeypatch)
-    monkeypatch.setattr(FakeClocks, "now", 1000)
-    path = tmp_path / "turned.py"
-    path.write_text(
-        TASK.replace(
-            "return torch.sin(3 * x) + x * x", "return (torch.sin(3 * x) + x * x).t().contiguous().t()"
-        )
-    )
-    judge = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
-    judge.describe(["default"])
+    plain, turned = "torch.sin(3 * x) + x * x", "(torch.sin(3 * x) + x * x).t().contiguous().t()"
+    judge = judging(monkeypatch, tmp_path / "turned.py", TASK.replace(plain, turned))
     assert judge.sets["default"].outputs[0].stride == (1, ROWS)
     answer = check(judge, "right")
     assert "reason" not in answer, answer
@@ -182,13 +184,9 @@ def test_outputs_may_be_laid_out_otherwise_than_the_reference_s(
 def test_a_tensor_given_twice_is_two_tensors_for_the_judge(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    stand_in(monkeypatch)
-    monkeypatch.setattr(FakeClocks, "now", 1000)
-    path = tmp_path / "twice.py"
     text = TASK.replace("self, x", "self, x, y").replace("x * x", "y * y")
-    path.write_text(text.replace("return [torch.randn(ROWS, COLS)]", "return [torch.randn(ROWS, COLS)] * 2"))
-    judge = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
-    judge.describe(["default"])
+    text = text.replace("return [torch.randn(ROWS, COLS)]", "return [torch.randn(ROWS, COLS)] * 2")
+    judge = judging(monkeypatch, tmp_path / "twice.py", text)
     inputs = tuple(PlanInput("input", name, SPEC) for name in ("0", "1"))
     types, block = ("float*", "float*", "float*", "int64_t"), Geometry((1, 1, 1), (32, 1, 1))
     launch = Launch("k", "of_two", (Ref(0), Ref(1), Ref(2), ROWS * COLS), types, block)
