@@ -47,7 +47,8 @@ def members(graph: Graph, second: Extern) -> tuple[str, ...] | None:
         return None
     first = firsts[-1]
     inside = {first, second.name}
-    inside |= {n for n in depends if first in _below(graph, n)}
+    after = _above(graph, first)
+    inside |= {n for n in depends if n in after and n in graph.producer}
     changed = True
     while changed:
         changed = False
@@ -72,6 +73,15 @@ def _below(graph: Graph, buffer: str) -> list[str]:
             found.add(step)
             pending.extend(graph.steps[step].reads)
     return [n for n in graph.steps if n in found]
+
+
+def _above(graph: Graph, first: str) -> set[str]:
+    """The steps that are made from a step, itself among them."""
+    found = {first}
+    for name, step in graph.steps.items():
+        if any(graph.producer.get(buffer) in found for buffer in step.reads):
+            found.add(name)
+    return found
 
 
 class Builder(contract.Builder):

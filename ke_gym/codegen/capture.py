@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from ke_gym.codegen.decompositions import ATTENTION, decompositions
 from ke_gym.codegen.errors import CodegenError
-from ke_gym.codegen.graph import memory_order
 from ke_gym.errors import UserError
+from ke_gym.languages.plan import memory_order
 from ke_gym.tasks.inputs import separate
+from ke_gym.tasks.reference import plain_tensors
 
 if TYPE_CHECKING:
     from ke_gym.tasks import Task
@@ -80,6 +81,8 @@ def capture(task: Task, shape_set: str, language: str = "cpp") -> Captured:
     Raises ``CodegenError`` naming the operation and source line that cannot be captured, and what to do.
     """
     with _Unfilled():
+        reference = task.reference(shape_set)
+    if plain_tensors(reference.module):  # which may have been drawn after others
         reference = task.reference(shape_set)
     inputs = _arguments(task, shape_set)
     try:

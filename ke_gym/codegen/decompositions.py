@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 
+from ke_gym.languages.plan import memory_order
+
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -108,8 +110,31 @@ def _smooth_l1_loss_backward(grad: Tensor, x: Tensor, y: Tensor, reduction: int,
     return torch.where((away <= -beta) | (away >= beta), steep, share * away * grad / beta)
 
 
+def _lstm(inputs: Tensor, hidden: tuple[Tensor, Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's own, whose last states have an axis too many in torch 2.11 where the batch is larger than one."""
+    from torch._decomp.decompositions import lstm_impl
+
+    made, last, cell = lstm_impl(inputs, hidden, *rest)
+    return made, last.reshape(hidden[0].shape), cell.reshape(hidden[1].shape)
+
+
+def _as_strided_scatter(
+    x: Tensor, written: Tensor, size: list[int], stride: list[int], offset: int | None = None
+) -> Tensor:
+    """By the places in the memory of ``x``, which is dense, that ``written`` goes to."""
+    order, back = memory_order(x.stride())
+    dense = x.permute(order)
+    places = torch.full((), offset or 0, device=x.device)
+    for count, step in zip(size, stride):
+        places = places.unsqueeze(-1) + torch.arange(count, device=x.device) * step
+    flat = dense.reshape(-1).index_put((places.reshape(-1),), written.reshape(-1))
+    return flat.view(dense.shape).permute(back)
+
+
 # ``_conj`` only marks a tensor, which a library call's argument, a place in memory, is not.
 OWN: dict[Any, Callable[..., Any]] = {
+    aten.as_strided_scatter.default: _as_strided_scatter,
+    aten.lstm.input: _lstm,
     aten.smooth_l1_loss_backward.default: _smooth_l1_loss_backward,
     aten._conj.default: aten._conj_physical.default,
 }

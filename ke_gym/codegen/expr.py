@@ -502,5 +502,7 @@ def cast(expr: Expr, dtype: str) -> Expr:
         if is_float(target):
             return Const(float(value), target)
         if not isinstance(value, float) or (value == value and abs(value) < 2**62):
-            return Const(int(value), target)
+            return Const(int(value) % 256 if target == "u8" else int(value), target)
+    if target == "u8" and is_float(expr.dtype):
+        expr = Op("cast", (expr,), "i64")  # torch takes this way, by which what is negative is defined
     return Op("cast", (expr,), target)

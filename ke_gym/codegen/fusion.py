@@ -38,14 +38,8 @@ def visible_in(graph: Graph, group: Sequence[str], groups: Iterable[Sequence[str
 
     A node that several groups compute is stored by the first of them.
     """
-    owner: dict[str, int] = {}
-    members: dict[str, list[set[str]]] = {}
-    for k, nodes in enumerate(groups):
-        inside = set(nodes)
-        for name in nodes:
-            owner.setdefault(name, k)
-            members.setdefault(name, []).append(inside)
     listed = [tuple(g) for g in groups]
+    owner, members = _homes(graph, listed)
     here = listed.index(tuple(group))
     found = set()
     for name in group:
@@ -58,6 +52,20 @@ def visible_in(graph: Graph, group: Sequence[str], groups: Iterable[Sequence[str
         if needed:
             found.add(name)
     return frozenset(found)
+
+
+def _homes(graph: Graph, listed: list[tuple[str, ...]]) -> tuple[dict[str, int], dict[str, list[set[str]]]]:
+    """By node, the first of the groups that compute it, and all of them; kept, since each of them is asked about in turn."""
+    known, owner, members = graph.memo.get("homes", (None, {}, {}))
+    if known != listed:
+        owner, members = {}, {}
+        for k, nodes in enumerate(listed):
+            inside = set(nodes)
+            for name in nodes:
+                owner.setdefault(name, k)
+                members.setdefault(name, []).append(inside)
+        graph.memo["homes"] = listed, owner, members
+    return owner, members
 
 
 def nests(graph: Graph, plan: Plan) -> list[Nest | Contraction]:
@@ -147,7 +155,7 @@ def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:
         names = [unit.name] if isinstance(unit, Extern) else list(unit.nodes)
         return min(rank[n] for n in names)
 
-    done: list[int] = []
+    done: dict[int, None] = {}
     pending = sorted(range(len(units)), key=first)
     while pending:
         ready = next(
@@ -156,7 +164,7 @@ def order_steps(graph: Graph, plan: Plan) -> list[Group | Extern]:
         )
         if ready is None:
             raise Illegal("the groups depend on each other")
-        done.append(ready)
+        done[ready] = None
         pending.remove(ready)
     return [units[k] for k in done]
 

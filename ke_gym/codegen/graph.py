@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -19,13 +19,6 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
-
-
-def memory_order(stride: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes from the farthest steps in memory to the nearest, and what permutes axes in that order back."""
-    axes = range(len(stride))
-    order = sorted(axes, key=lambda axis: -stride[axis])
-    return tuple(order), tuple(order.index(axis) for axis in axes)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,20 @@ from typing import Any
 from ke_gym.codegen import channels_last, module, preparation
 from ke_gym.codegen.errors import Illegal
 from ke_gym.codegen.fusion import cached_nest, nests, order_steps, visible_in
-from ke_gym.codegen.graph import Buffer, Extern, Graph, memory_order
+from ke_gym.codegen.graph import Buffer, Extern, Graph
 from ke_gym.codegen.schedule import Plan, Schedule
+from ke_gym.languages.plan import memory_order
 
 _ON_CPU = ("aten._scaled_dot_product_flash_attention_for_cpu.default",)
-_LAID_ANYHOW = (
-    "aten.scaled_dot_product_attention.default", "aten._fft_c2c.default", "aten._fft_c2r.default", "aten._fft_r2c.default",
-)  # fmt: skip
-"""Library calls whose results lie otherwise on a GPU, by sizes, dtypes and device, than on the CPU where they are captured."""
+_CLONED = "torch.ops.aten.clone.default({}, memory_format=torch.contiguous_format)"
+_LAID_ANYHOW = {
+    "aten.scaled_dot_product_attention.default": "{}.contiguous()",  # in the order of its queries, says the trace
+    "aten._fft_c2c.default": _CLONED,
+    "aten._fft_c2r.default": _CLONED,
+    "aten._fft_r2c.default": _CLONED,
+}
+"""Library calls whose results lie otherwise on a GPU, by sizes, dtypes and device, than on the CPU where they are captured, and
+what makes them dense."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,15 @@ def _call(graph: Graph, step: Extern, device: str) -> list[str]:
         raise Illegal(f"{step.target} is for the CPU")
     (line,) = module._call(graph, step)
     line = line.replace('torch.device("cpu")', device)
-    return [line, _as_captured(*step.outputs)] if step.target in _LAID_ANYHOW else [line]
+    if step.target not in _LAID_ANYHOW:
+        return [line]
+    (result,) = step.outputs
+    return [line, _as_captured(result, _LAID_ANYHOW[step.target])]
 
 
-def _as_captured(buffer: Buffer) -> str:
+def _as_captured(buffer: Buffer, dense: str) -> str:
     """Have a call's result lie in memory as those who read it expect."""
     order, back = memory_order(buffer.stride)
     turns = f".permute({order})", f".permute({back})"
     turned, returned = ("", "") if list(order) == sorted(order) else turns
-    made = f"torch.ops.aten.clone.default({buffer.name}{turned}, memory_format=torch.contiguous_format){returned}"
-    return f"{buffer.name} = {made}"
+    return f"{buffer.name} = {dense.format(buffer.name + turned)}{returned}"

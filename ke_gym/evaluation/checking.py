@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,18 @@ class Entry:
     number: int
 
 
-def draw_cases(rng: random.Random) -> list[Case]:
-    """Secret cases: what every candidate of a session is checked on."""
-    return [(rng.getrandbits(60), d, rng.getrandbits(60) if fresh_state else 0) for d, fresh_state in CASES]
+def draw_cases(rng: random.Random, refused: Collection[str] = ()) -> list[Case]:
+    """Secret cases: what every candidate of a session is checked on, but for distributions that the reference refuses."""
+    cases = [(rng.getrandbits(60), d, rng.getrandbits(60) if fresh_state else 0) for d, fresh_state in CASES]
+    return [case for case in cases if case[1] not in refused]
+
+
+def unchecked(refused: Mapping[str, str]) -> str:
+    """What is said of the distributions on which the reference itself raises; "" if there are none."""
+    return "\n".join(
+        f"nothing is checked on {distribution} inputs, on which the reference itself fails: {why}"
+        for distribution, why in refused.items()
+    )
 
 
 class Rejected(Exception):

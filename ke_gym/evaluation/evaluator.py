@@ -10,7 +10,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from ke_gym.evaluation.admission import admit
 from ke_gym.evaluation.arms import ArmDied, RivalFailed, open_arm
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds, Cores
-from ke_gym.evaluation.checking import Entry, Rejected, check_case, check_touched, draw_cases
+from ke_gym.evaluation.checking import Entry, Rejected, check_case, check_touched, draw_cases, unchecked
 from ke_gym.evaluation.contest import (
     AA,
     CONFIRM,
@@ -215,7 +215,12 @@ class Evaluator:
                 self._maybe_aa()
         if absent:
             base = left_out(base, absent)
-        return base
+        said = unchecked(self._refused())
+        return base.replace(log="\n".join(filter(None, (base.log, said))))
+
+    def _refused(self) -> Mapping[str, str]:
+        """The distributions of inputs on which the reference itself raises, and what it says."""
+        return self.judge.refused
 
     def _clock(self) -> float:
         """Seconds without those in which somebody else had the device: what an evaluation costs is its own."""

@@ -318,6 +318,10 @@ class GpuClient:
         """Mutant name → whether the check rejects it on one of ``cases``."""
         return dict(self._ask("mutants", shape_set=shape_set, cases=cases)[0]["mutants"])
 
+    def refuses(self, shape_set: str, distribution: str) -> str:
+        """Why the reference raises on inputs of a distribution; "" if it does not. The process may die of it."""
+        return str(self._ask("refuses", shape_set=shape_set, distribution=distribution)[0]["refused"])
+
     def self_verdict(self, shape_set: str) -> dict[str, Any]:
         return self._ask("self_verdict", shape_set=shape_set)[0]
 

@@ -21,7 +21,7 @@ from ke_gym.evaluation.account import ALONE, Account
 from ke_gym.evaluation.arms import ArmDied
 from ke_gym.evaluation.builder import BUILD_SECONDS, Builder
 from ke_gym.evaluation.builds import Builds
-from ke_gym.evaluation.checking import Rejected, draw_cases, errors_of, refusal
+from ke_gym.evaluation.checking import CASES, Rejected, draw_cases, errors_of, refusal
 from ke_gym.evaluation.contest import CONFIRM, RACE, SOAK, believe
 from ke_gym.evaluation.evaluation import BASELINES, Errors, Evaluation, Profile
 from ke_gym.evaluation.evaluator import Evaluator
@@ -152,7 +152,9 @@ class GpuEvaluator(Evaluator):
             self.facts = self.judge.facts
             self.alike = self.judge.alike
             """The numbers of the GPUs like this one that CUDA shows, this one among them."""
-            self.cases = draw_cases(self._rng)
+            self.refused: dict[str, str] = beside.refused if beside else self._refusals()
+            """The distributions on which the reference itself raises, and what it says."""
+            self.cases = draw_cases(self._rng, self.refused)
             arch_of(self.facts)
             if not self.facts.clock_mhz and beside is None:
                 warnings.warn(
@@ -343,6 +345,20 @@ class GpuEvaluator(Evaluator):
         self._signature = judge.signature
         return judge
 
+    def _refusals(self) -> dict[str, str]:
+        """Asked before any candidate is there, whose faults could be taken for the reference's."""
+        found = {}
+        for distribution in dict.fromkeys(name for name, _ in CASES if name != "task"):
+            self._revive()
+            if why := self.judge.refuses(self.contract, distribution):
+                found[distribution] = why
+        self._revive()
+        return found
+
+    def _refused(self) -> dict[str, str]:
+        """See ``Evaluator._refused``."""
+        return self.refused
+
     def _revive(self) -> None:
         """Another judge, if this evaluator's own has ended."""
         if not self.judge.running():
@@ -410,7 +426,7 @@ class GpuEvaluator(Evaluator):
         for name in self.hidden if artifact.general else ():
             sets[name] = open_entry(artifact, name)
         for name, entry in sets.items():
-            cases = draw_cases(self._rng)
+            cases = draw_cases(self._rng, self.refused)
             cases = cases if name == self.contract else cases[:2]
             touch = self._rng.getrandbits(60)
             answer = self.judge.check(entry.number, name, cases, touch, touched=name in entries)

@@ -406,6 +406,21 @@ class GpuJudge:
                 break
         return {"mutants": results}
 
+    def refuses(self, shape_set: str, distribution: str) -> dict[str, Any]:
+        """Why the reference raises on inputs of a distribution; "" if it does not. To be asked before candidates come.
+
+        An assertion of a kernel's is the end of the context.
+        """
+        try:
+            self.sets[shape_set].reference(*self.stage.draw(shape_set, 0, distribution))
+            torch.cuda.synchronize()
+        except (UserError, RuntimeError) as error:
+            cause = error.__cause__ or error
+            if lacks_memory(cause):
+                raise
+            return {"refused": first_line(error), "fatal": _context_is_lost()}
+        return {"refused": ""}
+
     def self_verdict(self, shape_set: str) -> dict[str, Any]:
         """The reference judged as if it were a candidate; ``peak``: the most bytes this process has held so far."""
         chosen = self.sets[shape_set]
@@ -487,7 +502,8 @@ def answer_to(request: Callable[..., Any], header: dict[str, Any], blob: bytes) 
     """What a request comes to: its result, or what went wrong, as data."""
     try:
         answer = request(**header, **({"blob": blob} if blob else {}))
-        torch.cuda.synchronize()  # with the answer, others may get the device
+        if not (isinstance(answer, dict) and answer.get("fatal")):
+            torch.cuda.synchronize()  # with the answer, others may get the device
         return answer
     except Crowded as died:
         full = {"out_of_memory": died.log, "elsewhere": OVERHEAD}

@@ -38,6 +38,8 @@ class Case:
     inputs: list[Tensor]
     state: list[Tensor]
     expected: tuple[Expected, ...]
+    refused: str = ""
+    """Why the reference has no results, if it raises."""
 
     @property
     def bytes(self) -> int:
@@ -45,7 +47,9 @@ class Case:
 
     @property
     def finite(self) -> float:
-        """The smallest share of finite values in any expected output."""
+        """The smallest share of finite values in any expected output; 0 where the reference raises."""
+        if self.refused:
+            return 0.0
         masks = [e.mask for e in self.expected if e.mask is not None]
         return min((float(m.double().mean()) for m in masks), default=1.0)
 
@@ -157,7 +161,12 @@ class Judge:
             self._store_inputs(chosen, arguments)
             # Where every input is zero, outputs are often differences of equal numbers: what rounding leaves of
             # them is measured against what the task's own inputs give.
-            case = self._solve(chosen, chosen.scales if distribution == "zeros" else ())
+            try:
+                case = self._solve(chosen, chosen.scales if distribution == "zeros" else ())
+            except UserError as error:  # of a matrix that has no inverse, say: it need not take such inputs
+                if distribution == "task":
+                    raise
+                case = Case(_copies(chosen.inputs), _copies(chosen.state), (), str(error))
             if distribution == "task":
                 chosen.scales = tuple(
                     e.rms if e.floating and e.reference.numel() else 0.0 for e in case.expected
@@ -168,7 +177,7 @@ class Judge:
             _copy(chosen.state, case.state)
             _copy(list(chosen.reference.state.values()), case.state)
         chosen.current = case
-        return {"finite": case.finite}
+        return {"finite": case.finite, "refused": case.refused}
 
     def touch(self, shape_set: str, seed: int) -> dict[str, Any]:
         """Change one element of every floating input and parameter, and nothing else."""
@@ -203,7 +212,7 @@ class Judge:
             Expected(r, o, self.task.precision, self.task.tolerance, chosen.work.reduction_length, scale)
             for r, o, scale in zip(references, oracles, scales or (0.0,) * len(references), strict=True)
         )
-        return Case([t.clone() for t in chosen.inputs], [t.clone() for t in chosen.state], expected)
+        return Case(_copies(chosen.inputs), _copies(chosen.state), expected)
 
     # -- the baseline ----------------------------------------------------------------------------------------
 
@@ -253,6 +262,8 @@ class Judge:
         for seed, distribution, state_seed in cases:
             self.load(shape_set, seed, distribution, state_seed)
             assert chosen.current is not None
+            if chosen.current.refused:
+                continue
             other = self.task.inputs(shape_set, seed + 1, distribution)
             given = self._arguments(chosen)
             for mutant in mutants.mutants(chosen.reference, given, other, self.task.precision):
@@ -305,6 +316,10 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
 
 
 def _bytes(tensors: Any) -> int:

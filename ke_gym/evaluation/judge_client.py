@@ -42,6 +42,8 @@ class JudgeClient:
         self, zygote: Zygote, task: Task, shape_sets: list[str], baseline: str, threads: int
     ) -> None:
         self.task = task
+        self.refused: dict[str, str] = {}
+        """The distributions on which the reference was seen to raise, and what it said."""
         self._arms = itertools.count()
         self._rng = random.Random(secrets.randbits(62))
         self.worker: Worker = zygote.spawn(
@@ -77,10 +79,13 @@ class JudgeClient:
         self._ask("draw", shape_set=shape_set, seed=seed)
 
     def load(self, shape_set: str, seed: int, distribution: str = "task", state_seed: int = 0) -> float:
-        """Put a checked case into the shared buffer; returns the share of its expected values that is finite."""
+        """Put a checked case into the shared buffer; returns the share of its expected values that is finite (0 where the
+        reference raises)."""
         answer, _ = self._ask(
             "load", shape_set=shape_set, seed=seed, distribution=distribution, state_seed=state_seed
         )
+        if answer["refused"]:
+            self.refused[distribution] = answer["refused"]
         return float(answer["finite"])
 
     def touch(self, shape_set: str, seed: int) -> None:

@@ -61,7 +61,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.keep.append(results)  # ids must stay unique for as long as they are looked up
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            flops = float(count(*args, **(kwargs or {}), out_val=out))
+            flops = float(count(*_heads_alike(func, args), **(kwargs or {}), out_val=out))
             self.flops += flops
             self.needed.product(func, args, results, flops)
         name = func.__name__
@@ -95,6 +95,16 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if least == operand.numel() and type(dim) is int and -operand.dim() <= dim < operand.dim():
             length = operand.shape[dim]
         self.reduction = max(self.reduction, length)
+
+
+def _heads_alike(func: Any, args: Any) -> Any:
+    """The arguments with keys and values of as many heads as the queries have: torch 2.11 counts for these alone."""
+    if not func.__name__.startswith("_scaled_dot_product"):
+        return args
+    first = 1 if "backward" in func.__name__ else 0
+    query, *shared = args[first : first + 3]
+    alike = (t[:, :1].expand(-1, query.shape[1], *t.shape[2:]) for t in shared)
+    return (*args[: first + 1], *alike, *args[first + 3 :])
 
 
 def _dimension(func: Any, args: Any, kwargs: Any) -> Any:

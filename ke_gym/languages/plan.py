@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -442,6 +442,13 @@ def refs(arg: Arg) -> list[int]:
     if isinstance(arg, tuple):
         return [v for a in arg for v in refs(a)]
     return []
+
+
+def memory_order(stride: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes from the farthest steps in memory to the nearest, and what permutes axes in that order back."""
+    axes = range(len(stride))
+    order = sorted(axes, key=lambda axis: -stride[axis])
+    return tuple(order), tuple(order.index(axis) for axis in axes)
 
 
 def uses(step: Step) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch._dynamo.config  # fake tensors import it on first use, which takes a second: better done here
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -37,6 +39,7 @@ from ke_gym.languages.plan import (
     TensorMap,
     TensorSpec,
     makes,
+    memory_order,
     uses,
 )
 from ke_gym.languages.recording import Request, Tile, Unit, recording
@@ -61,6 +64,7 @@ _QUESTIONS = {
     "aten.is_nonzero.default",
     "aten.item.default",
 }
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention
 _SAME = {"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default", "aten.lift.default"}
 _DATA_DEPENDENT = (
     DataDependentOutputException,
@@ -110,7 +114,7 @@ def trace(
         for position, (name, spec) in enumerate((prepared or {}).items()):
             given[name] = recorder.prepared_input(name, str(position), spec)
     try:
-        with torch.no_grad(), recorder.fakes, recorder, recording(recorder):
+        with torch.no_grad(), recorder.fakes, recorder, recording(recorder), _WholeAttention(recorder):
             result = function(*arguments, **given)
     except Exception as error:
         recorder.raise_first(error)
@@ -119,13 +123,39 @@ def trace(
     return recorder.finish(result)
 
 
+class _Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Fake tensors of a GPU that need none and use none: what ``torch.tensor`` makes begins on the CPU, as a constant of the
+    plan, whether or not this process sees a GPU."""
+
+    avoid_device_init = True
+
+
+class _WholeAttention(TorchFunctionMode):
+    """Has a GPU's attention recorded as the one call it is: which of the library's kernels computes it is decided on the device.
+
+    Where no GPU is seen, torch would take it apart.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.scaled_dot_product_attention, _ATTENTION, _ATTENTION.default):
+            return self._recorder.attention(args, kwargs)
+        return func(*args, **kwargs)
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers tensors in the order they appear; ``finish`` renumbers them so that inputs come first."""
 
     def __init__(self, bound: list[tuple[str, Tensor]], device: Literal["cpu", "cuda"]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
-        self.fakes = FakeTensorMode()
+        self.fakes = _Fakes() if device == "cuda" else FakeTensorMode()
         self._bound = {id(tensor): name for name, tensor in bound}
         self._numbers: dict[int, int] = {}
         self._next = 0
@@ -186,6 +216,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._numbers[id(tensor)] = number
             self._memory[number] = _storage(tensor)
             self._keep.append((tensor, tensor.untyped_storage()))
+        return number
+
+    def _another(self, tensor: Tensor) -> int:
+        """A new number for what lies in a tensor's memory; the tensor keeps its own."""
+        number = self._next
+        self._next += 1
+        self._memory[number] = _storage(tensor)
         return number
 
     def _known(self, tensor: Tensor) -> FakeTensor:
@@ -267,11 +304,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._held:
             return
         number = self._numbers[id(tensor)]
-        copy = self._next
-        self._next += 1
+        copy = self._numbers[id(tensor)] = self._another(tensor)
         self._steps.append(Call("aten.clone.default", (Ref(number),), {}, (copy,)))
-        self._numbers[id(tensor)] = copy
-        self._memory[copy] = _storage(tensor)
         self._held.discard(id(tensor))
         self._contents.pop(id(tensor), None)
         del self._origin[_storage(tensor)]
@@ -332,6 +366,30 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._record(func, target, args, kwargs, result, {_storage(tensor) for tensor in writes})
         return result
 
+    def attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The library's attention, whose result lies in memory as its queries do."""
+        overload = _ATTENTION.default
+        given = dict(zip((argument.name for argument in overload._schema.arguments), args)) | kwargs
+        tensors = [leaf for leaf in given.values() if isinstance(leaf, Tensor)]
+        if given.get("dropout_p") or any(tensor.device.type != "cuda" for tensor in tensors):
+            return overload(*args, **kwargs)
+        given = pytree.tree_map_only(Tensor, self._known, given)
+        order, back = memory_order(given["query"].stride())
+        with _disable_current_modes(), self.fakes:
+            made = overload(**given)  # raises what torch says of shapes that do not fit
+            laid: Any = made.new_empty([made.shape[axis] for axis in order]).permute(back)
+        target = str(overload)
+        encoded = {name: self._argument(target, value) for name, value in given.items()}
+        leading = tuple(encoded.pop(name) for name in ("query", "key", "value"))
+        whole, apart, dense = (self._another(laid) for _ in range(3))
+        self._steps += [
+            Call(target, leading, encoded, (whole,)),
+            Call("aten.permute.default", (Ref(whole), order), {}, (apart,)),
+            Call("aten.contiguous.default", (Ref(apart),), {}, (dense,)),
+            Call("aten.permute.default", (Ref(dense), back), {}, (self._number(laid),)),
+        ]
+        return laid
+
     def _written(self, func: Any, target: str, args: Any, kwargs: Any) -> list[Tensor]:
         if target in _HIDDEN_WRITES and args[5]:  # training
             return [args[i] for i in _HIDDEN_WRITES[target] if isinstance(args[i], Tensor)]
@@ -343,7 +401,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _record(self, func: Any, target: str, args: Any, kwargs: Any, result: Any, writes: set[int]) -> None:
-        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is None or isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if leaf is not None]
         for tensor in tensors:
             if tensor.device.type != self._device:
                 raise self.rejection(
@@ -373,8 +432,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
         encoded = [self._argument(target, a) for a in args]
         named = {k: self._argument(target, v) for k, v in kwargs.items()}
-        # An operator that writes to its argument returns it: the tensor keeps its number.
-        outs = [self._number(None if id(tensor) in self._numbers else tensor) for tensor in tensors]
+        # An operator that writes to its argument returns it: the tensor keeps its number. One that it leaves out has one,
+        # too: on a device it may be another that is.
+        outs = [self._number(None if id(leaf) in self._numbers else leaf) for leaf in leaves]
         self._effects[len(self._steps)] = writes
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._drawing.add(len(self._steps))

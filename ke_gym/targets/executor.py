@@ -360,8 +360,11 @@ class PlanRunner:
                 result = overload(*args, **kwargs)
             results = [result] if isinstance(result, torch.Tensor) else flatten(result)
             for number, cell, tensor in zip(outs, cells, results, strict=True):
-                values[number] = tensor
-                cell.value = tensor.data_ptr()
+                if tensor is not None:
+                    values[number] = tensor
+                    cell.value = tensor.data_ptr()
+                elif number not in finished:
+                    raise PlanError(f"{step.target} gives no tensor here where it was traced to give one")
             for i in skip:
                 args[i] = None
             for value in finished:
@@ -425,9 +428,9 @@ def load_library(binary: bytes) -> ctypes.CDLL:
             raise PlanError(f"the binary does not load: {error}") from None
 
 
-def flatten(result: Any) -> list[torch.Tensor]:
-    """The tensors in what an ATen overload returned, in order."""
-    if isinstance(result, torch.Tensor):
+def flatten(result: Any) -> list[torch.Tensor | None]:
+    """The tensors in what an ATen overload returned, in order; None where it left one out."""
+    if result is None or isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, (list, tuple)):
         return [t for r in result for t in flatten(r)]

@@ -214,6 +214,20 @@ def _tensors(part: nn.Module) -> list[Tensor]:
     return [value for value in held if isinstance(value, Tensor)]
 
 
+def plain_tensors(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where modules hold tensors that are neither parameters nor buffers, nor views of them: constants, to a kernel."""
+    shared = {
+        tensor.untyped_storage()._cdata
+        for tensor in pytree.tree_leaves(dict(module.state_dict(keep_vars=True)))
+    }
+    return [
+        (vars(part), name)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor) and value.untyped_storage()._cdata not in shared
+    ]
+
+
 class _Memory:
     """What a forward could write: tensors held by the modules, with their values."""
 

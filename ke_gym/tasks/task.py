@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ke_gym.errors import UserError
 from ke_gym.tasks import live
 from ke_gym.tasks.inputs import drawing, seeded
-from ke_gym.tasks.reference import Reference, check_dtypes
+from ke_gym.tasks.reference import Reference, check_dtypes, plain_tensors
 from ke_gym.tasks.source import blame, execute, line_of, nearest
 
 __all__ = ["Precision", "Reference", "Task"]
@@ -129,7 +129,8 @@ class Task:
     def reference(self, shape_set: str = DEFAULT, seed: int = 0, device: str = "cpu") -> Reference:
         """The reference, built under `seed` as KernelBench does; a live module keeps its own parameters.
 
-        On another `device` the parameters are drawn there, and have other values than on the CPU.
+        On another `device` parameters and buffers are drawn there, and have other values than on the CPU; other tensors
+        that the modules hold have the same, since kernels have them as constants.
         """
         if self.payload:
             module = live.unpack(self.payload)[0].to("cpu" if device == "fake" else device)
@@ -141,6 +142,11 @@ class Task:
                 module = program.Model(*initial)
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.path}: Model is not a torch.nn.Module; derive it from nn.Module")
+        if device not in ("cpu", "fake") and not self.payload and (held := plain_tensors(module)):
+            with torch.device("cpu"):  # where a judge has its GPU by default, too
+                like = plain_tensors(self.reference(shape_set, seed).module)
+            for (owner, name), (drawn, _) in zip(held, like, strict=True):
+                owner[name] = drawn[name].to(owner[name].device)
         return Reference(module, self.path, self._arity(shape_set, device) if self.backward else None)
 
     def init_inputs(self, shape_set: str = DEFAULT, seed: int = 0) -> list[Any]:

@@ -72,6 +72,34 @@ def test_what_is_wrong_is_said(evaluator: Evaluator, old: str, new: str, outcome
     assert len(feedback(evaluation).splitlines()) <= FEEDBACK_LINES
 
 
+CHOOSY = """
+import torch
+import torch.nn.functional as F
+class Model(torch.nn.Module):
+    def forward(self, x, y):
+        return F.binary_cross_entropy(torch.sigmoid(x), torch.sigmoid(y))
+def get_inputs():
+    return [torch.randn(24, 40), torch.randn(24, 40)]
+"""
+
+
+def test_nothing_is_asked_where_the_reference_raises_and_that_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "choosy.py"
+    path.write_text(CHOOSY)
+    source = (
+        "import torch.nn.functional as F\ndef forward(x, y):\n"
+        "    return F.binary_cross_entropy_with_logits(x, y.sigmoid()){}\n"
+    )
+    with Evaluator(Task.from_file(path), threads=1, folder=tmp_path) as judge:
+        right, wrong = (judge.evaluate(Candidate(source.format(more))) for more in ("", " * 1.001"))
+        proof = judge.prove()
+    assert right.correct and wrong.outcome == "correctness"
+    for evaluation in (right, wrong):
+        assert "nothing is checked on special inputs, on which the reference itself fails" in evaluation.log
+        assert "all elements of" in evaluation.log
+    assert proof is not None and proof.ok
+
+
 def test_a_module_that_does_not_compute_in_plan_is_in_the_host_lane(evaluator: Evaluator) -> None:
     source = "def forward(x):\n    return x.softmax(-1) if float(x.sum()) != 1.5 else x\n"
     evaluation = evaluator.evaluate(Candidate(source))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ke_gym.evaluation import gpu_check, gpu_judge
-from ke_gym.evaluation.gpu_judge import GpuJudge
+from ke_gym.evaluation.gpu_judge import GpuJudge, answer_to
 from ke_gym.evaluation.gpu_memory import Block, Placement, give_back
 from ke_gym.evaluation.gpu_stage import Died
 from ke_gym.evaluation.gpu_timing import Sample
@@ -194,6 +194,26 @@ def test_a_tensor_given_twice_is_two_tensors_for_the_judge(
     artifact = replace(one_launch("of_two", SPEC), plans={"default": plan})
     answer = judge.check(judge.load("default", artifact.to_bytes())["arm"], CASES, 99, True, 5.0)
     assert "reason" not in answer, answer
+
+
+def test_what_inputs_the_reference_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = TASK.replace(
+        "return torch.sin", "torch._assert(not x.isnan().any(), 'no numbers')\n        return torch.sin"
+    )
+    judge = judging(monkeypatch, tmp_path / "choosy.py", text)
+    told = judge.refuses("default", "special")
+    assert "no numbers" in told["refused"] and not told["fatal"]
+    assert judge.refuses("default", "ties") == {"refused": ""}
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    asked = {"shape_set": "default", "distribution": "ties"}
+    assert answer_to(judge.refuses, asked, b"") == {
+        "refused": "CUDA error: device-side assert triggered",
+        "fatal": True,
+    }
 
 
 def check(judge: GpuJudge, name: str) -> dict[str, Any]:

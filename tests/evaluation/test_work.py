@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import flop_registry
 
-from ke_gym.evaluation.work import Work, count
+from ke_gym.evaluation.work import Work, _heads_alike, count
 from ke_gym.tasks.task import Task
 
 N = 64 * 48
@@ -73,6 +74,7 @@ def test_a_reduction_is_as_long_as_the_dimension_called_so(forward: str, length:
 
 ATTENTION = """
 import torch
+from torch.utils.flop_counter import flop_registry
 class Model(torch.nn.Module):
     def forward(self, query, key, value, lengths):
         scores = query @ key.repeat_interleave(2, dim=1).transpose(-2, -1) * 0.3
@@ -143,3 +145,12 @@ def test_what_is_needed_is_no_more_than_what_surely_is(forward: str, tmp_path: P
     work, _ = counted(tmp_path, forwarding("x, w", forward, "torch.randn(64, 48), torch.randn(64, 64)"))
     assert work.flops
     assert work.floor_flops == pytest.approx(OTHERS[forward] * work.flops)
+
+
+def test_attention_of_shared_heads_counts_as_that_of_all() -> None:
+    func = torch.ops.aten._scaled_dot_product_flash_attention.default
+    queries, shared = (torch.empty(2, heads, 16, 32, device="meta") for heads in (8, 2))
+    given = _heads_alike(func, (queries, shared, shared, 0.0, True))
+    assert [tuple(t.shape) for t in given[:3]] == [(2, 8, 16, 32)] * 3 and given[3:] == (0.0, True)
+    assert flop_registry[func._overloadpacket](*given, out_val=None) == 2 * 2 * (2 * 8) * 16 * 32 * 16
+    assert _heads_alike(torch.ops.aten.mm.default, (queries,)) == (queries,)

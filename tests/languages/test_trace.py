@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from ke_gym import lang
 from ke_gym.languages.artifact import Artifact
 from ke_gym.languages.base import BuildError
+from ke_gym.languages.device import get_arch
 from ke_gym.languages.plan import Alloc, Call, Launch, Plan, PlanInput, Ref, TensorSpec
+from ke_gym.languages.pretend import pretending
 from ke_gym.languages.trace import CONSTANT_BYTES, NotTraceable, trace
 from ke_gym.targets.executor import PlanRunner
 
@@ -90,6 +92,39 @@ def test_tensors_made_outside_become_constants() -> None:
     assert sources == ["input", "constant", "constant"]
     held = [traced.constants[i.name] for i in traced.plan.inputs[1:]]
     assert [t.tolist() for t in held] == [WEIGHT.tolist(), [1.0, 2.0, 3.0]]
+
+
+def test_no_constant_is_made_on_a_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], device=x.device)
+
+    with pretending(get_arch()):
+        expected = trace(forward, [X], {}, device="cuda")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # torch would set up a context
+        traced = trace(forward, [X], {}, device="cuda")
+    assert traced.plan == expected.plan
+    assert [tensor.device.type for tensor in traced.constants.values()] == ["cpu"]
+
+
+def test_a_gpu_decides_itself_how_the_library_computes_attention() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(2, 16, 4, 8).transpose(1, 2)
+        made = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return made.transpose(1, 2).reshape(2, 16, 32)
+
+    given = TensorSpec((2, 16, 32), (512, 32, 1), "float16")
+    with pretending(get_arch()):
+        plan = trace(forward, [given], {}, device="cuda").plan
+    calls = [step.target for step in plan.steps if isinstance(step, Call)]
+    assert calls == [
+        "aten.view.default",
+        "aten.transpose.int",
+        "aten.scaled_dot_product_attention.default",
+        *("aten.permute.default", "aten.contiguous.default", "aten.permute.default"),  # whatever kernel it is
+        "aten.transpose.int",
+        "aten.view.default",
+    ]
+    assert plan.return_specs == (given,)
 
 
 def test_the_value_of_a_constant_may_be_read() -> None:

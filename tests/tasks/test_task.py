@@ -13,6 +13,7 @@ from torch import nn
 
 from ke_gym.errors import UserError
 from ke_gym.tasks import Task, resolve
+from ke_gym.tasks.reference import plain_tensors
 
 KERNELBENCH = Path(__file__).parent / "kernelbench"
 problem = pytest.mark.parametrize("path", sorted(KERNELBENCH.glob("*.py")), ids=lambda path: path.stem)
@@ -384,3 +385,18 @@ def test_plain_lists_and_a_byte_order_mark_are_fine(tmp_path):
     path = tmp_path / "marked.py"
     path.write_bytes(b"\xef\xbb\xbf" + PLAIN.replace("[torch.randn(N)]", "[torch.randn(N), [1, 2]]").encode())
     assert Task.load(path).inputs()[1] == [1, 2]
+
+
+def test_what_is_no_parameter_has_the_same_values_on_every_device(tmp_path: Path) -> None:
+    path = tmp_path / "noisy.py"
+    path.write_text(
+        "import torch\nclass Model(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(8, 8)\n        self.noise = torch.rand(8, device='cpu')\n"
+        "        self.weight = self.layer.weight\n"
+        "    def forward(self, x):\n        return self.layer(x) + self.noise\n"
+        "def get_inputs():\n    return [torch.randn(4, 8)]\n"
+    )
+    task = Task.from_file(path)
+    here, there = task.reference().module, task.reference(device="meta").module
+    assert [name for _, name in plain_tensors(here)] == ["noise"]
+    assert there.layer.weight.device.type == "meta" and torch.equal(here.noise, there.noise)
