@@ -374,9 +374,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if given.get("dropout_p") or any(tensor.device.type != "cuda" for tensor in tensors):
             return overload(*args, **kwargs)
         given = pytree.tree_map_only(Tensor, self._known, given)
-        order, back = memory_order(given["query"].stride())
         with _disable_current_modes(), self.fakes:
-            made = overload(**given)  # raises what torch says of shapes that do not fit
+            made = overload(**given)  # raises what torch says of arguments that do not fit
+            order, back = memory_order(given["query"].stride())
             laid: Any = made.new_empty([made.shape[axis] for axis in order]).permute(back)
         target = str(overload)
         encoded = {name: self._argument(target, value) for name, value in given.items()}
