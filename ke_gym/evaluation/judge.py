@@ -8,6 +8,7 @@ read-only inputs and its own output buffer.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ class Judge:
     def _solve(self, chosen: ShapeSet, scales: tuple[float, ...] = ()) -> Case:
         """The trusted results for what is in the shared inputs now."""
         arguments = self._arguments(chosen)
-        references = [t.clone() for t in self._run(chosen)]
+        references = _copies(self._run(chosen))
         oracles = chosen.reference.double()(*arguments)
         expected = tuple(
             Expected(r, o, self.task.precision, self.task.tolerance, chosen.work.reduction_length, scale)
@@ -318,7 +319,7 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
             target.copy_(source)
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
+def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 

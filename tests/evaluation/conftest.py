@@ -27,6 +27,29 @@ def evaluator(folder: Path) -> Iterator[Evaluator]:
         yield opened
 
 
+CHOOSY = """
+import torch
+import torch.nn.functional as F
+class Model(torch.nn.Module):
+    def forward(self, x, y):
+        return F.binary_cross_entropy(torch.sigmoid(x), torch.sigmoid(y))
+def get_inputs():
+    return [torch.randn(24, 40), torch.randn(24, 40)]
+"""
+
+
+@pytest.fixture
+def choosy(tmp_path: Path) -> tuple[Task, str]:
+    """A task whose reference refuses NaN, and a module for it: right with "" where it has a place."""
+    path = tmp_path / "choosy.py"
+    path.write_text(CHOOSY)
+    source = (
+        "import torch.nn.functional as F\ndef forward(x, y):\n"
+        "    return F.binary_cross_entropy_with_logits(x, y.sigmoid()){}\n"
+    )
+    return Task.from_file(path), source
+
+
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """A bare zygote that can import the workers of `hostile_workers.py`."""

@@ -72,25 +72,11 @@ def test_what_is_wrong_is_said(evaluator: Evaluator, old: str, new: str, outcome
     assert len(feedback(evaluation).splitlines()) <= FEEDBACK_LINES
 
 
-CHOOSY = """
-import torch
-import torch.nn.functional as F
-class Model(torch.nn.Module):
-    def forward(self, x, y):
-        return F.binary_cross_entropy(torch.sigmoid(x), torch.sigmoid(y))
-def get_inputs():
-    return [torch.randn(24, 40), torch.randn(24, 40)]
-"""
-
-
-def test_nothing_is_asked_where_the_reference_raises_and_that_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "choosy.py"
-    path.write_text(CHOOSY)
-    source = (
-        "import torch.nn.functional as F\ndef forward(x, y):\n"
-        "    return F.binary_cross_entropy_with_logits(x, y.sigmoid()){}\n"
-    )
-    with Evaluator(Task.from_file(path), threads=1, folder=tmp_path) as judge:
+def test_nothing_is_asked_where_the_reference_raises_and_that_is_said(
+    choosy: tuple[Task, str], tmp_path: Path
+) -> None:
+    task, source = choosy
+    with Evaluator(task, threads=1, folder=tmp_path) as judge:
         right, wrong = (judge.evaluate(Candidate(source.format(more))) for more in ("", " * 1.001"))
         proof = judge.prove()
     assert right.correct and wrong.outcome == "correctness"

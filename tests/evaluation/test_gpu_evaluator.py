@@ -55,15 +55,6 @@ def forward(x, scale):
     rows[(x.shape[0],)](x, scale, out, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
     return out
 """
-CHOOSY = """
-import torch
-import torch.nn.functional as F
-class Model(torch.nn.Module):
-    def forward(self, x, y):
-        return F.binary_cross_entropy(torch.sigmoid(x), torch.sigmoid(y))
-def get_inputs():
-    return [torch.randn(24, 40), torch.randn(24, 40)]
-"""
 pytestmark = pytest.mark.gpu
 
 
@@ -94,15 +85,10 @@ def test_a_right_kernel_is_correct_on_hidden_shapes_too(evaluator: Evaluator) ->
 
 
 def test_a_reference_that_stops_the_device_on_special_inputs_is_not_asked_about_them(
-    evaluator: Evaluator, tmp_path: Path
+    evaluator: Evaluator, choosy: tuple[Task, str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "choosy.py"
-    path.write_text(CHOOSY)
-    source = (
-        "import torch.nn.functional as F\ndef forward(x, y):\n"
-        "    return F.binary_cross_entropy_with_logits(x, y.sigmoid()){}\n"
-    )
-    with open_evaluator(Task.from_file(path), "cuda", folder=tmp_path, call_timeout=2) as opened:
+    task, source = choosy
+    with open_evaluator(task, "cuda", folder=tmp_path, call_timeout=2) as opened:
         right, wrong = (opened.evaluate(Candidate(source.format(more), "triton")) for more in ("", " * 1.01"))
     assert right.correct, right.log
     assert wrong.outcome == "correctness", wrong.log
