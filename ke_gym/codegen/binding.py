@@ -199,17 +199,30 @@ class Binder:
         if isinstance(own, Var) and not rest.terms:
             if own.size != atom.size or own in binding:
                 raise Illegal(f"{name} reads across outer iterations")
-            binding[own] = of(atom)
+            self._place(binding, own, of(atom))
         elif isinstance(own, Var):
             inside = rest.terms[0][0]
-            assert isinstance(inside, Var)
-            if own in binding or (own.size + factor - 1) // factor != atom.size:
+            if (
+                not isinstance(inside, Var)
+                or own in binding
+                or (own.size + factor - 1) // factor != atom.size
+            ):
                 raise Illegal(f"{name} reads across outer iterations")
-            binding[own] = self._tiled(atom, own, factor, name) if factor == inside.size else of(atom)
+            self._place(
+                binding, own, self._tiled(atom, own, factor, name) if factor == inside.size else of(atom)
+            )
         elif type(own) is Quotient and factor == 1 and not rest.terms:
             self._split(name, binding, own.index, own.divisor, atom)
         else:
             raise Illegal(f"{name} reads across outer iterations")
+
+    def _place(self, binding: Binding, own: Var, index: Index) -> None:
+        """Bind the loop ``own``; if it is what a split left of a loop, that loop is bound through it."""
+        split = [var for var, place in binding.items() if place.coefficient(own)]
+        for var in split:
+            binding[var] = Rewriter({own: index}).index(binding[var])
+        if not split:
+            binding[own] = index
 
     def _split(self, name: str, binding: Binding, index: Index, divisor: int, atom: Var) -> None:
         """Bind ``index // divisor`` to ``atom`` where ``index`` is one loop."""

@@ -117,7 +117,9 @@ class Lines:
         name = f"{work.node.name}_run"
         self.text.lines.append(f"{name} = {bare_text(value)}")
         for dtype in {work.expr.dtype, work.node.dtype, "f32"}:
-            self.text.names[Load(work.node.name, (), dtype), ""] = name
+            load = Load(work.node.name, (), dtype)
+            self.text.names[load, ""] = name
+            self.text.inner.add(load)
         self._store(work, name)
 
     def _combined(self, op: str, a: str, b: str) -> str:

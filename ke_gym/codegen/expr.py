@@ -167,10 +167,11 @@ class Index(Interned):
         return of(Remainder(rest, divisor))
 
     def _split(self, divisor: int) -> tuple[Index, Index]:
-        """``(whole, rest)`` with ``self == divisor * whole + rest``."""
+        """``(whole, rest)`` with ``self == divisor * whole + rest``; ``rest`` is not negative, which C++ would round up."""
         whole = [(a, c // divisor) for a, c in self.terms if c % divisor == 0]
-        rest = [(a, c) for a, c in self.terms if c % divisor]
-        return linear(self.const // divisor, whole), linear(self.const % divisor, rest)
+        rest = linear(self.const % divisor, [(a, c) for a, c in self.terms if c % divisor])
+        below = min(0, bounds(rest)[0] // divisor)
+        return linear(self.const // divisor + below, whole), rest - below * divisor
 
     def _digits(self, divisor: int) -> tuple[Index, Index, int] | None:
         """``(upper, lower, unit)`` with ``self == unit * upper + lower``, ``0 <= lower < unit``, ``unit | divisor``."""

@@ -282,7 +282,9 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     nest = cached_nest(graph, group, visible)
     if not isinstance(nest, Nest):
         return group
-    group = replace(group, reciprocal=continuous(graph), prefetch=1)
+    # Without divisions there is less work, or more by a product: a group that one thread may do can become one it may not.
+    group = replace(group, prefetch=1)
+    group = _first_legal(graph, [replace(group, reciprocal=continuous(graph))], visible, group)
     if not nest.outer:
         return bordered(graph, group, visible)
     inside = set(group.nodes)
@@ -300,14 +302,19 @@ def _tuned(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
         users = [graph.steps[u] for u in graph.users[name] if u in inside]
         if len(users) > 1 or any(isinstance(u, Node) and u.numel > node.numel for u in users):
             staged.append(name)
-    for k in range(len(staged), 0, -1):
-        attempt = replace(group, staged=tuple(staged[:k]))
+    attempts = (replace(group, staged=tuple(staged[:k])) for k in range(len(staged), 0, -1))
+    return _first_legal(graph, attempts, visible, group)
+
+
+def _first_legal(graph: Graph, attempts: Iterable[Group], visible: frozenset[str], otherwise: Group) -> Group:
+    """The first of ``attempts`` that can be built."""
+    for attempt in attempts:
         try:
             cached_nest(graph, attempt, visible)
             return attempt
         except Illegal:
             continue
-    return group
+    return otherwise
 
 
 LEAST_OUTER = 16  # outer iterations that keep any number of cores busy
@@ -331,13 +338,7 @@ def bordered(graph: Graph, group: Group, visible: frozenset[str]) -> Group:
     attempts = [replace(group, peel=True)]
     if math.prod(node.vars[k].size for k, _ in outer) >= LEAST_OUTER:
         attempts.insert(0, replace(group, anchor=name, outer=outer, peel=True))
-    for attempt in attempts:
-        try:
-            cached_nest(graph, attempt, visible)
-            return attempt
-        except Illegal:
-            continue
-    return group
+    return _first_legal(graph, attempts, visible, group)
 
 
 def attended(graph: Graph, plan: Plan) -> Plan:

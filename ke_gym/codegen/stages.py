@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from ke_gym.codegen.expr import BYTES, Load, Quotient, Rewriter, Search, Var, compute_dtype, of, walk
 from ke_gym.codegen.nest import Item, Loop, Nest, Stage, Target
 
 NEAR = 64  # iterations below which nothing is fetched ahead or sent past the caches
 VECTOR = 16  # elements of a vector of float
 SHORT = 256  # iterations up to which what is left after whole vectors counts
+LONG = 2048  # summands of several loops that one register takes
 
 
 def streamed(nest: Nest, stage: Stage, least: int) -> list[Item]:
@@ -49,7 +52,11 @@ def overlaps(stage: Stage) -> bool:
 
 
 def acc_dtype(item: Item) -> str:
-    return compute_dtype(item.expr.dtype)
+    """The type of the register that a reduction accumulates in: fp64 for a long sum whose lanes no loop ends early, where
+    fp32 would lose what a library's blocked sums keep."""
+    dtype = compute_dtype(item.expr.dtype)
+    long = len(item.reduced) > 1 and math.prod(var.size for var in item.reduced) >= LONG
+    return "f64" if long and dtype == "f32" and item.op == "sum" else dtype
 
 
 def trailing(item: Item, loops: tuple[Loop, ...]) -> int | None:

@@ -25,6 +25,7 @@ from ke_gym.tasks import Task
 
 SMALL = "ragged"
 FOLDER = Path(__file__).parent
+DRAFTED = [str(path) for path in sorted((FOLDER / "drafted").glob("*.py"))]
 HALF = [str(path) for path in sorted((FOLDER / "half").glob("*.py"))]
 PASSES = [str(path) for path in sorted((FOLDER / "passes").glob("*.py"))]
 SEARCHED = [str(path) for path in sorted((FOLDER / "searched").glob("*.py"))]

@@ -1,4 +1,5 @@
-"""The problems of ``test_heldout`` on a GPU: each first candidate, in either language, passes the judge's own checks."""
+"""The problems of ``test_heldout`` and random networks on a GPU: each first candidate, in either language, passes the judge's
+own checks."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 
 from ke_gym.evaluation.checking import CASES, draw_cases
 from ke_gym.tasks import Task
+from tests.codegen.networks import network
 from tests.codegen.test_heldout import PROBLEMS, built_for_a_gpu
 
 pytestmark = [
@@ -38,4 +40,12 @@ def refusal(path: Path, packed: bytes) -> str:
 @pytest.mark.parametrize("language", ["triton", "cuda"])
 @pytest.mark.parametrize("path", PROBLEMS, ids=lambda path: path.stem)
 def test_an_unseen_problem_gets_a_correct_first_candidate(path: Path, language: str) -> None:
+    assert not refusal(path, built_for_a_gpu(path, language))
+
+
+@pytest.mark.parametrize("language", ["triton", "cuda"])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_random_network_gets_a_correct_first_candidate(seed: int, language: str, tmp_path: Path) -> None:
+    path = tmp_path / f"network_{seed}.py"
+    path.write_text(network(seed))
     assert not refusal(path, built_for_a_gpu(path, language))

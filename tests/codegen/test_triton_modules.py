@@ -23,6 +23,7 @@ from ke_gym.languages.base import Signature
 from ke_gym.languages.plan import Launch
 from ke_gym.tasks import Task
 from tests.codegen.interpret import (
+    DRAFTED,
     FOLDER,
     HALF,
     PASSES,
@@ -116,7 +117,7 @@ IN_PASSES = {
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """What a process whose Triton interprets says of each module: "" if it computes what the reference does."""
-    wanted = [(name, ()) for name in (*INTERPRETED, *HALF)] + [*IN_PASSES.items(), *PRODUCTS]
+    wanted = [(name, ()) for name in (*INTERPRETED, *DRAFTED, *HALF)] + [*IN_PASSES.items(), *PRODUCTS]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "tests.codegen.interpret"],
@@ -127,7 +128,7 @@ def interpreted() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", [*INTERPRETED, *HALF], ids=lambda name: Path(name).stem)
+@pytest.mark.parametrize("name", [*INTERPRETED, *DRAFTED, *HALF], ids=lambda name: Path(name).stem)
 def test_first_drafts_compute_the_reference(name: str, interpreted: dict[str, str]) -> None:
     assert interpreted[case(name, ())] == ""
 
