@@ -10,8 +10,8 @@ no NaN wildcard. (ARCHITECTURE.md, "How a verdict is reached".)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,16 @@ RATIO = 2.0
 DEGENERATE = 8.0
 """On inputs that are all equal the reference's own error is a few roundings, which a norm may amplify a thousandfold: in
 1,500 batch norms of 24 equal rows plain sums erred by up to 12 times as much, half precision by hundreds to thousands."""
+AMPLIFIED = 316.0
+"""What a norm (eps 1e-5) of equal values makes of a rounding error; the reference's own may be none there, by luck."""
 TAIL = 0.999
+CLOSE = 64.0
+"""A refusal is a close call up to this many times a limit: sums that nearly cancel can be off by so much more than the
+reference happens to be, a lower precision is by far more."""
+FEW = 1 << 20
+"""More elements than that leave nothing to chance."""
+DRAWINGS = 16
+"""How many contents decide a close call: of as many elements, equal ones differ twofold once in 240 times (an F quantile)."""
 
 # Relative-L2 floor of an honest implementation per dtype: below what the next lower precision can reach
 # (a bf16 computation of an fp32 task errs by ~1e-3, tf32 by ~3e-4, fp16 by ~3e-4).
@@ -29,6 +38,13 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.b
 POLICY_FLOOR = {"strict": 0.0, "tf32": 1e-3, "bf16": 1e-2}
 HARD_CAP = 0.05
 BLOCK = 128
+MEASURES = (
+    ("rel_l2", "relative L2", 1),
+    ("max_rel", "largest", 4),
+    ("tail", "tail", 4),
+    ("typical", "typical", 2),
+)
+"""The field of ``Errors``, its name for people, and by how much its floor is above the relative-L2 floor."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one output is accepted, the numbers, and where it is wrong."""
+    """Whether one output is accepted, the numbers, and where it is wrong; ``close``: other contents may show otherwise."""
 
     ok: bool
     reason: str
@@ -58,6 +74,7 @@ class Verdict:
     rel_l2: float = 0.0
     ratio: float = 0.0
     pattern: str = ""
+    close: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +90,10 @@ def floor(dtype: torch.dtype, precision: str, tolerance: float | None, reduction
     return max(base, POLICY_FLOOR[precision] if dtype.itemsize >= 4 else 0.0, tolerance or 0.0)
 
 
+Size = tuple[float, float]
+"""How large an output is (root mean square), and its ``Expected.rounding``."""
+
+
 @dataclass
 class Expected:
     """The trusted side of one output, prepared once and compared with many candidates.
@@ -80,7 +101,11 @@ class Expected:
     reference: the eager result at the task's dtype; oracle: the fp64 result (or, for integer outputs, the
     fp64 computation's integers); reduction_length: about how many inputs one output element depends on.
     scale: on degenerate inputs, what errors are measured against where the oracle is smaller; 0 on others.
+    noise: the reference's own error (root mean square) on the task's inputs, if the output is nothing but rounding there.
     Complex numbers are kept as pairs of real ones.
+
+    An output whose reference is further from the truth than zero is (the gradient of a bias before a batch norm, which is
+    zero) is nothing but rounding: its errors are measured against the reference's, as on degenerate inputs.
     """
 
     reference: Tensor
@@ -89,12 +114,15 @@ class Expected:
     tolerance: float | None = None
     reduction_length: float = 1.0
     scale: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         self.dtype = self.reference.dtype
         self.reference, self.oracle = as_real(self.reference), as_real(self.oracle)
         self.floating = self.reference.is_floating_point()
         self.mask: Tensor | None = None
+        self.rounding = 0.0
+        """How large the values are, if they are nothing but rounding (root mean square)."""
         if not self.floating or self.reference.numel() == 0:
             return
         self.truth, top = self.oracle.double(), _largest(self.oracle)
@@ -106,12 +134,34 @@ class Expected:
                 self.mask = finite
                 self.truth = self.truth.where(finite, 0.0)
                 top = _largest(self.truth)
-        self.rms = max(
-            float(torch.linalg.vector_norm(self.truth)) / math.sqrt(max(1, self.count)), self.scale
-        )
-        self.top = max(top, self.scale)
+        self.unit = self.scale
+        """What errors are measured against where the oracle is smaller."""
+        self.rms = max(float(torch.linalg.vector_norm(self.truth)) / math.sqrt(max(1, self.count)), self.unit)
+        self.top = max(top, self.unit)
         self.least = floor(self.reference.dtype, self.precision, self.tolerance, self.reduction_length)
         self.base = self.errors(self.reference)
+        self.rounding = max(self.noise, self.base.rel_l2 * self.rms if self.base.rel_l2 >= 1.0 else 0.0)
+        if self.rounding:
+            self.unit = max(self.unit, self.rounding)
+            self.rms, self.top = max(self.rms, self.unit), max(self.top, self.unit)
+            self.base = self.errors(self.reference)
+
+    @property
+    def size(self) -> Size:
+        """Its root mean square, and ``rounding``."""
+        return (self.rms, self.rounding) if self.floating and self.reference.numel() else (0.0, 0.0)
+
+    @property
+    def slack(self) -> float:
+        """How many times the reference's error is right."""
+        if not self.unit:
+            return RATIO
+        # Longer sums round more, and so does a precision that the policy permits.
+        return RATIO * DEGENERATE * self.least / FLOOR[self.reference.dtype]
+
+    def own(self, measure: str) -> float:
+        """The reference's error."""
+        return max(float(getattr(self.base, measure)), self.rounding and self.rounding / self.rms)
 
     def errors(self, output: Tensor) -> Errors:
         """Errors of ``output`` over the positions where both trusted results are finite."""
@@ -130,8 +180,13 @@ class Expected:
         places = stride if self.mask is None else self.mask.reshape(-1).nonzero()[:, 0][stride]
         some, magnitude = d[places].abs(), y[places].abs()
         tail = _quantile(some / (magnitude + (self.rms + tiny)), TAIL)
-        typical = _quantile(some / (magnitude + (self.scale + tiny)), 0.5)
+        typical = _quantile(some / (magnitude + (self.unit + tiny)), 0.5)
         return Errors(max_abs, max_abs / (self.top + tiny), l2, tail, typical)
+
+
+def largest(sizes: Sequence[Size], others: Sequence[Size]) -> list[Size]:
+    """Of two drawings' outputs the larger sizes, one by one; ``sizes`` may be none."""
+    return [(max(a, c), max(b, d)) for (a, b), (c, d) in zip(sizes or others, others, strict=True)]
 
 
 def as_real(values: Tensor) -> Tensor:
@@ -170,26 +225,81 @@ def judge_output(output: Tensor, expected: Expected) -> Verdict:
         misplaced = _misplaced_nonfinite(output, expected)
         if misplaced is not None:
             return misplaced
-    base, least = expected.base, expected.least
-    measures = (
-        ("relative L2 error", got.rel_l2, base.rel_l2, least),
-        ("largest error", got.max_rel, base.max_rel, 4 * least),
-        ("tail error", got.tail, base.tail, 4 * least),
-        ("typical error", got.typical, base.typical, 2 * least),
-    )
-    ratio = max(value / max(own, bound / RATIO) for _, value, own, bound in measures)
-    cap = max(HARD_CAP, 2 * least, 1.1 * base.rel_l2)
-    for name, value, own, bound in measures:
-        limit = max(RATIO * own * (DEGENERATE if expected.scale else 1.0), bound)
-        if value <= limit and not (name.startswith("relative") and value > cap):
+    own_l2, least = expected.own("rel_l2"), expected.least
+    cap = math.inf if expected.rounding else max(HARD_CAP, 2 * least, 1.1 * own_l2)
+    measured = [
+        (
+            name,
+            getattr(got, field),
+            expected.own(field),
+            factor * (AMPLIFIED * least if expected.scale else least),
+        )
+        for field, name, factor in MEASURES
+    ]
+    ratio = max(value / max(own, bound / RATIO) for _, value, own, bound in measured)
+    limits = [max(expected.slack * own, bound) for _, _, own, bound in measured]
+    close = expected.count <= FEW and all(m[1] <= CLOSE * limit for m, limit in zip(measured, limits))
+    limits[0] = min(limits[0], cap)
+    for (name, value, own, _), limit in zip(measured, limits):
+        if value <= limit:
             continue
-        scale = expected.top if name == "largest error" else expected.rms
+        scale = expected.top if name == "largest" else expected.rms
         wrong = ~((output.double() - oracle).abs() <= limit * (oracle.abs() + scale))
         if expected.mask is not None:
             wrong &= expected.mask
-        reason = f"{name} {value:.2g}, where the reference itself has {own:.2g}"
-        return Verdict(False, reason, got.max_abs, got.rel_l2, ratio, error_pattern(wrong))
+        reason = f"{name} error {value:.2g}, where the reference itself has {own:.2g}"
+        return Verdict(False, reason, got.max_abs, got.rel_l2, ratio, error_pattern(wrong), close)
     return Verdict(True, "", got.max_abs, got.rel_l2, ratio)
+
+
+class Pool:
+    """The outputs of a close call, and what other contents give for them: each is judged as if all were one output."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[int, list[tuple[Tensor, Expected]]] = {}
+        """By output: what was computed, and what is expected of it."""
+
+    def add(self, outputs: Sequence[Tensor], expected: Iterable[Expected]) -> None:
+        """What other contents gave."""
+        for index, each in enumerate(expected):
+            if index in self.drawn:
+                self.drawn[index].append((outputs[index].clone(), each))
+
+    def verdict(self) -> Verdict:
+        """The worst output's."""
+        return worst(self._together(pairs) for pairs in self.drawn.values())
+
+    def _together(self, pairs: list[tuple[Tensor, Expected]]) -> Verdict:
+        one = pairs[0][1]
+        whole = Expected(
+            torch.stack([each.reference for _, each in pairs]), torch.stack([each.oracle for _, each in pairs]),
+            one.precision, one.tolerance, one.reduction_length, one.scale, one.noise,
+        )  # fmt: skip
+        verdict = judge_output(torch.stack([as_real(output) for output, _ in pairs]), whole)
+        return replace(verdict, reason=f"{verdict.reason} (over {len(pairs)} drawings)", close=False)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The first refusal, or else the one with the largest ratio."""
+    top = Verdict(True, "")
+    for verdict in verdicts:
+        if not verdict.ok:
+            return verdict
+        top = verdict if verdict.ratio >= top.ratio else top
+    return top
+
+
+def compare(outputs: Sequence[Tensor], expected: Iterable[Expected]) -> tuple[Verdict, Pool | None]:
+    """The worst output's verdict; if it is a close call, the pool of what was refused."""
+    verdicts, pool = [], Pool()
+    for index, each in enumerate(expected):
+        verdict = judge_output(outputs[index], each)
+        verdicts.append(verdict)
+        if not verdict.ok:
+            if not verdict.close:
+                return verdict, None
+            pool.drawn[index] = [(outputs[index].clone(), each)]
+    return worst(verdicts), pool if pool.drawn else None
 
 
 def _judge_integers(output: Tensor, reference: Tensor, oracle: Tensor) -> Verdict:
@@ -226,8 +336,13 @@ def _misplaced_nonfinite(output: Tensor, expected: Expected) -> Verdict | None:
     return Verdict(False, reason, math.inf, math.inf, math.inf, error_pattern(wrong))
 
 
-def blocks_agree(output: Tensor, expected: Tensor, blocks: int, randrange: Callable[[int], int]) -> bool:
-    """Whether random blocks agree to well within what separates right from wrong (not: from imprecise)."""
+def blocks_agree(
+    output: Tensor, expected: Tensor, blocks: int, randrange: Callable[[int], int], rounding: float = 0.0
+) -> bool:
+    """Whether random blocks agree to well within what separates right from wrong (not: from imprecise).
+
+    ``rounding``: how large values are that are nothing else (``Expected.rounding``).
+    """
     flat, want = as_real(output).reshape(-1), as_real(expected).reshape(-1)
     n = flat.numel()
     if not n:
@@ -243,7 +358,8 @@ def blocks_agree(output: Tensor, expected: Tensor, blocks: int, randrange: Calla
         return False
     b = torch.where(finite, b, 0.0)
     slack = {torch.float64: 1e-9, torch.float32: 1e-4}.get(want.dtype, 2e-2)
-    near = (torch.where(finite, a, 0.0) - b).abs() <= slack * (b.abs() + b.abs().max())
+    far = slack * (b.abs() + b.abs().max()) + 2 * CLOSE * rounding
+    near = (torch.where(finite, a, 0.0) - b).abs() <= far
     return bool(near.all())
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ke_gym.evaluation.acceptance import DRAWINGS
 from ke_gym.evaluation.arms import Arm
 from ke_gym.evaluation.evaluation import Errors, Outcome
 from ke_gym.evaluation.judge_client import JudgeClient
@@ -81,23 +82,44 @@ def refusal(verdict: dict[str, Any], distribution: str, hidden: bool) -> str:
     return f"wrong on {inputs} of {where}: {reason}{detail}"
 
 
+def settled(
+    judge: JudgeClient, shape_set: str, number: int, verdict: dict[str, Any], again: Callable[[int], object]
+) -> dict[str, Any]:
+    """``verdict``, or what more contents say of a close call: ``again`` puts others in place and calls the contestant."""
+    if verdict["ok"] or not verdict["close"]:
+        return verdict
+    for drawing in range(1, DRAWINGS):
+        again(drawing)
+        decided = judge.check_again(shape_set, number)
+    return decided
+
+
 def check_case(
     judge: JudgeClient, entry: Entry, shape_set: str, case: Case, poison: int, patience: float, hidden: bool
 ) -> Errors:
-    """Call ``entry`` once on one case, within ``patience`` seconds; raises ``Rejected``.
+    """Call ``entry`` once on one case, and on more of its kind if that is a close call, within ``patience`` seconds each;
+    raises ``Rejected``.
 
     Nothing is asked of it where the reference itself has no answer.
     """
     seed, distribution, state_seed = case
     if judge.load(shape_set, seed, distribution, state_seed) < 0.5:
         return Errors(0.0, 0.0, 0.0)
+
+    def again(drawing: int) -> None:
+        judge.load(shape_set, seed + drawing, distribution, state_seed)
+        call((seed + drawing, distribution, state_seed))
+
+    def call(case: Case) -> None:
+        _prepare(judge, entry, shape_set, case, patience)
+        entry.arm.call(patience)
+        damage = entry.arm.damage()
+        if damage:
+            raise Rejected("correctness", damage)
+
     entry.arm.check_mode(poison)
-    _prepare(judge, entry, shape_set, case, patience)
-    entry.arm.call(patience)
-    damage = entry.arm.damage()
-    if damage:
-        raise Rejected("correctness", damage)
-    verdict = judge.check(shape_set, entry.number)
+    call(case)
+    verdict = settled(judge, shape_set, entry.number, judge.check(shape_set, entry.number), again)
     if not verdict["ok"]:
         raise Rejected("correctness", refusal(verdict, distribution, hidden), errors_of(verdict))
     return errors_of(verdict)
@@ -107,14 +129,18 @@ def check_touched(
     judge: JudgeClient, entry: Entry, shape_set: str, case: Case, seed: int, patience: float
 ) -> None:
     """Two calls whose inputs and parameters differ in one element each: what is remembered shows."""
-    judge.load(shape_set, *case)
     entry.arm.check_mode(0)
-    _prepare(judge, entry, shape_set, case, patience)
-    entry.arm.call(patience)
-    judge.touch(shape_set, seed)
-    entry.arm.prepare(patience)
-    entry.arm.call(patience)
-    verdict = judge.check(shape_set, entry.number)
+
+    def call(drawing: int) -> None:
+        judge.load(shape_set, *case)
+        _prepare(judge, entry, shape_set, case, patience)
+        entry.arm.call(patience)
+        judge.touch(shape_set, seed + drawing)
+        entry.arm.prepare(patience)
+        entry.arm.call(patience)
+
+    call(0)
+    verdict = settled(judge, shape_set, entry.number, judge.check(shape_set, entry.number), call)
     if not verdict["ok"]:
         raise Rejected("correctness", refusal(verdict, "", False), errors_of(verdict))
 

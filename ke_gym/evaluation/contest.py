@@ -6,12 +6,13 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 
 from ke_gym.evaluation.arms import ArmDied, RivalFailed
-from ke_gym.evaluation.checking import Entry, Rejected
+from ke_gym.evaluation.checking import Entry, Rejected, settled
 from ke_gym.evaluation.evaluation import Evaluation
 from ke_gym.evaluation.judge_client import JudgeClient
 from ke_gym.evaluation.race import Race, Rules, pooled, race
@@ -71,7 +72,7 @@ def race_entries(
     full = {rng.randrange(rules.min_rounds)}
     rounds = itertools.count()
     contestants: dict[str, Callable[[], float]] = {"candidate": lambda: judge.net(own.arm.call(patience))}
-    by_number = {own.number: "candidate"}
+    entries = {own.number: ("candidate", own)}
     if other is not None:
 
         def call_rival() -> float:
@@ -79,19 +80,32 @@ def race_entries(
                 return judge.net(other.arm.call(patience))
 
         contestants["incumbent"] = call_rival
-        by_number[other.number] = "incumbent"
+        entries[other.number] = ("incumbent", other)
     if baseline:
         contestants["baseline"] = lambda: judge.call_baseline(shape_set)
     rival = "incumbent" if other is not None else "baseline"
     pace = {contestant: warm(call) for contestant, call in contestants.items()}
 
+    def wrong(entry: Entry, verdict: dict[str, Any]) -> bool:
+        def again(_: int) -> None:
+            judge.draw(shape_set, rng.getrandbits(60))
+            entry.arm.call(patience)
+
+        with nullcontext() if entry is own else rivals_fault():
+            return not settled(judge, shape_set, entry.number, verdict, again)["ok"]
+
     def inspect() -> set[str]:
-        suspects = judge.fingerprint(shape_set, list(by_number)) if baseline else []
-        wrong = {n for n in suspects if not judge.check(shape_set, n)["ok"]}
+        if not baseline:
+            return set()
+        verdicts = {
+            number: judge.check(shape_set, number) for number in judge.fingerprint(shape_set, list(entries))
+        }
         due = next(rounds) in full or rng.random() < 0.04
-        if baseline and due and own.number not in wrong and not judge.check(shape_set, own.number)["ok"]:
-            wrong.add(own.number)
-        return {by_number[n] for n in wrong}
+        if due and own.number not in verdicts:
+            verdicts[own.number] = judge.check(shape_set, own.number)
+        return {
+            entries[number][0] for number, verdict in verdicts.items() if wrong(entries[number][1], verdict)
+        }
 
     result = race(
         contestants,

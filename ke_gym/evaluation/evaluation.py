@@ -11,10 +11,11 @@ Outcome = Literal["correct", "compile", "constraints", "correctness", "runtime",
 OUTCOMES: tuple[Outcome, ...] = ("correct", "compile", "constraints", "correctness", "runtime", "timeout")
 
 # Bumped whenever a change could alter a verdict or a time: recorded evaluations of other versions are not reused.
-HARNESS_VERSION = 3
+HARNESS_VERSION = 4
 COMPARABLE = 2
 """The oldest version whose replay tables tell what this one would: 3 takes rounding for what it is on inputs that are all
-equal, which 2 refused in one check of a hundred at the most, and counts no copy behind a plan's last library call."""
+equal, which 2 refused in one check of a hundred at the most, and counts no copy behind a plan's last library call; 4
+decides close calls of few elements by more contents, and takes outputs that are nothing but rounding for that."""
 
 # What speedups can be against: PyTorch as it is, or one of torch.compile's modes.
 COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ def errors(verdict: Verdict) -> dict[str, float]:
     return {key: float(getattr(verdict, key)) for key in ("max_abs", "rel_l2", "ratio")}
 
 
+class _Damage(Exception):
+    """Something was written where nothing may be."""
+
+
 class _Check:
     def __init__(
         self,
@@ -91,14 +96,12 @@ class _Check:
         stage, chosen = self._stage, self._chosen
         worst = {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}
         for index, case in enumerate(cases):
-            _, distribution, _ = case
-            self._set_state(case)
-            stage.hold(chosen)
-            outputs, arguments, reason = self._call(case, index % 2)
-            if reason:
-                return {"reason": reason, "case": index, "damage": True}
-            self._set_state(case)  # again: what belongs to the oracle could have been written to
-            verdict = stage.verdict(chosen, arguments, outputs, distribution)
+            try:
+                arguments, outputs = self._case(case, index % 2)
+                again = partial(self._case_again, case, index % 2)
+                verdict = stage.verdict(chosen, arguments, outputs, case[1], again)
+            except _Damage as damage:
+                return {"reason": str(damage), "case": index, "damage": True}
             if verdict is None:
                 continue  # the reference itself has no answer here
             if not verdict.ok:
@@ -110,10 +113,26 @@ class _Check:
                 }
             worst = {key: max(worst[key], value) for key, value in errors(verdict).items()}
         if touched:
-            verdict = self._touched(cases[0], touch_seed)
+            arguments, outputs = self._touched(cases[0], touch_seed, 0)
+            again = partial(self._touched, cases[0], touch_seed)
+            verdict = stage.verdict(chosen, arguments, outputs, cases[0][1], again)
             if verdict is not None and not verdict.ok:
                 return {"reason": verdict.reason, "touched": True, **errors(verdict)}
         return worst
+
+    def _case(self, case: Case, pattern: int) -> tuple[list[Any], list[Tensor]]:
+        """The arguments of a case, and what the candidate makes of them. Raises ``_Damage``."""
+        self._set_state(case)
+        self._stage.hold(self._chosen)
+        outputs, arguments, reason = self._call(case, pattern)
+        if reason:
+            raise _Damage(reason)
+        self._set_state(case)  # again: what belongs to the oracle could have been written to
+        return arguments, outputs
+
+    def _case_again(self, case: Case, pattern: int, drawing: int) -> tuple[list[Any], list[Tensor]]:
+        seed, distribution, state_seed = case
+        return self._case((seed + drawing, distribution, state_seed), pattern)
 
     def _set_state(self, case: Case) -> None:
         if case[2]:
@@ -161,8 +180,9 @@ class _Check:
                 return outputs, arguments, f"wrote to prepared tensor {index}, which is read-only"
         return outputs, arguments, ""
 
-    def _touched(self, case: Case, touch_seed: int) -> Verdict | None:
-        """Twice the same contents, but for one element of every floating input and parameter."""
+    def _touched(self, case: Case, touch_seed: int, drawing: int) -> tuple[list[Any], list[Tensor]]:
+        """Twice the same contents, but for one element of every floating input and parameter: the second ones, and what the
+        candidate makes of them."""
         stage, chosen, runner = self._stage, self._chosen, self._runner
         seed, distribution, _ = case
         self._set_state(case)
@@ -172,13 +192,13 @@ class _Check:
         with foreign():
             runner.place(given.tensors, chosen.parameters, out.tensors)
         stage.run(runner, self._patience)
-        touch([*given.tensors, *chosen.parameters.values()], touch_seed)
+        touch([*given.tensors, *chosen.parameters.values()], touch_seed + drawing)
         stage.prepare(chosen, runner, self._patience)
         stage.run(runner, self._patience)
         outputs = stage.settled(out.tensors)
         arguments = stage.draw(chosen.name, seed, distribution)
-        touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed)
-        return stage.verdict(chosen, arguments, outputs, distribution)
+        touch([*tensors_of(arguments), *chosen.reference.state.values()], touch_seed + drawing)
+        return arguments, outputs
 
 
 def _ring(block: Block) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import work
-from ke_gym.evaluation.acceptance import Expected, Verdict, blocks_agree, judge_output
+from ke_gym.evaluation.acceptance import DRAWINGS, Expected, Size, Verdict, blocks_agree, compare, largest
 from ke_gym.evaluation.gpu_memory import Block, Placement, lacks_memory, poison, taken_elsewhere
 from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
 from ke_gym.languages.artifact import Artifact
@@ -106,8 +106,8 @@ class ShapeSet:
     baseline: Callable[..., tuple[Tensor, ...]] | None = None
     calls: int = 1
     """How many calls of everybody make one time of a race."""
-    scales: list[float] = field(default_factory=list)
-    """The root mean square of each output on the task's own inputs."""
+    sizes: Sequence[Size] = ()
+    """Of each output on the task's own inputs: its root mean square, and its ``Expected.rounding``; the largest seen."""
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -303,52 +303,80 @@ class Stage:
         What is honest only for its first calls shows itself, if not by then.
         """
         self.prepare(chosen, runner, patience)
-        seed = self.rng.getrandbits(60)
-        block, out = self.fill(chosen, seed), self.blank(chosen, runner.plan)
-        end = time.perf_counter() + SOAK_SECONDS
+        end, block = time.perf_counter() + SOAK_SECONDS, None
         for number in range(calls := self.rng.randrange(SOAK_CALLS // 2, SOAK_CALLS), 0, -1):
             last = number == 1 or time.perf_counter() > end
-            out.bytes.fill_(0xFF)
-            with foreign():
-                runner.place(block.tensors, chosen.parameters, out.tensors)
-            self.run(runner, patience)
-            due = last or self.rng.random() < SOAK_CHECKS / calls
-            if due and not self.plausible(chosen, seed, self.settled(out.tensors), full=False):
-                return False
+            if block is None:
+                seed = self.rng.getrandbits(60)
+                block, out = self.fill(chosen, seed), self.blank(chosen, runner.plan)
+            outputs = self._computed(chosen, runner, block, out, patience)
+            if last or self.rng.random() < SOAK_CHECKS / calls:
+                if not self.plausible(chosen, runner, seed, self.settled(outputs), patience, full=False):
+                    return False
+                block = None
             if last:
                 break
         return True
 
+    def _computed(
+        self, chosen: ShapeSet, runner: Runner, block: Block, out: Block, patience: float
+    ) -> list[Tensor]:
+        """What an untimed call gives, in ``out``. Raises ``Died``."""
+        out.bytes.fill_(0xFF)
+        with foreign():
+            runner.place(block.tensors, chosen.parameters, out.tensors)
+        self.run(runner, patience)
+        return out.tensors
+
     # -- verdicts --------------------------------------------------------------------------------------------
 
-    def verdict(
-        self, chosen: ShapeSet, arguments: list[Any], outputs: list[Tensor], distribution: str = "task"
-    ) -> Verdict | None:
-        """The verdict on outputs for these contents: the worst output's; None if little of the oracle is finite."""
-        task = self.task
+    def expected(
+        self, chosen: ShapeSet, arguments: list[Any], distribution: str = "task"
+    ) -> Iterator[Expected]:
+        """What is right for these contents, output by output.
+
+        Of zeros, outputs are often differences of equal numbers: what rounding leaves is measured against their ``sizes``.
+        """
+        task, length = self.task, chosen.work.reduction_length
         references = chosen.reference(*arguments)
         oracles = chosen.reference.double()(*arguments)
-        # Of zeros, outputs are often differences of equal numbers: see Judge.load.
-        scales = chosen.scales if distribution == "zeros" else []
+        sizes = chosen.sizes or [(0.0, 0.0)] * len(references)
+        seen = []
+        for reference, oracle, (size, rounding) in zip(references, oracles, sizes, strict=True):
+            scale = size if distribution == "zeros" else 0.0
+            one = Expected(reference, oracle, task.precision, task.tolerance, length, scale, rounding)
+            seen.append(one.size)
+            yield one
         if distribution == "task":
-            chosen.scales = []
-        worst: Verdict | None = None
-        for index, (output, reference, oracle) in enumerate(zip(outputs, references, oracles, strict=True)):
-            scale = scales[index] if index < len(scales) else 0.0
-            length = chosen.work.reduction_length
-            expected = Expected(reference, oracle, task.precision, task.tolerance, length, scale)
-            if distribution == "task":
-                chosen.scales.append(expected.rms if expected.floating and reference.numel() else 0.0)
-            if expected.mask is not None and 2 * expected.count < reference.numel():
-                return None
-            verdict = judge_output(output, expected)
-            if not verdict.ok:
-                return verdict
-            if worst is None or verdict.ratio > worst.ratio:
-                worst = verdict
-        return worst
+            chosen.sizes = largest(chosen.sizes, seen)
 
-    def plausible(self, chosen: ShapeSet, seed: int, outputs: list[Tensor], full: bool) -> bool:
+    def verdict(
+        self,
+        chosen: ShapeSet,
+        arguments: list[Any],
+        outputs: list[Tensor],
+        distribution: str = "task",
+        again: Callable[[int], tuple[list[Any], list[Tensor]]] | None = None,
+    ) -> Verdict | None:
+        """The verdict on outputs for these contents: the worst output's; None if little of the oracle is finite.
+
+        A close call is decided by more contents, if ``again`` gives them: arguments, and what the candidate makes of them.
+        """
+        try:
+            verdict, pool = compare(outputs, map(_finite, self.expected(chosen, arguments, distribution)))
+        except _Unknown:
+            return None
+        if pool is None or again is None:
+            return verdict
+        for drawing in range(1, DRAWINGS):
+            arguments, outputs = again(drawing)
+            with suppress(_Unknown):
+                pool.add(outputs, map(_finite, self.expected(chosen, arguments, distribution)))
+        return pool.verdict()
+
+    def plausible(
+        self, chosen: ShapeSet, runner: Runner, seed: int, outputs: list[Tensor], patience: float, full: bool
+    ) -> bool:
         """Whether what a timed call computed is right.
 
         By random blocks against the reference; by the oracle if those look wrong or ``full`` asks for it.
@@ -356,11 +384,32 @@ class Stage:
         arguments = self.draw(chosen.name, seed)
         if not full:
             expected = chosen.reference(*arguments)
-            pairs = zip(outputs, expected, strict=True)
-            if all(blocks_agree(got, want, SAMPLED_BLOCKS, self.rng.randrange) for got, want in pairs):
+            sizes = chosen.sizes or [(0.0, 0.0)] * len(expected)
+            if all(
+                blocks_agree(got, want, SAMPLED_BLOCKS, self.rng.randrange, rounding)
+                for got, want, (_, rounding) in zip(outputs, expected, sizes, strict=True)
+            ):
                 return True
-        verdict = self.verdict(chosen, arguments, outputs)
+
+        def again(_: int) -> tuple[list[Any], list[Tensor]]:
+            seed = self.rng.getrandbits(60)
+            self.prepare(chosen, runner, patience)
+            block, out = self.fill(chosen, seed), self.blank(chosen, runner.plan)
+            computed = self.settled(self._computed(chosen, runner, block, out, patience))
+            return self.draw(chosen.name, seed), computed
+
+        verdict = self.verdict(chosen, arguments, outputs, again=again)
         return verdict is None or verdict.ok
+
+
+class _Unknown(Exception):
+    """Little of what is expected is finite."""
+
+
+def _finite(expected: Expected) -> Expected:
+    if expected.mask is not None and 2 * expected.count < expected.reference.numel():
+        raise _Unknown
+    return expected
 
 
 def tensors_of(arguments: list[Any]) -> list[Tensor]:

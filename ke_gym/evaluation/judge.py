@@ -8,7 +8,7 @@ read-only inputs and its own output buffer.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import mutants, work
-from ke_gym.evaluation.acceptance import Expected, Verdict, blocks_agree, judge_output
+from ke_gym.evaluation.acceptance import Expected, Pool, Size, blocks_agree, compare, largest
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.shared import Layout, SharedBuffer
@@ -70,8 +70,8 @@ class ShapeSet:
     current: Case | None = None
     baseline: Any = None
     last: tuple[Tensor, ...] = ()
-    scales: tuple[float, ...] = ()
-    """The root mean square of each output on the task's own inputs."""
+    sizes: Sequence[Size] = ()
+    """Of each output on the task's own inputs: its root mean square, and its ``Expected.rounding``; the largest seen."""
 
 
 class Judge:
@@ -85,6 +85,8 @@ class Judge:
         self.sets: dict[str, ShapeSet] = {}
         self.outputs: dict[int, list[Tensor]] = {}
         self.buffers: dict[int, SharedBuffer] = {}
+        self.pools: dict[int, Pool] = {}
+        """Close calls, by arm."""
 
     # -- shape sets ------------------------------------------------------------------------------------------
 
@@ -126,6 +128,7 @@ class Judge:
 
     def detach_output(self, arm: int) -> dict[str, Any]:
         self.outputs.pop(arm, None)
+        self.pools.pop(arm, None)
         buffer = self.buffers.pop(arm, None)
         if buffer is not None:
             buffer.close()
@@ -160,18 +163,14 @@ class Judge:
             chosen.arguments = arguments
             self._store_state(chosen)
             self._store_inputs(chosen, arguments)
-            # Where every input is zero, outputs are often differences of equal numbers: what rounding leaves of
-            # them is measured against what the task's own inputs give.
             try:
-                case = self._solve(chosen, chosen.scales if distribution == "zeros" else ())
+                case = self._solve(chosen, distribution == "zeros")
             except UserError as error:  # of a matrix that has no inverse, say: it need not take such inputs
                 if distribution == "task":
                     raise
                 case = Case(_copies(chosen.inputs), _copies(chosen.state), (), str(error))
             if distribution == "task":
-                chosen.scales = tuple(
-                    e.rms if e.floating and e.reference.numel() else 0.0 for e in case.expected
-                )
+                chosen.sizes = largest(chosen.sizes, [e.size for e in case.expected])
             self._keep(chosen, key, case)
         else:
             _copy(chosen.inputs, case.inputs)
@@ -204,14 +203,20 @@ class Judge:
         chosen.current = None
         return {}
 
-    def _solve(self, chosen: ShapeSet, scales: tuple[float, ...] = ()) -> Case:
-        """The trusted results for what is in the shared inputs now."""
+    def _solve(self, chosen: ShapeSet, zeros: bool = False) -> Case:
+        """The trusted results for what is in the shared inputs now.
+
+        Where every input is zero, outputs are often differences of equal numbers: what rounding leaves of them is measured
+        against what the task's own inputs give.
+        """
         arguments = self._arguments(chosen)
         references = _copies(self._run(chosen))
         oracles = chosen.reference.double()(*arguments)
+        sizes = chosen.sizes or ((0.0, 0.0),) * len(references)
+        length = chosen.work.reduction_length
         expected = tuple(
-            Expected(r, o, self.task.precision, self.task.tolerance, chosen.work.reduction_length, scale)
-            for r, o, scale in zip(references, oracles, scales or (0.0,) * len(references), strict=True)
+            Expected(r, o, self.task.precision, self.task.tolerance, length, size if zeros else 0.0, rounding)
+            for r, o, (size, rounding) in zip(references, oracles, sizes, strict=True)
         )
         return Case(_copies(chosen.inputs), _copies(chosen.state), expected)
 
@@ -234,13 +239,28 @@ class Judge:
     # -- verdicts --------------------------------------------------------------------------------------------
 
     def check(self, shape_set: str, arm: int) -> dict[str, Any]:
-        """Full comparison of an arm's outputs with the oracle for what is in the shared inputs now."""
+        """Full comparison of an arm's outputs with the oracle for what is in the shared inputs now.
+
+        ``close`` says that it is a close call, which ``check_again`` decides.
+        """
+        verdict, pool = compare(self.outputs[arm], self._current(shape_set).expected)
+        self.pools.pop(arm, None)
+        if pool is not None:
+            self.pools[arm] = pool
+        return verdict.to_dict() | {"close": pool is not None}
+
+    def check_again(self, shape_set: str, arm: int) -> dict[str, Any]:
+        """The verdict on a close call, with what the arm computed of other contents, which are in place now."""
+        case = self._current(shape_set)
+        if case.finite >= 0.5:
+            self.pools[arm].add(self.outputs[arm], case.expected)
+        return self.pools[arm].verdict().to_dict()
+
+    def _current(self, shape_set: str) -> Case:
         chosen = self.sets[shape_set]
         if chosen.current is None:
             chosen.current = self._solve(chosen)
-        verdicts = _compare(chosen.current, self.outputs[arm])
-        worst = next((v for v in verdicts if not v.ok), max(verdicts, key=lambda v: v.ratio))
-        return worst.to_dict()
+        return chosen.current
 
     def fingerprint(self, shape_set: str, arms: list[int]) -> dict[str, Any]:
         """Compare random blocks of each arm's outputs with the baseline's outputs of the same inputs.
@@ -250,8 +270,9 @@ class Judge:
         chosen = self.sets[shape_set]
         suspects = []
         for arm in arms:
-            for output, expected in zip(self.outputs[arm], chosen.last, strict=True):
-                if not blocks_agree(output, expected, SAMPLED_BLOCKS, random.randrange):
+            sizes = chosen.sizes or ((0.0, 0.0),) * len(chosen.last)
+            for output, expected, (_, rounding) in zip(self.outputs[arm], chosen.last, sizes, strict=True):
+                if not blocks_agree(output, expected, SAMPLED_BLOCKS, random.randrange, rounding):
                     suspects.append(arm)
                     break
         return {"suspects": suspects}
@@ -268,7 +289,7 @@ class Judge:
             other = self.task.inputs(shape_set, seed + 1, distribution)
             given = self._arguments(chosen)
             for mutant in mutants.mutants(chosen.reference, given, other, self.task.precision):
-                rejected = any(not v.ok for v in _compare(chosen.current, list(mutant.outputs)))
+                rejected = not compare(mutant.outputs, chosen.current.expected)[0].ok
                 results[mutant.name] = results.get(mutant.name, False) or rejected
             if all(results.values()):
                 break
@@ -278,8 +299,7 @@ class Judge:
         """The reference judged as if it were a candidate."""
         chosen = self.sets[shape_set]
         case = self._solve(chosen)
-        verdicts = _compare(case, list(self._run(chosen)))
-        return next((v for v in verdicts if not v.ok), verdicts[0]).to_dict()
+        return compare(self._run(chosen), case.expected)[0].to_dict()
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
@@ -307,10 +327,6 @@ class Judge:
 
     def _store_state(self, chosen: ShapeSet) -> None:
         _copy(chosen.state, list(chosen.reference.state.values()))
-
-
-def _compare(case: Case, outputs: list[Tensor]) -> list[Verdict]:
-    return [judge_output(output, expected) for output, expected in zip(outputs, case.expected, strict=True)]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

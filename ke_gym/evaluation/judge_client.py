@@ -109,6 +109,10 @@ class JudgeClient:
         """The verdict on an arm's outputs for the inputs now in place."""
         return self._ask("check", shape_set=shape_set, arm=arm)[0]
 
+    def check_again(self, shape_set: str, arm: int) -> dict[str, Any]:
+        """The verdict on a close call, of the outputs for the inputs now in place and for those before."""
+        return self._ask("check_again", shape_set=shape_set, arm=arm)[0]
+
     def fingerprint(self, shape_set: str, arms: list[int]) -> list[int]:
         """Those of ``arms`` whose outputs differ visibly from the baseline's for the same inputs."""
         return list(self._ask("fingerprint", shape_set=shape_set, arms=arms)[0]["suspects"])

@@ -46,17 +46,8 @@ class Check(Evaluator):
 
 
 def judged(task: Task, source: str) -> Evaluation:
-    """The verdict; of three, if the first ones are refusals.
-
-    Every judge draws contents of its own, and of those of 70 problems some put a right kernel's error at a little more than
-    twice the reference's (gradients of attention on ``offset`` inputs: in about one judge of fifteen).
-    """
-    for _ in range(3):
-        with Check(task) as judge:
-            verdict = judge.evaluate(Candidate(source))
-        if verdict.outcome != "correctness":
-            break
-    return verdict
+    with Check(task) as judge:
+        return judge.evaluate(Candidate(source))
 
 
 def built_for_a_gpu(path: Path, language: str) -> bytes:

@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ke_gym.evaluation.acceptance import Expected, blocks_agree, error_pattern, judge_output
+from ke_gym.evaluation.acceptance import (
+    DRAWINGS,
+    Expected,
+    blocks_agree,
+    compare,
+    error_pattern,
+    judge_output,
+)
 
 X = torch.randn(257, 129, generator=torch.Generator().manual_seed(0))
 
@@ -56,6 +64,97 @@ def test_rounding_is_no_error_where_a_norm_amplifies_it(dtype: torch.dtype, acce
         output = (rest * torch.rsqrt(square * each_part + 1e-5)).expand(24, 33)
         verdict = judge_output(output, Expected(reference, oracle, reduction_length=24.0, scale=1.0))
         assert verdict.ok == accepted, (seed, verdict.reason)
+
+
+def bias_gradient(x: torch.Tensor, gradient: torch.Tensor, forget: float = 0.0) -> torch.Tensor:
+    """Of a bias that is added to ``x`` before a batch norm; ``forget``: what share of the mean is left out."""
+    rows = x.shape[0]
+    apart = x - x.cumsum(0)[-1] / rows
+    scale = torch.rsqrt((apart * apart).cumsum(0)[-1] / rows + 1e-5)
+    normal = apart * scale
+    mean, along = gradient.cumsum(0)[-1] / rows, (gradient * normal).cumsum(0)[-1] / rows
+    return (scale * (gradient - (1 - forget) * mean - normal * along)).cumsum(0)[-1]
+
+
+def test_what_is_zero_but_for_rounding_is_measured_against_it() -> None:
+    for seed in range(60):
+        torch.manual_seed(seed)
+        x, gradient = torch.randn(512, 24), torch.randn(512, 24)
+        reference, oracle = (
+            torch.autograd.grad(torch.nn.functional.batch_norm(y, None, None, training=True), z, grad)[0]
+            for z, y, grad in biased(x, gradient)
+        )
+        expected = Expected(reference, oracle, reduction_length=512.0)
+        assert 1e-7 < expected.rounding < 1e-4
+        zeros = torch.zeros_like(reference)
+        for right in (reference, bias_gradient(x, gradient), zeros):
+            verdict = judge_output(right, expected)
+            assert verdict.ok, (seed, verdict.reason)
+            assert blocks_agree(right, reference, 24, random.Random(0).randrange, expected.rounding)
+        for wrong in (
+            bias_gradient(x.bfloat16().float(), gradient, 0.01),
+            bias_gradient(x.half(), gradient.half()).float(),
+            gradient.sum(0),
+        ):
+            assert not judge_output(wrong, expected).ok, seed
+        assert not blocks_agree(gradient.sum(0), reference, 24, random.Random(0).randrange, expected.rounding)
+
+
+def biased(
+    x: torch.Tensor, gradient: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A bias, ``x`` with it, and the gradient, as they are and in fp64."""
+    for dtype in (x.dtype, torch.float64):
+        bias = torch.zeros(x.shape[1], dtype=dtype, requires_grad=True)
+        yield bias, x.to(dtype) + bias, gradient.to(dtype)
+
+
+def test_a_close_call_is_settled_by_more_contents_as_if_they_were_one_output() -> None:
+    """Single sums, which nearly cancel: how wrong they are is luck, a lower precision is far worse."""
+
+    def drawn(seed: int) -> tuple[torch.Tensor, Expected]:
+        x = torch.randn(4096, generator=torch.Generator().manual_seed(seed))
+        return x, Expected(x.sum(), x.double().sum(), reduction_length=4096.0)
+
+    def settled(seed: int, total: Callable[[torch.Tensor], torch.Tensor]) -> tuple[bool, bool]:
+        x, expected = drawn(seed)
+        verdict, pool = compare([total(x)], [expected])
+        if pool is None:
+            return verdict.ok, verdict.ok
+        for drawing in range(1, DRAWINGS):
+            x, expected = drawn(1000 * drawing + seed)
+            pool.add([total(x)], [expected])
+        return False, pool.verdict().ok
+
+    def in_turn(x: torch.Tensor) -> torch.Tensor:
+        return x.view(32, 128).cumsum(0)[-1].sum()
+
+    def halved(x: torch.Tensor) -> torch.Tensor:
+        return x.half().float().sum()
+
+    honest = [settled(seed, in_turn) for seed in range(2000)]
+    assert sum(not alone for alone, _ in honest) >= 3  # luck
+    assert all(together for _, together in honest)
+    lowered = [settled(seed, halved) for seed in range(60)]
+    assert sum(not alone for alone, _ in lowered) > 40 and not any(t and not a for a, t in lowered)
+
+
+def test_only_close_calls_of_few_elements_are_asked_about_again() -> None:
+    x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(3))
+    expected = Expected(x.sum(0), x.double().sum(0), reduction_length=1024.0)
+    right = x.cumsum(0)[-1]
+    slightly = right + 3e-4 * right.abs().max()
+    for outputs, close in (
+        ([right], False),
+        ([slightly], True),
+        ([right * 2], False),
+        ([slightly, 2 * x], False),
+    ):
+        pool = compare(outputs, [expected, Expected(x, x.double())][: len(outputs)])[1]
+        assert (pool is not None) == close
+    many = torch.randn(1 << 21, generator=torch.Generator().manual_seed(4))
+    verdict, pool = compare([many * (1 + 2e-5)], [Expected(many, many.double())])
+    assert not verdict.ok and pool is None
 
 
 def test_complex_numbers_are_compared_as_pairs_of_real_ones() -> None:

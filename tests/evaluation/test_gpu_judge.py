@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ke_gym.evaluation import gpu_check, gpu_judge
+from ke_gym.evaluation.acceptance import DRAWINGS
 from ke_gym.evaluation.gpu_judge import GpuJudge, answer_to
 from ke_gym.evaluation.gpu_memory import Block, Placement, give_back
 from ke_gym.evaluation.gpu_stage import Died
@@ -78,6 +79,20 @@ def of_two(x: int, y: int, out: int, n: int) -> None:
 @kernel
 def wrong(x: int, out: int, n: int) -> None:
     _right(x, out, n)[7] += 1
+
+
+@kernel
+def rough(x: int, out: int, n: int) -> None:
+    """A little too far off, in every call."""
+    COUNT["calls"] += 1
+    _right(x, out, n).mul_(1 + 1e-5)
+
+
+@kernel
+def seldom_rough(x: int, out: int, n: int) -> None:
+    """A little too far off, in one call of sixteen."""
+    COUNT["calls"] += 1
+    _right(x, out, n).mul_(1 + 4e-6 * (COUNT["calls"] % 16 == 1))
 
 
 @kernel
@@ -163,6 +178,24 @@ def judging(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> GpuJudge:
     made = GpuJudge(Task.from_file(path), "eager", torch.device("cpu"))
     made.describe(["default"])
     return made
+
+
+def test_a_close_call_is_decided_by_more_contents(judge: GpuJudge) -> None:
+    answer = check(judge, "rough")
+    assert "over 16 drawings" in answer["reason"] and answer["case"] == 0
+    assert COUNT["calls"] == DRAWINGS
+    COUNT["calls"] = 0
+    answer = check(judge, "seldom_rough")
+    assert "reason" not in answer, answer
+    assert COUNT["calls"] > DRAWINGS
+    for name, right in (("rough", False), ("seldom_rough", True)):
+        arm = judge.load("default", one_launch(name, SPEC).to_bytes())["arm"]
+        stage, chosen, runner = judge.stage, judge.sets["default"], judge.arms[arm].runner
+        COUNT["calls"] = 0
+        done = stage.call(chosen, runner, 5.0)
+        assert done.outputs is not None
+        assert stage.plausible(chosen, runner, done.seed, done.outputs, 5.0, full=True) == right
+        assert COUNT["calls"] == DRAWINGS
 
 
 def test_outputs_may_be_laid_out_otherwise_than_the_reference_s(
