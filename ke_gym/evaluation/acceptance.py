@@ -21,6 +21,9 @@ RATIO = 2.0
 DEGENERATE = 8.0
 """On inputs that are all equal the reference's own error is a few roundings, which a norm may amplify a thousandfold: in
 1,500 batch norms of 24 equal rows plain sums erred by up to 12 times as much, half precision by hundreds to thousands."""
+NOTHING_BUT = 1000.0
+"""An output is nothing but rounding if the reference's error is larger than the truth by this: of zero, an fp64 oracle's own
+rounding is what is left."""
 AMPLIFIED = 316.0
 """What a norm (eps 1e-5) of equal values makes of a rounding error; the reference's own may be none there, by luck."""
 TAIL = 0.999
@@ -104,8 +107,8 @@ class Expected:
     noise: the reference's own error (root mean square) on the task's inputs, if the output is nothing but rounding there.
     Complex numbers are kept as pairs of real ones.
 
-    An output whose reference is further from the truth than zero is (the gradient of a bias before a batch norm, which is
-    zero) is nothing but rounding: its errors are measured against the reference's, as on degenerate inputs.
+    Of some outputs the truth is zero whatever the inputs are (the gradient of a bias before a batch norm), and what is computed
+    is nothing but rounding: its errors are measured against the reference's, as on degenerate inputs.
     """
 
     reference: Tensor
@@ -136,11 +139,15 @@ class Expected:
                 top = _largest(self.truth)
         self.unit = self.scale
         """What errors are measured against where the oracle is smaller."""
-        self.rms = max(float(torch.linalg.vector_norm(self.truth)) / math.sqrt(max(1, self.count)), self.unit)
+        size = float(torch.linalg.vector_norm(self.truth)) / math.sqrt(max(1, self.count))
+        self.rms = max(size, self.unit)
         self.top = max(top, self.unit)
         self.least = floor(self.reference.dtype, self.precision, self.tolerance, self.reduction_length)
         self.base = self.errors(self.reference)
-        self.rounding = max(self.noise, self.base.rel_l2 * self.rms if self.base.rel_l2 >= 1.0 else 0.0)
+        own = self.base.rel_l2 * self.rms
+        self.rounding = max(
+            own if own > NOTHING_BUT * self.rms else 0.0, self.noise if size < self.noise else 0.0
+        )
         if self.rounding:
             self.unit = max(self.unit, self.rounding)
             self.rms, self.top = max(self.rms, self.unit), max(self.top, self.unit)

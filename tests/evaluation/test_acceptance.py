@@ -100,6 +100,19 @@ def test_what_is_zero_but_for_rounding_is_measured_against_it() -> None:
         assert not blocks_agree(gradient.sum(0), reference, 24, random.Random(0).randrange, expected.rounding)
 
 
+def test_what_was_rounding_on_other_inputs_is_looked_at_as_ever_where_it_is_more() -> None:
+    right = softmax(X)
+    noise = float(right.square().mean().sqrt()) / 2
+    expected = Expected(right, softmax(X.double()), reduction_length=129, noise=noise)
+    assert not expected.rounding and judge_output(right, expected).ok
+    assert not judge_output(softmax(X.half().float()), expected).ok
+    zeros = torch.zeros(64)
+    assert Expected(zeros, zeros.double(), noise=1e-8).rounding == 1e-8
+    assert judge_output(zeros + 3e-8, Expected(zeros, zeros.double(), noise=1e-8)).ok
+    assert not judge_output(zeros + 1e-5, Expected(zeros, zeros.double(), noise=1e-8)).ok
+    assert not judge_output(zeros + 3e-8, Expected(zeros, zeros.double())).ok
+
+
 def biased(
     x: torch.Tensor, gradient: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
