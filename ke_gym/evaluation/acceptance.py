@@ -54,13 +54,14 @@ MEASURES = (
 class Errors:
     """Errors of one output against the oracle.
 
-    max_abs: largest absolute error, in the output's unit; max_rel: the same over the largest |oracle|;
+    max_abs, rms: largest absolute error and root mean square, in the output's unit; max_rel: over the largest |oracle|;
     rel_l2: L2 norm of the error over that of the oracle; tail: the 99.9 % quantile of
     |error| / (|oracle| + rms(oracle)); typical: the median of |error| / |oracle|, which a few huge values
     (a mask's -1e4) can't hide.
     """
 
     max_abs: float
+    rms: float
     max_rel: float
     rel_l2: float
     tail: float
@@ -144,10 +145,8 @@ class Expected:
         self.top = max(top, self.unit)
         self.least = floor(self.reference.dtype, self.precision, self.tolerance, self.reduction_length)
         self.base = self.errors(self.reference)
-        own = self.base.rel_l2 * self.rms
-        self.rounding = max(
-            own if own > NOTHING_BUT * self.rms else 0.0, self.noise if size < self.noise else 0.0
-        )
+        own = self.base.rms if self.base.rms > NOTHING_BUT * self.rms else 0.0
+        self.rounding = max(own, self.noise if size < self.noise else 0.0)
         if self.rounding:
             self.unit = max(self.unit, self.rounding)
             self.rms, self.top = max(self.rms, self.unit), max(self.top, self.unit)
@@ -173,7 +172,7 @@ class Expected:
     def errors(self, output: Tensor) -> Errors:
         """Errors of ``output`` over the positions where both trusted results are finite."""
         if not self.count:
-            return Errors(0.0, 0.0, 0.0, 0.0, 0.0)
+            return Errors(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         y = self.truth.reshape(-1)
         x = output.reshape(-1)
         d = (x if x.is_cuda else x.double()) - y  # a GPU widens what it reads at no cost
@@ -181,14 +180,14 @@ class Expected:
             d = d.where(self.mask.reshape(-1), 0.0)
         tiny = 1e-300
         max_abs = _largest(d)
-        l2 = float(torch.linalg.vector_norm(d)) / (self.rms * math.sqrt(self.count) + tiny)
+        rms = float(torch.linalg.vector_norm(d)) / math.sqrt(self.count)
         # Quantiles of a sample: a sort would cost more than the kernel. It is one of what is finite, wherever that lies.
         stride = slice(None, None, max(1, self.count >> 16))
         places = stride if self.mask is None else self.mask.reshape(-1).nonzero()[:, 0][stride]
         some, magnitude = d[places].abs(), y[places].abs()
         tail = _quantile(some / (magnitude + (self.rms + tiny)), TAIL)
         typical = _quantile(some / (magnitude + (self.unit + tiny)), 0.5)
-        return Errors(max_abs, max_abs / (self.top + tiny), l2, tail, typical)
+        return Errors(max_abs, rms, max_abs / (self.top + tiny), rms / (self.rms + tiny), tail, typical)
 
 
 def largest(sizes: Sequence[Size], others: Sequence[Size]) -> list[Size]:
@@ -283,7 +282,10 @@ class Pool:
             one.precision, one.tolerance, one.reduction_length, one.scale, one.noise,
         )  # fmt: skip
         verdict = judge_output(torch.stack([as_real(output) for output, _ in pairs]), whole)
-        return replace(verdict, reason=f"{verdict.reason} (over {len(pairs)} drawings)", close=False)
+        # Where it is wrong would name drawings as if they were rows.
+        return replace(
+            verdict, reason=f"{verdict.reason} (over {len(pairs)} drawings)", pattern="", close=False
+        )
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

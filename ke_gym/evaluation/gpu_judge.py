@@ -291,10 +291,10 @@ class GpuJudge:
         def call(name: str, runner: Runner | None) -> Sample:
             with answering(name):
                 done = stage.call(chosen, runner, patience)
-            if runner is not None and done.outputs is not None:
-                due = counts["rounds"] in full or stage.rng.random() < FULL_CHECKS
-                if not stage.plausible(chosen, runner, done.seed, done.outputs, patience, due):
-                    suspects.add(name)
+                if runner is not None and done.outputs is not None:
+                    due = counts["rounds"] in full or stage.rng.random() < FULL_CHECKS
+                    if not stage.plausible(chosen, runner, done.seed, done.outputs, patience, due):
+                        suspects.add(name)
             return done.sample
 
         def turn(name: str, runner: Runner | None) -> float:

@@ -111,6 +111,8 @@ def test_what_was_rounding_on_other_inputs_is_looked_at_as_ever_where_it_is_more
     assert judge_output(zeros + 3e-8, Expected(zeros, zeros.double(), noise=1e-8)).ok
     assert not judge_output(zeros + 1e-5, Expected(zeros, zeros.double(), noise=1e-8)).ok
     assert not judge_output(zeros + 3e-8, Expected(zeros, zeros.double())).ok
+    assert judge_output(zeros + 3e-8, Expected(zeros - 1e-8, zeros.double())).ok
+    assert not judge_output(zeros + 1e-5, Expected(zeros - 1e-8, zeros.double())).ok
 
 
 def biased(
