@@ -20,15 +20,14 @@ def test_networks_differ_and_repeat() -> None:
     assert texts == [network(seed) for seed in range(50)] and len(set(texts)) == 50
 
 
-@pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("language", ["cpp", "cuda", "triton"])
-def test_what_is_generated_computes_what_the_network_does(language: str, first: int) -> None:
+def test_what_is_generated_computes_what_the_network_does(language: str) -> None:
     if language == "triton":
         pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.codegen.networks", language, str(first), "4"],
+        [sys.executable, "-m", "tests.codegen.networks", language, "0", "5"],
         capture_output=True, text=True, timeout=900, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 4 and not any(found.values()), {key: text for key, text in found.items() if text}
+    assert len(found) == 5 and not any(found.values()), {key: text for key, text in found.items() if text}
