@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -123,9 +124,10 @@ def test_spawning_leaks_nothing(zygote: Zygote) -> None:
                 pass
 
     spawn(6)
+    gc.collect()  # what others left may be closed meanwhile
     before = held()
     spawn(90)
-    assert held()[0] == before[0]
+    assert held()[0] <= before[0]
     assert eventually(lambda: held()[1] <= before[1])  # it closes its own when it has time for it
     assert held()[2] - before[2] < 128  # pages: half a megabyte
     children = Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children")
