@@ -116,11 +116,16 @@ class Lines:
         """Name a block's running values for what is computed from them, and store them if they are asked for."""
         name = f"{work.node.name}_run"
         self.text.lines.append(f"{name} = {bare_text(value)}")
+        self._known_as(work, name, moves=True)
+        self._store(work, name)
+
+    def _known_as(self, work: Work, name: str, moves: bool) -> None:
+        """What reads a work's result reads ``name``; ``moves``: in the loop that is printed, and not before it."""
         for dtype in {work.expr.dtype, work.node.dtype, "f32"}:
             load = Load(work.node.name, (), dtype)
             self.text.names[load, ""] = name
-            self.text.inner.add(load)
-        self._store(work, name)
+            if moves:
+                self.text.inner.add(load)
 
     def _combined(self, op: str, a: str, b: str) -> str:
         if op == "sum":
@@ -140,11 +145,7 @@ class Lines:
             self.lines.append(f"{name} = {name} != 0")
         elif self._kind(work) != work.expr.dtype:
             self.lines.append(f"{name} = {name}.to({TYPES[work.expr.dtype]})")
-        for dtype in {work.expr.dtype, work.node.dtype, "f32"}:
-            load = Load(work.node.name, (), dtype)
-            self.text.names[load, ""] = name
-            if self.tiles.across:
-                self.text.inner.add(load)
+        self._known_as(work, name, moves=bool(self.tiles.across))
         if work.place is not None:
             self._put(work, name)
 

@@ -177,7 +177,6 @@ def chosen(blocks: B, legal: Mapping[str, list[Any]], group: Group) -> B:
 def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     """Blocks of a few thousand elements, contiguous along the axis that memory is contiguous along."""
     columns, rows = tiles.columns, tiles.rows
-    walking = WALKING[0] if tiles.across else 0
     if columns == 1:
         size = 1024 if rows >= 1 << 19 else 256
         if tiles.caches and rows >= 1 << 26 and _streams(tiles) > 1:
@@ -186,7 +185,7 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     if not along_columns(tiles):
         wide = min(64 if columns > 32 else 256, power_above(rows))
         block = min(power_above(columns), 1024 // wide if wide < 64 else 32)
-        return Blocks(wide, block, 4, programs=walking)
+        return Blocks(wide, block, 4)
     if searched_by_column(tiles):
         return Blocks(min(8, power_above(rows)), min(64, power_above(columns)), 8)
     block, stages = power_above(columns), 1
@@ -199,7 +198,7 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
         height //= 2
     size = height * block
     if tiles.across:  # a row for every multiprocessor, and the next one on its way
-        return Blocks(height, block, 16 if size > 2048 else 8 if size > 1024 else 4, 3, walking)
+        return Blocks(height, block, 16 if size > 2048 else 8 if size > 1024 else 4, 3)
     most = 32 if size > 16384 and graph.language == "triton" else 16
     warps = most if size > 8192 else 8 if size > 2048 else 4 if size > 512 else 2
     if any(work.scan for work in tiles.works):

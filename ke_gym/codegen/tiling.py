@@ -36,6 +36,7 @@ from ke_gym.codegen.schedule import Group
 from ke_gym.codegen.slices import Slice, slices
 from ke_gym.codegen.tiles import (
     CACHES,
+    WALKING,
     WHOLE_ROW,
     Blocks,
     Tiles,
@@ -303,7 +304,10 @@ class Builder(Binder):
 
     def _blocks(self, tiles: Tiles) -> Blocks:
         """The heuristic blocks with the group's own values; each must be one of the legal ones."""
-        blocks = chosen(heuristic(tiles, self.graph), tiles.knobs(), self.group)
+        draft = heuristic(tiles, self.graph)
+        if tiles.across:
+            draft = replace(draft, programs=WALKING[0])
+        blocks = chosen(draft, tiles.knobs(), self.group)
         elements = blocks.rows * min(blocks.columns, power_above(tiles.columns))
         if elements > 1 << 16:
             raise Illegal("blocks of more than 65536 elements")

@@ -96,6 +96,7 @@ def floor(dtype: torch.dtype, precision: str, tolerance: float | None, reduction
 
 Size = tuple[float, float]
 """How large an output is (root mean square), and its ``Expected.rounding``."""
+UNSEEN: Size = (0.0, 0.0)
 
 
 @dataclass
@@ -191,8 +192,8 @@ class Expected:
 
 
 def largest(sizes: Sequence[Size], others: Sequence[Size]) -> list[Size]:
-    """Of two drawings' outputs the larger sizes, one by one; ``sizes`` may be none."""
-    return [(max(a, c), max(b, d)) for (a, b), (c, d) in zip(sizes or others, others, strict=True)]
+    """Of two drawings' outputs the larger sizes, one by one."""
+    return [(max(a, c), max(b, d)) for (a, b), (c, d) in zip(sizes, others, strict=True)]
 
 
 def as_real(values: Tensor) -> Tensor:

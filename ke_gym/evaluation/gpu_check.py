@@ -97,8 +97,8 @@ class _Check:
         worst = {"max_abs": 0.0, "rel_l2": 0.0, "ratio": 0.0}
         for index, case in enumerate(cases):
             try:
-                arguments, outputs = self._case(case, index % 2)
-                again = partial(self._case_again, case, index % 2)
+                arguments, outputs = self._case(case, index % 2, 0)
+                again = partial(self._case, case, index % 2)
                 verdict = stage.verdict(chosen, arguments, outputs, case[1], again)
             except _Damage as damage:
                 return {"reason": str(damage), "case": index, "damage": True}
@@ -120,27 +120,21 @@ class _Check:
                 return {"reason": verdict.reason, "touched": True, **errors(verdict)}
         return worst
 
-    def _case(self, case: Case, pattern: int) -> tuple[list[Any], list[Tensor]]:
+    def _case(self, case: Case, pattern: int, drawing: int) -> tuple[list[Any], list[Tensor]]:
         """The arguments of a case, and what the candidate makes of them. Raises ``_Damage``."""
+        seed, distribution, state_seed = case
         self._set_state(case)
         self._stage.hold(self._chosen)
-        outputs, arguments, reason = self._call(case, pattern)
-        if reason:
-            raise _Damage(reason)
+        computed = self._call((seed + drawing, distribution, state_seed), pattern)
         self._set_state(case)  # again: what belongs to the oracle could have been written to
-        return arguments, outputs
-
-    def _case_again(self, case: Case, pattern: int, drawing: int) -> tuple[list[Any], list[Tensor]]:
-        seed, distribution, state_seed = case
-        return self._case((seed + drawing, distribution, state_seed), pattern)
+        return computed
 
     def _set_state(self, case: Case) -> None:
         if case[2]:
             self._chosen.reference.randomize(case[2])
 
-    def _call(self, case: Case, pattern: int) -> tuple[list[Tensor], list[Any], str]:
-        """Run on poisoned memory; the outputs, the arguments drawn again afterwards, and what was written where nothing
-        may be, in words."""
+    def _call(self, case: Case, pattern: int) -> tuple[list[Any], list[Tensor]]:
+        """Run on poisoned memory: the arguments, drawn again afterwards, and the outputs. Raises ``_Damage``."""
         stage, chosen, runner = self._stage, self._chosen, self._runner
         seed, distribution, _ = case
         made, held = self._made, chosen.held
@@ -167,18 +161,18 @@ class _Check:
             ("preparation's intermediate", self._preparing, self._between),
         ):
             if (byte := damaged(block, kept)) is not None:
-                return outputs, [], f"wrote outside of its {what}s: " + nearest(byte, kept, what)
+                raise _Damage(f"wrote outside of its {what}s: " + nearest(byte, kept, what))
         arguments = stage.draw(chosen.name, seed, distribution)
         for index, (tensor, drawn) in enumerate(zip(given.tensors, tensors_of(arguments))):
             if not same_bits(tensor, drawn):
-                return outputs, arguments, f"wrote to input {index}, which is read-only"
+                raise _Damage(f"wrote to input {index}, which is read-only")
         for name, tensor in chosen.parameters.items():
             if not same_bits(tensor, chosen.reference.state[name]):
-                return outputs, arguments, f"wrote to parameter {name}, which is read-only"
+                raise _Damage(f"wrote to parameter {name}, which is read-only")
         for index, (tensor, prior) in enumerate(zip(made.tensors, prepared)):
             if not same_bits(tensor, prior):
-                return outputs, arguments, f"wrote to prepared tensor {index}, which is read-only"
-        return outputs, arguments, ""
+                raise _Damage(f"wrote to prepared tensor {index}, which is read-only")
+        return arguments, outputs
 
     def _touched(self, case: Case, touch_seed: int, drawing: int) -> tuple[list[Any], list[Tensor]]:
         """Twice the same contents, but for one element of every floating input and parameter: the second ones, and what the

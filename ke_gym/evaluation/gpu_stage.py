@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import work
-from ke_gym.evaluation.acceptance import DRAWINGS, Expected, Size, Verdict, blocks_agree, compare, largest
+from ke_gym.evaluation.acceptance import (
+    DRAWINGS,
+    UNSEEN,
+    Expected,
+    Size,
+    Verdict,
+    blocks_agree,
+    compare,
+    largest,
+)
 from ke_gym.evaluation.gpu_memory import Block, Placement, lacks_memory, poison, taken_elsewhere
 from ke_gym.evaluation.gpu_timing import Hung, Sample, Stopwatch
 from ke_gym.languages.artifact import Artifact
@@ -156,7 +165,7 @@ class Stage:
             name, reference, plain, inputs, outputs, counted, state,
             [Block(given, self.device) for _ in range(copies)],
             [Block(wanted, self.device) for _ in range(copies)],
-            Block(Placement.of(tuple(state.values())), self.device),
+            Block(Placement.of(tuple(state.values())), self.device), sizes=[UNSEEN] * len(outputs),
         )  # fmt: skip
         self.hold(chosen)
         return chosen
@@ -340,9 +349,8 @@ class Stage:
         task, length = self.task, chosen.work.reduction_length
         references = chosen.reference(*arguments)
         oracles = chosen.reference.double()(*arguments)
-        sizes = chosen.sizes or [(0.0, 0.0)] * len(references)
         seen = []
-        for reference, oracle, (size, rounding) in zip(references, oracles, sizes, strict=True):
+        for reference, oracle, (size, rounding) in zip(references, oracles, chosen.sizes, strict=True):
             scale = size if distribution == "zeros" else 0.0
             one = Expected(reference, oracle, task.precision, task.tolerance, length, scale, rounding)
             seen.append(one.size)
@@ -384,10 +392,9 @@ class Stage:
         arguments = self.draw(chosen.name, seed)
         if not full:
             expected = chosen.reference(*arguments)
-            sizes = chosen.sizes or [(0.0, 0.0)] * len(expected)
             if all(
                 blocks_agree(got, want, SAMPLED_BLOCKS, self.rng.randrange, rounding)
-                for got, want, (_, rounding) in zip(outputs, expected, sizes, strict=True)
+                for got, want, (_, rounding) in zip(outputs, expected, chosen.sizes, strict=True)
             ):
                 return True
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ke_gym.errors import UserError
 from ke_gym.evaluation import mutants, work
-from ke_gym.evaluation.acceptance import Expected, Pool, Size, blocks_agree, compare, largest
+from ke_gym.evaluation.acceptance import UNSEEN, Expected, Pool, Size, blocks_agree, compare, largest
 from ke_gym.evaluation.channel import Channel
 from ke_gym.evaluation.evaluation import COMPILE_MODES
 from ke_gym.evaluation.shared import Layout, SharedBuffer
@@ -98,10 +98,12 @@ class Judge:
             arguments = self.task.inputs(name, seed=0)
             counted = work.count(reference, arguments)
             self.sets[name] = ShapeSet(name, reference, arguments, counted)
+            outputs = self._run(self.sets[name])
+            self.sets[name].sizes = [UNSEEN] * len(outputs)
             described[name] = {
                 "inputs": [_spec(t) for t in arguments if isinstance(t, Tensor)],
                 "state": {key: _spec(t) for key, t in reference.state.items()},
-                "outputs": [_spec(t) for t in self._run(self.sets[name])],
+                "outputs": [_spec(t) for t in outputs],
                 "work": asdict(counted),
             }
         signature = Signature.of(self.task, shape_sets)
@@ -212,11 +214,10 @@ class Judge:
         arguments = self._arguments(chosen)
         references = _copies(self._run(chosen))
         oracles = chosen.reference.double()(*arguments)
-        sizes = chosen.sizes or ((0.0, 0.0),) * len(references)
         length = chosen.work.reduction_length
         expected = tuple(
             Expected(r, o, self.task.precision, self.task.tolerance, length, size if zeros else 0.0, rounding)
-            for r, o, (size, rounding) in zip(references, oracles, sizes, strict=True)
+            for r, o, (size, rounding) in zip(references, oracles, chosen.sizes, strict=True)
         )
         return Case(_copies(chosen.inputs), _copies(chosen.state), expected)
 
@@ -247,7 +248,7 @@ class Judge:
         self.pools.pop(arm, None)
         if pool is not None:
             self.pools[arm] = pool
-        return verdict.to_dict() | {"close": pool is not None}
+        return verdict.to_dict()
 
     def check_again(self, shape_set: str, arm: int) -> dict[str, Any]:
         """The verdict on a close call, with what the arm computed of other contents, which are in place now."""
@@ -270,8 +271,9 @@ class Judge:
         chosen = self.sets[shape_set]
         suspects = []
         for arm in arms:
-            sizes = chosen.sizes or ((0.0, 0.0),) * len(chosen.last)
-            for output, expected, (_, rounding) in zip(self.outputs[arm], chosen.last, sizes, strict=True):
+            for output, expected, (_, rounding) in zip(
+                self.outputs[arm], chosen.last, chosen.sizes, strict=True
+            ):
                 if not blocks_agree(output, expected, SAMPLED_BLOCKS, random.randrange, rounding):
                     suspects.append(arm)
                     break

@@ -340,9 +340,8 @@ class Lists(RewriterEndpoint):
             handler.send_header("Content-Length", str(len(outer.answer)))
             handler.end_headers()
             with contextlib.suppress(OSError):
-                if (
-                    not outer.drip
-                ):  # byte by byte, a long answer takes more than a greeting's time on a loaded machine
+                # Byte by byte, a long answer takes more than a greeting's time on a loaded machine.
+                if not outer.drip:
                     handler.wfile.write(outer.answer)
                     return
                 for byte in outer.answer:
