@@ -56,6 +56,13 @@ def test_what_one_large_tensor_makes_goes_past_the_caches_in_the_second_draft() 
     assert "num_warps=4" in first and "num_warps=4" in second
 
 
+def test_halves_windows_and_rows_from_their_end_begin_with_the_blocks_that_were_fastest() -> None:
+    assert "ROWS=2048, num_warps=4" in drafts("bias_gelu_bf16")[0]
+    assert "ROWS=128, num_warps=4" in drafts("max_pool")[0]
+    assert "BLOCK=512, num_warps=4" in drafts("reverse_cumsum")[0]
+    assert "BLOCK=16384, num_warps=8" in drafts("cumsum")[0]
+
+
 def test_gathered_elements_stay_and_so_does_what_is_read_once_a_row() -> None:
     made = Program.for_language(Task.load("batch_event_truncate"), "triton")
     (text,) = [
@@ -142,9 +149,31 @@ def test_what_would_spill_or_not_fit_is_not_offered(
 def test_what_is_gathered_again_has_a_draft_that_finds_it_in_the_cache() -> None:
     made = Program.for_language(Task.load("gather_rows"), "triton")
     launches = [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()]
-    assert {"columns": 64, "rows": 256, "warps": 8} in launches  # 128256 x 64 of a table are 33 MB
+    assert {
+        "columns": 64,
+        "rows": 256,
+        "stages": 2,
+        "warps": 8,
+    } in launches  # 128256 x 64 of a table are 33 MB
     assert not any("rows" in launch for launch in launches if launch.get("columns") != 64)
     assert not any(dict(seed.plans[0].groups[0].launch) for seed in program("gather_rows").seeds())
+
+
+@pytest.mark.parametrize(("entries", "columns", "stages"), [(1 << 19, 16, 2), (1 << 17, 64, 1)])
+def test_slabs_are_fetched_ahead_where_shared_memory_holds_two(
+    tmp_path: Path, entries: int, columns: int, stages: int
+) -> None:
+    path = tmp_path / "many.py"
+    path.write_text(
+        "import torch, torch.nn as nn\nIDS, DIM = 1 << 20, 1024\nshapes = {'gpu': {'IDS': IDS}}\n"
+        "class Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        f"        self.table = nn.Embedding({entries}, DIM)\n"
+        "    def forward(self, ids):\n        return torch.relu(self.table(ids))\n"
+        f"def get_inputs():\n    return [torch.randint(0, {entries}, (IDS,))]\n"
+    )
+    made = Program.for_language(Task.from_file(path), "triton")
+    launches = [dict(seed.plans[0].groups[0].launch) for seed in made.seeds()]
+    assert {"columns": columns, "rows": 1024, "stages": stages, "warps": 8} in launches
 
 
 def test_rows_that_are_read_from_little_have_drafts_too(tmp_path: Path) -> None:
