@@ -171,7 +171,7 @@ class Suite:
     """Optimize the built-in suite; resumable, searches too. On GPUs, several tasks at a time: see ``lanes``."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ("suite",)
-    """Which tasks: names, families, or the whole suite."""
+    """Which tasks: names, families ("family:softmax" where a task has that name), or the whole suite."""
     target: str = "cpu"
     """cpu, cuda (all GPUs that are here, side by side), or cuda:1 for the second GPU alone."""
     language: str = ""
