@@ -103,7 +103,7 @@ def _slabs(tiles: Tiles) -> dict[str, Any] | None:
     if not repeats or not LEAST <= columns < power_above(tiles.columns):
         return None
     rows = max(1, min(1024, power_above(tiles.rows) // WAVE))
-    ahead = rows * columns * BYTES[tiles.writes[0].dtype] <= SHARED // 2
+    ahead = rows * columns * BYTES[tiles.writes[0].dtype] <= SHARED // 2  # of two tables, if they are added
     return {"columns": columns, "rows": rows, "warps": 8, "stages": 2 if ahead else 1}
 
 

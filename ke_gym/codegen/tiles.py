@@ -180,10 +180,7 @@ def heuristic(tiles: Tiles, graph: Graph) -> Blocks:
     """Blocks of a few thousand elements, contiguous along the axis that memory is contiguous along."""
     columns, rows = tiles.columns, tiles.rows
     if columns == 1:
-        size = 256 if rows < 1 << 19 else _flat(tiles) if graph.language == "triton" else 1024
-        if tiles.caches and rows >= 1 << 26 and size == 1024 and _streams(tiles) > 1:
-            return Blocks(size, 1, 8, cache="results")
-        return Blocks(min(size, power_above(rows)), 1, 4)
+        return _flat(tiles, graph)
     if not along_columns(tiles):
         wide = min(64 if columns > 32 else 256, power_above(rows))
         block = min(power_above(columns), 1024 // wide if wide < 64 else 32)
@@ -221,19 +218,31 @@ def _streams(tiles: Tiles) -> int:
     return sum(BYTES[load.dtype] == 4 and load.buffer not in again for load in loads)
 
 
-def _flat(tiles: Tiles) -> int:
-    """How many elements a program of four warps takes of a large pointwise group.
+def _flat(tiles: Tiles, graph: Graph) -> Blocks:
+    """Blocks of a pointwise group.
 
-    On an H200, 134 million halves: 2048 of them 197 us, 1024 of them 211. Maxima of 3 x 3 with stride 2: 128, one a thread,
-    139 us, 1024 of them 275, since neighbours of one thread part those of a warp.
+    On an H200, 134 million halves: 2048 at once 197 us, 1024 of them 211. Maxima of 3 x 3 with stride 2: 128 at once, one a
+    thread, 139 us, 1024 of them 275, since neighbours of one thread part those of a warp.
     """
+    rows = tiles.rows
+    if rows < 1 << 19:
+        return Blocks(min(256, power_above(rows)), 1, 4)
+    if graph.language != "triton":
+        return Blocks(1024, 1, 4)
+    if _apart(tiles):
+        return Blocks(128, 1, 4)
+    if tiles.caches and rows >= 1 << 26 and _streams(tiles) > 1:
+        return Blocks(1024, 1, 8, cache="results")
+    halves = all(BYTES[b.dtype] == 2 for b in (*tiles.reads, *tiles.writes))
+    return Blocks(2048 if halves and rows >= PROGRAMS * 2048 else 1024, 1, 4)
+
+
+def _apart(tiles: Tiles) -> bool:
+    """Whether most of what a pointwise group reads steps over elements from one row to the next."""
     row = row_var(tiles.rows)
     loads = {n for work in tiles.works for n in walk(work.expr) if isinstance(n, Load) and n.index}
     steps = [min((abs(c) for a, c in load.index[0].terms if depends(a, row)), default=0) for load in loads]
-    if 2 * sum(step > 1 for step in steps) > sum(step > 0 for step in steps):
-        return 128
-    halves = all(BYTES[b.dtype] == 2 for b in (*tiles.reads, *tiles.writes))
-    return 2048 if halves and tiles.rows >= PROGRAMS * 2048 else 1024
+    return 2 * sum(step > 1 for step in steps) > sum(step > 0 for step in steps)
 
 
 def _elements(tiles: Tiles) -> int:
